@@ -1,0 +1,15 @@
+"""kvops: attention over a KV cache as PyTorch operators with Triton kernels.
+
+Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Triton comes in at the first launch.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from kvops.ops.registry import backend
+
+try:
+    __version__ = version("kvops")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+__all__ = ["__version__", "backend"]

@@ -1,0 +1,89 @@
+"""Argument checks: ValueError for a wrong shape or value, TypeError for a wrong type or dtype.
+
+Every message names the argument, says what was expected and what came. All of it runs on the host before a launch and
+reads no device data; what only the device could tell is checked when ``KVOPS_DEBUG=1`` (see :func:`debug`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def debug() -> bool:
+    """Whether ``KVOPS_DEBUG=1`` asks for checks of device data (they synchronise)."""
+    return os.environ.get("KVOPS_DEBUG") == "1"
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def expect_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def expect_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_names([tensor.dtype])}")
+
+
+def expect_same_dtype(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    if tensor.dtype != reference.dtype:
+        raise TypeError(
+            f"{name}: expected the dtype of {reference_name}, {_names([reference.dtype])}, got {_names([tensor.dtype])}"
+        )
+
+
+def expect_same_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    if tensor.device != reference.device:
+        raise ValueError(f"{name}: expected the device of {reference_name}, {reference.device}, got {tensor.device}")
+
+
+def expect_rank(name: str, tensor: Tensor, layout: str) -> None:
+    """``layout`` is the shape in words, such as ``"[batch, seqlen, heads, head_dim]"``; its commas count the rank."""
+    rank = layout.count(",") + 1
+    if tensor.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {list(tensor.shape)}")
+
+
+def expect_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> None:
+    """Expect the exact ``sizes`` (None: any), named by ``layout``."""
+    shape = tensor.shape
+    if len(shape) != len(sizes) or any(
+        want is not None and have != want for have, want in zip(shape, sizes, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise ValueError(f"{name}: expected shape {layout} = [{wanted}], got {list(shape)}")
+
+
+def expect_last_contiguous(name: str, tensor: Tensor) -> None:
+    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected the last dimension contiguous (stride 1), got strides {list(tensor.stride())}; "
+            f"call {name}.contiguous()"
+        )
+
+
+def expect_head_ratio(name: str, query_heads: int, kv_name: str, kv_heads: int) -> None:
+    if kv_heads == 0 or query_heads % kv_heads != 0:
+        raise ValueError(
+            f"{name}: expected a number of query heads divisible by the {kv_heads} heads of {kv_name}, "
+            f"got {query_heads} query heads"
+        )
+
+
+def expect_at_least(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

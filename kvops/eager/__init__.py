@@ -1,0 +1,1 @@
+"""The CPU implementations: vectorised PyTorch, memory linear in sequence length."""
