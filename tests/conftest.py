@@ -8,6 +8,9 @@ import importlib
 import os
 import pathlib
 
+import pytest
+import torch
+
 DEVICE = os.environ.get("KVOPS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     # Triton reads this when a kernel is decorated: import every kernel while it is set.
@@ -15,9 +18,6 @@ if DEVICE == "cpu":
     for _path in sorted((pathlib.Path(__file__).parent.parent / "kernels").glob("[!_]*.py")):
         importlib.import_module(f"kvops.kernels.{_path.stem}")
     del os.environ["TRITON_INTERPRET"]
-
-import pytest
-import torch
 
 
 @pytest.fixture
