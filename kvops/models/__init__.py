@@ -1,0 +1,1 @@
+"""A thin Llama-family reference model: configuration, loaders, tokenizer, generation."""
