@@ -1,0 +1,48 @@
+"""Which GPU a launch would run on, in the few numbers that a launch configuration depends on."""
+
+from typing import NamedTuple
+
+from triton import knobs
+from triton.runtime import driver
+
+# The kernels were decorated for the interpreter: there is no driver to ask then.
+_INTERPRETED = bool(knobs.runtime.interpret)
+
+
+class Device(NamedTuple):
+    """A launch target. ``arch`` reads ``"sm_90"`` or ``"gfx942"``, and ``"interpreter"`` in Triton's interpreter."""
+
+    backend: str
+    arch: str
+    warp_size: int
+    num_sms: int
+    shared_memory: int
+
+
+_INTERPRETER = Device("cpu", "interpreter", warp_size=1, num_sms=4, shared_memory=232448)
+_devices: dict[tuple[int, object], Device] = {}
+
+
+def current_device() -> Device:
+    """The device of Triton's active driver, which follows ``torch.cuda.current_device()``.
+
+    Asked once for each driver and device: the autotuner's compile-only driver and a machine with different GPUs each
+    get their own answer.
+    """
+    if _INTERPRETED:
+        return _INTERPRETER
+    active = driver.active
+    index = active.get_current_device()
+    device = _devices.get((id(active), index))
+    if device is None:
+        target = active.get_current_target()
+        properties = active.utils.get_device_properties(index)
+        device = Device(
+            target.backend,
+            f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0],
+            target.warp_size,
+            properties["multiprocessor_count"],
+            properties["max_shared_mem"],
+        )
+        _devices[id(active), index] = device
+    return device
