@@ -1,0 +1,140 @@
+"""A Llama-family decoder, thin enough to read in one sitting.
+
+The model knows nothing of caches: every layer hands its queries, keys and values to ``attend(layer, q, k, v)`` and goes
+on with what comes back. Dense attention, a ragged paged cache and a training step are three such functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvops.models.config import LlamaConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``(layer, q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, Hq, D]``"""
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Angular frequency of each pair of dimensions, float32 [D / 2] (RoFormer, arXiv 2104.09864).
+
+    With Llama-3 scaling, wavelengths beyond the original context are stretched by ``factor``, short ones are kept, and
+    those between are blended (Llama 3.1 model card).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # over the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, T, H, D] by cos and sin [B, T, 1, D / 2]; dimension i is paired with i + D / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class LlamaLayer(nn.Module):
+    """One decoder layer: attention and SwiGLU, each behind an RMSNorm and a residual connection."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.num_heads + 2 * config.num_kv_heads
+        # Projections that read the same input are one matrix: fewer, larger reads of the weights.
+        self.qkv = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden]."""
+        config = self.config
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
+        rotated = rotate(qkv[:, :, : -config.num_kv_heads], cos, sin)
+        q, k = rotated.split((config.num_heads, config.num_kv_heads), dim=2)
+        v = qkv[:, :, -config.num_kv_heads :]
+        x = x + self.out(attend(q, k, v).flatten(2))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Llama(nn.Module):
+    """A decoder of the Llama family (Llama 2 / 3, SmolLM, Mistral, Qwen2).
+
+    ``weights`` maps Hugging Face's parameter names to tensors; they are laid into this module's own (fused) parameters,
+    in their dtype and on their device. A missing or misshapen weight is a ValueError that names it.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._lay_in(weights)
+        device = self.embedding.weight.device
+        positions = torch.arange(config.max_positions, dtype=torch.float32)
+        angles = torch.outer(positions, rope_frequencies(config)).to(device)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def _lay_in(self, weights: Mapping[str, Tensor]) -> None:
+        parts = {
+            "embedding.weight": ["model.embed_tokens.weight"],
+            "norm.weight": ["model.norm.weight"],
+            "unembedding.weight": ["model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"],
+        }
+        for i in range(self.config.num_layers):
+            source = f"model.layers.{i}."
+            attention = [source + f"self_attn.{name}_proj" for name in "qkv"]
+            parts |= {
+                f"layers.{i}.qkv.weight": [name + ".weight" for name in attention],
+                f"layers.{i}.out.weight": [source + "self_attn.o_proj.weight"],
+                f"layers.{i}.gate_up.weight": [source + f"mlp.{name}_proj.weight" for name in ("gate", "up")],
+                f"layers.{i}.down.weight": [source + "mlp.down_proj.weight"],
+                f"layers.{i}.attention_norm.weight": [source + "input_layernorm.weight"],
+                f"layers.{i}.mlp_norm.weight": [source + "post_attention_layernorm.weight"],
+            }
+            if self.config.attention_bias:
+                parts[f"layers.{i}.qkv.bias"] = [name + ".bias" for name in attention]
+        for name, parameter in list(self.named_parameters()):
+            missing = [part for part in parts[name] if part not in weights]
+            if missing:
+                raise ValueError(f"weights: expected {missing[0]!r}, but it is not among the {len(weights)} tensors given")
+            sources = [weights[part] for part in parts[name]]
+            value = sources[0] if len(sources) == 1 else torch.cat(sources)
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"weights: expected {' + '.join(parts[name])} to have shape {list(parameter.shape)}, "
+                    f"got {list(value.shape)}"
+                )
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=value.is_floating_point()))
+        if self.config.tie_embeddings:
+            self.unembedding.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The hidden states after the last norm: tokens int64 [B, T], positions int [B, T] -> [B, T, hidden]."""
+        x = self.embedding(tokens)
+        cos = self.cos[positions].unsqueeze(2).to(x.dtype)
+        sin = self.sin[positions].unsqueeze(2).to(x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden_size] -> logits [..., vocab_size]."""
+        return self.unembedding(hidden)

@@ -1,0 +1,30 @@
+"""KV-Compress: squared attention, blocks across layers and heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from kvops.ops.scores import attention_scores
+from kvops.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class KVCompress(Policy):
+    """Squared attention from the last queries, summed over a group's query heads (Rehg 2024, arXiv 2410.00161).
+
+    Squares favour keys that a few queries depend on over keys that all queries glance at; the group's query heads are
+    summed instead of repeating the keys for each of them, and blocks compete across all layers and heads.
+
+    Attributes:
+        observe: how many of the last queries are looked at.
+    """
+
+    observe: int = 32
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sumsq"
+
+    def score(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, window_left: int = -1) -> Tensor:
+        start = max(0, q.shape[1] - self.observe)
+        return attention_scores(q, k, lse, causal=True, window_left=window_left, query_start=start, reduce="sumsq")

@@ -1,0 +1,36 @@
+"""SnapKV: the last queries of the prompt know what the answer will need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvops.ops.scores import attention_scores
+from kvops.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Attention from the last queries, max-pooled along the keys (Li et al. 2024, arXiv 2404.14469).
+
+    With ``scope="sequence"``, heads of all layers compete as in AdaKV (Feng et al. 2024, arXiv 2407.11550); with
+    ``scope="head"`` this is SnapKV as published.
+
+    Attributes:
+        observe: how many of the last queries are looked at.
+        pool: width of the pooling window, odd: neighbours of a key that matters are kept with it.
+    """
+
+    observe: int = 32
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+
+    def score(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, window_left: int = -1) -> Tensor:
+        start = max(0, q.shape[1] - self.observe)
+        scores = attention_scores(q, k, lse, causal=True, window_left=window_left, query_start=start)
+        return F.max_pool1d(scores, self.pool, stride=1, padding=self.pool // 2)

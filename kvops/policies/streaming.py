@@ -1,0 +1,27 @@
+"""StreamingLLM: the first and the latest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvops.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class Streaming(Policy):
+    """Attention sinks and a recent window (Xiao et al. 2023, arXiv 2309.17453): later keys are worth more.
+
+    The sinks are the ``protect_first`` tokens of the compression. Decoding adds nothing to the scores, and tokens that
+    it appends stand at 0: scores are negative distances from the end of the prompt, so later tokens always win.
+    """
+
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
+
+    def score(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, window_left: int = -1) -> Tensor:
+        length = k.shape[1]
+        distance = torch.arange(-length, 0, device=k.device, dtype=torch.float32)
+        return distance.expand(k.shape[0], k.shape[2], length)
