@@ -1,0 +1,301 @@
+"""Compile exactly what a launch would run, for any GPU, on a machine without one.
+
+A stub driver names the target and every JIT function compiles instead of launching, so a kernel family's real launch
+function can be called with CPU tensors::
+
+    with compile_only("sm_90") as launches:
+        flash_forward(q, k, v, ...)
+    launches[0].registers, launches[0].spills, launches[0].matrix_instructions
+
+The specialisation (dtypes, strides of 1, divisibility by 16), the chosen configuration and the binary are those of a
+launch. NVIDIA facts are read with the ``cuobjdump`` that Triton bundles, AMD facts from the assembly text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.jit import JITFunction
+
+# Raise it when `_facts` changes: the facts cached beside Triton's binaries carry this number in their name.
+_FACTS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for.
+
+    ``shared_memory`` is the most that one program may use, in bytes; ``num_sms`` is what a launch function is told.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int
+    num_sms: int
+
+    @property
+    def gpu(self) -> GPUTarget:
+        return GPUTarget(self.backend, self.arch, self.warp_size)
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, shared_memory=166_912, num_sms=108),  # A100
+        Target("sm_86", "cuda", 86, 32, shared_memory=101_376, num_sms=84),  # A40, RTX 3090
+        Target("sm_89", "cuda", 89, 32, shared_memory=101_376, num_sms=142),  # L40S, RTX 4090
+        Target("sm_90", "cuda", 90, 32, shared_memory=232_448, num_sms=132),  # H100, H200
+        Target("sm_100", "cuda", 100, 32, shared_memory=232_448, num_sms=148),  # B200
+        Target("sm_120", "cuda", 120, 32, shared_memory=101_376, num_sms=188),  # RTX PRO 6000, RTX 5090
+        Target("gfx942", "hip", "gfx942", 64, shared_memory=65_536, num_sms=304),  # MI300X
+        Target("gfx950", "hip", "gfx950", 64, shared_memory=163_840, num_sms=256),  # MI355X
+    )
+}
+
+
+@dataclass(frozen=True)
+class CompiledLaunch:
+    """One launch, compiled.
+
+    ``registers`` are per thread (AMD: vector registers, accumulation registers included), ``stack`` bytes per thread,
+    ``spill_stores`` and ``spill_loads`` the instructions that move registers to and from that stack, ``shared_memory``
+    bytes per program. ``matrix_instructions`` counts by family: HGMMA (Hopper), HMMA (Ampere's), UTCHMMA (Blackwell),
+    v_mfma (AMD) ... ``dots_16bit`` counts the matrix products of float16 or bfloat16 operands in the source.
+    """
+
+    kernel: str
+    target: str
+    grid: tuple[int, ...]
+    constants: dict[str, int | float | bool | str | None]
+    num_warps: int
+    num_stages: int
+    shared_memory: int
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    matrix_instructions: dict[str, int]
+    dots_16bit: int
+    compile_seconds: float
+    hash: str
+
+    @property
+    def spills(self) -> int:
+        return self.spill_stores + self.spill_loads
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A call whose launches are compiled for every target.
+
+    ``function`` takes nothing and calls a launch function from ``kvops.kernels`` with CPU tensors. ``matrix`` names the
+    kernels that must use matrix instructions, ``may_spill`` the targets where spills are known and accepted.
+    """
+
+    name: str
+    function: Callable[[], object]
+    matrix: tuple[str, ...] = ()
+    may_spill: tuple[str, ...] = ()
+
+
+class _Utilities:
+    """What launch functions may ask of ``driver.active.utils``."""
+
+    def __init__(self, target: Target) -> None:
+        self._properties = {
+            "max_shared_mem": target.shared_memory,
+            "multiprocessor_count": target.num_sms,
+            "warpSize": target.warp_size,
+        }
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return self._properties
+
+
+class CompileOnlyDriver:
+    """Stands in for Triton's driver: it knows its target and can launch nothing."""
+
+    _instances: ClassVar[dict[str, CompileOnlyDriver]] = {}
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.utils = _Utilities(target)
+
+    @classmethod
+    def of(cls, target: Target) -> CompileOnlyDriver:
+        """One driver for each target and process, so that what is cached by driver stays right."""
+        if target.name not in cls._instances:
+            cls._instances[target.name] = cls(target)
+        return cls._instances[target.name]
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target.gpu
+
+    def get_current_device(self) -> str:
+        # The key of each JIT function's table of compiled kernels: never that of a real device.
+        return f"compile-only {self.target.name}"
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(target: str | Target) -> Iterator[list[CompiledLaunch]]:
+    """Inside this context launches compile for ``target`` and are recorded in the list it yields; nothing runs.
+
+    Not thread-safe: it replaces ``JITFunction.run`` for the whole process while it is entered. The kernels must have
+    been imported without ``TRITON_INTERPRET=1``. Raises ValueError for an unknown target and RuntimeError for kernels
+    that were decorated for the interpreter.
+    """
+    if isinstance(target, str):
+        if target not in TARGETS:
+            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+        target = TARGETS[target]
+    known = target
+    launches: list[CompiledLaunch] = []
+    original_run = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
+        seconds = time.perf_counter() - start
+        launches.append(_record(self, kernel, known, _resolve_grid(self, grid, args, kwargs), seconds))
+        return kernel
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"kernel {self.fn.__name__} was imported under TRITON_INTERPRET=1 and cannot be compiled: "
+            "inspect kernels in a fresh process without it"
+        )
+
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    original_interpreted = interpreter.InterpretedFunction.run if interpreter else None
+    previous = driver._active
+    driver.set_active(CompileOnlyDriver.of(known))  # type: ignore[arg-type]
+    JITFunction.run = run
+    if interpreter:
+        interpreter.InterpretedFunction.run = refuse
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original_run
+        if interpreter:
+            interpreter.InterpretedFunction.run = original_interpreted
+        driver.set_active(previous)  # type: ignore[arg-type]
+
+
+def _resolve_grid(function: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    if callable(grid):
+        arguments = {name: value for name, value in kwargs.items() if name in function.arg_names}
+        bound = function.signature.bind(*args, **arguments)
+        bound.apply_defaults()
+        grid = grid(bound.arguments)
+    return tuple(int(size) for size in grid)
+
+
+def _record(function: Any, kernel: Any, target: Target, grid: tuple[int, ...], seconds: float) -> CompiledLaunch:
+    constants = {
+        function.arg_names[path[0]]: value
+        for path, value in kernel.src.constants.items()
+        if len(path) == 1
+        and function.params[path[0]].is_constexpr
+        and (value is None or isinstance(value, (bool, int, float, str)))
+    }
+    facts = _facts(kernel, target, seconds)
+    return CompiledLaunch(
+        kernel=function.fn.__name__,
+        target=target.name,
+        grid=grid,
+        constants=constants,
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
+        shared_memory=kernel.metadata.shared,
+        hash=kernel.hash,
+        **facts,
+    )
+
+
+def _facts(kernel: Any, target: Target, seconds: float) -> dict[str, Any]:
+    """What the binary says about itself, kept beside it in Triton's cache: disassembling costs 0.1 to 1 s."""
+    manager = get_cache_manager(kernel.hash)
+    name = f"kvops_facts_{_FACTS_VERSION}.json"
+    path = manager.get_file(name)
+    if path is not None:
+        try:
+            with open(path) as file:
+                return json.load(file)
+        except ValueError:
+            pass  # a damaged entry is a miss
+    facts = _nvidia_facts(kernel.asm["cubin"]) if target.backend == "cuda" else _amd_facts(kernel.asm["amdgcn"])
+    facts["dots_16bit"] = len(_DOT_16BIT.findall(kernel.asm.get("ttir", "")))
+    facts["compile_seconds"] = round(seconds, 3)
+    manager.put(json.dumps(facts), name, binary=False)
+    return facts
+
+
+_DOT_16BIT = re.compile(r"tt\.dot .*:\s*tensor<\d+x\d+xb?f16>")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+
+
+@cache
+def _cuobjdump() -> str:
+    return knobs.nvidia.cuobjdump.path
+
+
+def _nvidia_facts(cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        # -sass needs nvdisasm, which Triton bundles in the same folder.
+        usage, sass = (
+            subprocess.run([_cuobjdump(), flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    functions = [(int(registers), int(stack)) for registers, stack in _RESOURCES.findall(usage)]
+    opcodes = Counter(_OPCODE.findall(sass))
+    return {
+        "registers": max(registers for registers, _ in functions),
+        "stack": max(stack for _, stack in functions),
+        "spill_stores": opcodes["STL"],
+        "spill_loads": opcodes["LDL"],
+        "matrix_instructions": {name: count for name, count in sorted(opcodes.items()) if name.endswith("MMA")},
+    }
+
+
+def _amd_facts(assembly: str) -> dict[str, Any]:
+    def most(key: str) -> int:
+        return max((int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", assembly)), default=0)
+
+    opcodes = Counter(re.findall(r"^\s+((?:v_mfma|v_wmma|scratch_store|scratch_load)\w*)", assembly, re.MULTILINE))
+
+    def count(prefix: str) -> int:
+        return sum(number for name, number in opcodes.items() if name.startswith(prefix))
+
+    return {
+        "registers": most("vgpr_count"),
+        "stack": most("private_segment_fixed_size"),
+        "spill_stores": count("scratch_store"),
+        "spill_loads": count("scratch_load"),
+        "matrix_instructions": {name: count(name) for name in ("v_mfma", "v_wmma") if count(name)},
+    }
