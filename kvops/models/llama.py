@@ -17,6 +17,7 @@ from kvops.models.config import LlamaConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, Hq, D]``"""
+LayerAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -57,7 +58,9 @@ class LlamaLayer(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         config = self.config
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
@@ -113,7 +116,9 @@ class Llama(nn.Module):
         for name, parameter in list(self.named_parameters()):
             missing = [part for part in parts[name] if part not in weights]
             if missing:
-                raise ValueError(f"weights: expected {missing[0]!r}, but it is not among the {len(weights)} tensors given")
+                raise ValueError(
+                    f"weights: expected {missing[0]!r}, but it is not among the {len(weights)} tensors given"
+                )
             sources = [weights[part] for part in parts[name]]
             value = sources[0] if len(sources) == 1 else torch.cat(sources)
             if value.shape != parameter.shape:
