@@ -5,6 +5,7 @@ Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Tr
 
 from importlib.metadata import PackageNotFoundError, version
 
+from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
 from kvops.ops.registry import backend
 
 try:
@@ -12,4 +13,4 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["__version__", "backend"]
+__all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache", "__version__", "backend"]

@@ -1,0 +1,543 @@
+"""The paged cache: one pool of blocks that every (layer, row, head) list draws on, with a length of its own each.
+
+A block holds ``block_size`` slots of one KV head. A sequence (a *row*) owns ``num_layers * num_kv_heads`` lists of
+blocks, and each list may be compressed at its own rate: what it gives up is free for any other list at once. Blocks
+are handed out and taken back on the device (a stack of free block numbers and prefix sums); the host keeps an upper
+bound of what is in use and reads the exact number only where the bound says that a request might not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvops import checks
+
+Rows = slice | int | Sequence[int] | Tensor
+
+
+class OutOfBlocksError(RuntimeError):
+    """The pool has fewer free blocks than a request needs. Raised before anything is changed.
+
+    Attributes: ``needed`` blocks for this request, ``free`` and ``total`` blocks of the pool.
+    """
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        self.needed, self.free, self.total = needed, free, total
+        super().__init__(
+            f"num_tokens: the request needs {needed} more blocks, but {free} of {total} are free: evict() or free() "
+            f"rows first, or build the cache with num_blocks >= {total - free + needed}"
+        )
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a :class:`PagedKVCache` holds at one moment; ``str()`` reads like a report.
+
+    ``bytes_per_block`` counts K and V; ``side_bytes_per_block`` counts what is kept beside them for each slot
+    (original positions and scores). ``bytes_in_use`` and ``bytes_reserved`` count K and V of the blocks in use and of
+    the whole pool. ``lengths`` is int32 ``[num_layers, max_batch, num_kv_heads]`` on the CPU, in slots.
+    """
+
+    blocks_total: int
+    blocks_in_use: int
+    block_size: int
+    bytes_per_block: int
+    side_bytes_per_block: int
+    lengths: Tensor
+
+    @property
+    def blocks_free(self) -> int:
+        return self.blocks_total - self.blocks_in_use
+
+    @property
+    def bytes_in_use(self) -> int:
+        return self.blocks_in_use * self.bytes_per_block
+
+    @property
+    def bytes_reserved(self) -> int:
+        return self.blocks_total * self.bytes_per_block
+
+    @property
+    def slots_in_use(self) -> int:
+        return int(self.lengths.sum())
+
+    def __str__(self) -> str:
+        mib = 1 / 2**20
+        share = 100 * self.blocks_in_use / max(self.blocks_total, 1)
+        room = self.blocks_in_use * self.block_size
+        filled = 100 * self.slots_in_use / max(room, 1)
+        lines = [
+            f"{self.blocks_in_use} of {self.blocks_total} blocks in use ({share:.1f}%), {self.blocks_free} free",
+            f"{self.bytes_in_use * mib:.2f} of {self.bytes_reserved * mib:.2f} MiB of keys and values in use, "
+            f"{self.bytes_per_block} bytes a block (and {self.side_bytes_per_block} of positions and scores)",
+            f"{self.slots_in_use} tokens in {room} slots of {self.block_size} a block ({filled:.1f}% filled)",
+        ]
+        for row in range(self.lengths.shape[1]):
+            lists = self.lengths[:, row].flatten()
+            if int(lists.sum()):
+                lines.append(
+                    f"row {row}: {int(lists.sum())} tokens in {lists.numel()} lists, "
+                    f"shortest {int(lists.min())}, longest {int(lists.max())}"
+                )
+        return "\n".join(lines)
+
+
+class _HostBound:
+    """Upper bounds, kept on the host, of what the device knows exactly: blocks held and the longest list of each row.
+
+    A list that gains t tokens, in however many steps, gains at most ceil(t / block_size) blocks and one list's tokens
+    are the same in number as every other's of its row.
+    """
+
+    def __init__(self, rows: int, lists: int, block_size: int) -> None:
+        self.lists = lists
+        self.block_size = block_size
+        self.blocks = [0] * rows  # held at the last exact reading, or bounded by a budget
+        self.tokens = [0] * rows  # that came in since
+        self.longest = [0] * rows
+
+    def total(self) -> int:
+        gained = sum(-(-tokens // self.block_size) for tokens in self.tokens)
+        return sum(self.blocks) + self.lists * gained
+
+    def after(self, rows: Sequence[int], tokens: int) -> int:
+        """The total if ``rows`` gained ``tokens`` more each."""
+        gained = sum(
+            -(-(self.tokens[row] + tokens) // self.block_size) - -(-self.tokens[row] // self.block_size) for row in rows
+        )
+        return self.total() + self.lists * gained
+
+    def row_blocks(self, row: int) -> int:
+        return self.blocks[row] + self.lists * -(-self.tokens[row] // self.block_size)
+
+    def set_row(self, row: int, blocks: int, longest: int) -> None:
+        self.blocks[row], self.tokens[row], self.longest[row] = blocks, 0, longest
+
+
+class PagedKVCache:
+    """Keys and values of ``max_batch`` sequences in one pool of blocks, each head of each layer with its own length.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: of the model; ``v_head_dim`` where values have another size than keys.
+        num_blocks: blocks of the pool, for all layers, heads and rows together (:meth:`blocks_for` counts them).
+        max_batch: rows, that is sequences that can live in the cache at once.
+        max_tokens: slots that one list can have at most (rounded up to whole blocks).
+        block_size: slots in a block.
+        dtype, device: of keys and values.
+
+    Attributes:
+        k_cache, v_cache: ``[num_blocks, block_size, head_dim]`` and ``[..., v_head_dim]``, not initialised.
+        positions: int32 ``[num_blocks, block_size]``, the original position of the token in each slot.
+        scores: float32 ``[num_blocks, block_size]``, what :meth:`attend` accumulates and :meth:`evict` ranks by.
+        block_tables: int32 ``[num_layers, max_batch, num_kv_heads, max_blocks]``.
+        seq_lens: int32 ``[num_layers, max_batch, num_kv_heads]``, slots in use of each list.
+        next_positions: int32 ``[max_batch]``, the true length of each sequence, which eviction does not change.
+
+    ``rows`` names the rows that a method works on: a slice, one row, a sequence of row numbers or an int64 tensor
+    (which the host has to read). A step of decoding is one :meth:`extend`, then :meth:`append` and :meth:`attend` for
+    each layer. A row is empty at first and after :meth:`free`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        max_batch: int,
+        max_tokens: int,
+        block_size: int = 16,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        sizes = {
+            "num_layers": num_layers,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+            "num_blocks": num_blocks,
+            "max_batch": max_batch,
+            "max_tokens": max_tokens,
+            "block_size": block_size,
+        }
+        for name, value in sizes.items():
+            checks.expect_at_least(name, value, 1)
+        if num_blocks >= 2**31:
+            raise ValueError(f"num_blocks: expected less than 2**31 (tables are int32), got {num_blocks}")
+        self.num_layers, self.num_kv_heads, self.num_blocks = num_layers, num_kv_heads, num_blocks
+        self.max_batch, self.block_size = max_batch, block_size
+        self.max_blocks = -(-max_tokens // block_size)
+        self.device = device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            self.device = device = torch.device("cuda", torch.cuda.current_device())
+
+        self.k_cache = torch.empty(num_blocks, block_size, head_dim, dtype=dtype, device=device)
+        self.v_cache = torch.empty(num_blocks, block_size, v_head_dim, dtype=dtype, device=device)
+        self.positions = torch.zeros(num_blocks, block_size, dtype=torch.int32, device=device)
+        # One block more than the pool has takes what set_scores must not write anywhere.
+        self._scores = torch.zeros(num_blocks + 1, block_size, dtype=torch.float32, device=device)
+        self.scores = self._scores[:num_blocks]
+        lists = (num_layers, max_batch, num_kv_heads)
+        self.block_tables = torch.zeros(*lists, self.max_blocks, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(lists, dtype=torch.int32, device=device)
+        self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
+
+        # Blocks that each list holds: at least what its length takes; rolled back tokens leave theirs behind.
+        self._held = torch.zeros(lists, dtype=torch.int32, device=device)
+        # The first _free_count entries are the free blocks, the last of them the next to go out. Popped in descending
+        # order of place they ascend, so one list's new blocks are neighbours. The entry past the pool is a dustbin.
+        self._free = torch.arange(num_blocks - 1, -2, -1, dtype=torch.int32, device=device)
+        self._free_count = torch.full((), num_blocks, dtype=torch.int64, device=device)
+        self._in_order = True
+        # Numbers are cheap to read where the host is the device.
+        self._exact = device.type == "cpu"
+        self._bound = _HostBound(max_batch, num_layers * num_kv_heads, block_size)
+        self._list_numbers = torch.arange(self.seq_lens.numel(), device=device).view(lists)
+        self._columns = torch.arange(self.max_blocks, device=device)
+        self._all_tables = tuple(self.block_tables)
+        self._all_lens = tuple(self.seq_lens)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that one row of ``tokens`` tokens takes with nothing evicted, over all layers and heads."""
+        return self.num_layers * self.num_kv_heads * -(-tokens // self.block_size)
+
+    def extend(self, num_tokens: int, *, q_lens: Tensor | None = None, rows: Rows = slice(None)) -> Tensor:
+        """Make room for ``num_tokens`` more tokens in every list of ``rows`` and count them in.
+
+        Args:
+            num_tokens: T, the tokens that each row gets.
+            q_lens: int32 ``[B']``, where rows get different numbers of tokens, each at most T.
+
+        Returns: int32 ``[B', T]``, the original positions of the tokens (those past ``q_lens`` mean nothing).
+
+        Raises :class:`OutOfBlocksError` when the pool is too small and ValueError when a list would grow beyond
+        ``max_tokens``, both before anything is changed.
+        """
+        index, numbers = self._resolve(rows)
+        checks.expect_at_least("num_tokens", num_tokens, 0)
+        lens = self.seq_lens[:, index]
+        held = self._held[:, index]
+        if q_lens is None:
+            new_lens = lens + num_tokens
+        else:
+            self._expect_per_row("q_lens", q_lens, len(numbers))
+            new_lens = lens + q_lens[:, None]
+        grow = ((new_lens + (self.block_size - 1)) // self.block_size - held).clamp_(min=0)
+        total = self._admit(numbers, num_tokens, new_lens, grow)
+        if total != 0:
+            self._take(index, held, grow, min(-(-num_tokens // self.block_size), self.max_blocks))
+        self.seq_lens[:, index] = new_lens
+        first = self.next_positions[index]
+        token_positions = first[:, None] + torch.arange(num_tokens, dtype=torch.int32, device=self.device)
+        self.next_positions[index] = first + (num_tokens if q_lens is None else q_lens)
+        bound = self._bound
+        for row in numbers:
+            bound.tokens[row] += num_tokens
+            bound.longest[row] += num_tokens
+        return token_positions
+
+    def append(
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        token_positions: Tensor,
+        *,
+        q_lens: Tensor | None = None,
+        rows: Rows = slice(None),
+    ) -> None:
+        """Write k ``[B', T, Hkv, D]`` and v ``[B', T, Hkv, Dv]`` of one layer into the room made by :meth:`extend`."""
+        tables, lens = self._layer(layer, rows)
+        torch.ops.kvops.paged_append.default(
+            k,
+            v,
+            self.k_cache,
+            self.v_cache,
+            tables,
+            lens,
+            q_lens=q_lens,
+            positions=self.positions,
+            token_positions=token_positions,
+            scores=self.scores,
+        )
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        q_lens: Tensor | None = None,
+        rows: Rows = slice(None),
+        query_positions: Tensor | None = None,
+        window_left: int = -1,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        scale: float | None = None,
+        accumulate: str | None = None,
+        decay: float = 1.0,
+    ) -> Tensor:
+        """Attention of q ``[B', T, Hq, D]``, the newest T tokens, over one layer's lists: out ``[B', T, Hq, Dv]``.
+
+        ``accumulate`` ("sum", "sumsq" or "max") folds the attention that each slot receives into ``scores``, after
+        multiplying them by ``decay``. A window is measured in original positions; ``query_positions`` int32
+        ``[B', T]`` are those that :meth:`extend` returned unless given.
+        """
+        tables, lens = self._layer(layer, rows)
+        windowed = window_left >= 0
+        if windowed and query_positions is None:
+            after = self.next_positions[self._resolve(rows)[0]]
+            new = q.shape[1] if q_lens is None else q_lens
+            query_positions = (after - new)[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=self.device)
+        out, _ = torch.ops.kvops.paged_attention.default(
+            q,
+            self.k_cache,
+            self.v_cache,
+            tables,
+            lens,
+            q_lens=q_lens,
+            window_left=window_left,
+            positions=self.positions if windowed else None,
+            query_positions=query_positions if windowed else None,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            scores=None if accumulate is None else self.scores,
+            score_reduce=accumulate or "sum",
+            score_decay=decay,
+        )
+        return out
+
+    def set_scores(self, layer: int, scores: Tensor, *, rows: Rows = slice(None)) -> None:
+        """Store float32 ``[B', Hkv, S]`` in list order as the scores of the first S slots of each list of a layer.
+
+        Entries past a list's length are ignored.
+        """
+        tables, lens = self._layer(layer, rows)
+        capacity = self.max_blocks * self.block_size
+        checks.expect_tensor("scores", scores)
+        checks.expect_shape("scores", scores, "[B', Hkv, S]", *lens.shape, None)
+        if scores.shape[-1] > capacity:
+            raise ValueError(f"scores: expected at most {capacity} slots (max_tokens), got {scores.shape[-1]}")
+        slot = torch.arange(scores.shape[-1], device=self.device)
+        block = tables[..., slot // self.block_size].long()
+        flat = torch.where(slot < lens[..., None], block, self.num_blocks) * self.block_size + slot % self.block_size
+        self._scores.view(-1).scatter_(0, flat.flatten(), scores.to(torch.float32).flatten())
+
+    def evict(
+        self,
+        budget: int | Sequence[int] | Tensor,
+        *,
+        rows: Rows = slice(None),
+        protect_first: int = 0,
+        protect_last: int = 0,
+        min_per_head: int = 0,
+        scope: str = "sequence",
+    ) -> None:
+        """Reduce each of ``rows`` to ``budget`` blocks over all its layers and heads, keeping the best by ``scores``.
+
+        What survives is in the order it had; the blocks given up are free at once. ``budget`` is one number or one for
+        each row (int32 ``[B']``); the other arguments are those of :func:`kvops.select_blocks`, with protection
+        measured in original positions. A row that holds less than its budget keeps everything.
+
+        Raises ValueError, before anything is changed, when protection and floor alone take more than the budget.
+        """
+        index, numbers = self._resolve(rows)
+        if isinstance(budget, Tensor):
+            self._expect_per_row("budget", budget, len(numbers))
+            budgets, known = budget, budget.tolist() if budget.device.type == "cpu" else None
+        else:
+            known = [budget] * len(numbers) if isinstance(budget, int) else list(budget)
+            if len(known) != len(numbers):
+                raise ValueError(f"budget: expected one number or {len(numbers)}, one for each row, got {len(known)}")
+            budgets = torch.tensor(known, dtype=torch.int32)
+        budgets = budgets.to(self.device)
+        for value in known or ():
+            checks.expect_at_least("budget", value, 0)
+        batch, lists = len(numbers), self.num_layers * self.num_kv_heads
+        tables = self.block_tables[:, index].transpose(0, 1).reshape(batch, lists, self.max_blocks)
+        lens = self.seq_lens[:, index].transpose(0, 1).reshape(batch, lists)
+        new_lens, keep = torch.ops.kvops.select_blocks.default(
+            self.scores,
+            tables,
+            lens,
+            budgets,
+            positions=self.positions,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            min_per_head=min_per_head,
+            scope=scope,
+        )
+        floor = max(protect_first + protect_last, min_per_head)
+        floors = [lists * -(-min(self._bound.longest[row], floor) // self.block_size) for row in numbers]
+        if known is None or any(least > most for least, most in zip(floors, known, strict=True)):
+            self._refuse_floor(new_lens, budgets)
+        torch.ops.kvops.compact.default(
+            self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores
+        )
+        lens = lens.view(batch, self.num_layers, self.num_kv_heads).transpose(0, 1)
+        self.seq_lens[:, index] = lens
+        self._give_back(index, (lens + (self.block_size - 1)) // self.block_size)
+        if known is not None:
+            for row, most in zip(numbers, known, strict=True):
+                blocks = min(self._bound.row_blocks(row), most)
+                self._bound.set_row(row, blocks, min(self._bound.longest[row], blocks * self.block_size))
+
+    def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
+        """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
+
+        Their blocks stay with the lists, for the next :meth:`extend`. Only tokens that came in after the last
+        :meth:`evict` can be taken back.
+        """
+        index, numbers = self._resolve(rows)
+        if isinstance(num_tokens, Tensor):
+            self._expect_per_row("num_tokens", num_tokens, len(numbers))
+            new_lens = self.seq_lens[:, index] - num_tokens[:, None]
+        else:
+            checks.expect_at_least("num_tokens", num_tokens, 0)
+            new_lens = self.seq_lens[:, index] - num_tokens
+        if (self._exact or checks.debug()) and new_lens.numel() and int(new_lens.amin()) < 0:
+            raise ValueError(
+                f"num_tokens: expected at most the length of the shortest list, got {-int(new_lens.amin())} more"
+            )
+        self.seq_lens[:, index] = new_lens.clamp_(min=0)
+        self.next_positions[index] = (self.next_positions[index] - num_tokens).clamp_(min=0)
+
+    def free(self, rows: Rows = slice(None)) -> None:
+        """Empty ``rows``: all their blocks go back to the pool, their lengths and positions to zero."""
+        index, numbers = self._resolve(rows)
+        self._give_back(index, torch.zeros_like(self._held[:, index]))
+        self.seq_lens[:, index] = 0
+        self.next_positions[index] = 0
+        for row in numbers:
+            self._bound.set_row(row, 0, 0)
+
+    def gather(self, layer: int, row: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises."""
+        length = int(self.seq_lens[layer, row, head])
+        blocks = self.block_tables[layer, row, head, : -(-length // self.block_size)].long()
+        k, v, positions = (side[blocks].flatten(0, 1)[:length] for side in (self.k_cache, self.v_cache, self.positions))
+        return k, v, positions
+
+    def stats(self) -> CacheStats:
+        """Blocks, bytes and lengths at this moment. Synchronises."""
+        slot = (self.k_cache.shape[-1] + self.v_cache.shape[-1]) * self.k_cache.element_size()
+        side = self.positions.element_size() + self.scores.element_size()
+        return CacheStats(
+            blocks_total=self.num_blocks,
+            blocks_in_use=self.num_blocks - int(self._free_count),
+            block_size=self.block_size,
+            bytes_per_block=self.block_size * slot,
+            side_bytes_per_block=self.block_size * side,
+            lengths=self.seq_lens.cpu().clone(),
+        )
+
+    def _resolve(self, rows: Rows) -> tuple[slice | Tensor, Sequence[int]]:
+        """``rows`` as an index for tensors (a slice where possible, which copies nothing) and as numbers."""
+        if isinstance(rows, slice):
+            covered = range(*rows.indices(self.max_batch))
+            if covered.step > 0:
+                return rows, covered
+            rows = covered
+        if isinstance(rows, Tensor):
+            rows = rows.tolist()
+        numbers = [rows] if isinstance(rows, int) else list(rows)
+        if len(set(numbers)) != len(numbers) or any(not 0 <= row < self.max_batch for row in numbers):
+            raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {numbers}")
+        if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            return slice(numbers[0], numbers[-1] + 1), numbers
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device), numbers
+
+    def _layer(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Block tables ``[B', Hkv, max_blocks]`` and lengths ``[B', Hkv]`` of one layer."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer: expected a number in 0..{self.num_layers - 1}, got {layer}")
+        if isinstance(rows, slice) and rows == slice(None):
+            return self._all_tables[layer], self._all_lens[layer]
+        index, _ = self._resolve(rows)
+        return self.block_tables[layer, index], self.seq_lens[layer, index]
+
+    def _expect_per_row(self, name: str, value: Tensor, batch: int) -> None:
+        checks.expect_tensor(name, value)
+        checks.expect_dtype(name, value, torch.int32)
+        checks.expect_shape(name, value, "[rows]", batch)
+
+    def _admit(self, numbers: Sequence[int], num_tokens: int, new_lens: Tensor, grow: Tensor) -> int | None:
+        """Refuse what does not fit. Returns the blocks needed, None where the host has no need to know."""
+        bound = self._bound
+        capacity = self.max_blocks * self.block_size
+        too_long = any(bound.longest[row] + num_tokens > capacity for row in numbers)
+        if too_long and new_lens.numel():
+            longest = int(new_lens.amax())
+            if longest > capacity:
+                raise ValueError(
+                    f"num_tokens: a list would hold {longest} tokens, more than the {capacity} of max_tokens: "
+                    "evict() first, or build the cache with a larger max_tokens"
+                )
+            for row, length in enumerate(self.seq_lens.amax((0, 2)).tolist()):
+                bound.longest[row] = length
+        if self._exact:
+            needed = int(grow.sum())
+            free = int(self._free_count) if needed else 0
+        elif bound.after(numbers, num_tokens) > self.num_blocks:
+            needed, free = torch.stack([grow.sum(), self._free_count]).tolist()
+            for row, blocks in enumerate(self._held.sum((0, 2)).tolist()):
+                bound.set_row(row, blocks, bound.longest[row])
+        else:
+            return None
+        if needed > free:
+            raise OutOfBlocksError(needed, free, self.num_blocks)
+        return needed
+
+    def _take(self, index: slice | Tensor, held: Tensor, grow: Tensor, width: int) -> None:
+        """Append ``grow`` blocks (at most ``width``) from the stack to each list of the rows."""
+        if width > 1 and not self._in_order:
+            self._sort_free()
+        last = grow.flatten().cumsum(0)
+        first = (last.view(grow.shape) - grow)[..., None]
+        # A window of columns inside the table that has room for `width` new blocks, wherever the list ends.
+        columns = held.long().clamp(max=self.max_blocks - width)[..., None] + self._columns[:width]
+        ordinal = columns - held[..., None]
+        new = (ordinal >= 0) & (ordinal < grow[..., None])
+        place = (self._free_count - 1 - first - ordinal).clamp_(0, self.num_blocks)
+        flat = self._list_numbers[:, index][..., None] * self.max_blocks + columns
+        tables = self.block_tables.view(-1)
+        tables[flat] = torch.where(new, self._free[place], tables[flat])
+        self._held[:, index] = held + grow
+        if last.numel():
+            self._free_count -= last[-1]
+
+    def _give_back(self, index: slice | Tensor, keep: Tensor) -> None:
+        """Push the blocks past the first ``keep`` of each list of the rows onto the stack."""
+        held = self._held[:, index]
+        given = (self._columns >= keep[..., None]) & (self._columns < held[..., None])
+        count = given.flatten().cumsum(0)
+        if not count.numel():
+            return
+        # The first block is pushed last, so that the next to come gets them in the order they had.
+        place = torch.where(given.flatten(), self._free_count + count[-1] - count, self.num_blocks)
+        self._free.scatter_(0, place, self.block_tables[:, index].flatten())
+        self._free_count += count[-1]
+        self._held[:, index] = keep
+        self._in_order = False
+
+    def _sort_free(self) -> None:
+        place = torch.arange(self.num_blocks + 1, device=self.device)
+        self._free = torch.where(place < self._free_count, self._free, -1).sort(descending=True).values
+        self._in_order = True
+
+    def _refuse_floor(self, new_lens: Tensor, budgets: Tensor) -> None:
+        blocks = ((new_lens + (self.block_size - 1)) // self.block_size).sum(1)
+        over = torch.stack([blocks, budgets.long()], 1).tolist()
+        for least, most in over:
+            if least > most:
+                raise ValueError(
+                    f"budget: protect_first, protect_last and min_per_head alone take {least} blocks of a row, "
+                    f"expected a budget of at least that, got {most}"
+                )
