@@ -1,0 +1,104 @@
+"""The command line: ``python -m kvops.autotune inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvops.autotune.gates import CaseResult, load_cases, run_cases
+from kvops.autotune.inspect import TARGETS
+
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def table(results: Sequence[CaseResult]) -> str:
+    """The compiled launches as text, one line for each different binary."""
+    from tabulate import tabulate
+
+    rows = {}
+    for result in results:
+        for launch in result.launches:
+            instructions = " ".join(f"{name} {count}" for name, count in launch.matrix_instructions.items())
+            rows[launch.target, result.case, launch.hash] = (
+                launch.target,
+                result.case,
+                launch.kernel,
+                launch.num_warps,
+                launch.num_stages,
+                launch.registers,
+                f"{launch.spill_stores}/{launch.spill_loads}" if launch.spills else "",
+                launch.shared_memory,
+                instructions,
+                launch.compile_seconds,
+            )
+    headers = ("target", "case", "kernel", "warps", "stages", "registers", "spills st/ld", "shared", "matrix", "s")
+    return tabulate([rows[key] for key in sorted(rows)], headers=headers, floatfmt=".1f")
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    targets = arguments.targets.split(",")
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        raise ValueError(f"--targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}")
+    count = sum(arguments.only in case.name for case in load_cases(arguments.cases)) * len(targets)
+    results = list(
+        tqdm(
+            run_cases(arguments.cases, targets, only=arguments.only, jobs=arguments.jobs),
+            total=count,
+            desc="compile",
+            disable=None,
+        )
+    )
+    results.sort(key=lambda result: (result.target, result.case))
+    print(table(results))
+    for result in results:
+        for problem in result.problems:
+            print(f"{result.target} {result.case}: {problem}")
+    if arguments.json:
+        rows = [
+            {
+                "case": result.case,
+                "target": result.target,
+                "problems": result.problems,
+                "launches": [launch.as_json() for launch in result.launches],
+            }
+            for result in results
+        ]
+        arguments.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    return 1 if any(result.problems for result in results) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvops.autotune", description="Kernel configurations of kvops.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "inspect",
+        help="compile kernels for GPUs, without one, and show registers, spills, shared memory and instructions",
+        description="Compile the cases of a Python file for each target, without a GPU, and show what the binaries "
+        "use. Exits with 1 when a launch exceeds a limit of its target.",
+    )
+    command.add_argument(
+        "--cases", type=Path, default=Path("tests/compile_cases.py"), help="file that defines CASES (%(default)s)"
+    )
+    command.add_argument(
+        "--targets", default=",".join(DEFAULT_TARGETS), help=f"among {','.join(TARGETS)} (%(default)s)"
+    )
+    command.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    command.add_argument("--jobs", type=int, help="processes (default: one for each core)")
+    command.add_argument("--json", type=Path, metavar="PATH", help="also write everything as JSON")
+    command.set_defaults(run=inspect)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"kvops.autotune: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

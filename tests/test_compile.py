@@ -1,0 +1,163 @@
+"""Every kernel compiles to a real binary for every supported GPU and keeps within its limits, with no GPU at hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compile_cases import CASES
+
+from kvops.autotune.gates import check_launches
+from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch
+
+pytestmark = pytest.mark.compile
+
+CASES_FILE = Path(__file__).parent / "compile_cases.py"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_100", "gfx942"])
+def test_all_launches_compile_within_the_limits_of(target, tmp_path):
+    assert CASES
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "kvops.autotune", "inspect", "--cases", str(CASES_FILE), "--jobs", "1"]
+    done = subprocess.run(
+        [*command, "--targets", target, "--json", str(report)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert report.exists(), done.stderr
+    rows = json.loads(report.read_text())
+    assert {row["case"] for row in rows} == {case.name for case in CASES}
+    problems = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
+    assert not problems, f"{target}\n" + "\n".join(problems)
+    assert done.returncode == 0, done.stderr
+
+
+def launch(**changes) -> CompiledLaunch:
+    facts = {
+        "kernel": "k",
+        "target": "sm_90",
+        "grid": (1,),
+        "constants": {},
+        "num_warps": 4,
+        "num_stages": 2,
+        "shared_memory": 1024,
+        "registers": 100,
+        "stack": 0,
+        "spill_stores": 0,
+        "spill_loads": 0,
+        "matrix_instructions": {"HGMMA": 4},
+        "dots_16bit": 1,
+        "compile_seconds": 1.0,
+        "hash": "0",
+    }
+    return CompiledLaunch(**(facts | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"spill_stores": 3, "spill_loads": 5}, "3 spill stores, 5 spill loads"),
+        ({"stack": 16}, "16 bytes of stack"),
+        ({"shared_memory": 232_449}, "232449 bytes of shared memory, sm_90 has 232448"),
+        ({"matrix_instructions": {}}, "no matrix instructions"),
+        ({"matrix_instructions": {}, "dots_16bit": 0}, "no matrix instructions"),
+        ({"kernel": "another"}, "k: never launched"),
+    ],
+)
+def test_a_launch_beyond_a_limit_is_refused(changes, problem):
+    case = CompileCase("case", lambda: None, matrix=("k",))
+    assert check_launches(case, "sm_90", [launch()]) == []
+    (found,) = check_launches(case, "sm_90", [launch(**changes)])
+    assert problem in found
+
+
+# A kernel with known properties: a product of 16-bit matrices that needs more registers the larger `ROWS` is.
+PROBE = """
+import torch, triton, triton.language as tl
+from kvops.autotune.inspect import CompileCase, compile_only
+
+@triton.jit
+def probe(x_ptr, y_ptr, stride, n, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    tile = tl.load(x_ptr + rows[:, None] * stride + rows[None, :])
+    acc = tl.zeros([ROWS, ROWS], tl.float32)
+    for _ in range(n):
+        acc = tl.dot(tile, tile, acc)
+        tile = acc.to(tile.dtype)
+    tl.store(y_ptr + rows[:, None] * stride + rows[None, :], acc)
+
+def call(rows, stride=256, num_warps=4):
+    x = torch.empty(256, 256, dtype=torch.float16)
+    probe[lambda meta: (meta["n"], meta["ROWS"])](x, x, stride, 3, ROWS=rows, num_warps=num_warps, num_stages=2)
+
+CASES = [
+    CompileCase("small", lambda: call(64), matrix=("probe",)),
+    CompileCase("spills", lambda: call(64, num_warps=1)),
+]
+"""
+
+
+def test_compile_only_reads_registers_spills_and_instructions_off_the_binary(tmp_path):
+    (tmp_path / "cases.py").write_text(PROBE)
+    command = [sys.executable, "-m", "kvops.autotune", "inspect", "--cases", "cases.py", "--json", "out.json"]
+    done = subprocess.run([*command, "--targets", "sm_90,gfx942"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr  # for the spills
+    rows = {(row["case"], row["target"]): row for row in json.loads((tmp_path / "out.json").read_text())}
+    small = rows["small", "sm_90"]
+    assert small["problems"] == []
+    (fact,) = small["launches"]
+    assert fact["grid"] == [3, 64]
+    assert fact["constants"] == {"ROWS": 64}
+    assert (fact["num_warps"], fact["num_stages"], fact["dots_16bit"]) == (4, 2, 1)
+    assert fact["matrix_instructions"]["HGMMA"] > 0
+    assert 16 < fact["registers"] < 255
+    assert fact["shared_memory"] >= 64 * 64 * 2
+    assert fact["spill_stores"] == fact["stack"] == 0
+    assert rows["small", "gfx942"]["launches"][0]["matrix_instructions"]["v_mfma"] > 0
+    spilled = rows["spills", "sm_90"]
+    assert spilled["launches"][0]["spill_stores"] > 0
+    assert "spill stores" in spilled["problems"][0]
+    assert "HGMMA" in done.stdout
+
+
+def test_compile_only_leaves_triton_as_it_was(tmp_path):
+    script = PROBE + (
+        "from triton.runtime import driver\n"
+        "from triton.runtime.jit import JITFunction\n"
+        "before = JITFunction.run, driver._active\n"
+        "try:\n"
+        "    with compile_only('sm_90') as launches:\n"
+        "        call(16)\n"
+        "        call(16)\n"
+        "        call(16, stride=255)\n"
+        "        raise KeyError\n"
+        "except KeyError:\n"
+        "    pass\n"
+        "assert (JITFunction.run, driver._active) == before\n"
+        "hashes = [launch.hash for launch in launches]\n"
+        "assert hashes[0] == hashes[1] != hashes[2], hashes\n"  # a stride of 255 is another specialisation
+    )
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
+
+
+def test_kernels_imported_for_the_interpreter_are_refused():
+    from kvops.autotune.inspect import compile_only
+    from kvops.kernels.device import current_device
+
+    if current_device().arch != "interpreter":
+        pytest.skip("the kernels of this process are compiled ones")
+    import triton.runtime.interpreter as interpreter
+
+    function = interpreter.InterpretedFunction(lambda x_ptr: None)
+    with compile_only("sm_90"), pytest.raises(RuntimeError, match="in a fresh process"):
+        function[(1,)](torch.empty(1))
+
+
+def test_an_unknown_target_is_refused():
+    from kvops.autotune.inspect import compile_only
+
+    with pytest.raises(ValueError, match=r"target: expected one of sm_80, .*got 'sm_75'"), compile_only("sm_75"):
+        pass
+    assert set(TARGETS) >= {"sm_80", "sm_90", "sm_100", "gfx942"}
