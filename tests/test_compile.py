@@ -93,7 +93,7 @@ def call(rows, stride=256, **options):
 
 CASES = [
     CompileCase("small", lambda: call(64), matrix=("probe",)),
-    CompileCase("spills", lambda: call(64, maxnreg=40)),
+    CompileCase("spills", lambda: call(128, maxnreg=128)),
 ]
 """
 
