@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 import kvops
+from kvops.environment import what_runs
 from kvops.models.evaluate import agreement, forced_logits, perplexity
 from kvops.models.generate import Compression, Generation, generate, new_cache, prefill
 from kvops.models.llama import Llama
@@ -60,13 +60,6 @@ def document_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
 
     tokens = tokenizer.encode(topics["debugger"] + topics["types"], parse_special=False)
     return tokens[:count]
-
-
-def what_runs(device: torch.device) -> str:
-    """The one line that says what served the operators."""
-    names = {"eager": "eager PyTorch", "triton": "Triton kernels", "triton-interpreter": "Triton's interpreter"}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{names[kvops.backend(device)]} on {name} (torch {torch.__version__}, {platform.machine()})"
 
 
 def run(
@@ -203,7 +196,6 @@ def _write_json(
         "what": "python -m kvops " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "ran": what_runs(device),
-        "processor": _processor(),
         "kvops": kvops.__version__,
         "torch": torch.__version__,
         "model": model,
@@ -213,13 +205,6 @@ def _write_json(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _write_plot(path: Path, rows: Sequence[Row], lengths: dict[int, Tensor], model: str) -> None:

@@ -1,0 +1,181 @@
+"""kvops' generate beside transformers' generate: the same weights, threads and prompts, interleaved in one run.
+
+    python bench/generate_cpu.py --json bench/results/cpu/generate.json
+
+Two tasks: a question about a document (new words) and a request to repeat a passage of it (quoting, where prompt lookup
+helps). Every contender must emit the same greedy tokens, or the run fails. Times are medians over the rounds, the first
+token apart from the rest; the ratios, not the times, are what carries over to another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+import transformers
+from tabulate import tabulate
+from tqdm import tqdm
+
+import kvops
+from kvops.environment import processor
+from kvops.models.generate import stream
+from kvops.models.llama import Llama
+from kvops.models.loading import find_model, load
+
+PASSAGE = topics["context-managers"][:1200]
+DOCUMENT = topics["with"] + topics["try"]
+TASKS = {
+    "question": f"{DOCUMENT}\n\nWhat is the try statement good for? Explain it in your own words.",
+    "quoting": f"Repeat the following text word for word.\n\n{PASSAGE}\n\nRepeat the text above word for word.",
+}
+
+Timed = tuple[list[int], float, float]
+"""New tokens, seconds to the first of them, seconds for the others."""
+
+
+class _Clock(transformers.generation.streamers.BaseStreamer):
+    """Notes when transformers' generate hands over each piece; the first piece is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def with_transformers(model: transformers.PreTrainedModel, **options: object) -> Callable[[list[int], int], Timed]:
+    def run(prompt: list[int], new_tokens: int) -> Timed:
+        clock = _Clock()
+        ids = torch.tensor([prompt])
+        started = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=clock,
+            **options,
+        )
+        ended = time.perf_counter()
+        return out[0, len(prompt) :].tolist(), clock.times[1] - started, ended - clock.times[1]
+
+    return run
+
+
+def with_kvops(model: Llama, **options: object) -> Callable[[list[int], int], Timed]:
+    def run(prompt: list[int], new_tokens: int) -> Timed:
+        tokens: list[int] = []
+        started = time.perf_counter()
+        first = started
+        for (new,) in stream(model, [prompt], max_new_tokens=new_tokens, **options):
+            if not tokens:
+                first = time.perf_counter()
+            tokens += new
+        return tokens, first - started, time.perf_counter() - first
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    path = find_model()
+    loaded = load(path)
+    ours = Llama(loaded.config, loaded.weights)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    contenders = {
+        "transformers": with_transformers(theirs),
+        "transformers, prompt lookup": with_transformers(theirs, prompt_lookup_num_tokens=7, max_matching_ngram_size=4),
+        "kvops": with_kvops(ours),
+        "kvops, prompt lookup": with_kvops(ours, draft="prompt_lookup"),
+    }
+    rows = []
+    for task, question in TASKS.items():
+        text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": question}])
+        prompt = loaded.tokenizer.encode(text)
+        times: dict[str, list[Timed]] = {name: [] for name in contenders}
+        for turn in tqdm(range(arguments.rounds + 1), desc=task, unit="round", disable=None):
+            for name, run in contenders.items():
+                timed = run(prompt, arguments.new_tokens)
+                if turn:  # the first round warms up
+                    times[name].append(timed)
+        answers = {name: runs[0][0] for name, runs in times.items()}
+        different = [name for name in answers if answers[name] != answers["transformers"]]
+        if different:
+            raise SystemExit(f"{task}: expected the tokens of transformers from everyone, but not so: {different}")
+        base = statistics.median(rest for _, _, rest in times["transformers"])
+        for name, runs in times.items():
+            rest = statistics.median(rest for _, _, rest in runs)
+            total = statistics.median(first + rest for _, first, rest in runs)
+            rows.append(
+                {
+                    "task": task,
+                    "contender": name,
+                    "prompt_tokens": len(prompt),
+                    "new_tokens": arguments.new_tokens,
+                    "first_token_seconds": statistics.median(first for _, first, _ in runs),
+                    "total_seconds": total,
+                    "decode_tokens_per_second": (arguments.new_tokens - 1) / rest,
+                    "decode_speed_ratio": base / rest,
+                    "total_speed_ratio": statistics.median(f + r for _, f, r in times["transformers"]) / total,
+                }
+            )
+    print(
+        tabulate(
+            [
+                [
+                    row["task"],
+                    row["contender"],
+                    row["prompt_tokens"],
+                    f"{row['first_token_seconds']:.2f}",
+                    f"{row['decode_tokens_per_second']:.1f}",
+                    f"{row['decode_speed_ratio']:.2f}",
+                    f"{row['total_speed_ratio']:.2f}",
+                ]
+                for row in rows
+            ],
+            headers=["task", "contender", "prompt", "first token s", "decode tokens/s", "decode ratio", "total ratio"],
+            disable_numparse=True,
+            colalign=("left", "left", "right", "right", "right", "right", "right"),
+        )
+    )
+    setting = {
+        "processor": processor(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kvops": kvops.__version__,
+        "model": loaded.name,
+        "dtype": "float32",
+        "rounds": arguments.rounds,
+        "date": datetime.date.today().isoformat(),
+    }
+    print("\n" + ", ".join(f"{name} {value}" for name, value in setting.items()))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

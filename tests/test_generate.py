@@ -1,0 +1,305 @@
+"""The reference model and its generation: logits, greedy tokens, drafts, compression, batches."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import kvops
+from kvops.models.config import Llama3RopeScaling, LlamaConfig
+from kvops.models.evaluate import forced_logits
+from kvops.models.generate import Compression, GenerationStats, decode, generate, new_cache, prefill, stream
+from kvops.models.llama import Llama, rope_frequencies
+from kvops.policies import POLICIES, SnapKV
+
+TINY = LlamaConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    max_positions=512,
+    tie_embeddings=False,
+    sliding_window=None,
+    attention_bias=False,
+)
+
+
+def tiny_model(**changes) -> Llama:
+    """A random model whose logits are far enough apart for greedy decoding to be stable."""
+    config = dataclasses.replace(TINY, **changes)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "lm_head.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}."
+        for name, count in heads.items():
+            weights[f"{layer}self_attn.{name}_proj.weight"] = (count * config.head_dim, config.hidden_size)
+            weights[f"{layer}self_attn.{name}_proj.bias"] = (count * config.head_dim,)
+        weights[f"{layer}self_attn.o_proj.weight"] = (config.hidden_size, config.num_heads * config.head_dim)
+        for name in ("gate", "up"):
+            weights[f"{layer}mlp.{name}_proj.weight"] = (config.intermediate_size, config.hidden_size)
+        weights[f"{layer}mlp.down_proj.weight"] = (config.hidden_size, config.intermediate_size)
+        weights[f"{layer}input_layernorm.weight"] = (config.hidden_size,)
+        weights[f"{layer}post_attention_layernorm.weight"] = (config.hidden_size,)
+    return Llama(config, {name: torch.randn(size, generator=generator) * 0.5 for name, size in weights.items()})
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, TINY.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def reference_logits(model: Llama, tokens: list[int]) -> torch.Tensor:
+    """All logits of a sequence in one dense pass without any cache, float32 [S, V]."""
+    window = model.config.sliding_window
+    ids = torch.tensor([tokens])
+
+    def attend(layer, q, k, v):
+        left = -1 if window is None else window - 1
+        return kvops.flash_attention(q, k, v, causal=True, window_left=left)[0]
+
+    with torch.no_grad():
+        return model.logits(model(ids, torch.arange(len(tokens))[None], attend))[0]
+
+
+def greedy_reference(model: Llama, prompt: list[int], new_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        tokens.append(int(reference_logits(model, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_greedy_tokens_are_those_of_dense_passes_for_every_prompt_of_a_ragged_batch(window):
+    model = tiny_model(sliding_window=window)
+    prompts = prompts_of(1, 40, 17, 33)
+    expected = [greedy_reference(model, prompt, 24) for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=24).tokens == expected
+    assert generate(model, prompts[1:2], max_new_tokens=24).tokens == expected[1:2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafts_do_not_change_greedy_tokens_and_are_accepted_when_the_text_repeats(temperature):
+    model = tiny_model()
+    phrase = prompts_of(12)[0]
+    prompts = [phrase * 4, prompts_of(30)[0], phrase * 2]
+    plain = generate(model, prompts, max_new_tokens=40)
+    drafted = generate(model, prompts, max_new_tokens=40, draft="prompt_lookup", min_ngram=1)
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats.accepted > 0
+    assert drafted.stats.steps < plain.stats.steps
+    sampled = generate(model, prompts, max_new_tokens=40, draft="prompt_lookup", min_ngram=1, temperature=temperature)
+    assert [len(tokens) for tokens in sampled.tokens] == [40, 40, 40]
+
+
+def test_a_sampled_prompt_does_not_depend_on_its_batch():
+    model = tiny_model()
+    prompts = prompts_of(20, 7, 13)
+    together = generate(model, prompts, max_new_tokens=16, temperature=[0.8, 1.3, 0.0], seed=[5, 6, 7]).tokens
+    alone = [
+        generate(model, [prompt], max_new_tokens=16, temperature=heat, seed=seed).tokens[0]
+        for prompt, heat, seed in zip(prompts, (0.8, 1.3, 0.0), (5, 6, 7), strict=True)
+    ]
+    assert together == alone
+    assert together[0] != generate(model, prompts[:1], max_new_tokens=16, temperature=0.8, seed=50).tokens[0]
+
+
+def test_kernels_and_eager_generate_the_same_tokens(monkeypatch):
+    model = tiny_model(sliding_window=11)
+    prompts = prompts_of(19, 6)
+    options = {
+        "max_new_tokens": 6,
+        "compression": Compression(ratio=1.5, protect_first=2, protect_last=6, every=4),
+        "draft": "prompt_lookup",
+        "num_draft": 3,
+        "min_ngram": 1,
+    }
+    eager = generate(model, prompts, **options)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kvops.backend() == "triton-interpreter"
+    assert generate(model, prompts, **options).tokens == eager.tokens
+
+
+def test_generation_ends_behind_a_stop_token_and_gives_its_blocks_back():
+    model = tiny_model()
+    prompts = prompts_of(9, 21)
+    tokens = generate(model, prompts, max_new_tokens=12).tokens
+    stop = tokens[0][4]
+    cache = new_cache(model, max_batch=2, max_tokens=64)
+    stopped = generate(model, prompts, max_new_tokens=12, stop_tokens=[stop], cache=cache).tokens
+    assert stopped[0] == tokens[0][: tokens[0].index(stop) + 1]
+    expected = tokens[1][: tokens[1].index(stop) + 1] if stop in tokens[1] else tokens[1]
+    assert stopped[1] == expected
+    assert cache.stats().blocks_in_use == 0
+
+
+def test_statistics_add_up():
+    model = tiny_model()
+    prompts = [prompts_of(12)[0] * 3, prompts_of(10)[0]]
+    stats = GenerationStats()
+    emitted = [0, 0]
+    for new in stream(model, prompts, max_new_tokens=20, draft="prompt_lookup", min_ngram=1, stats=stats):
+        emitted = [count + len(tokens) for count, tokens in zip(emitted, new, strict=True)]
+    assert emitted == [20, 20]
+    assert (stats.prompt_tokens, stats.new_tokens, stats.decoded_tokens) == (46, 40, 38)
+    assert stats.decoded_tokens == stats.accepted + stats.sequence_steps
+    assert 0 < stats.accepted <= stats.drafted
+    assert stats.first_token_seconds > 0
+    assert stats.decode_seconds > 0
+    assert stats.tokens_per_second == pytest.approx(38 / stats.decode_seconds)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("scope", ["head", "sequence"])
+def test_compression_keeps_the_cache_within_its_budget(name, scope):
+    model = tiny_model()
+    cache = new_cache(model, max_batch=1, max_tokens=200)
+    policy = POLICIES[name](scope=scope)
+    compression = Compression(ratio=3, policy=policy, protect_first=2, protect_last=10)
+    prompt = prompts_of(160)[0]
+    with torch.no_grad():
+        prefill(model, cache, torch.tensor([prompt]), 0, policy)
+        assert cache.stats().blocks_in_use == cache.blocks_for(160)
+        compression.apply(cache, [160])
+    held = cache.stats()
+    assert held.blocks_in_use <= cache.blocks_for(160) / 3
+    assert held.slots_in_use <= held.blocks_in_use * cache.block_size
+    for layer in range(2):
+        for head in range(2):
+            positions = cache.gather(layer, 0, head)[2].tolist()
+            assert positions == sorted(set(positions))
+            assert set(range(2)) | set(range(150, 160)) <= set(positions)
+
+
+def test_freed_blocks_let_a_second_sequence_in_that_did_not_fit_before():
+    model = tiny_model()
+    cache = new_cache(model, max_batch=2, max_tokens=160)
+    small = kvops.PagedKVCache(
+        num_layers=2, num_kv_heads=2, head_dim=8, num_blocks=cache.blocks_for(160) + 8, max_batch=2, max_tokens=176
+    )
+    prompts = prompts_of(160, 100)
+    with pytest.raises(kvops.OutOfBlocksError, match="free"):
+        generate(model, prompts, max_new_tokens=4, cache=small)
+    small.free()
+    compression = Compression(ratio=4, protect_first=1, protect_last=8)
+    result = generate(model, prompts, max_new_tokens=4, cache=small, compression=compression)
+    assert [len(tokens) for tokens in result.tokens] == [4, 4]
+
+
+def test_continual_compression_bounds_the_cache_while_decoding():
+    model = tiny_model()
+    cache = new_cache(model, max_batch=1, max_tokens=420)
+    compression = Compression(ratio=4, protect_first=2, protect_last=16, every=16)
+    held = []
+    for _ in stream(model, prompts_of(64), max_new_tokens=320, cache=cache, compression=compression):
+        held.append(int(cache.seq_lens.max()))
+    once = Compression(ratio=4, protect_first=2, protect_last=16)
+    grown = generate(model, prompts_of(64), max_new_tokens=320, compression=once).stats
+    assert grown.blocks_in_use > cache.blocks_for(320) * 0.8
+    assert max(held) < 320
+    final = generate(model, prompts_of(64), max_new_tokens=320, compression=compression).stats
+    # to the ratio at the last eviction, and at most `every` tokens in each list since
+    assert final.blocks_in_use <= cache.blocks_for(384) / 4 + 2 * cache.blocks_for(16)
+
+
+def test_forced_logits_are_those_of_a_dense_pass():
+    model = tiny_model(rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 64))
+    tokens = prompts_of(150)[0]
+    exact = reference_logits(model, tokens)
+    cache = new_cache(model, max_batch=1, max_tokens=200)
+    with torch.no_grad():
+        hidden = prefill(model, cache, torch.tensor([tokens[:90]]), 0)
+    logits = forced_logits(model, cache, hidden[:, -1:], torch.tensor(tokens[90:]), chunk=16)
+    torch.testing.assert_close(logits, exact[89:-1], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_past_their_query_length_change_nothing():
+    model = tiny_model()
+    prompts = prompts_of(30, 20)
+    with torch.no_grad():
+        cache = new_cache(model, max_batch=2, max_tokens=64)
+        for row, prompt in enumerate(prompts):
+            prefill(model, cache, torch.tensor([prompt]), row)
+        before = cache.gather(1, 1, 0)[0].clone()
+        decode(model, cache, torch.tensor([[3, 4], [5, 6]]), q_lens=torch.tensor([2, 0], dtype=torch.int32))
+    assert cache.next_positions.tolist() == [32, 20]
+    assert torch.equal(cache.gather(1, 1, 0)[0], before)
+
+
+def test_rope_frequencies_of_llama_3_scaling_match_transformers():
+    from transformers import LlamaConfig as HfConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](
+        HfConfig(hidden_size=4096, num_attention_heads=32, max_position_embeddings=131072, rope_parameters=parameters)
+    )
+    ours = rope_frequencies(
+        dataclasses.replace(
+            TINY, head_dim=128, rope_theta=500000.0, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192)
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "prompts: expected at least one"),
+        ({"prompts": [[1], []]}, "prompts: expected at least one prompt, each"),
+        ({"prompts": [[1] * 500]}, "prompts: expected prompt and new tokens within the model's 512"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"draft": "magic"}, "draft: expected None or 'prompt_lookup', got 'magic'"),
+        ({"temperature": [0.1, 0.2]}, "temperature: expected one number or 1"),
+        ({"seed": [1, 2]}, "seed: expected one number or 1"),
+    ],
+)
+def test_generate_refuses_bad_arguments_by_name(change, message):
+    options = {"prompts": [[1, 2, 3]], "max_new_tokens": 16} | change
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model(), options.pop("prompts"), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 0.5}, "ratio: expected at least 1"),
+        ({"protect_first": -1}, "protect_first: expected at least 0"),
+        ({"protect_last": -1}, "protect_last: expected at least 0"),
+        ({"every": -1}, "every: expected at least 0"),
+    ],
+)
+def test_compression_refuses_bad_arguments_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        Compression(**change)
+
+
+def test_snapkv_refuses_an_even_pooling_window():
+    with pytest.raises(ValueError, match="pool: expected an odd positive number, got 4"):
+        SnapKV(pool=4)
+
+
+def test_a_missing_or_misshapen_weight_is_named():
+    weights = {"model.embed_tokens.weight": torch.zeros(TINY.vocab_size, TINY.hidden_size)}
+    with pytest.raises(ValueError, match=r"weights: expected 'model\.layers\.0\.self_attn\.q_proj\.weight'"):
+        Llama(TINY, weights)
+    weights["model.embed_tokens.weight"] = torch.zeros(3, TINY.hidden_size)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight to have shape \[97, 48\], got \[3, 48\]"):
+        Llama(TINY, weights)
