@@ -122,6 +122,29 @@ class LlamaConfig:
             attention_bias=is_qwen2,
         )
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the model under Hugging Face's name, with its shape."""
+        hidden, queries, keys = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            for name, width in (("q", queries), ("k", keys), ("v", keys)):
+                shapes[f"{prefix}self_attn.{name}_proj.weight"] = (width, hidden)
+                if self.attention_bias:
+                    shapes[f"{prefix}self_attn.{name}_proj.bias"] = (width,)
+            shapes |= {
+                f"{prefix}self_attn.o_proj.weight": (hidden, queries),
+                f"{prefix}mlp.gate_proj.weight": (self.intermediate_size, hidden),
+                f"{prefix}mlp.up_proj.weight": (self.intermediate_size, hidden),
+                f"{prefix}mlp.down_proj.weight": (hidden, self.intermediate_size),
+                f"{prefix}input_layernorm.weight": (hidden,),
+                f"{prefix}post_attention_layernorm.weight": (hidden,),
+            }
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
 
 def _expect_positive(config: object, *names: str) -> None:
     for name in names:

