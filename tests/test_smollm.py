@@ -1,0 +1,122 @@
+"""The real model: SmolLM2-135M-Instruct from its GGUF, beside transformers with the same file."""
+
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from kvops.models.evaluate import agreement, forced_logits
+from kvops.models.generate import Compression, generate, new_cache, prefill
+from kvops.models.llama import Llama
+from kvops.models.loading import find_model, load
+from kvops.ops.attention import flash_attention
+
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("model")]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(loaded) -> Llama:
+    return Llama(loaded.config, loaded.weights)
+
+
+@pytest.fixture(scope="module")
+def transformers_model():
+    from transformers import AutoModelForCausalLM
+
+    path = find_model()
+    theirs = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    return theirs.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded) -> list[list[int]]:
+    """Four chats of different lengths; the last asks for a quotation."""
+    passage = topics["context-managers"]
+    questions = [
+        "What is the capital of France?",
+        f"{topics['lambda']}\n\nWhat does the text above describe?",
+        f"{passage[:600]}\n\nSummarise the text above in one sentence.",
+        f"Repeat the following text word for word.\n\n{passage[:900]}\n\nRepeat the text above word for word.",
+    ]
+    tokenizer = loaded.tokenizer
+    return [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}])) for text in questions]
+
+
+@pytest.fixture(scope="module")
+def greedy(transformers_model, prompts) -> list[list[int]]:
+    """64 greedy tokens of transformers for each prompt alone."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = transformers_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+def test_logits_agree_with_transformers_over_512_tokens(model, transformers_model, loaded):
+    tokens = torch.tensor([loaded.tokenizer.encode(topics["types"])[:512]])
+    assert tokens.shape[1] == 512
+
+    def attend(layer, q, k, v):
+        return flash_attention(q, k, v, causal=True)[0]
+
+    with torch.no_grad():
+        ours = model.logits(model(tokens, torch.arange(512)[None], attend))
+        theirs = transformers_model(tokens).logits
+    assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_logits_over_the_paged_cache_agree_with_transformers(model, transformers_model, loaded):
+    tokens = torch.tensor(loaded.tokenizer.encode(topics["types"])[:256])
+    with torch.no_grad():
+        theirs = transformers_model(tokens[None]).logits[0]
+        cache = new_cache(model, max_batch=1, max_tokens=256)
+        hidden = prefill(model, cache, tokens[None, :100], 0)
+    ours = forced_logits(model, cache, hidden[:, -1:], tokens[100:], chunk=48)
+    assert (ours - theirs[99:-1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("draft", [None, "prompt_lookup"])
+def test_64_greedy_tokens_are_those_of_transformers_alone_and_in_a_ragged_batch(model, prompts, greedy, draft):
+    together = generate(model, prompts, max_new_tokens=64, draft=draft)
+    assert together.tokens == greedy
+    alone = [generate(model, [prompt], max_new_tokens=64, draft=draft) for prompt in prompts[1:]]
+    assert [answer.tokens[0] for answer in alone] == greedy[1:]
+    if draft:
+        assert alone[-1].stats.accepted_per_step > 1  # a quotation is looked up
+
+
+def test_drafts_do_not_change_what_a_compressed_cache_says(model, prompts):
+    compression = Compression(ratio=2, protect_last=16)
+    plain = generate(model, prompts[1:], max_new_tokens=48, compression=compression)
+    drafted = generate(model, prompts[1:], max_new_tokens=48, compression=compression, draft="prompt_lookup")
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats.steps < plain.stats.steps
+
+
+def test_compression_keeps_most_of_what_the_full_cache_says(model, loaded):
+    """Half of the blocks gone, and the model still agrees with itself; random eviction would not do."""
+    tokens = loaded.tokenizer.encode(topics["try"])[:700]
+    prompt, rest = tokens[:600], torch.tensor(tokens[600:])
+    cache = new_cache(model, max_batch=1, max_tokens=720)
+    compression = Compression(ratio=2)
+    with torch.no_grad():
+        hidden = prefill(model, cache, torch.tensor([prompt]), 0, compression.policy)[:, -1:]
+        full_cache = new_cache(model, max_batch=1, max_tokens=720)
+        prefill(model, full_cache, torch.tensor([prompt]), 0)
+        compression.apply(cache, [600])
+    assert cache.stats().blocks_in_use <= cache.blocks_for(600) / 2
+    lengths = cache.seq_lens[:, 0]
+    assert lengths.min() < lengths.max()  # heads are compressed at their own rates
+    full = forced_logits(model, full_cache, hidden, rest).argmax(-1)
+    kept = forced_logits(model, cache, hidden, rest)
+    assert agreement(kept, full) > 0.8
