@@ -27,7 +27,7 @@ import kvops
 from kvops.environment import processor
 from kvops.models.generate import stream
 from kvops.models.llama import Llama
-from kvops.models.loading import find_model, load
+from kvops.models.loading import find_default_model, load
 
 PASSAGE = topics["context-managers"][:1200]
 DOCUMENT = topics["with"] + topics["try"]
@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    path = find_model()
+    path = find_default_model()
     loaded = load(path)
     ours = Llama(loaded.config, loaded.weights)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

@@ -21,3 +21,104 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_rows(ptr, rows, stride_row, num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr):
+    """The tile [len(rows), PADDED] at ``ptr``; columns from WIDTH on and, where BOUNDED, rows from num_rows on are 0."""
+    columns = tl.arange(0, PADDED)
+    pointers = ptr + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
+    if BOUNDED and WIDTH != PADDED:
+        return tl.load(pointers, mask=(rows < num_rows)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    if BOUNDED:
+        return tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
+    if WIDTH != PADDED:
+        return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride_row, num_rows, tile, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Store the first WIDTH columns of ``tile`` [len(rows), PADDED] in the rows below num_rows."""
+    columns = tl.arange(0, PADDED)
+    pointers = ptr + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 precision: a series near 0, where the quotient of exponentials cancels."""
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    large = (1.0 - t) / (1.0 + t)
+    x2 = x * x
+    small = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.15, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def log2_scores(dots, distance, scale, softcap, slope, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
+    """Scores times log2(e) from raw dot products, ready for exp2: scale, softcap, ALiBi bias -slope * |distance|.
+
+    Also the derivative of the softcap (1 where there is none), which backward multiplies into dS.
+    """
+    slope_of_cap = 1.0
+    if HAS_SOFTCAP:
+        t = tanh(dots * (scale / softcap))
+        slope_of_cap = 1.0 - t * t
+        scores = t * (softcap * LOG2_E)
+    else:
+        scores = dots * (scale * LOG2_E)
+    if HAS_ALIBI:
+        scores -= (slope * LOG2_E) * tl.abs(distance).to(tl.float32)
+    return scores, slope_of_cap
+
+
+@triton.jit
+def in_window(distance, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Whether a query sees a key ``distance`` positions before it (negative: after it)."""
+    seen = distance == distance
+    if HAS_LEFT:
+        seen &= distance <= left
+    if HAS_RIGHT:
+        seen &= distance >= -right
+    return seen
+
+
+@triton.jit
+def window_blocks(
+    first, last, before, after, length, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The blocks of [0, length) that the positions first..last see, each p seeing [p - before, p + after].
+
+    Returns start, full_start, full_end, end: blocks between full_start and full_end are seen whole by every position
+    and need no mask, those from start to full_start and from full_end to end do. All but ``end`` are multiples of BLOCK.
+    """
+    start = 0
+    end = length
+    full_start = 0
+    full_end = length // BLOCK * BLOCK
+    if HAS_AFTER:
+        end = tl.maximum(0, tl.minimum(length, last + after + 1))
+        full_end = tl.maximum(0, tl.minimum(full_end, (first + after + 1) // BLOCK * BLOCK))
+    if HAS_BEFORE:
+        start = tl.maximum(0, first - before) // BLOCK * BLOCK
+        full_start = tl.maximum(0, last - before + BLOCK - 1) // BLOCK * BLOCK
+        full_start = tl.minimum(full_start, tl.cdiv(end, BLOCK) * BLOCK)
+    full_start = tl.maximum(start, full_start)
+    full_end = tl.maximum(full_start, full_end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def online_softmax_step(scores, m, l):
+    """Fold the log2 scores [rows, keys] into the running maximum m and sum l of each row.
+
+    Returns p, the factor that rescales what was accumulated before, and the new m and l. A row that has seen nothing
+    keeps m = -inf, l = 0 and p = 0.
+    """
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(scores - shift[:, None])
+    rescale = tl.exp2(m - shift)
+    return p, rescale, m_new, l * rescale + tl.sum(p, 1)

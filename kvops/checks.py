@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -87,3 +88,17 @@ def expect_at_least(name: str, value: float, minimum: float) -> None:
 def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether the tensor holds numbers to look at: not so while torch.compile or make_fx trace it."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
+def expect_data(name: str, expected: str, correct: Tensor) -> None:
+    """``correct`` is a bool tensor over the items checked; synchronises, so only under :func:`debug`."""
+    wrong = (~correct).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"{name}: expected {expected}, got {len(wrong)} that are not, the first at {wrong[0].tolist()}"
+        )

@@ -8,7 +8,7 @@ import torch
 from kvops.models.evaluate import agreement, forced_logits
 from kvops.models.generate import Compression, generate, new_cache, prefill
 from kvops.models.llama import Llama
-from kvops.models.loading import find_model, load
+from kvops.models.loading import find_default_model, load
 from kvops.ops.attention import flash_attention
 
 pytestmark = [pytest.mark.model, pytest.mark.xdist_group("model")]
@@ -28,7 +28,7 @@ def model(loaded) -> Llama:
 def transformers_model():
     from transformers import AutoModelForCausalLM
 
-    path = find_model()
+    path = find_default_model()
     theirs = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     theirs.generation_config.eos_token_id = None
     theirs.generation_config.pad_token_id = 0
