@@ -6,6 +6,7 @@ Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Tr
 from importlib.metadata import PackageNotFoundError, version
 
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
+from kvops.ops.eviction import compact, select_blocks
 from kvops.ops.registry import backend
 
 try:
@@ -13,4 +14,4 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache", "__version__", "backend"]
+__all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache", "__version__", "backend", "compact", "select_blocks"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvops import checks
+from kvops.ops.eviction import compact, select_blocks
 
 Rows = slice | int | Sequence[int] | Tensor
 
@@ -363,7 +364,7 @@ class PagedKVCache:
         batch, lists = len(numbers), self.num_layers * self.num_kv_heads
         tables = self.block_tables[:, index].transpose(0, 1).reshape(batch, lists, self.max_blocks)
         lens = self.seq_lens[:, index].transpose(0, 1).reshape(batch, lists)
-        new_lens, keep = torch.ops.kvops.select_blocks.default(
+        new_lens, keep = select_blocks(
             self.scores,
             tables,
             lens,
@@ -378,9 +379,7 @@ class PagedKVCache:
         floors = [lists * -(-min(self._bound.longest[row], floor) // self.block_size) for row in numbers]
         if known is None or any(least > most for least, most in zip(floors, known, strict=True)):
             self._refuse_floor(new_lens, budgets)
-        torch.ops.kvops.compact.default(
-            self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores
-        )
+        compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
         lens = lens.view(batch, self.num_layers, self.num_kv_heads).transpose(0, 1)
         self.seq_lens[:, index] = lens
         self._give_back(index, (lens + (self.block_size - 1)) // self.block_size)
