@@ -6,4 +6,112 @@ choice costs a dictionary look-up and is the same on every rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass  # noqa: F401
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Draft verification: how much of a row of logits a program reads.
+
+    Attributes:
+        block: vocabulary entries to a program of the softmax statistics, a power of two.
+        race_block: vocabulary entries to a program of the resampling, a power of two from 1024 on.
+        num_warps: of both.
+    """
+
+    block: int
+    race_block: int
+    num_warps: int
+
+
+def verify_config(vocab: int, itemsize: int, arch: str) -> VerifyConfig:
+    """Chosen from the vocabulary alone, never the batch: a row's sum is rounded the same whatever it is batched with.
+
+    One tile a program, 16 bytes and more to a thread in flight: 4096 entries over 8 warps.
+    """
+    block = min(4096, max(64, 1 << (vocab - 1).bit_length()))
+    return VerifyConfig(block, race_block=min(4096, max(1024, block)), num_warps=8 if block == 4096 else 4)
+
+
+@dataclass(frozen=True)
+class LookupConfig:
+    """Prompt lookup: ``block`` positions of the text to a program."""
+
+    block: int
+    num_warps: int
+
+
+def lookup_config(length: int, arch: str) -> LookupConfig:
+    block = min(2048, max(16, 1 << (length - 1).bit_length()))
+    return LookupConfig(block, num_warps=4)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The tile of a dense attention kernel: BLOCK_M queries against BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _clip_tile(config: AttentionConfig, num_queries: int) -> AttentionConfig:
+    """A tile of no more queries than there are (at least 16: the smallest matrix product)."""
+    block_m = config.block_m
+    while block_m > 16 and block_m // 2 >= num_queries:
+        block_m //= 2
+    if block_m == config.block_m:
+        return config
+    return replace(config, block_m=block_m, num_warps=min(4, config.num_warps))
+
+
+def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
+    """``head_dim`` is the larger of the padded head sizes of queries and values, ``itemsize`` the bytes of an element."""
+    if arch == "interpreter":
+        config = AttentionConfig(32, 32, 4, 1)
+    elif itemsize == 4:
+        # float32 products run on the ordinary units: the tile is what registers hold.
+        config = AttentionConfig(64, 32, 8, 1) if head_dim <= 128 else AttentionConfig(32, 32, 8, 1)
+    elif head_dim <= 64:
+        config = AttentionConfig(128, 64, 4, 3 if arch.startswith("sm_") else 1)
+    elif head_dim <= 128:
+        config = AttentionConfig(128, 128, 8, 2) if arch == "sm_90" else AttentionConfig(128, 64, 8, 2)
+    elif head_dim <= 256:
+        config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
+    else:
+        config = AttentionConfig(64, 32, 8, 1)
+    return _clip_tile(config, num_queries)
+
+
+def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:
+    """For the gradients of K and V: a program owns BLOCK_N keys and walks the queries."""
+    if arch == "interpreter":
+        return AttentionConfig(32, 32, 4, 1)
+    if itemsize == 4:
+        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 32, 8, 1)
+    if head_dim <= 128:
+        return AttentionConfig(64, 128, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(32, 64, 8, 1)
+    return AttentionConfig(32, 64, 8, 1)
+
+
+def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
+    """For the gradient of Q: a program owns BLOCK_M queries and walks the keys."""
+    if arch == "interpreter":
+        config = AttentionConfig(32, 32, 4, 1)
+    elif itemsize == 4:
+        config = AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(32, 16, 8, 1)
+    elif head_dim <= 128:
+        config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
+    else:
+        config = AttentionConfig(64, 32, 8, 1)
+    return _clip_tile(config, num_queries)
+
+
+def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:
+    """A program owns BLOCK_N keys and walks the queries; one matrix product a tile, so there is room for large ones."""
+    if arch == "interpreter":
+        return AttentionConfig(32, 32, 4, 1)
+    if itemsize == 4:
+        return AttentionConfig(32, 64, 8, 1)
+    return AttentionConfig(64, 128, 8, 2) if head_dim <= 128 else AttentionConfig(64, 64, 8, 1)

@@ -25,7 +25,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def load_rows(ptr, rows, stride_row, num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr):
-    """The tile [len(rows), PADDED] at ``ptr``; columns from WIDTH on and, where BOUNDED, rows from num_rows on are 0."""
+    """The tile [len(rows), PADDED] at ``ptr``; columns past WIDTH and, where BOUNDED, rows past num_rows read as 0."""
     columns = tl.arange(0, PADDED)
     pointers = ptr + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
     if BOUNDED and WIDTH != PADDED:
@@ -92,7 +92,8 @@ def window_blocks(
     """The blocks of [0, length) that the positions first..last see, each p seeing [p - before, p + after].
 
     Returns start, full_start, full_end, end: blocks between full_start and full_end are seen whole by every position
-    and need no mask, those from start to full_start and from full_end to end do. All but ``end`` are multiples of BLOCK.
+    and need no mask, those from start to full_start and from full_end to end do. All but ``end`` are multiples of
+    BLOCK.
     """
     start = 0
     end = length
@@ -122,3 +123,32 @@ def online_softmax_step(scores, m, l):
     p = tl.exp2(scores - shift[:, None])
     rescale = tl.exp2(m - shift)
     return p, rescale, m_new, l * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def philox_words(seed, step, position, stream: tl.constexpr, counter):
+    """The four random words (uint32) of ``counter`` (int32), numbered as kvops/eager/philox.py explains.
+
+    ``seed`` and ``step`` are int64, ``position`` int32; the result has the shape to which all of them broadcast.
+    """
+    step_low = (step & 0xFFFFFFFF).to(tl.uint32)
+    step_high = ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox(seed, counter, position * 4 + stream, step_low, step_high)
+
+
+@triton.jit
+def uniform_from_bits(bits):
+    """32 random bits -> float32 in (0, 1), centred in their cell; small values keep 24 significant bits."""
+    return tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
+
+
+@triton.jit
+def exponential_from_uniform(u):
+    """-log(1 - u), exact to the last bits for small u too: the smallest values decide an exponential race."""
+    series = u * (1.0 / 7.0) + (1.0 / 6.0)
+    series = series * u + 0.2
+    series = series * u + 0.25
+    series = series * u + (1.0 / 3.0)
+    series = series * u + 0.5
+    series = series * u + 1.0
+    return tl.where(u < 0.0625, series * u, -tl.log(1.0 - u))

@@ -8,10 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
 from kvops.ops.eviction import compact, select_blocks
 from kvops.ops.registry import backend
+from kvops.ops.verify import prompt_lookup, verify_draft
 
 try:
     __version__ = version("kvops")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache", "__version__", "backend", "compact", "select_blocks"]
+__all__ = [
+    "CacheStats",
+    "OutOfBlocksError",
+    "PagedKVCache",
+    "__version__",
+    "backend",
+    "compact",
+    "prompt_lookup",
+    "select_blocks",
+    "verify_draft",
+]

@@ -1,0 +1,360 @@
+"""Draft verification: one read of the logits for the softmax statistics, then a race over one row of each request.
+
+1. ``softmax_stats_kernel``: (rows, splits) programs; maximum, its lowest index and the sum of exponentials of a chunk.
+2. ``accept_kernel``: a program per request merges the chunks, walks the drafts and emits what greedy requests need.
+3. ``race_kernel``: (requests, splits); the exponential race over the row at which a sampled request stopped.
+4. ``emit_kernel``: a program per request merges the splits of the race.
+
+A row's chunks depend on the vocabulary only: a request's tokens never depend on what it is batched with.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kvops.autotune.config import verify_config
+from kvops.kernels.device import current_device
+from kvops.kernels.primitives import LOG2_E, exponential_from_uniform, philox_words, uniform_from_bits
+
+# The streams of kvops/eager/philox.py.
+ACCEPT = tl.constexpr(0)
+RESAMPLE = tl.constexpr(1)
+_NO_INDEX = tl.constexpr(2147483647)
+
+
+@triton.jit
+def exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE: tl.constexpr):
+    """log2(e) / temperature of a request, kept finite, and whether it samples at all."""
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + batch)
+        sampled = temperature > 0
+        scale = tl.div_rn(tl.full((), LOG2_E, tl.float32), tl.where(sampled, temperature, 1.0))
+        scale = tl.minimum(tl.maximum(scale, 1e-30), 1e38)
+    else:
+        sampled = False
+        scale = tl.full((), LOG2_E, tl.float32)
+    return scale, sampled
+
+
+@triton.jit
+def draft_length(draft_lens_ptr, batch, T, HAS_LENS: tl.constexpr):
+    if HAS_LENS:
+        length = tl.minimum(tl.maximum(tl.load(draft_lens_ptr + batch).to(tl.int32), 0), T)
+    else:
+        length = T
+    return length
+
+
+@triton.jit
+def softmax_stats_kernel(
+    logits_ptr,
+    draft_lens_ptr,
+    temperature_ptr,
+    max_ptr,
+    sum_ptr,
+    argmax_ptr,
+    stride_lb,
+    stride_lt,
+    T,
+    V,
+    HAS_LENS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch = row // (T + 1)
+    t = row % (T + 1)
+    if t > draft_length(draft_lens_ptr, batch, T, HAS_LENS):
+        return
+    index = split * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + index, mask=index < V, other=float("-inf"))
+    x = x.to(tl.float32)
+    scale, _ = exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE)
+    # A NaN stays out of the maximum and comes back through the sum, as does +inf: that is how a row is refused.
+    row_max = tl.max(tl.where(x == x, x, float("-inf")), 0)
+    total = tl.sum(tl.exp2((x - tl.where(row_max == float("-inf"), 0.0, row_max)) * scale), 0)
+    argmax = tl.min(tl.where(x == row_max, index, _NO_INDEX), 0)
+    out = row * tl.num_programs(1) + split
+    tl.store(max_ptr + out, row_max)
+    tl.store(sum_ptr + out, total)
+    tl.store(argmax_ptr + out, argmax)
+
+
+@triton.jit
+def merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, mask, scale, AXIS: tl.constexpr):
+    """Maximum, sum and lowest argmax of the rows whose chunks lie along AXIS; a row is usable when 0 < sum < inf."""
+    chunk_max = tl.load(max_ptr + offset, mask=mask, other=float("-inf"))
+    chunk_sum = tl.load(sum_ptr + offset, mask=mask, other=0.0)
+    chunk_argmax = tl.load(argmax_ptr + offset, mask=mask, other=_NO_INDEX)
+    row_max = tl.max(chunk_max, AXIS, keep_dims=True)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    total = tl.sum(chunk_sum * tl.exp2((chunk_max - shift) * scale), AXIS)
+    argmax = tl.min(tl.where(chunk_max == row_max, chunk_argmax, _NO_INDEX), AXIS)
+    return tl.max(chunk_max, AXIS), total, argmax
+
+
+@triton.jit
+def accept_kernel(
+    logits_ptr,
+    drafts_ptr,
+    draft_lens_ptr,
+    probs_ptr,
+    temperature_ptr,
+    seed_ptr,
+    step_ptr,
+    max_ptr,
+    sum_ptr,
+    argmax_ptr,
+    tokens_ptr,
+    accepted_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    stride_lb,
+    stride_lt,
+    stride_db,
+    stride_dt,
+    stride_pb,
+    stride_pt,
+    T,
+    V,
+    num_splits,
+    HAS_LENS: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_STEP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    length = draft_length(draft_lens_ptr, batch, T, HAS_LENS)
+    scale, sampled = exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE)
+    splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    stats_row = batch * (T + 1)
+    num_accepted = length
+    for start in range(0, length, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        offset = (stats_row + t)[:, None] * num_splits + splits[None, :]  # [BLOCK_T, BLOCK_S]
+        mask = (t < length)[:, None] & (splits < num_splits)[None, :]
+        row_max, total, argmax = merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, mask, scale, 1)
+        draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=t < length, other=-1)
+        offered = (draft >= 0) & (draft < V) & (total > 0) & (total < float("inf"))
+        accept = draft == argmax
+        if HAS_TEMPERATURE:
+            step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
+            bits, _, _, _ = philox_words(tl.load(seed_ptr + batch), step, t, ACCEPT, t * 0)
+            threshold = uniform_from_bits(bits)
+            if HAS_PROBS:
+                threshold *= tl.load(probs_ptr + batch * stride_pb + t * stride_pt + draft, mask=offered, other=0.0)
+            x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + draft, mask=offered, other=float("-inf"))
+            # u < p / q, with p = weight / total
+            weight = tl.exp2((x.to(tl.float32) - tl.where(offered, row_max, 0.0)) * scale)
+            accept = tl.where(sampled, threshold * total < weight, accept)
+        refused = tl.min(tl.where(offered & accept, length, t), 0)
+        num_accepted = tl.minimum(num_accepted, refused)
+
+    offset = (stats_row + num_accepted) * num_splits + splits
+    row_max, total, argmax = merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, splits < num_splits, scale, 0)
+    usable = (total > 0) & (total < float("inf"))
+    following = tl.where(usable, argmax, -1).to(tl.int64)
+    tl.store(accepted_ptr + batch, num_accepted)
+    if HAS_TEMPERATURE:
+        tl.store(row_max_ptr + batch, row_max)
+        tl.store(row_sum_ptr + batch, tl.where(usable & sampled, total, 0.0))
+    for start in range(0, T + 1, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=t < num_accepted, other=-1)
+        emitted = tl.where(t == num_accepted, following, draft)
+        tl.store(tokens_ptr + batch * (T + 1) + t, emitted, mask=t <= T)
+
+
+@triton.jit
+def race_kernel(
+    logits_ptr,
+    drafts_ptr,
+    draft_lens_ptr,
+    probs_ptr,
+    temperature_ptr,
+    seed_ptr,
+    step_ptr,
+    accepted_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    score_ptr,
+    index_ptr,
+    stride_lb,
+    stride_lt,
+    stride_db,
+    stride_dt,
+    stride_pb,
+    stride_pt,
+    T,
+    V,
+    HAS_LENS: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
+    HAS_STEP: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The best weight / exponential of 4 * LANES vocabulary entries, and its lowest index."""
+    batch = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    total = tl.load(row_sum_ptr + batch)
+    if total == 0:
+        return
+    scale, _ = exponent_scale(temperature_ptr, batch, True)
+    row_max = tl.load(row_max_ptr + batch)
+    t = tl.load(accepted_ptr + batch)
+    # A draft that was offered and refused leaves the residual; anything else leaves the row as it is.
+    refused = t < draft_length(draft_lens_ptr, batch, T, HAS_LENS)
+    draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=refused, other=-1)
+    refused = refused & (draft >= 0) & (draft < V)
+    counter = split * LANES + tl.arange(0, LANES)  # [LANES]
+    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
+    words = philox_words(tl.load(seed_ptr + batch), step, t, RESAMPLE, counter)
+    best = tl.full((LANES,), -1.0, tl.float32)
+    best_index = tl.full((LANES,), _NO_INDEX, tl.int32)
+    for lane in tl.static_range(4):
+        index = counter // 256 * 1024 + lane * 256 + counter % 256
+        x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + index, mask=index < V, other=float("-inf"))
+        weight = tl.exp2((x.to(tl.float32) - row_max) * scale)
+        if HAS_PROBS:
+            q = tl.load(probs_ptr + batch * stride_pb + t * stride_pt + index, mask=refused & (index < V), other=0.0)
+            p = weight / total
+            weight = tl.where(refused, tl.where(p > q, p - q, 0.0), weight)
+        else:
+            weight = tl.where(refused & (index == draft), 0.0, weight)
+        exponential = exponential_from_uniform(uniform_from_bits(words[lane]))
+        score = tl.where(weight > 0, weight / exponential, -1.0)
+        better = score > best
+        best = tl.where(better, score, best)
+        best_index = tl.where(better, index, best_index)
+    score = tl.max(best, 0)
+    tl.store(score_ptr + batch * tl.num_programs(1) + split, score)
+    tl.store(index_ptr + batch * tl.num_programs(1) + split, tl.min(tl.where(best == score, best_index, _NO_INDEX), 0))
+
+
+@triton.jit
+def emit_kernel(score_ptr, index_ptr, row_sum_ptr, accepted_ptr, tokens_ptr, T, num_splits, BLOCK_S: tl.constexpr):
+    """The winner of the race; where the residual vanished in rounding, the argmax that stands there stays."""
+    batch = tl.program_id(0).to(tl.int64)
+    if tl.load(row_sum_ptr + batch) == 0:
+        return
+    splits = tl.arange(0, BLOCK_S)
+    score = tl.load(score_ptr + batch * num_splits + splits, mask=splits < num_splits, other=-1.0)
+    index = tl.load(index_ptr + batch * num_splits + splits, mask=splits < num_splits, other=_NO_INDEX)
+    best = tl.max(score, 0)
+    if best > 0:
+        winner = tl.min(tl.where(score == best, index, _NO_INDEX), 0)
+        tl.store(tokens_ptr + batch * (T + 1) + tl.load(accepted_ptr + batch), winner.to(tl.int64))
+
+
+def verify_draft(
+    target_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    *,
+    draft_lens: torch.Tensor | None = None,
+    draft_probs: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, rows, V = target_logits.shape
+    T = rows - 1
+    tokens = draft_tokens.new_empty((B, rows))
+    num_accepted = draft_tokens.new_empty(B, dtype=torch.int32)
+    if B == 0:
+        return tokens, num_accepted
+    config = verify_config(V, target_logits.element_size(), current_device().arch)
+    splits = triton.cdiv(V, config.block)
+    BLOCK_S = triton.next_power_of_2(splits)
+    BLOCK_T = min(triton.next_power_of_2(rows), max(1, 1024 // BLOCK_S))
+
+    # One-per-request arguments are read by index: a stride other than 1 is made 1 (B numbers).
+    draft_lens, temperature, seed, step = (
+        None if value is None else value.contiguous() for value in (draft_lens, temperature, seed, step)
+    )
+    if temperature is None:
+        draft_probs = None  # greedy: nothing is drawn
+    new = target_logits.new_empty
+    chunk_max, chunk_sum = new((2, B * rows, splits), dtype=torch.float32).unbind()
+    chunk_argmax = new((B * rows, splits), dtype=torch.int32)
+    row_max, row_sum = new((2, B), dtype=torch.float32).unbind()
+    logit_strides = target_logits.stride(0), target_logits.stride(1)
+    prob_strides = (0, 0) if draft_probs is None else (draft_probs.stride(0), draft_probs.stride(1))
+    flags = {"HAS_LENS": draft_lens is not None}
+
+    softmax_stats_kernel[(B * rows, splits)](
+        target_logits,
+        draft_lens,
+        temperature,
+        chunk_max,
+        chunk_sum,
+        chunk_argmax,
+        *logit_strides,
+        T,
+        V,
+        HAS_TEMPERATURE=temperature is not None,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        **flags,
+    )
+    flags |= {"HAS_PROBS": draft_probs is not None, "HAS_STEP": step is not None}
+    accept_kernel[(B,)](
+        target_logits,
+        draft_tokens,
+        draft_lens,
+        draft_probs,
+        temperature,
+        seed,
+        step,
+        chunk_max,
+        chunk_sum,
+        chunk_argmax,
+        tokens,
+        num_accepted,
+        row_max,
+        row_sum,
+        *logit_strides,
+        *draft_tokens.stride(),
+        *prob_strides,
+        T,
+        V,
+        splits,
+        HAS_TEMPERATURE=temperature is not None,
+        BLOCK_T=BLOCK_T,
+        BLOCK_S=BLOCK_S,
+        num_warps=4,
+        **flags,
+    )
+    if temperature is None:
+        return tokens, num_accepted
+    race_splits = triton.cdiv(V, config.race_block)
+    score = new((B, race_splits), dtype=torch.float32)
+    index = new((B, race_splits), dtype=torch.int32)
+    race_kernel[(B, race_splits)](
+        target_logits,
+        draft_tokens,
+        draft_lens,
+        draft_probs,
+        temperature,
+        seed,
+        step,
+        num_accepted,
+        row_max,
+        row_sum,
+        score,
+        index,
+        *logit_strides,
+        *draft_tokens.stride(),
+        *prob_strides,
+        T,
+        V,
+        LANES=config.race_block // 4,
+        num_warps=config.num_warps,
+        **flags,
+    )
+    emit_kernel[(B,)](
+        score, index, row_sum, num_accepted, tokens, T, race_splits,
+        BLOCK_S=triton.next_power_of_2(race_splits), num_warps=1,
+    )  # fmt: skip
+    return tokens, num_accepted
