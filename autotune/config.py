@@ -67,7 +67,7 @@ def _clip_tile(config: AttentionConfig, num_queries: int) -> AttentionConfig:
 
 
 def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
-    """``head_dim`` is the larger of the padded head sizes of queries and values, ``itemsize`` the bytes of an element."""
+    """``head_dim`` is the larger of the padded head sizes of Q and V, ``itemsize`` the bytes of an element."""
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
@@ -115,3 +115,35 @@ def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> Attentio
     if itemsize == 4:
         return AttentionConfig(32, 64, 8, 1)
     return AttentionConfig(64, 128, 8, 2) if head_dim <= 128 else AttentionConfig(64, 64, 8, 1)
+
+
+@dataclass(frozen=True)
+class SelectBlocksConfig:
+    """Slots that one step of each phase reads: ``block`` where keys are made and counted, ``sort_block`` where they are
+    sorted (16 counts a slot are held in registers), ``worth_block`` blocks where they are valued."""
+
+    block: int
+    sort_block: int
+    worth_block: int
+    num_warps: int
+
+
+def select_blocks_config() -> SelectBlocksConfig:
+    return SelectBlocksConfig(block=1024, sort_block=512, worth_block=128, num_warps=8)
+
+
+@dataclass(frozen=True)
+class CompactConfig:
+    """``block_n`` slots by ``block_w`` elements are read before they are written elsewhere."""
+
+    block_n: int
+    block_w: int
+    num_warps: int
+
+
+def compact_config(width: int, itemsize: int) -> CompactConfig:
+    """For slots of ``width`` elements: rows of at most 128 bytes a program, tiles of at most 16 KiB."""
+    block_w = 1
+    while block_w < width and 2 * block_w * itemsize <= 128:
+        block_w *= 2
+    return CompactConfig(block_n=min(512, 16384 // (block_w * itemsize)), block_w=block_w, num_warps=4)

@@ -100,7 +100,8 @@ def select_blocks(
     keys = ordered_keys(scores[lists].flatten(2))
     place = slot if positions is None else positions[lists].flatten(2)
     last = lens.long() - 1 if positions is None else place.gather(2, (lens.long() - 1).clamp_(min=0))
-    protected = ((place < protect_first) | (place > last - protect_last)) & present
+    recent = (place > last - protect_last) & (protect_last > 0)
+    protected = ((place < protect_first) | recent) & present
     keys = torch.where(present, torch.where(protected, PROTECTED, keys), ABSENT)
 
     # Of equal scores the later slot wins: the sort is stable and sees the list from its end.
@@ -112,7 +113,7 @@ def select_blocks(
         shares = even_shares(least, most, budget)
     else:
         shares = competed_shares(keys, seq_lens, least, most, budget, size)
-    new_lens = torch.minimum(seq_lens, shares * size)
+    new_lens = torch.minimum(seq_lens, shares * size).contiguous()
     chosen = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order, slot < new_lens[..., None])
     keep[..., : blocks * size] = chosen.flip(2)
     return new_lens, keep
@@ -142,6 +143,6 @@ def compact(
             moving = side.view(INTEGERS[side.element_size()])
             # Read whole before it is written: no slot is lost where source and target overlap.
             moving[blocks[1], slots[1]] = moving[blocks[0], slots[0]]
-    freed = (seq_lens + (size - 1)) // size - (new_lens + (size - 1)) // size
+    freed = ((seq_lens + (size - 1)) // size - (new_lens + (size - 1)) // size).contiguous()
     seq_lens.copy_(new_lens)
     return freed
