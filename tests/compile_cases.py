@@ -18,6 +18,40 @@ another compiles differently, but every constexpr branch that ships. For example
 tests/compile_cases.py`` prints what was compiled; ``tests/test_compile.py`` holds it to the limits of each target.
 """
 
+import torch
+
 from kvops.autotune.inspect import CompileCase
 
 CASES: list[CompileCase] = []
+
+
+def verify_draft_greedy():
+    from kvops.kernels.verify_draft import verify_draft
+
+    logits = torch.empty(4, 6, 128256, dtype=torch.bfloat16)
+    verify_draft(logits, torch.empty(4, 5, dtype=torch.int64))
+
+
+def verify_draft_sampled():
+    from kvops.kernels.verify_draft import verify_draft
+
+    logits = torch.empty(4, 6, 128256, dtype=torch.bfloat16)
+    drafts = torch.empty(4, 5, dtype=torch.int64)
+    lens = torch.empty(4, dtype=torch.int32)
+    seed = torch.empty(4, dtype=torch.int64)
+    probs = torch.empty(4, 5, 128256)
+    verify_draft(logits, drafts, draft_lens=lens, temperature=torch.empty(4), seed=seed, step=seed)
+    verify_draft(logits, drafts, draft_lens=lens, draft_probs=probs, temperature=torch.empty(4), seed=seed, step=seed)
+
+
+def prompt_lookup_int64():
+    from kvops.kernels.prompt_lookup import prompt_lookup
+
+    prompt_lookup(torch.empty(4, 8192, dtype=torch.int64), torch.empty(4, dtype=torch.int32), num_draft=8)
+
+
+CASES += [
+    CompileCase("verify-draft-greedy-bf16", verify_draft_greedy),
+    CompileCase("verify-draft-sampled-bf16", verify_draft_sampled),
+    CompileCase("prompt-lookup", prompt_lookup_int64),
+]
