@@ -51,11 +51,12 @@ def find_weights(folder: Path) -> FolderWeights:
     for path in dict.fromkeys(files.values()):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected this shard, as {index.name} names it, but there is no such file")
-        shapes |= _header(path)
-    for name, path in files.items():
-        if name not in shapes:
-            raise ValueError(f"{path}: expected the weight {name}, as {index.name} says, but it is not in there")
-    return FolderWeights({name: shapes[name] for name in files}, files)
+        stored = _header(path)
+        for name in (name for name, its_path in files.items() if its_path == path):
+            if name not in stored:
+                raise ValueError(f"{path}: expected the weight {name}, as {index.name} says, but it is not in there")
+            shapes[name] = stored[name]
+    return FolderWeights(shapes, files)
 
 
 def read_weights(weights: FolderWeights, names: Mapping[str, object]) -> Iterator[tuple[str, Tensor, int]]:

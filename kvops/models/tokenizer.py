@@ -230,12 +230,14 @@ def _entry(metadata: Mapping[str, Any], name: str) -> list[Any]:
 
 def _byte_level_backend(tokens: list[str], merges: list[str], kinds: list[int], split: str) -> Any:
     tokenizers = require("tokenizers")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    model = tokenizers.models.BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=pairs,
-        ignore_merges=split == "llama-bpe",  # its vocabulary has whole words that no merge leads to
-    )
+    try:
+        model = tokenizers.models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=split == "llama-bpe",  # its vocabulary has whole words that no merge leads to
+        )
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"tokenizer.ggml.merges: expected pairs of tokens that make tokens: {error}") from error
     backend = tokenizers.Tokenizer(model)
     if split == "qwen2":
         backend.normalizer = tokenizers.normalizers.NFC()
