@@ -49,8 +49,8 @@ def radix_select(keys_ptr, count, take, BLOCK: tl.constexpr):
     prefix = tl.full((), 0, tl.uint32)
     ties = take
     equal = take
-    for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+    for step in range(4):
+        shift = 24 - 8 * step
         counts = tl.zeros([256], tl.int32)
         for start in range(0, count, BLOCK):
             offsets = start + tl.arange(0, BLOCK)

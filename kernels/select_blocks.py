@@ -54,8 +54,8 @@ def slot_keys_kernel(
     last = (length - 1).to(tl.int64)
     if HAS_POSITIONS:
         final = tl.maximum(length - 1, 0)
-        block = tl.load(table_ptr + final // SIZE, mask=length > 0, other=0).to(tl.int64)
-        last = tl.load(positions_ptr + block * stride_p + final % SIZE, mask=length > 0, other=0).to(tl.int64)
+        final_block = tl.load(table_ptr + final // SIZE, mask=length > 0, other=0).to(tl.int64)
+        last = tl.load(positions_ptr + final_block * stride_p + final % SIZE, mask=length > 0, other=0).to(tl.int64)
     protected_count = 0
     for start in range(0, length, BLOCK):
         slot = start + tl.arange(0, BLOCK)

@@ -55,3 +55,33 @@ CASES += [
     CompileCase("verify-draft-sampled-bf16", verify_draft_sampled),
     CompileCase("prompt-lookup", prompt_lookup_int64),
 ]
+
+
+def select_blocks_30_layers():
+    from kvops.kernels.select_blocks import select_blocks
+
+    lists = 4, 90
+    scores, positions = torch.empty(1024, 16), torch.empty(1024, 16, dtype=torch.int32)
+    tables, lens = torch.empty(*lists, 128, dtype=torch.int32), torch.empty(lists, dtype=torch.int32)
+    budget = torch.empty(4, dtype=torch.int32)
+    select_blocks(scores, tables, lens, budget, scope="head")
+    protection = {"protect_first": 4, "protect_last": 32, "min_per_head": 16}
+    select_blocks(scores, tables, lens, budget, positions=positions, scope="sequence", **protection)
+
+
+def compact_bf16_and_float8():
+    from kvops.kernels.compact import compact
+
+    tables, lens = torch.empty(4, 90, 128, dtype=torch.int32), torch.empty(4, 90, dtype=torch.int32)
+    keep = torch.empty(4, 90, 2048, dtype=torch.bool)
+    sides = torch.empty(1024, 16, dtype=torch.int32), torch.empty(1024, 16)
+    cache = torch.empty(1024, 16, 128, dtype=torch.bfloat16)
+    compact(cache, cache, tables, lens, keep, positions=sides[0], scores=sides[1])
+    cache = torch.empty(1024, 16, 80, dtype=torch.float8_e4m3fn)
+    compact(cache, cache, tables, lens, keep)
+
+
+CASES += [
+    CompileCase("select-blocks", select_blocks_30_layers),
+    CompileCase("compact", compact_bf16_and_float8),
+]
