@@ -59,7 +59,7 @@ FILES = source_files()
 
 
 def imports(name: str, tree: ast.Module) -> list[tuple[str, bool, int]]:
-    """(module, imported lazily, line): statements, and literal names given to ``import_module`` or ``extras.require``."""
+    """(module, imported lazily, line): statements, and literals given to ``import_module`` or ``extras.require``."""
     type_checking = {
         id(child)
         for node in ast.walk(tree)

