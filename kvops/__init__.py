@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
 from kvops.ops.eviction import compact, select_blocks
+from kvops.ops.paged import paged_append, paged_attention, paged_schedule
 from kvops.ops.registry import backend
 from kvops.ops.verify import prompt_lookup, verify_draft
 
@@ -22,6 +23,9 @@ __all__ = [
     "__version__",
     "backend",
     "compact",
+    "paged_append",
+    "paged_attention",
+    "paged_schedule",
     "prompt_lookup",
     "select_blocks",
     "verify_draft",
