@@ -1,0 +1,293 @@
+"""Column reductions of the softmax: a program owns a tile of keys and walks the queries that see it.
+
+The pattern of the dK and dV pass of flash attention: p = exp(s - lse) is recomputed and reduced over the queries, the
+heads of a group are walked inside, and nothing is summed with atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kvops.autotune.config import attention_scores_config
+from kvops.kernels.dense import padded, row_strides, slope_stride, token_strides
+from kvops.kernels.device import current_device
+from kvops.kernels.primitives import LOG2_E, dot, in_window, load_rows, log2_scores, window_blocks
+
+
+@triton.jit
+def _reduce_queries(
+    total,
+    k,
+    keys,
+    q_ptr,
+    lse_ptr,
+    stride_qm,
+    start,
+    end,
+    query_start,
+    seqlen_q,
+    offset,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    slope,
+    HEAD_DIM: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    REDUCE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Reduce the query blocks from ``start`` to ``end`` of one head into ``total`` (log2 of p for a maximum)."""
+    rows = tl.arange(0, BLOCK_M)
+    for start_m in tl.range(start, end, BLOCK_M):
+        first = tl.cast(start_m, tl.int64)
+        left = seqlen_q - start_m
+        q = load_rows(q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_M, BLOCK_D]
+        if MASKED:
+            counted = (rows < left) & (start_m + rows >= query_start)
+            lse = tl.load(lse_ptr + first + rows, mask=counted, other=float("inf"))
+        else:
+            lse = tl.load(lse_ptr + first + rows)
+        # A query that sees no key has lse -inf.
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))  # [BLOCK_N, BLOCK_M]
+        distance = (start_m + rows + offset)[None, :] - keys[:, None]
+        s, _ = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+        s -= lse[None, :]
+        if MASKED:
+            s = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
+        if REDUCE == "max":
+            total = tl.maximum(total, tl.max(s, 1))
+        elif REDUCE == "sumsq":
+            total += tl.sum(tl.exp2(2.0 * s), 1)
+        else:
+            total += tl.sum(tl.exp2(s), 1)
+    return total
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "query_start", "window_left", "window_right"])
+def attention_scores_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    scores_ptr,
+    slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_lb,
+    stride_lh,
+    stride_sb,
+    stride_sh,
+    stride_slopes_b,
+    kv_heads,
+    seqlen_q,
+    seqlen_k,
+    query_start,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    REDUCE: tl.constexpr,
+    REDUCE_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    pid = tl.program_id(0)
+    start_n = pid % blocks * BLOCK_N
+    kv_head = (pid // blocks % kv_heads).to(tl.int64)
+    batch = (pid // blocks // kv_heads).to(tl.int64)
+    if cu_seqlens_q_ptr is not None:
+        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
+        first_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
+        seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
+        seqlen_k = (tl.load(cu_seqlens_k_ptr + batch + 1) - first_k).to(tl.int32)
+        if start_n >= seqlen_k:
+            return
+        q_ptr += first_q * stride_qm
+        lse_ptr += first_q
+        k_ptr += first_k * stride_kn
+        scores_ptr += first_k
+    else:
+        q_ptr += batch * stride_qb
+        lse_ptr += batch * stride_lb
+        k_ptr += batch * stride_kb
+        scores_ptr += batch * stride_sb
+    if query_start < 0:
+        query_start = tl.maximum(0, query_start + seqlen_q)
+    columns = tl.arange(0, BLOCK_N)
+    keys = start_n + columns
+    left = seqlen_k - start_n
+    k_ptr += kv_head * stride_kh + start_n.to(tl.int64) * stride_kn
+    k = load_rows(k_ptr, columns, stride_kn, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+
+    # A key j is seen by the queries at positions j - right ... j + left, of which those from query_start on count.
+    offset = seqlen_k - seqlen_q
+    last_key = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
+    start, full_start, full_end, end = window_blocks(
+        start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
+    )
+    start = tl.maximum(start, query_start // BLOCK_M * BLOCK_M)
+    full_start = tl.maximum(full_start, tl.cdiv(query_start, BLOCK_M) * BLOCK_M)
+    full_end = tl.maximum(full_start, full_end)
+
+    result = tl.zeros([BLOCK_N], tl.float32)
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(slopes_ptr + batch * stride_slopes_b + head).to(tl.float32)
+        qh_ptr = q_ptr + head * stride_qh
+        lseh_ptr = lse_ptr + head * stride_lh
+        total = tl.full([BLOCK_N], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
+        total = _reduce_queries(
+            total, k, keys, qh_ptr, lseh_ptr, stride_qm, start, tl.minimum(full_start, end), query_start, seqlen_q,
+            offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HAS_ALIBI, REDUCE, True, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        total = _reduce_queries(
+            total, k, keys, qh_ptr, lseh_ptr, stride_qm, full_start, full_end, query_start, seqlen_q,
+            offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HAS_ALIBI, REDUCE, False, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        total = _reduce_queries(
+            total, k, keys, qh_ptr, lseh_ptr, stride_qm, full_end, end, query_start, seqlen_q,
+            offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HAS_ALIBI, REDUCE, True, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if REDUCE == "max":
+            total = tl.exp2(total)
+        if REDUCE_GROUP == "max":
+            result = tl.maximum(result, total)
+        else:
+            result += total
+    if REDUCE_GROUP == "mean":
+        result = result / GROUP
+    tl.store(scores_ptr + kv_head * stride_sh + start_n + columns, result, mask=columns < left)
+
+
+def attention_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    query_start: int = 0,
+    skip_recent: int = 0,
+    reduce: str = "sum",
+    group: str = "sum",
+) -> torch.Tensor:
+    """Launch the dense kernel; see ``kvops.attention_scores``."""
+    scores = q.new_empty(k.shape[0], k.shape[2], k.shape[1], dtype=torch.float32)
+    _launch(
+        q, k, lse, scores, None, None, k.shape[0], q.shape[1], k.shape[1], causal, window_left, window_right,
+        scale, softcap, alibi_slopes, query_start, skip_recent, reduce, group,
+    )  # fmt: skip
+    return scores
+
+
+def attention_scores_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    query_start: int = 0,
+    skip_recent: int = 0,
+    reduce: str = "sum",
+    group: str = "sum",
+) -> torch.Tensor:
+    """Launch the kernel on packed sequences; see ``kvops.attention_scores_varlen``."""
+    # Tokens after the last sequence belong to nobody: nothing attends to them.
+    scores = q.new_zeros(k.shape[1], k.shape[0], dtype=torch.float32)
+    _launch(
+        q, k, lse, scores, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k,
+        causal, window_left, window_right, scale, softcap, alibi_slopes, query_start, skip_recent, reduce, group,
+    )  # fmt: skip
+    return scores
+
+
+def _launch(
+    q, k, lse, scores, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k, causal, window_left, window_right,
+    scale, softcap, alibi_slopes, query_start, skip_recent, reduce, group,
+):  # fmt: skip
+    heads, head_dim = q.shape[-2:]
+    kv_heads = k.shape[-2]
+    block_d = padded(head_dim)
+    config = attention_scores_config(block_d, q.element_size(), current_device().arch)
+    programs = triton.cdiv(seqlen_k, config.block_n) * kv_heads * batch
+    if programs == 0:
+        return
+    if causal:
+        window_right = 0
+    bounded_right = window_right >= 0
+    if skip_recent > 0:
+        # A key that must stand so far behind the query is a window that ends before the query.
+        window_right, bounded_right = -skip_recent, True
+    attention_scores_kernel[(programs,)](
+        q,
+        k,
+        lse,
+        scores,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        *token_strides(q),
+        *token_strides(k),
+        *row_strides(lse),
+        *row_strides(scores),
+        slope_stride(alibi_slopes),
+        kv_heads,
+        seqlen_q,
+        seqlen_k,
+        query_start,
+        window_left,
+        window_right,
+        head_dim**-0.5 if scale is None else scale,
+        softcap,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        HAS_LEFT=window_left >= 0,
+        HAS_RIGHT=bounded_right,
+        HAS_SOFTCAP=softcap > 0,
+        REDUCE=reduce,
+        REDUCE_GROUP=group,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=block_d,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,615 @@
+"""Flash attention, backward: P is recomputed from lse, and no gradient is summed with atomics.
+
+Three kernels: delta = rowsum(dO * O) - dlse; dK and dV, where a program owns a tile of keys and walks the queries of
+every head of its group; dQ, where a program owns a tile of queries and walks the keys. That is seven matrix products
+where a fused kernel needs five, and the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kvops.autotune.config import flash_backward_keys_config, flash_backward_queries_config
+from kvops.kernels.dense import padded, row_strides, slope_stride, token_strides
+from kvops.kernels.device import current_device
+from kvops.kernels.primitives import LOG2_E, dot, in_window, load_rows, log2_scores, store_rows, window_blocks
+
+
+@triton.jit(do_not_specialize=["seqlen_q"])
+def flash_delta_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    delta_ptr,
+    lse_log2_ptr,
+    stride_ob,
+    stride_om,
+    stride_oh,
+    stride_dob,
+    stride_dom,
+    stride_doh,
+    stride_lb,
+    stride_lh,
+    stride_dlb,
+    stride_dlh,
+    stride_db,
+    stride_dh,
+    heads,
+    seqlen_q,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """delta, and lse in units of log2 with +inf for an empty row, so that exp2(s - lse) is 0 there."""
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = (pid % blocks).to(tl.int64) * BLOCK_M
+    head = (pid // blocks % heads).to(tl.int64)
+    batch = (pid // blocks // heads).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    left = seqlen_q - start_m
+    out_ptr += batch * stride_ob + head * stride_oh + start_m * stride_om
+    dout_ptr += batch * stride_dob + head * stride_doh + start_m * stride_dom
+    out = load_rows(out_ptr, rows, stride_om, left, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
+    dout = load_rows(dout_ptr, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)
+    delta = tl.sum(out * dout, 1)  # [BLOCK_M]
+    lse = tl.load(lse_ptr + batch * stride_lb + head * stride_lh + start_m + rows, mask=rows < left, other=0.0)
+    if dlse_ptr is not None:
+        delta -= tl.load(
+            dlse_ptr + batch * stride_dlb + head * stride_dlh + start_m + rows, mask=rows < left, other=0.0
+        )
+    empty = lse == float("-inf")
+    place = batch * stride_db + head * stride_dh + start_m + rows
+    tl.store(delta_ptr + place, tl.where(empty, 0.0, delta), mask=rows < left)
+    tl.store(lse_log2_ptr + place, tl.where(empty, float("inf"), lse * LOG2_E), mask=rows < left)
+
+
+@triton.jit
+def _gather_key_gradients(
+    dk,
+    dv,
+    k,
+    v,
+    keys,
+    q_ptr,
+    dout_ptr,
+    lse_log2_ptr,
+    delta_ptr,
+    stride_qm,
+    stride_dom,
+    start,
+    end,
+    seqlen_q,
+    offset,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    slope,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Add what the query blocks from ``start`` to ``end`` of one head give to dK and dV.
+
+    Scores are computed transposed, [keys, queries], so that P^T and dS^T are left operands as they stand.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    for start_m in tl.range(start, end, BLOCK_M):
+        first = tl.cast(start_m, tl.int64)
+        left = seqlen_q - start_m
+        q = load_rows(  # [BLOCK_M, BLOCK_D]
+            q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, MASKED
+        )
+        if MASKED:
+            lse = tl.load(lse_log2_ptr + start_m + rows, mask=rows < left, other=float("inf"))
+            delta = tl.load(delta_ptr + start_m + rows, mask=rows < left, other=0.0)
+        else:
+            lse = tl.load(lse_log2_ptr + start_m + rows)
+            delta = tl.load(delta_ptr + start_m + rows)
+        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))  # [BLOCK_N, BLOCK_M]
+        distance = (start_m + rows + offset)[None, :] - keys[:, None]
+        s, slope_of_cap = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+        p = tl.exp2(s - lse[None, :])
+        if MASKED:
+            p = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)
+        dout = load_rows(  # [BLOCK_M, BLOCK_DV]
+            dout_ptr + first * stride_dom, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, MASKED
+        )
+        dv = dot(p.to(dout.dtype), dout, dv)
+        dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        ds = p * (dp - delta[None, :])
+        if HAS_SOFTCAP:
+            ds *= slope_of_cap
+        dk = dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+def flash_backward_keys_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_log2_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_dob,
+    stride_dom,
+    stride_doh,
+    stride_lb,
+    stride_lh,
+    stride_dkb,
+    stride_dkn,
+    stride_dkh,
+    stride_dvb,
+    stride_dvn,
+    stride_dvh,
+    stride_slopes_b,
+    kv_heads,
+    seqlen_q,
+    seqlen_k,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    pid = tl.program_id(0)
+    # Under a causal mask the first keys are seen by the most queries: they start first as it is.
+    start_n = pid % blocks * BLOCK_N
+    kv_head = (pid // blocks % kv_heads).to(tl.int64)
+    batch = (pid // blocks // kv_heads).to(tl.int64)
+    if cu_seqlens_q_ptr is not None:
+        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
+        first_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
+        seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
+        seqlen_k = (tl.load(cu_seqlens_k_ptr + batch + 1) - first_k).to(tl.int32)
+        if start_n >= seqlen_k:
+            return
+        q_ptr += first_q * stride_qm
+        dout_ptr += first_q * stride_dom
+        lse_log2_ptr += first_q
+        delta_ptr += first_q
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
+        dk_ptr += first_k * stride_dkn
+        dv_ptr += first_k * stride_dvn
+    else:
+        q_ptr += batch * stride_qb
+        dout_ptr += batch * stride_dob
+        lse_log2_ptr += batch * stride_lb
+        delta_ptr += batch * stride_lb
+        k_ptr += batch * stride_kb
+        v_ptr += batch * stride_vb
+        dk_ptr += batch * stride_dkb
+        dv_ptr += batch * stride_dvb
+    columns = tl.arange(0, BLOCK_N)
+    keys = start_n + columns
+    first = start_n.to(tl.int64)
+    left = seqlen_k - start_n
+    k_ptr += kv_head * stride_kh + first * stride_kn
+    v_ptr += kv_head * stride_vh + first * stride_vn
+    k = load_rows(k_ptr, columns, stride_kn, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    # A key j is seen by the queries at positions j - right ... j + left.
+    offset = seqlen_k - seqlen_q
+    last_key = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
+    start, full_start, full_end, end = window_blocks(
+        start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
+    )
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(slopes_ptr + batch * stride_slopes_b + head).to(tl.float32)
+        qh_ptr = q_ptr + head * stride_qh
+        douth_ptr = dout_ptr + head * stride_doh
+        lseh_ptr = lse_log2_ptr + head * stride_lh
+        deltah_ptr = delta_ptr + head * stride_lh
+        if HAS_RIGHT:
+            dk, dv = _gather_key_gradients(
+                dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, start, full_start,
+                seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        dk, dv = _gather_key_gradients(
+            dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_start, full_end,
+            seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+        dk, dv = _gather_key_gradients(
+            dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_end, end,
+            seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+
+    dk_ptr += kv_head * stride_dkh + first * stride_dkn
+    dv_ptr += kv_head * stride_dvh + first * stride_dvn
+    store_rows(dk_ptr, columns, stride_dkn, left, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, columns, stride_dvn, left, dv, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def _gather_query_gradient(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    position,
+    k_ptr,
+    v_ptr,
+    stride_kn,
+    stride_vn,
+    start,
+    end,
+    seqlen_k,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    slope,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Add what the key blocks from ``start`` to ``end`` give to dQ."""
+    columns = tl.arange(0, BLOCK_N)
+    for start_n in tl.range(start, end, BLOCK_N):
+        first = tl.cast(start_n, tl.int64)
+        left = seqlen_k - start_n
+        k = load_rows(  # [BLOCK_N, BLOCK_D]
+            k_ptr + first * stride_kn, columns, stride_kn, left, HEAD_DIM, BLOCK_D, MASKED
+        )
+        v = load_rows(  # [BLOCK_N, BLOCK_DV]
+            v_ptr + first * stride_vn, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, MASKED
+        )
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+        distance = position[:, None] - (start_n + columns)[None, :]
+        s, slope_of_cap = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+        p = tl.exp2(s - lse[:, None])
+        if MASKED:
+            seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT) & (columns < left)[None, :]
+            p = tl.where(seen, p, 0.0)
+        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds *= slope_of_cap
+        dq = dot(ds.to(k.dtype), k, dq)  # [BLOCK_M, BLOCK_D]
+    return dq
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+def flash_backward_queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_log2_ptr,
+    delta_ptr,
+    dq_ptr,
+    slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_dob,
+    stride_dom,
+    stride_doh,
+    stride_lb,
+    stride_lh,
+    stride_dqb,
+    stride_dqm,
+    stride_dqh,
+    stride_slopes_b,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = (blocks - 1 - pid % blocks) * BLOCK_M
+    head = (pid // blocks % heads).to(tl.int64)
+    batch = (pid // blocks // heads).to(tl.int64)
+    if cu_seqlens_q_ptr is not None:
+        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
+        first_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
+        seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
+        seqlen_k = (tl.load(cu_seqlens_k_ptr + batch + 1) - first_k).to(tl.int32)
+        if start_m >= seqlen_q:
+            return
+        q_ptr += first_q * stride_qm
+        dout_ptr += first_q * stride_dom
+        lse_log2_ptr += first_q
+        delta_ptr += first_q
+        dq_ptr += first_q * stride_dqm
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
+    else:
+        q_ptr += batch * stride_qb
+        dout_ptr += batch * stride_dob
+        lse_log2_ptr += batch * stride_lb
+        delta_ptr += batch * stride_lb
+        dq_ptr += batch * stride_dqb
+        k_ptr += batch * stride_kb
+        v_ptr += batch * stride_vb
+    rows = tl.arange(0, BLOCK_M)
+    first = start_m.to(tl.int64)
+    left = seqlen_q - start_m
+    q_ptr += head * stride_qh + first * stride_qm
+    dout_ptr += head * stride_doh + first * stride_dom
+    dq_ptr += head * stride_dqh + first * stride_dqm
+    k_ptr += head // GROUP * stride_kh
+    v_ptr += head // GROUP * stride_vh
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slopes_ptr + batch * stride_slopes_b + head).to(tl.float32)
+
+    offset = seqlen_k - seqlen_q
+    position = start_m + rows + offset
+    q = load_rows(q_ptr, rows, stride_qm, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(dout_ptr, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    lse = tl.load(lse_log2_ptr + head * stride_lh + first + rows, mask=rows < left, other=float("inf"))
+    delta = tl.load(delta_ptr + head * stride_lh + first + rows, mask=rows < left, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    last_position = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1 + offset
+    start, full_start, full_end, end = window_blocks(
+        start_m + offset, last_position, window_left, window_right, seqlen_k, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    if HAS_LEFT:
+        dq = _gather_query_gradient(
+            dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, seqlen_k,
+            window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    dq = _gather_query_gradient(
+        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, full_start, full_end, seqlen_k,
+        window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+        HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    dq = _gather_query_gradient(
+        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, full_end, end, seqlen_k,
+        window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+        HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+def flash_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the dense kernels; see ``kvops.flash_attention_backward``."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dsinks = _launch(
+        dout, q, k, v, out, lse, dq, dk, dv, None, None, q.shape[0], q.shape[1], k.shape[1],
+        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
+    )  # fmt: skip
+    return dq, dk, dv, dsinks
+
+
+def flash_backward_varlen(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the kernels on packed sequences; see ``kvops.flash_attention_varlen_backward``."""
+    # Tokens after the last sequence belong to nobody: their gradient is 0.
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dsinks = _launch(
+        dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
+    )  # fmt: skip
+    return dq, dk, dv, dsinks
+
+
+def _launch(
+    dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
+    causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
+):  # fmt: skip
+    heads, head_dim = q.shape[-2:]
+    kv_heads, head_dim_v = v.shape[-2:]
+    block_d, block_dv = padded(head_dim), padded(head_dim_v)
+    if causal:
+        window_right = 0
+    delta, lse_log2 = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
+    # delta does not care where a sequence ends: packed rows are one long sequence.
+    rows, delta_batch = lse.shape[-1], batch if lse.dim() == 3 else 1
+    block_m = max(16, min(128, 8192 // block_dv))
+    programs = triton.cdiv(rows, block_m) * heads * delta_batch
+    if programs > 0:
+        flash_delta_kernel[(programs,)](
+            out,
+            dout,
+            lse,
+            dlse,
+            delta,
+            lse_log2,
+            *token_strides(out),
+            *token_strides(dout),
+            *row_strides(lse),
+            *(row_strides(dlse) if dlse is not None else (0, 0)),
+            *row_strides(delta),
+            heads,
+            rows,
+            HEAD_DIM_V=head_dim_v,
+            BLOCK_M=block_m,
+            BLOCK_DV=block_dv,
+            num_warps=4,
+        )
+    shared = (
+        heads // kv_heads,
+        head_dim,
+        head_dim_v,
+        window_left >= 0,
+        window_right >= 0,
+        softcap > 0,
+    )
+    scalars = (seqlen_q, seqlen_k, window_left, window_right, head_dim**-0.5 if scale is None else scale, softcap)
+    width, arch = max(block_d, block_dv), current_device().arch
+    config = flash_backward_keys_config(width, q.element_size(), arch)
+    programs = triton.cdiv(seqlen_k, config.block_n) * kv_heads * batch
+    if programs > 0:
+        flash_backward_keys_kernel[(programs,)](
+            q,
+            k,
+            v,
+            dout,
+            lse_log2,
+            delta,
+            dk,
+            dv,
+            alibi_slopes,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            *token_strides(q),
+            *token_strides(k),
+            *token_strides(v),
+            *token_strides(dout),
+            *row_strides(delta),
+            *token_strides(dk),
+            *token_strides(dv),
+            slope_stride(alibi_slopes),
+            kv_heads,
+            *scalars,
+            *shared,
+            config.block_m,
+            config.block_n,
+            block_d,
+            block_dv,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    config = flash_backward_queries_config(width, q.element_size(), seqlen_q, arch)
+    programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
+    if programs > 0:
+        flash_backward_queries_kernel[(programs,)](
+            q,
+            k,
+            v,
+            dout,
+            lse_log2,
+            delta,
+            dq,
+            alibi_slopes,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            *token_strides(q),
+            *token_strides(k),
+            *token_strides(v),
+            *token_strides(dout),
+            *row_strides(delta),
+            *token_strides(dq),
+            slope_stride(alibi_slopes),
+            heads,
+            *scalars,
+            *shared,
+            config.block_m,
+            config.block_n,
+            block_d,
+            block_dv,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    if sinks is None:
+        return q.new_empty(0, dtype=torch.float32)
+    # lse counts the sink: its probability is exp(sink - lse), and 0 in an empty row.
+    p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - lse_log2)
+    return -(p * delta).sum(-1 if lse.dim() == 2 else (0, 2)).to(sinks.dtype)
