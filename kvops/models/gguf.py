@@ -53,8 +53,7 @@ class GGUFFile:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
                 raise ValueError(f"{path}: expected a GGUF file, which begins with {MAGIC!r}")
-            # Copy on write: PyTorch takes writable memory only, and nothing reaches the file.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._read_header()
         except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
