@@ -1,0 +1,363 @@
+"""What every operator owes its callers, checked across all that are registered: nobody can join and leave one out."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+import kvops
+
+# The operators as the design fixes them: names, order, defaults; `!` behind what is written. Keywords with a default
+# may be added, nothing else may change.
+CONTRACTS = """
+flash_attention(q, k, v, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None,
+    alibi_slopes=None) -> (out, lse)
+flash_attention_backward(dout, q, k, v, out, lse, *, causal=False, window_left=-1, window_right=-1, scale=None,
+    softcap=0.0, sinks=None, alibi_slopes=None, dlse=None) -> (dq, dk, dv, dsinks)
+paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, positions=None!, token_positions=None,
+    scores=None!, k_scale=None, v_scale=None) -> ()
+paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, causal=True, window_left=-1,
+    positions=None, query_positions=None, scale=None, softcap=0.0, sinks=None, tree_mask=None, k_scale=None,
+    v_scale=None, scores=None!, score_reduce="sum", score_decay=1.0, schedule=None) -> (out, lse)
+paged_schedule(seq_lens, block_size, *, num_programs=0) -> (schedule)
+attention_scores(q, k, lse, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0,
+    alibi_slopes=None, query_start=0, skip_recent=0, reduce="sum", group="sum") -> (scores)
+select_blocks(scores, block_tables, seq_lens, budget, *, positions=None, protect_first=0, protect_last=0,
+    min_per_head=0, scope="head") -> (new_lens, keep)
+compact(k_cache!, v_cache!, block_tables, seq_lens!, keep, *, positions=None!, scores=None!) -> (freed)
+verify_draft(target_logits, draft_tokens, *, draft_lens=None, draft_probs=None, temperature=None, seed=None, step=None)
+    -> (tokens, num_accepted)
+prompt_lookup(tokens, lens, *, num_draft, max_ngram=3, min_ngram=1) -> (draft_tokens, draft_lens)
+"""
+
+DIFFERENTIABLE = {"flash_attention"}
+
+
+class Contract:
+    def __init__(self, text: str) -> None:
+        signature, _, returns = text.partition("->")
+        name, _, parameters = signature.strip().rstrip(")").partition("(")
+        self.name = name
+        self.returns = [part for part in returns.strip(" ()").split(", ") if part]
+        self.written = set(re.findall(r"(\w+)(?:=None)?!", parameters))
+        arguments = ast.parse(f"def f({parameters.replace('!', '')}): pass").body[0].args
+        assert not arguments.defaults
+        self.positional = [argument.arg for argument in arguments.args]
+        required = inspect.Parameter.empty
+        self.keywords = {
+            argument.arg: required if default is None else ast.literal_eval(default)
+            for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        }
+
+
+CONTRACT = {contract.name: contract for contract in map(Contract, re.sub(r"\n +", " ", CONTRACTS.strip()).split("\n"))}
+
+B, T, HQ, HKV, D, DV, BLOCK_SIZE, MAX_BLOCKS = 2, 3, 4, 2, 8, 16, 4, 3
+
+
+def int32(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def ragged() -> dict[str, torch.Tensor]:
+    blocks = B * HKV * MAX_BLOCKS + 1
+    return {
+        "k_cache": torch.randn(blocks, BLOCK_SIZE, D),
+        "v_cache": torch.randn(blocks, BLOCK_SIZE, DV),
+        "block_tables": torch.randperm(blocks)[: B * HKV * MAX_BLOCKS].to(torch.int32).view(B, HKV, MAX_BLOCKS),
+        "seq_lens": int32([5, 3], [12, 9]),
+    }
+
+
+def side_arrays(cache) -> dict[str, torch.Tensor]:
+    positions = torch.arange(cache["k_cache"].shape[0] * BLOCK_SIZE, dtype=torch.int32).view(-1, BLOCK_SIZE)
+    return {"positions": positions, "scores": torch.rand(cache["k_cache"].shape[0], BLOCK_SIZE)}
+
+
+def flash_attention():
+    q, k, v = torch.randn(B, 5, HQ, D), torch.randn(B, 7, HKV, D), torch.randn(B, 7, HKV, DV)
+    return (q, k, v), {"causal": True, "window_left": 4, "softcap": 3.0, "sinks": torch.randn(HQ)}
+
+
+def flash_attention_backward():
+    (q, k, v), keywords = flash_attention()
+    out, lse = torch.ops.kvops.flash_attention(q, k, v, **keywords)
+    return (torch.randn_like(out), q, k, v, out, lse), {**keywords, "dlse": torch.randn_like(lse)}
+
+
+def attention_scores():
+    (q, k, v), keywords = flash_attention()
+    _, lse = torch.ops.kvops.flash_attention(q, k, v, **keywords)
+    del keywords["sinks"]
+    return (q, k, lse), {**keywords, "query_start": 2, "skip_recent": 1, "reduce": "sumsq", "group": "max"}
+
+
+def paged_append():
+    cache = ragged()
+    k, v = torch.randn(B, T, HKV, D), torch.randn(B, T, HKV, DV)
+    keywords = side_arrays(cache) | {"q_lens": int32(3, 2), "token_positions": int32([2, 3, 4], [9, 10, 11])}
+    return (k, v, *cache.values()), keywords
+
+
+def paged_attention():
+    cache = ragged()
+    keywords = side_arrays(cache) | {
+        "q_lens": int32(3, 2),
+        "query_positions": int32([50, 51, 52], [50, 51, 52]),
+        "window_left": 40,
+        "sinks": torch.randn(HQ),
+        "score_reduce": "max",
+        "score_decay": 0.5,
+    }
+    return (torch.randn(B, T, HQ, D), *cache.values()), keywords
+
+
+def paged_schedule():
+    return (int32([[5, 3], [12, 9]], [[0, 1], [2, 3]]), BLOCK_SIZE), {"num_programs": 5}
+
+
+def select_blocks():
+    cache = ragged()
+    sides = side_arrays(cache)
+    keywords = {"positions": sides["positions"], "protect_first": 1, "protect_last": 2, "scope": "sequence"}
+    return (sides["scores"], cache["block_tables"], cache["seq_lens"], int32(2, 3)), keywords
+
+
+def compact():
+    cache = ragged()
+    keep = torch.rand(B, HKV, MAX_BLOCKS * BLOCK_SIZE) < 0.5
+    return (*cache.values(), keep), side_arrays(cache)
+
+
+def verify_draft():
+    logits, drafts = torch.randn(B, T + 1, 11), torch.randint(0, 11, (B, T))
+    keywords = {
+        "draft_lens": int32(3, 1),
+        "draft_probs": torch.randn(B, T, 11).softmax(-1),
+        "temperature": torch.tensor([0.0, 0.7]),
+        "seed": torch.tensor([1, 2]),
+        "step": torch.tensor([5, 6]),
+    }
+    return (logits, drafts), keywords
+
+
+def prompt_lookup():
+    return (torch.randint(0, 3, (B, 20)), int32(20, 13)), {"num_draft": 4}
+
+
+SAMPLES = {
+    function.__name__: function
+    for function in (
+        flash_attention,
+        flash_attention_backward,
+        attention_scores,
+        paged_append,
+        paged_attention,
+        paged_schedule,
+        select_blocks,
+        compact,
+        verify_draft,
+        prompt_lookup,
+    )
+}
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("kvops::").partition(".")[0] for name in names if name.startswith("kvops::")}
+
+
+def operator(name: str):
+    return getattr(torch.ops.kvops, name).default
+
+
+def kernel_functions() -> dict[str, str]:
+    """Operator to ``"module:function"``, as the calls of ``register`` in ``kvops/ops`` say."""
+    targets = {}
+    for path in (Path(kvops.__file__).parent / "ops").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "register":
+                keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+                targets[ast.literal_eval(node.args[0]).partition("(")[0]] = ast.literal_eval(keywords["kernel"])
+    return targets
+
+
+every_operator = pytest.mark.parametrize("name", sorted(CONTRACT))
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_every_registered_operator_has_a_contract_and_a_sample():
+    assert registered() == set(CONTRACT) == set(SAMPLES)
+
+
+@every_operator
+def test_the_schema_is_the_contract(name):
+    contract = CONTRACT[name]
+    schema = operator(name)._schema
+    positional = [argument for argument in schema.arguments if not argument.kwarg_only]
+    assert [argument.name for argument in positional] == contract.positional
+    assert not any(argument.has_default_value() for argument in positional)
+    keywords = {
+        argument.name: argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        for argument in schema.arguments
+        if argument.kwarg_only
+    }
+    assert {keyword: keywords.get(keyword, "missing") for keyword in contract.keywords} == contract.keywords
+    added = set(keywords) - set(contract.keywords)
+    assert not [keyword for keyword in added if keywords[keyword] is inspect.Parameter.empty]
+    written = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
+    assert written == contract.written
+    assert len(schema.returns) == len(contract.returns)
+    names = [result.name for result in schema.returns]
+    assert names == contract.returns or not any(names)
+
+
+@every_operator
+def test_the_public_function_takes_what_the_operator_takes(name):
+    assert name in kvops.__all__
+    parameters = inspect.signature(getattr(kvops, name)).parameters
+    schema = operator(name)._schema
+    assert list(parameters) == [argument.name for argument in schema.arguments]
+    for argument in schema.arguments:
+        parameter = parameters[argument.name]
+        assert (parameter.kind is inspect.Parameter.KEYWORD_ONLY) == argument.kwarg_only
+        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        assert parameter.default == default
+        assert parameter.annotation is not inspect.Parameter.empty
+
+
+@every_operator
+def test_the_public_function_is_documented(name):
+    function = getattr(kvops, name)
+    text = inspect.getdoc(function)
+    assert re.search(r"``\[[^]]+\]``", text), "no shapes"
+    assert re.search(r"\bRaises\b", text)
+    assert "ValueError" in text
+    assert "TypeError" in text
+    undocumented = [parameter for parameter in inspect.signature(function).parameters if parameter not in text]
+    assert not undocumented
+
+
+@every_operator
+def test_opcheck(name):
+    args, keywords = SAMPLES[name]()
+    torch.library.opcheck(operator(name), args, keywords)
+
+
+@every_operator
+def test_gradients_are_given_or_refused_never_lost(name):
+    args, keywords = SAMPLES[name]()
+    differentiable = [
+        value for value in (*args, *keywords.values()) if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    if name in DIFFERENTIABLE:
+        leaves = [value.requires_grad_() for value in differentiable]
+        out, lse = getattr(kvops, name)(*args, **keywords)
+        (out.sum() + lse.sum()).backward()
+        assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+        return
+    for value in differentiable:
+        value.requires_grad_()
+        with pytest.raises(RuntimeError, match=f"kvops.{name} has no gradient"):
+            getattr(kvops, name)(*args, **keywords)
+        with torch.no_grad():
+            value.requires_grad_(False)
+    with torch.no_grad():
+        operator(name)(*args, **keywords)
+
+
+@every_operator
+def test_it_traces_into_one_node_with_symbolic_shapes(name):
+    args, keywords = SAMPLES[name]()
+    tensors = [value for value in (*args, *keywords.values()) if isinstance(value, torch.Tensor)]
+
+    def call(*tensors):
+        values = iter(tensors)
+
+        def filled(value):
+            return next(values) if isinstance(value, torch.Tensor) else value
+
+        positional = [filled(value) for value in args]
+        return getattr(kvops, name)(*positional, **{key: filled(value) for key, value in keywords.items()})
+
+    graph = make_fx(call, tracing_mode="symbolic")(*tensors).graph
+    targets = [node.target for node in graph.nodes if node.op == "call_function" and "kvops" in str(node.target)]
+    assert targets == [operator(name)]
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+    assert not [node for node in graph.nodes if any(word in str(node.target) for word in forbidden)]
+
+
+class NoSynchronisation(TorchFunctionMode):
+    """Refuses what makes the host wait for the device, in either direction, whatever the tensors are."""
+
+    FORBIDDEN = frozenset(
+        {
+            *("item", "tolist", "numpy", "cpu", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose"),
+            *("is_nonzero", "__bool__", "__int__", "__float__", "__index__", "tensor", "as_tensor", "pin_memory"),
+        }
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        assert name not in self.FORBIDDEN, f"a launch calls {name}"
+        assert name != "to" or "cpu" not in map(str, args[1:]), "a launch moves a tensor to the host"
+        return function(*args, **(kwargs or {}))
+
+
+@every_operator
+def test_a_launch_neither_waits_for_the_device_nor_allocates_by_its_data(name, monkeypatch):
+    """The launch function runs on tensors without data, its kernels left out, so that it can be captured in a graph.
+
+    Reading a value (``.item()``, ``nonzero``, a mask as an index, ``int(tensor)``) raises there, as does a shape that
+    depends on one.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "run", lambda self, *args, **kwargs: launches.append(self))
+    args, keywords = SAMPLES[name]()
+    module, function = kernel_functions()[name].split(":")
+    launch = getattr(importlib.import_module(module), function)
+    with FakeTensorMode() as mode:
+
+        def without_data(value):
+            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+        args = [without_data(value) for value in args]
+        keywords = {key: without_data(value) for key, value in keywords.items()}
+        with NoSynchronisation():
+            launch(*args, **keywords)
+    assert launches
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: x.sum().item(),
+        lambda x: int(x[0]),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: torch.tensor([1], device=x.device),
+        lambda x: 1 if x.max() > 0 else 0,
+        lambda x: x.new_empty(x.sum().to(torch.int64)),
+    ],
+)
+def test_a_launch_that_synchronises_is_found(reads):
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.ones(3))
+        with NoSynchronisation(), pytest.raises((AssertionError, RuntimeError)):
+            reads(x)
