@@ -18,7 +18,7 @@ def table(results: Sequence[CaseResult]) -> str:
     """The compiled launches as text, one line for each different binary."""
     from tabulate import tabulate
 
-    rows = {}
+    rows = {}  # by binary: a case may launch the same one again
     for result in results:
         for launch in result.launches:
             instructions = " ".join(f"{name} {count}" for name, count in launch.matrix_instructions.items())
@@ -35,7 +35,7 @@ def table(results: Sequence[CaseResult]) -> str:
                 launch.compile_seconds,
             )
     headers = ("target", "case", "kernel", "warps", "stages", "registers", "spills st/ld", "shared", "matrix", "s")
-    return tabulate([rows[key] for key in sorted(rows)], headers=headers, floatfmt=".1f")
+    return tabulate(rows.values(), headers=headers, floatfmt=".1f")
 
 
 def inspect(arguments: argparse.Namespace) -> int:
