@@ -59,6 +59,9 @@ test: $(SETUP)  ## every test; PYTEST="..." for a part
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)
 
+bench: $(SETUP)  ## generation beside transformers' on this CPU, in one run; ARGS="--json PATH"
+	$(BIN)/python bench/generate_cpu.py $(ARGS)
+
 lint: $(SETUP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
