@@ -1,0 +1,76 @@
+"""The truth of the verification tests: Philox in Python integers, verification one token at a time, chi-square."""
+
+import math
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+ACCEPT, RESAMPLE = 0, 1
+
+
+def philox(counter: tuple[int, int, int, int], seed: int) -> list[int]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, seed >> 32 & _MASK
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & _MASK, a >> 32 ^ c3 ^ k1, a & _MASK
+        k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
+    return [c0, c1, c2, c3]
+
+
+def uniform(stream: int, position: int, seed: int, step: int, index: int = 0) -> float:
+    group, lane, column = index // 1024, index // 256 % 4, index % 256
+    counter = (group * 256 + column, 4 * position + stream, step & _MASK, step >> 32 & _MASK)
+    return (philox(counter, seed)[lane] + 0.5) / 2**32
+
+
+def softmax(logits: list[float], temperature: float) -> list[float]:
+    top = max(logits)
+    weights = [math.exp((x - top) / temperature) for x in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def race(weights: list[float], position: int, seed: int, step: int) -> int:
+    scores = [
+        w / -math.log1p(-uniform(RESAMPLE, position, seed, step, i)) if w > 0 else -1.0 for i, w in enumerate(weights)
+    ]
+    return scores.index(max(scores))
+
+
+def verify(logits, drafts, probs, temperature, seed, step) -> tuple[list[int], int]:
+    """One request: logits [T + 1][V], drafts [T], probs [T][V] or None -> the emitted tokens and how many accepted."""
+    emitted: list[int] = []
+    for t, draft in enumerate([*drafts, -1]):
+        if temperature == 0:
+            token = logits[t].index(max(logits[t]))
+            emitted.append(token)
+            if token != draft:
+                return emitted, t
+            continue
+        p = softmax(logits[t], temperature)
+        if not 0 <= draft < len(p):
+            return [*emitted, race(p, t, seed, step)], t
+        q = [float(i == draft) for i in range(len(p))] if probs is None else probs[t]
+        if uniform(ACCEPT, t, seed, step) * q[draft] >= p[draft]:
+            return [*emitted, race([max(x - y, 0.0) for x, y in zip(p, q, strict=True)], t, seed, step)], t
+        emitted.append(draft)
+    raise AssertionError("the last row accepts nothing")
+
+
+def chi_square(outcomes: Tensor, expected: Tensor) -> float:
+    """p-value that outcomes (int64 [trials]) are distributed as expected; 0 when an impossible one is among them.
+
+    Cells that expect fewer than 5 counts are pooled.
+    """
+    trials = outcomes.numel()
+    counts = torch.bincount(outcomes, minlength=expected.numel()).double()
+    wanted = expected.double() / expected.double().sum() * trials
+    if counts[wanted == 0].sum() > 0:
+        return 0.0
+    rare = wanted < 5
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    wanted = torch.cat((wanted[~rare], wanted[rare].sum()[None]))
+    keep = wanted > 0
+    return float(stats.chisquare(counts[keep].numpy(), wanted[keep].numpy()).pvalue)
