@@ -6,9 +6,11 @@ Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Tr
 from importlib.metadata import PackageNotFoundError, version
 
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
+from kvops.ops.attention import flash_attention, flash_attention_backward
 from kvops.ops.eviction import compact, select_blocks
 from kvops.ops.paged import paged_append, paged_attention, paged_schedule
 from kvops.ops.registry import backend
+from kvops.ops.scores import attention_scores
 from kvops.ops.verify import prompt_lookup, verify_draft
 
 try:
@@ -21,8 +23,11 @@ __all__ = [
     "OutOfBlocksError",
     "PagedKVCache",
     "__version__",
+    "attention_scores",
     "backend",
     "compact",
+    "flash_attention",
+    "flash_attention_backward",
     "paged_append",
     "paged_attention",
     "paged_schedule",

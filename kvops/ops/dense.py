@@ -1,0 +1,76 @@
+"""Argument checks that the operators over dense and packed tensors share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvops import checks
+
+DENSE = "[batch, seqlen, heads, head_dim]"
+PACKED = "[total_tokens, heads, head_dim]"
+
+
+def check_tokens(name: str, tensor: Tensor, layout: str, q: Tensor) -> None:
+    """A tensor of tokens in the layout, dtype and device of ``q``."""
+    checks.expect_rank(name, tensor, layout)
+    checks.expect_dtype(name, tensor, *checks.FLOAT_DTYPES)
+    checks.expect_same_dtype(name, tensor, "q", q)
+    checks.expect_same_device(name, tensor, "q", q)
+    checks.expect_last_contiguous(name, tensor)
+
+
+def check_queries_and_keys(q: Tensor, k: Tensor, layout: str) -> None:
+    check_tokens("q", q, layout, q)
+    check_tokens("k", k, layout, q)
+    checks.expect_at_least("q.shape[-1] (head_dim)", q.shape[-1], 1)
+    if layout == DENSE:
+        checks.expect_shape("k", k, layout, q.shape[0], None, None, q.shape[3])
+    else:
+        checks.expect_shape("k", k, layout, None, None, q.shape[2])
+    checks.expect_head_ratio("q", q.shape[-2], "k", k.shape[-2])
+
+
+def check_values(v: Tensor, k: Tensor, q: Tensor, layout: str) -> None:
+    check_tokens("v", v, layout, q)
+    checks.expect_shape("v", v, layout, *k.shape[:-1], None)
+    checks.expect_at_least("v.shape[-1] (head_dim)", v.shape[-1], 1)
+
+
+def check_rows(name: str, tensor: Tensor, q: Tensor) -> None:
+    """float32 [batch, heads, seqlen], or [heads, total_tokens] beside packed queries: an lse or its gradient."""
+    checks.expect_dtype(name, tensor, torch.float32)
+    if q.dim() == 4:
+        checks.expect_shape(name, tensor, "[batch, heads, seqlen]", q.shape[0], q.shape[2], q.shape[1])
+    else:
+        checks.expect_shape(name, tensor, "[heads, total_tokens]", q.shape[1], q.shape[0])
+    checks.expect_same_device(name, tensor, "q", q)
+    checks.expect_last_contiguous(name, tensor)
+
+
+def check_options(
+    q: Tensor,
+    batch: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    checks.expect_at_least("window_left", window_left, -1)
+    checks.expect_at_least("window_right", window_right, -1)
+    checks.expect_at_least("softcap", softcap, 0.0)
+    heads = q.shape[-2]
+    if sinks is not None:
+        checks.expect_dtype("sinks", sinks, *checks.FLOAT_DTYPES)
+        checks.expect_shape("sinks", sinks, "[heads]", heads)
+        checks.expect_same_device("sinks", sinks, "q", q)
+        checks.expect_last_contiguous("sinks", sinks)
+    if alibi_slopes is not None:
+        checks.expect_dtype("alibi_slopes", alibi_slopes, *checks.FLOAT_DTYPES)
+        if alibi_slopes.dim() == 2:
+            checks.expect_shape("alibi_slopes", alibi_slopes, "[batch, heads]", batch, heads)
+        else:
+            checks.expect_shape("alibi_slopes", alibi_slopes, "[heads]", heads)
+        checks.expect_same_device("alibi_slopes", alibi_slopes, "q", q)
+        checks.expect_last_contiguous("alibi_slopes", alibi_slopes)

@@ -1,0 +1,116 @@
+"""Column reductions of the softmax: schemas, checks, fakes and the public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvops import checks
+from kvops.eager import scores as eager
+from kvops.ops.dense import DENSE, check_options, check_queries_and_keys, check_rows
+from kvops.ops.registry import register
+
+_OPTIONS = (
+    "bool causal=False, int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, "
+    'Tensor? alibi_slopes=None, int query_start=0, int skip_recent=0, str reduce="sum", str group="sum"'
+)
+
+
+def _check_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    query_start: int = 0,
+    skip_recent: int = 0,
+    reduce: str = "sum",
+    group: str = "sum",
+) -> None:
+    check_queries_and_keys(q, k, DENSE)
+    check_rows("lse", lse, q)
+    check_options(q, q.shape[0], window_left, window_right, softcap, None, alibi_slopes)
+    _check_reduction(skip_recent, reduce, group)
+
+
+def _check_reduction(skip_recent: int, reduce: str, group: str) -> None:
+    checks.expect_at_least("skip_recent", skip_recent, 0)
+    checks.expect_choice("reduce", reduce, ("sum", "sumsq", "max"))
+    checks.expect_choice("group", group, ("sum", "mean", "max"))
+
+
+def _fake_scores(q: Tensor, k: Tensor, lse: Tensor, **options: object) -> Tensor:
+    return q.new_empty(k.shape[0], k.shape[2], k.shape[1], dtype=torch.float32)
+
+
+_scores_op = register(
+    f"attention_scores(Tensor q, Tensor k, Tensor lse, *, {_OPTIONS}) -> Tensor",
+    check=_check_scores,
+    fake=_fake_scores,
+    eager=eager.attention_scores,
+    kernel="kvops.kernels.attention_scores:attention_scores",
+)
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    query_start: int = 0,
+    skip_recent: int = 0,
+    reduce: str = "sum",
+    group: str = "sum",
+) -> Tensor:
+    """How much attention each key receives: the softmax reduced over its queries, the matrix never in memory.
+
+    The probability of a key is ``exp(score - lse)``, with lse from :func:`kvops.flash_attention` called with the same
+    options; sinks are in lse already. No gradient.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``.
+        k: ``[B, Sk, Hkv, D]``.
+        lse: ``[B, Hq, Sq]``, float32.
+        causal, window_left, window_right, scale, softcap, alibi_slopes: as in the forward.
+        query_start: the first query that counts; a negative number counts from the end, so that -w is the last w.
+        skip_recent: n > 0: a key counts only for queries at least n positions after it.
+        reduce: over the queries, ``"sum"`` of p, ``"sumsq"`` of p squared or ``"max"`` of p.
+        group: over the query heads of a group, ``"sum"``, ``"mean"`` or ``"max"``.
+
+    Returns:
+        float32 ``[B, Hkv, Sk]``, 0 for a key that no query sees.
+
+    Raises:
+        ValueError: shapes, strides, devices or values that do not fit.
+        TypeError: dtypes that do not fit.
+        RuntimeError: an input requires a gradient.
+
+    Sums over all queries are the scores of H2O (Zhang et al., 2023, arXiv:2306.14048), over the last w those of SnapKV
+    (Li et al., 2024, arXiv:2404.14469), squares those of KV-Compress (Rehg, 2024, arXiv:2410.00161).
+    """
+    return _scores_op(
+        q,
+        k,
+        lse,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        query_start=query_start,
+        skip_recent=skip_recent,
+        reduce=reduce,
+        group=group,
+    )
