@@ -16,22 +16,12 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.ops.eviction import compact, select_blocks
+from kvops.ops.paged import paged_append, paged_attention
+from kvops.pool import BlockPool, OutOfBlocksError
+
+__all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache"]
 
 Rows = slice | int | Sequence[int] | Tensor
-
-
-class OutOfBlocksError(RuntimeError):
-    """The pool has fewer free blocks than a request needs. Raised before anything is changed.
-
-    Attributes: ``needed`` blocks for this request, ``free`` and ``total`` blocks of the pool.
-    """
-
-    def __init__(self, needed: int, free: int, total: int) -> None:
-        self.needed, self.free, self.total = needed, free, total
-        super().__init__(
-            f"num_tokens: the request needs {needed} more blocks, but {free} of {total} are free: evict() or free() "
-            f"rows first, or build the cache with num_blocks >= {total - free + needed}"
-        )
 
 
 @dataclass(frozen=True)
@@ -85,38 +75,6 @@ class CacheStats:
                     f"shortest {int(lists.min())}, longest {int(lists.max())}"
                 )
         return "\n".join(lines)
-
-
-class _HostBound:
-    """Upper bounds, kept on the host, of what the device knows exactly: blocks held and the longest list of each row.
-
-    A list that gains t tokens, in however many steps, gains at most ceil(t / block_size) blocks and one list's tokens
-    are the same in number as every other's of its row.
-    """
-
-    def __init__(self, rows: int, lists: int, block_size: int) -> None:
-        self.lists = lists
-        self.block_size = block_size
-        self.blocks = [0] * rows  # held at the last exact reading, or bounded by a budget
-        self.tokens = [0] * rows  # that came in since
-        self.longest = [0] * rows
-
-    def total(self) -> int:
-        gained = sum(-(-tokens // self.block_size) for tokens in self.tokens)
-        return sum(self.blocks) + self.lists * gained
-
-    def after(self, rows: Sequence[int], tokens: int) -> int:
-        """The total if ``rows`` gained ``tokens`` more each."""
-        gained = sum(
-            -(-(self.tokens[row] + tokens) // self.block_size) - -(-self.tokens[row] // self.block_size) for row in rows
-        )
-        return self.total() + self.lists * gained
-
-    def row_blocks(self, row: int) -> int:
-        return self.blocks[row] + self.lists * -(-self.tokens[row] // self.block_size)
-
-    def set_row(self, row: int, blocks: int, longest: int) -> None:
-        self.blocks[row], self.tokens[row], self.longest[row] = blocks, 0, longest
 
 
 class PagedKVCache:
@@ -186,24 +144,12 @@ class PagedKVCache:
         self._scores = torch.zeros(num_blocks + 1, block_size, dtype=torch.float32, device=device)
         self.scores = self._scores[:num_blocks]
         lists = (num_layers, max_batch, num_kv_heads)
-        self.block_tables = torch.zeros(*lists, self.max_blocks, dtype=torch.int32, device=device)
-        self.seq_lens = torch.zeros(lists, dtype=torch.int32, device=device)
+        self._pool = BlockPool(lists, num_blocks, self.max_blocks, block_size, device)
+        self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
         self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
-
-        # Blocks that each list holds: at least what its length takes; rolled back tokens leave theirs behind.
-        self._held = torch.zeros(lists, dtype=torch.int32, device=device)
-        # The first _free_count entries are the free blocks, the last of them the next to go out. Popped in descending
-        # order of place they ascend, so one list's new blocks are neighbours. The entry past the pool is a dustbin.
-        self._free = torch.arange(num_blocks - 1, -2, -1, dtype=torch.int32, device=device)
-        self._free_count = torch.full((), num_blocks, dtype=torch.int64, device=device)
-        self._in_order = True
-        # Numbers are cheap to read where the host is the device.
-        self._exact = device.type == "cpu"
-        self._bound = _HostBound(max_batch, num_layers * num_kv_heads, block_size)
-        self._list_numbers = torch.arange(self.seq_lens.numel(), device=device).view(lists)
-        self._columns = torch.arange(self.max_blocks, device=device)
-        self._all_tables = tuple(self.block_tables)
-        self._all_lens = tuple(self.seq_lens)
+        # Views of every layer, made once: a step asks for each of them twice.
+        self._layer_tables = tuple(self.block_tables)
+        self._layer_lens = tuple(self.seq_lens)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that one row of ``tokens`` tokens takes with nothing evicted, over all layers and heads."""
@@ -224,24 +170,19 @@ class PagedKVCache:
         index, numbers = self._resolve(rows)
         checks.expect_at_least("num_tokens", num_tokens, 0)
         lens = self.seq_lens[:, index]
-        held = self._held[:, index]
         if q_lens is None:
             new_lens = lens + num_tokens
         else:
             self._expect_per_row("q_lens", q_lens, len(numbers))
+            if self._pool.exact or checks.debug():
+                within = (q_lens >= 0) & (q_lens <= num_tokens)
+                checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
             new_lens = lens + q_lens[:, None]
-        grow = ((new_lens + (self.block_size - 1)) // self.block_size - held).clamp_(min=0)
-        total = self._admit(numbers, num_tokens, new_lens, grow)
-        if total != 0:
-            self._take(index, held, grow, min(-(-num_tokens // self.block_size), self.max_blocks))
+        self._pool.reserve(index, numbers, new_lens, num_tokens)
         self.seq_lens[:, index] = new_lens
         first = self.next_positions[index]
         token_positions = first[:, None] + torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         self.next_positions[index] = first + (num_tokens if q_lens is None else q_lens)
-        bound = self._bound
-        for row in numbers:
-            bound.tokens[row] += num_tokens
-            bound.longest[row] += num_tokens
         return token_positions
 
     def append(
@@ -256,7 +197,7 @@ class PagedKVCache:
     ) -> None:
         """Write k ``[B', T, Hkv, D]`` and v ``[B', T, Hkv, Dv]`` of one layer into the room made by :meth:`extend`."""
         tables, lens = self._layer(layer, rows)
-        torch.ops.kvops.paged_append.default(
+        paged_append(
             k,
             v,
             self.k_cache,
@@ -296,7 +237,7 @@ class PagedKVCache:
             after = self.next_positions[self._resolve(rows)[0]]
             new = q.shape[1] if q_lens is None else q_lens
             query_positions = (after - new)[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=self.device)
-        out, _ = torch.ops.kvops.paged_attention.default(
+        out, _ = paged_attention(
             q,
             self.k_cache,
             self.v_cache,
@@ -347,7 +288,8 @@ class PagedKVCache:
         each row (int32 ``[B']``); the other arguments are those of :func:`kvops.select_blocks`, with protection
         measured in original positions. A row that holds less than its budget keeps everything.
 
-        Raises ValueError, before anything is changed, when protection and floor alone take more than the budget.
+        Raises ValueError, before anything is changed, when protection and floor alone take more than the budget. A
+        budget that lies on a GPU is read by the host for that; numbers are not.
         """
         index, numbers = self._resolve(rows)
         if isinstance(budget, Tensor):
@@ -357,7 +299,7 @@ class PagedKVCache:
             known = [budget] * len(numbers) if isinstance(budget, int) else list(budget)
             if len(known) != len(numbers):
                 raise ValueError(f"budget: expected one number or {len(numbers)}, one for each row, got {len(known)}")
-            budgets = torch.tensor(known, dtype=torch.int32)
+            budgets = torch.tensor([min(most, self.num_blocks) for most in known], dtype=torch.int32)
         budgets = budgets.to(self.device)
         for value in known or ():
             checks.expect_at_least("budget", value, 0)
@@ -375,18 +317,17 @@ class PagedKVCache:
             min_per_head=min_per_head,
             scope=scope,
         )
+        bound = self._pool.bound
         floor = max(protect_first + protect_last, min_per_head)
-        floors = [lists * -(-min(self._bound.longest[row], floor) // self.block_size) for row in numbers]
+        floors = [lists * -(-min(bound.longest[row], floor) // self.block_size) for row in numbers]
         if known is None or any(least > most for least, most in zip(floors, known, strict=True)):
             self._refuse_floor(new_lens, budgets)
         compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
         lens = lens.view(batch, self.num_layers, self.num_kv_heads).transpose(0, 1)
         self.seq_lens[:, index] = lens
-        self._give_back(index, (lens + (self.block_size - 1)) // self.block_size)
-        if known is not None:
-            for row, most in zip(numbers, known, strict=True):
-                blocks = min(self._bound.row_blocks(row), most)
-                self._bound.set_row(row, blocks, min(self._bound.longest[row], blocks * self.block_size))
+        self._pool.give_back(index, self._pool.blocks_of(lens))
+        for row, most in zip(numbers, known or (), strict=known is not None):
+            bound.limit(row, most)
 
     def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
         """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
@@ -401,7 +342,7 @@ class PagedKVCache:
         else:
             checks.expect_at_least("num_tokens", num_tokens, 0)
             new_lens = self.seq_lens[:, index] - num_tokens
-        if (self._exact or checks.debug()) and new_lens.numel() and int(new_lens.amin()) < 0:
+        if (self._pool.exact or checks.debug()) and new_lens.numel() and int(new_lens.amin()) < 0:
             raise ValueError(
                 f"num_tokens: expected at most the length of the shortest list, got {-int(new_lens.amin())} more"
             )
@@ -411,11 +352,11 @@ class PagedKVCache:
     def free(self, rows: Rows = slice(None)) -> None:
         """Empty ``rows``: all their blocks go back to the pool, their lengths and positions to zero."""
         index, numbers = self._resolve(rows)
-        self._give_back(index, torch.zeros_like(self._held[:, index]))
+        self._pool.give_back(index, torch.zeros_like(self.seq_lens[:, index]))
         self.seq_lens[:, index] = 0
         self.next_positions[index] = 0
         for row in numbers:
-            self._bound.set_row(row, 0, 0)
+            self._pool.bound.limit(row, 0)
 
     def gather(self, layer: int, row: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises."""
@@ -430,7 +371,7 @@ class PagedKVCache:
         side = self.positions.element_size() + self.scores.element_size()
         return CacheStats(
             blocks_total=self.num_blocks,
-            blocks_in_use=self.num_blocks - int(self._free_count),
+            blocks_in_use=self._pool.blocks_in_use(),
             block_size=self.block_size,
             bytes_per_block=self.block_size * slot,
             side_bytes_per_block=self.block_size * side,
@@ -458,7 +399,7 @@ class PagedKVCache:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer: expected a number in 0..{self.num_layers - 1}, got {layer}")
         if isinstance(rows, slice) and rows == slice(None):
-            return self._all_tables[layer], self._all_lens[layer]
+            return self._layer_tables[layer], self._layer_lens[layer]
         index, _ = self._resolve(rows)
         return self.block_tables[layer, index], self.seq_lens[layer, index]
 
@@ -467,72 +408,8 @@ class PagedKVCache:
         checks.expect_dtype(name, value, torch.int32)
         checks.expect_shape(name, value, "[rows]", batch)
 
-    def _admit(self, numbers: Sequence[int], num_tokens: int, new_lens: Tensor, grow: Tensor) -> int | None:
-        """Refuse what does not fit. Returns the blocks needed, None where the host has no need to know."""
-        bound = self._bound
-        capacity = self.max_blocks * self.block_size
-        too_long = any(bound.longest[row] + num_tokens > capacity for row in numbers)
-        if too_long and new_lens.numel():
-            longest = int(new_lens.amax())
-            if longest > capacity:
-                raise ValueError(
-                    f"num_tokens: a list would hold {longest} tokens, more than the {capacity} of max_tokens: "
-                    "evict() first, or build the cache with a larger max_tokens"
-                )
-            for row, length in enumerate(self.seq_lens.amax((0, 2)).tolist()):
-                bound.longest[row] = length
-        if self._exact:
-            needed = int(grow.sum())
-            free = int(self._free_count) if needed else 0
-        elif bound.after(numbers, num_tokens) > self.num_blocks:
-            needed, free = torch.stack([grow.sum(), self._free_count]).tolist()
-            for row, blocks in enumerate(self._held.sum((0, 2)).tolist()):
-                bound.set_row(row, blocks, bound.longest[row])
-        else:
-            return None
-        if needed > free:
-            raise OutOfBlocksError(needed, free, self.num_blocks)
-        return needed
-
-    def _take(self, index: slice | Tensor, held: Tensor, grow: Tensor, width: int) -> None:
-        """Append ``grow`` blocks (at most ``width``) from the stack to each list of the rows."""
-        if width > 1 and not self._in_order:
-            self._sort_free()
-        last = grow.flatten().cumsum(0)
-        first = (last.view(grow.shape) - grow)[..., None]
-        # A window of columns inside the table that has room for `width` new blocks, wherever the list ends.
-        columns = held.long().clamp(max=self.max_blocks - width)[..., None] + self._columns[:width]
-        ordinal = columns - held[..., None]
-        new = (ordinal >= 0) & (ordinal < grow[..., None])
-        place = (self._free_count - 1 - first - ordinal).clamp_(0, self.num_blocks)
-        flat = self._list_numbers[:, index][..., None] * self.max_blocks + columns
-        tables = self.block_tables.view(-1)
-        tables[flat] = torch.where(new, self._free[place], tables[flat])
-        self._held[:, index] = held + grow
-        if last.numel():
-            self._free_count -= last[-1]
-
-    def _give_back(self, index: slice | Tensor, keep: Tensor) -> None:
-        """Push the blocks past the first ``keep`` of each list of the rows onto the stack."""
-        held = self._held[:, index]
-        given = (self._columns >= keep[..., None]) & (self._columns < held[..., None])
-        count = given.flatten().cumsum(0)
-        if not count.numel():
-            return
-        # The first block is pushed last, so that the next to come gets them in the order they had.
-        place = torch.where(given.flatten(), self._free_count + count[-1] - count, self.num_blocks)
-        self._free.scatter_(0, place, self.block_tables[:, index].flatten())
-        self._free_count += count[-1]
-        self._held[:, index] = keep
-        self._in_order = False
-
-    def _sort_free(self) -> None:
-        place = torch.arange(self.num_blocks + 1, device=self.device)
-        self._free = torch.where(place < self._free_count, self._free, -1).sort(descending=True).values
-        self._in_order = True
-
     def _refuse_floor(self, new_lens: Tensor, budgets: Tensor) -> None:
-        blocks = ((new_lens + (self.block_size - 1)) // self.block_size).sum(1)
+        blocks = self._pool.blocks_of(new_lens).sum(1)
         over = torch.stack([blocks, budgets.long()], 1).tolist()
         for least, most in over:
             if least > most:
