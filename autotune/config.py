@@ -147,3 +147,85 @@ def compact_config(width: int, itemsize: int) -> CompactConfig:
     while block_w < width and 2 * block_w * itemsize <= 128:
         block_w *= 2
     return CompactConfig(block_n=min(512, 16384 // (block_w * itemsize)), block_w=block_w, num_warps=4)
+
+
+@dataclass(frozen=True)
+class GluonFlashForwardConfig:
+    """The warp-specialised flash attention forward for Hopper.
+
+    Attributes:
+        block_rows: queries to each of the two consumers, 64 or a multiple.
+        block_n: keys to a tile.
+        stages: key (and value) tiles in shared memory at a time, at least 2.
+        consumer_registers, producer_registers: per thread, multiples of 8.
+        persistent: one program for each multiprocessor walks through the work, so that the next tiles are loaded while
+            the last output is stored; otherwise one program for each block of queries.
+        section_bytes: heads are taken in groups whose keys and values together have this size, to stay in the L2 cache.
+    """
+
+    block_rows: int
+    block_n: int
+    stages: int
+    consumer_registers: int
+    producer_registers: int
+    persistent: bool = True
+    section_bytes: int = 16 << 20
+
+
+def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
+    """Chosen from the padded head size alone, 64, 128 or 256: tiles that neither spill nor exceed the shared memory."""
+    if width <= 64:
+        return GluonFlashForwardConfig(64, 128, stages=3, consumer_registers=240, producer_registers=24)
+    if width <= 128:
+        return GluonFlashForwardConfig(64, 128, stages=2, consumer_registers=240, producer_registers=24)
+    return GluonFlashForwardConfig(64, 64, stages=2, consumer_registers=240, producer_registers=24)
+
+
+@dataclass(frozen=True)
+class PagedAttentionConfig:
+    """A program keeps BLOCK_M rows (query heads of a group by tokens) against tiles of BLOCK_N slots."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def paged_attention_config(head_dim: int, itemsize: int, rows: int, arch: str) -> PagedAttentionConfig:
+    """``head_dim`` is the larger of the padded head sizes of K and V, ``rows`` the group's query heads times tokens.
+
+    Decoding is bound by memory: what counts is bytes in flight, so a stage holds 32 KiB of K and V (16 KiB where a
+    program has 64 KiB of shared memory) whatever the head size and dtype.
+    """
+    block_m = 16
+    while block_m < min(rows, 64):
+        block_m *= 2
+    if arch == "interpreter":
+        return PagedAttentionConfig(block_m, 32, 4, 1)
+    nvidia = arch.startswith("sm_")
+    stage = 32768 if nvidia else 16384
+    slot_bytes = 2 * head_dim * itemsize
+    block_n = min(128, max(16, stage // slot_bytes))
+    if itemsize == 4 and block_m > 16:
+        # float32 products run on the ordinary units: the tile is what registers hold.
+        block_m, block_n = 32 if head_dim <= 128 else 16, min(block_n, 32)
+    num_stages = 3 if nvidia else 2
+    while num_stages > 1 and num_stages * block_n * slot_bytes > 3 * stage:
+        num_stages -= 1
+    return PagedAttentionConfig(block_m, block_n, 4 if block_m * block_n < 8192 else 8, num_stages)
+
+
+@dataclass(frozen=True)
+class PagedAppendConfig:
+    """``block_t`` tokens of one head to a program."""
+
+    block_t: int
+    num_warps: int
+
+
+def paged_append_config(head_dim: int, num_tokens: int) -> PagedAppendConfig:
+    """``head_dim`` is the larger of the padded head sizes; a program moves up to 4096 elements of each of K and V."""
+    block_t = 1
+    while block_t < min(num_tokens, max(1, 4096 // head_dim)):
+        block_t *= 2
+    return PagedAppendConfig(block_t, num_warps=4 if block_t * head_dim >= 1024 else 1)

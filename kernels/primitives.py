@@ -152,3 +152,37 @@ def exponential_from_uniform(u):
     series = series * u + 0.5
     series = series * u + 1.0
     return tl.where(u < 0.0625, series * u, -tl.log(1.0 - u))
+
+
+@triton.jit
+def page_address(table_ptr, slots, inside, stride_table, BLOCK_SIZE: tl.constexpr):
+    """Block and offset (int64) of the ``slots`` of the list whose table is at ``table_ptr``; block 0 where not
+    ``inside``, whose entries are not read."""
+    block = tl.load(table_ptr + (slots // BLOCK_SIZE) * stride_table, mask=inside, other=0)
+    return block.to(tl.int64), (slots % BLOCK_SIZE).to(tl.int64)
+
+
+@triton.jit
+def e4m3_to_float16(bits):
+    """float8 e4m3 (its bits as uint8) divided by 256, exactly: the same fields under the exponent bias of float16.
+
+    No GPU before sm_89 converts e4m3, and the factor 256 costs nothing once it is folded into a scale. NaN is kept.
+    """
+    wide = bits.to(tl.uint16)
+    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    return tl.where((wide & 0x7F) == 0x7F, 0x7E00, half).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def float32_to_e4m3(x):
+    """float32 -> the bits (uint8) of float8 e4m3: rounded to nearest even and clamped to 448; NaN stays NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    magnitude_bits = magnitude.to(tl.uint32, bitcast=True)
+    # Keep 3 of 23 mantissa bits and move the exponent's bias from 127 to 7.
+    normal = ((magnitude_bits + 0x7FFFF + ((magnitude_bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 the spacing is 2^-9: adding 1.5 * 2^14 rounds to it, and leaves the count in the low bits.
+    subnormal = (magnitude + 24576.0).to(tl.uint32, bitcast=True) & 0xF
+    code = tl.where(magnitude < 0.015625, subnormal, normal)
+    code = tl.where(x == x, code, 0x7F)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)

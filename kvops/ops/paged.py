@@ -287,7 +287,7 @@ _schedule = register(
     check=_check_schedule,
     fake=_fake_schedule,
     eager=eager.paged_schedule,
-    kernel="kvops.kernels.paged_attention:paged_schedule",
+    kernel="kvops.kernels.paged_schedule:paged_schedule",
 )
 
 

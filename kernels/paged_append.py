@@ -1,0 +1,173 @@
+"""Write new keys and values into the last slots of each head's list of blocks."""
+
+import torch
+import triton
+import triton.language as tl
+
+from kvops.autotune.config import paged_append_config
+from kvops.kernels.paged import as_bytes, list_strides, padded, slot_strides
+from kvops.kernels.primitives import float32_to_e4m3, page_address
+
+
+@triton.jit
+def _copy_rows(
+    source_ptr, stride_source, tokens, cache_ptr, cell, written, scale_ptr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, FLOAT8: tl.constexpr,
+):  # fmt: skip
+    """Rows ``tokens`` of the source to the offsets ``cell`` of the cache, divided by the scale of a float8 cache."""
+    columns = tl.arange(0, PADDED)
+    mask = written[:, None] & (columns < WIDTH)[None, :]
+    rows = tl.load(source_ptr + tokens[:, None] * stride_source + columns[None, :], mask=mask)  # [BLOCK_T, PADDED]
+    if FLOAT8:
+        rows = rows.to(tl.float32)
+        if scale_ptr is not None:
+            rows = rows / tl.load(scale_ptr)
+        rows = float32_to_e4m3(rows)
+    tl.store(cache_ptr + cell[:, None] + columns[None, :], rows, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_blocks"])
+def paged_append_kernel(
+    k_ptr,
+    v_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    q_lens_ptr,
+    positions_ptr,
+    token_positions_ptr,
+    scores_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_kcb,
+    stride_kcs,
+    stride_kch,
+    stride_vcb,
+    stride_vcs,
+    stride_vch,
+    stride_tb,
+    stride_th,
+    stride_tn,
+    stride_lb,
+    stride_lh,
+    stride_nb,
+    stride_pb,
+    stride_ps,
+    stride_ph,
+    stride_qpb,
+    stride_qpt,
+    stride_sb,
+    stride_ss,
+    stride_sh,
+    stride_k_scale,
+    stride_v_scale,
+    heads,
+    num_tokens,
+    max_blocks,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    tiles = tl.cdiv(num_tokens, BLOCK_T)
+    pid = tl.program_id(0).to(tl.int64)
+    tokens = pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = pid // tiles % heads
+    batch = pid // tiles // heads
+    count = num_tokens
+    if q_lens_ptr is not None:
+        count = tl.minimum(tl.load(q_lens_ptr + batch * stride_nb), num_tokens)
+    slots = tl.load(seq_lens_ptr + batch * stride_lb + head * stride_lh) - count + tokens
+    written = (tokens < count) & (slots >= 0) & (slots < max_blocks.to(tl.int64) * BLOCK_SIZE)
+    table_ptr += batch * stride_tb + head * stride_th
+    block, offset = page_address(table_ptr, slots, written, stride_tn, BLOCK_SIZE)
+
+    k_cell = block * stride_kcb + offset * stride_kcs + head * stride_kch
+    v_cell = block * stride_vcb + offset * stride_vcs + head * stride_vch
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    if k_scale_ptr is not None:
+        k_scale_ptr += head * stride_k_scale
+    if v_scale_ptr is not None:
+        v_scale_ptr += head * stride_v_scale
+    _copy_rows(k_ptr, stride_kt, tokens, k_cache_ptr, k_cell, written, k_scale_ptr, HEAD_DIM, BLOCK_D, FLOAT8)
+    _copy_rows(v_ptr, stride_vt, tokens, v_cache_ptr, v_cell, written, v_scale_ptr, VALUE_DIM, BLOCK_DV, FLOAT8)
+    if positions_ptr is not None:
+        position = tl.load(token_positions_ptr + batch * stride_qpb + tokens * stride_qpt, mask=written)
+        tl.store(positions_ptr + block * stride_pb + offset * stride_ps + head * stride_ph, position, mask=written)
+    if scores_ptr is not None:
+        cell = block * stride_sb + offset * stride_ss + head * stride_sh
+        tl.store(scores_ptr + cell, tl.zeros([BLOCK_T], tl.float32), mask=written)
+
+
+def paged_append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    q_lens: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    token_positions: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Launch the kernel; see ``kvops.paged_append``."""
+    batch, num_tokens, heads, head_dim = k.shape
+    value_dim = v.shape[-1]
+    block_d, block_dv = padded(head_dim), padded(value_dim)
+    config = paged_append_config(max(block_d, block_dv), num_tokens)
+    programs = triton.cdiv(num_tokens, config.block_t) * batch * heads
+    if programs == 0:
+        return
+    paged_append_kernel[(programs,)](
+        k,
+        v,
+        as_bytes(k_cache),
+        as_bytes(v_cache),
+        block_tables,
+        seq_lens,
+        q_lens,
+        positions,
+        token_positions,
+        scores,
+        k_scale,
+        v_scale,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *slot_strides(k_cache[..., 0]),
+        *slot_strides(v_cache[..., 0]),
+        *list_strides(block_tables, k_cache)[:2],
+        block_tables.stride(-1),
+        *list_strides(seq_lens, k_cache)[:2],
+        0 if q_lens is None else q_lens.stride(0),
+        *slot_strides(positions),
+        *((0, 0) if token_positions is None else token_positions.stride()),
+        *slot_strides(scores),
+        0 if k_scale is None or k_scale.dim() == 0 else k_scale.stride(0),
+        0 if v_scale is None or v_scale.dim() == 0 else v_scale.stride(0),
+        heads,
+        num_tokens,
+        block_tables.shape[-1],
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_SIZE=k_cache.shape[1],
+        FLOAT8=k_cache.dtype == torch.float8_e4m3fn,
+        BLOCK_T=config.block_t,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        num_warps=config.num_warps,
+    )

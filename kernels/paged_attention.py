@@ -1,0 +1,725 @@
+"""Attention over ragged lists of blocks (stream-K): decoding, drafts and chunks of prefill.
+
+Three launches. The first gives each program an equal share of all slots, whatever lists they belong to; a program
+writes a partial result (m, l, acc) for every list that its share touches. The second merges the partial results of a
+list. The third, only where scores are asked for, walks the same shares again and reduces the probabilities over the
+queries: they need the final lse, which no share knows, so the first launch leaves its scores (log2, float32) behind
+instead of having K read twice. Where the rows fill more than one tile the work is bound by arithmetic and the matrix of
+scores would be large: the third launch then computes it again, tile by tile, and where row tiles and lists alone
+fill the GPU each program walks a whole list and there is nothing to merge.
+
+Every grid and buffer follows from shapes alone, and every sum has one order: no atomics, the same bits each time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kvops.autotune.config import paged_attention_config
+from kvops.kernels.device import current_device
+from kvops.kernels.paged import as_bytes, list_strides, padded, slot_strides
+from kvops.kernels.paged_schedule import paged_schedule, schedule_unit
+from kvops.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    dot,
+    e4m3_to_float16,
+    log2_scores,
+    online_softmax_step,
+    page_address,
+)
+
+
+@triton.jit
+def _load_slots(cache_ptr, cell, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """The rows [BLOCK_N, PADDED] at the offsets ``cell`` of a cache, 0 where not ``inside``."""
+    columns = tl.arange(0, PADDED)
+    rows = tl.load(
+        cache_ptr + cell[:, None] + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0
+    )
+    if cache_ptr.dtype.element_ty == tl.uint8:
+        return e4m3_to_float16(rows).to(DTYPE)
+    return rows
+
+
+@triton.jit
+def _cache_scale(scale, cache_ptr, scale_ptr, offset):
+    """``scale`` times what makes the cache's values of what ``_load_slots`` returns."""
+    if cache_ptr.dtype.element_ty == tl.uint8:
+        scale = scale * 256.0
+    if scale_ptr is not None:
+        scale = scale * tl.load(scale_ptr + offset)
+    return scale
+
+
+@triton.jit
+def _visible(
+    slots, inside, block, offset, query_slot, limit, oldest, token, new_slot, positions_ptr, stride_ps_block,
+    stride_ps_slot, tree_ptr, stride_mt, stride_mj, num_tokens, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """bool [BLOCK_M, BLOCK_N]: which slots the rows see."""
+    seen = inside[None, :] & (slots[None, :] < limit[:, None])
+    if HAS_WINDOW:
+        place = slots
+        if positions_ptr is not None:
+            place = tl.load(positions_ptr + block * stride_ps_block + offset * stride_ps_slot, mask=inside, other=0)
+        seen &= place[None, :] >= oldest[:, None]
+    if tree_ptr is not None:
+        new = slots - new_slot  # which of the new tokens, negative for older slots
+        cell = token.to(tl.int64)[:, None] * stride_mt + new[None, :] * stride_mj
+        in_tree = seen & (new >= 0)[None, :] & (new < num_tokens)[None, :]
+        allowed = tl.load(tree_ptr + cell, mask=in_tree, other=0)
+        seen &= (new < 0)[None, :] | (allowed != 0)
+    return seen
+
+
+@triton.jit
+def _row_limits(
+    rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt, num_tokens, window_left,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """What bounds the sight of each row (token * GROUP + head of the group): the slot of its query, the first slot that
+    it does not see any more, the oldest place in its window, its token, and the slot of the first new token."""
+    count = num_tokens
+    if q_lens_ptr is not None:
+        count = tl.minimum(tl.load(q_lens_ptr + batch * stride_nb), num_tokens)
+    token = rows // GROUP
+    new_slot = length - count
+    query_slot = new_slot + token
+    limit = tl.zeros_like(token) + length
+    if CAUSAL:
+        limit = tl.minimum(limit, query_slot + 1)
+    limit = tl.where(token < count, limit, 0)
+    oldest = query_slot - window_left
+    if HAS_WINDOW and query_positions_ptr is not None:
+        position = tl.load(
+            query_positions_ptr + batch * stride_qpb + token * stride_qpt, mask=token < num_tokens, other=0
+        )
+        oldest = position - window_left
+    return query_slot, limit, oldest, token, new_slot
+
+
+@triton.jit
+def _visible_range(limit, oldest, start, stop, HAS_WINDOW: tl.constexpr, BY_POSITION: tl.constexpr, UNIT: tl.constexpr):
+    """The part of the slots from ``start`` to ``stop`` that any of the rows may see; it begins at a unit."""
+    stop = tl.minimum(stop, tl.max(limit, 0))
+    if HAS_WINDOW and not BY_POSITION:
+        first = tl.min(tl.where(limit > 0, oldest, stop), 0)
+        start = tl.maximum(start, tl.maximum(first, 0) // UNIT * UNIT)
+    return start, stop
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
+def paged_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    q_lens_ptr,
+    positions_ptr,
+    query_positions_ptr,
+    tree_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    sinks_ptr,
+    schedule_ptr,
+    stash_ptr,
+    partial_ptr,
+    partial_m_ptr,
+    partial_l_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_tb,
+    stride_th,
+    stride_tn,
+    stride_lb,
+    stride_lh,
+    stride_nb,
+    stride_pb,
+    stride_ps,
+    stride_ph,
+    stride_qpb,
+    stride_qpt,
+    stride_mb,
+    stride_mt,
+    stride_mj,
+    stride_k_scale,
+    stride_v_scale,
+    stride_sinks,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_lse_b,
+    stride_lse_h,
+    num_tokens,
+    max_blocks,
+    lists,
+    coarse,
+    line,
+    window_left,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    LIST_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """SPLIT: program (share, row tile, head of a uniform cache) writes partial results. Otherwise program (list, row
+    tile) writes out and lse. LIST_HEADS is the number of heads with lists of their own: HEADS, or 1 if they share."""
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    num_rows = num_tokens * GROUP
+    if SPLIT:
+        program = tl.program_id(0)
+        axis_head = tl.program_id(2).to(tl.int64)
+        programs = tl.num_programs(0)
+        share = tl.load(schedule_ptr) * coarse
+        begin = program * share
+        end = tl.minimum(begin + share, tl.load(schedule_ptr + 1 + lists))
+        index = tl.load(schedule_ptr + 2 + lists + program * coarse)
+    else:
+        index = tl.program_id(0) // (HEADS // LIST_HEADS)
+        axis_head = tl.program_id(0).to(tl.int64) % (HEADS // LIST_HEADS)
+        begin = 0
+        end = 1
+    while begin < end:
+        batch = (index // LIST_HEADS).to(tl.int64)
+        head = index % LIST_HEADS + axis_head
+        length = tl.load(seq_lens_ptr + batch * stride_lb + head * stride_lh)
+        length = tl.minimum(length, max_blocks * BLOCK_SIZE)
+        if SPLIT:
+            list_begin = tl.load(schedule_ptr + 1 + index)
+            list_end = tl.minimum(end, tl.load(schedule_ptr + 2 + index))
+            start = (begin - list_begin) * UNIT
+            stop = tl.minimum(length, (list_end - list_begin) * UNIT)
+        else:
+            list_end = 1
+            start = 0
+            stop = length
+
+        query_slot, limit, oldest, token, new_slot = _row_limits(
+            rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt, num_tokens,
+            window_left, GROUP, CAUSAL, HAS_WINDOW,
+        )  # fmt: skip
+        start, stop = _visible_range(limit, oldest, start, stop, HAS_WINDOW, query_positions_ptr is not None, UNIT)
+        query_head = head * GROUP + rows % GROUP
+        columns = tl.arange(0, BLOCK_D)
+        q = tl.load(  # [BLOCK_M, BLOCK_D]
+            q_ptr
+            + batch * stride_qb
+            + (token.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
+            + columns[None, :],
+            mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        list_scale = _cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
+        table = table_ptr + batch * stride_tb + head * stride_th
+
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        for first in tl.range(start, stop, BLOCK_N):
+            slots = first + tl.arange(0, BLOCK_N)
+            inside = slots < stop
+            block, offset = page_address(table, slots, inside, stride_tn, BLOCK_SIZE)
+            k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
+            k = _load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q.dtype)  # [BLOCK_N, BLOCK_D]
+            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+            s, _ = log2_scores(s, 0, list_scale, softcap, 0.0, HAS_SOFTCAP, False)
+            seen = _visible(
+                slots, inside, block, offset, query_slot, limit, oldest, token, new_slot,
+                None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
+                None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
+                HAS_WINDOW,
+            )  # fmt: skip
+            s = tl.where(seen, s, float("-inf"))
+            if stash_ptr is not None:
+                place = tl.load(schedule_ptr + 1 + index).to(tl.int64) * UNIT + slots  # in the line of all lists
+                cell = (axis_head * num_rows + rows)[:, None] * line + place[None, :]
+                tl.store(stash_ptr + cell, s, mask=(rows < num_rows)[:, None] & (inside & (place < line))[None, :])
+            p, rescale, m, l = online_softmax_step(s, m, l)
+            v_cell = block * stride_vb + offset * stride_vs + head * stride_vh
+            v = _load_slots(v_ptr, v_cell, inside, VALUE_DIM, BLOCK_DV, q.dtype)  # [BLOCK_N, BLOCK_DV]
+            acc = dot(p.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_DV]
+
+        value_columns = tl.arange(0, BLOCK_DV)
+        mask = (rows < num_rows)[:, None] & (value_columns < VALUE_DIM)[None, :]
+        if SPLIT:
+            # A share's end and a list's end each move the sum program + index on: no two results share a place.
+            place = (axis_head * (programs + lists) + program + index) * num_rows + rows
+            tl.store(partial_m_ptr + place, m, mask=rows < num_rows)
+            tl.store(partial_l_ptr + place, l, mask=rows < num_rows)
+            tl.store(partial_ptr + place[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=mask)
+        else:
+            total, lse = _normalisers(m, l, sinks_ptr, query_head * stride_sinks)
+            acc = acc / total[:, None] * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale)
+            out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
+            tl.store(out_ptr + out_row[:, None] + value_columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+            lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
+            tl.store(lse_ptr + lse_cell, lse, mask=rows < num_rows)
+        begin = list_end
+        index += 1
+
+
+@triton.jit
+def _normalisers(m, l, sinks_ptr, sink_offset):
+    """The denominator, 1 where it is 0, and lse. A sink joins a row that sees at least one key."""
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + sink_offset).to(tl.float32) * LOG2_E
+        highest = tl.where(l > 0.0, tl.maximum(m, sink), 0.0)
+        # Relative to m, as acc is: infinity, which a sink far above every score gives, is right as a divisor.
+        total = tl.where(l > 0.0, l + tl.exp2(sink - m), 1.0)
+        lse = highest + tl.log2(l * tl.exp2(m - highest) + tl.exp2(sink - highest))
+        lse = tl.where(l > 0.0, lse * LN_2, float("-inf"))
+    else:
+        total = tl.where(l > 0.0, l, 1.0)
+        lse = tl.where(l > 0.0, (m + tl.log2(total)) * LN_2, float("-inf"))
+    return total, lse
+
+
+@triton.jit(do_not_specialize=["lists", "num_tokens", "programs", "coarse"])
+def paged_merge_kernel(
+    partial_ptr,
+    partial_m_ptr,
+    partial_l_ptr,
+    schedule_ptr,
+    sinks_ptr,
+    v_ptr,
+    v_scale_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_sinks,
+    stride_v_scale,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_lse_b,
+    stride_lse_h,
+    num_tokens,
+    lists,
+    programs,
+    coarse,
+    LIST_HEADS: tl.constexpr,
+    AXIS_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Merge the partial results of one row (token, query head) of one list."""
+    pid = tl.program_id(0)
+    num_rows = num_tokens * GROUP
+    row = pid % num_rows
+    axis_head = (pid // num_rows % AXIS_HEADS).to(tl.int64)
+    index = pid // num_rows // AXIS_HEADS
+    token = row // GROUP
+    batch = (index // LIST_HEADS).to(tl.int64)
+    head = index % LIST_HEADS + axis_head
+    query_head = head * GROUP + row % GROUP
+
+    share = tl.load(schedule_ptr) * coarse
+    begin = tl.load(schedule_ptr + 1 + index)
+    end = tl.load(schedule_ptr + 2 + index)
+    columns = tl.arange(0, BLOCK_DV)
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    first_program = begin // share
+    last_program = tl.where(end > begin, (end - 1) // share, first_program - 1)
+    for first in range(first_program, last_program + 1, BLOCK_P):
+        program = first + tl.arange(0, BLOCK_P)
+        inside = program <= last_program
+        place = (axis_head * (programs + lists) + program + index) * num_rows + row
+        part_m = tl.load(partial_m_ptr + place, mask=inside, other=float("-inf"))  # [BLOCK_P]
+        part_l = tl.load(partial_l_ptr + place, mask=inside, other=0.0)
+        part = tl.load(  # [BLOCK_P, BLOCK_DV]
+            partial_ptr + place[:, None] * VALUE_DIM + columns[None, :],
+            mask=inside[:, None] & (columns < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        m_new = tl.maximum(m, tl.max(part_m, 0))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        rescale = tl.exp2(m - shift)
+        weight = tl.exp2(part_m - shift)
+        l = l * rescale + tl.sum(part_l * weight, 0)
+        acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+        m = m_new
+
+    total, lse = _normalisers(m, l, sinks_ptr, query_head * stride_sinks)
+    acc = acc / total * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale)
+    out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
+    tl.store(out_ptr + out_row + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
+    lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
+    tl.store(lse_ptr + lse_cell + tl.arange(0, 1), lse)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
+def paged_scores_kernel(
+    q_ptr,
+    k_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    q_lens_ptr,
+    positions_ptr,
+    query_positions_ptr,
+    tree_ptr,
+    k_scale_ptr,
+    schedule_ptr,
+    stash_ptr,
+    lse_ptr,
+    scores_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_tb,
+    stride_th,
+    stride_tn,
+    stride_lb,
+    stride_lh,
+    stride_nb,
+    stride_pb,
+    stride_ps,
+    stride_ph,
+    stride_qpb,
+    stride_qpt,
+    stride_mb,
+    stride_mt,
+    stride_mj,
+    stride_k_scale,
+    stride_lse_b,
+    stride_lse_h,
+    stride_sb,
+    stride_ss,
+    stride_sh,
+    num_tokens,
+    max_blocks,
+    lists,
+    coarse,
+    line,
+    window_left,
+    scale,
+    softcap,
+    decay,
+    LIST_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    REDUCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """scores = decay * scores + the reduction of p over all rows, for every slot that a row sees: program (share, head
+    of a uniform cache) owns its slots. The log2 scores come from the stash, or from Q and K once more."""
+    program = tl.program_id(0)
+    axis_head = tl.program_id(1).to(tl.int64)
+    num_rows = num_tokens * GROUP
+    share = tl.load(schedule_ptr) * coarse
+    begin = program * share
+    end = tl.minimum(begin + share, tl.load(schedule_ptr + 1 + lists))
+    index = tl.load(schedule_ptr + 2 + lists + program * coarse)
+    while begin < end:
+        batch = (index // LIST_HEADS).to(tl.int64)
+        head = index % LIST_HEADS + axis_head
+        length = tl.load(seq_lens_ptr + batch * stride_lb + head * stride_lh)
+        length = tl.minimum(length, max_blocks * BLOCK_SIZE)
+        list_begin = tl.load(schedule_ptr + 1 + index)
+        list_end = tl.minimum(end, tl.load(schedule_ptr + 2 + index))
+        start = (begin - list_begin) * UNIT
+        stop = tl.minimum(length, (list_end - list_begin) * UNIT)
+        list_scale = _cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
+        table = table_ptr + batch * stride_tb + head * stride_th
+        for first in tl.range(start, stop, BLOCK_N):
+            slots = first + tl.arange(0, BLOCK_N)
+            inside = slots < stop
+            block, offset = page_address(table, slots, inside, stride_tn, BLOCK_SIZE)
+            if stash_ptr is None:
+                k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
+                k = _load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q_ptr.dtype.element_ty)
+            reduced = tl.zeros([BLOCK_N], tl.float32)
+            any_seen = tl.zeros([BLOCK_N], tl.int32)
+            for first_row in range(0, num_rows, BLOCK_M):
+                rows = first_row + tl.arange(0, BLOCK_M)
+                query_slot, limit, oldest, token, new_slot = _row_limits(
+                    rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt,
+                    num_tokens, window_left, GROUP, CAUSAL, HAS_WINDOW,
+                )  # fmt: skip
+                query_head = head * GROUP + rows % GROUP
+                seen = _visible(
+                    slots, inside, block, offset, query_slot, limit, oldest, token, new_slot,
+                    None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
+                    None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
+                    HAS_WINDOW,
+                )  # fmt: skip
+                if stash_ptr is not None:
+                    place = list_begin.to(tl.int64) * UNIT + slots
+                    cell = (axis_head * num_rows + rows)[:, None] * line + place[None, :]
+                    s = tl.load(stash_ptr + cell, mask=seen & (place < line)[None, :], other=float("-inf"))
+                else:
+                    columns = tl.arange(0, BLOCK_D)
+                    q = tl.load(
+                        q_ptr
+                        + batch * stride_qb
+                        + (token.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
+                        + columns[None, :],
+                        mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :],
+                        other=0.0,
+                    )
+                    s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+                    s, _ = log2_scores(s, 0, list_scale, softcap, 0.0, HAS_SOFTCAP, False)
+                lse = tl.load(
+                    lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + token, mask=rows < num_rows, other=0.0
+                )
+                p = tl.where(seen, tl.exp2(s - (lse * LOG2_E)[:, None]), 0.0)
+                if REDUCE == "max":
+                    reduced = tl.maximum(reduced, tl.max(p, 0))
+                elif REDUCE == "sumsq":
+                    reduced += tl.sum(p * p, 0)
+                else:
+                    reduced += tl.sum(p, 0)
+                any_seen = tl.maximum(any_seen, tl.max(seen.to(tl.int32), 0))
+            cell = block * stride_sb + offset * stride_ss + head * stride_sh
+            updated = inside & (any_seen > 0)
+            score = tl.load(scores_ptr + cell, mask=updated, other=0.0)
+            tl.store(scores_ptr + cell, decay * score + reduced, mask=updated)
+        begin = list_end
+        index += 1
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    q_lens: torch.Tensor | None = None,
+    causal: bool = True,
+    window_left: int = -1,
+    positions: torch.Tensor | None = None,
+    query_positions: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    score_reduce: str = "sum",
+    score_decay: float = 1.0,
+    schedule: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels; see ``kvops.paged_attention``."""
+    batch, num_tokens, query_heads, head_dim = q.shape
+    value_dim = v_cache.shape[-1]
+    uniform = k_cache.dim() == 4
+    num_blocks, block_size = k_cache.shape[:2]
+    heads = k_cache.shape[2] if uniform else block_tables.shape[1]
+    out = q.new_empty(batch, num_tokens, query_heads, value_dim)
+    lse = q.new_empty(batch, query_heads, num_tokens, dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    if schedule is None:
+        schedule = paged_schedule(seq_lens, block_size)
+
+    # The heads of a uniform cache share the schedule of the sequences and are an axis of the grid.
+    list_heads, axis_heads = (1, heads) if uniform else (heads, 1)
+    lists = batch * list_heads
+    rows = num_tokens * (query_heads // heads)
+    block_d, block_dv = padded(head_dim), padded(value_dim)
+    config = paged_attention_config(max(block_d, block_dv), q.element_size(), rows, current_device().arch)
+    row_tiles = triton.cdiv(rows, config.block_m)
+    shares = schedule.shape[0] - lists - 2
+    split = row_tiles == 1 or row_tiles * lists * axis_heads < shares
+    # Row tiles and heads multiply the programs, so each takes as many shares at once.
+    coarse = min(shares, row_tiles * axis_heads)
+    programs = triton.cdiv(shares, coarse)
+    unit = schedule_unit(block_size)
+
+    stash = None
+    line = 0
+    if scores is not None and row_tiles == 1:
+        # Lists own their blocks, so all of them together are no longer than the pool, or than their tables.
+        in_tables = lists * triton.cdiv(block_tables.shape[-1] * block_size, unit)
+        in_pool = num_blocks * triton.cdiv(block_size, unit) + lists
+        line = min(in_tables, in_pool) * unit
+        stash = q.new_empty(axis_heads * rows * line, dtype=torch.float32)
+    partial = partial_m = partial_l = None
+    if split:
+        places = axis_heads * (programs + lists) * rows
+        partial = q.new_empty(places, value_dim, dtype=torch.float32)
+        partial_m, partial_l = q.new_empty(2, places, dtype=torch.float32)
+
+    window_left = window_left if window_left >= 0 else -1
+    if window_left < 0:
+        positions = query_positions = None
+    if tree_mask is not None:
+        causal = False
+        tree_mask = tree_mask.expand(batch, -1, -1).view(torch.uint8)
+    keys, values = as_bytes(k_cache), as_bytes(v_cache)
+    scale = head_dim**-0.5 if scale is None else scale
+
+    def scale_stride(value: torch.Tensor | None) -> int:
+        return 0 if value is None or value.dim() == 0 else value.stride(0)
+
+    table_strides = (*list_strides(block_tables, k_cache), block_tables.stride(-1), *list_strides(seq_lens, k_cache))
+    mask_strides = (
+        0 if q_lens is None else q_lens.stride(0),
+        *slot_strides(positions),
+        *((0, 0) if query_positions is None else query_positions.stride()),
+        *((0, 0, 0) if tree_mask is None else tree_mask.stride()),
+    )
+    # Everything that both kernels compile by; a constexpr for each.
+    shared = {
+        "LIST_HEADS": list_heads,
+        "GROUP": query_heads // heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "UNIT": unit,
+        "CAUSAL": causal,
+        "HAS_WINDOW": window_left >= 0,
+        "HAS_SOFTCAP": softcap > 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": block_d,
+    }
+    grid = (programs, row_tiles, axis_heads) if split else (lists * axis_heads, row_tiles)
+    paged_attention_kernel[grid](
+        q,
+        keys,
+        values,
+        block_tables,
+        seq_lens,
+        q_lens,
+        positions,
+        query_positions,
+        tree_mask,
+        k_scale,
+        v_scale,
+        sinks,
+        schedule,
+        stash,
+        partial,
+        partial_m,
+        partial_l,
+        out,
+        lse,
+        *q.stride()[:3],
+        *slot_strides(keys[..., 0]),
+        *slot_strides(values[..., 0]),
+        *table_strides,
+        *mask_strides,
+        scale_stride(k_scale),
+        scale_stride(v_scale),
+        0 if sinks is None else sinks.stride(0),
+        *out.stride()[:3],
+        *lse.stride()[:2],
+        num_tokens,
+        block_tables.shape[-1],
+        lists,
+        coarse,
+        line,
+        window_left,
+        scale,
+        softcap,
+        HEADS=heads,
+        VALUE_DIM=value_dim,
+        SPLIT=split,
+        BLOCK_DV=block_dv,
+        **shared,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if split:
+        paged_merge_kernel[(lists * axis_heads * rows,)](
+            partial,
+            partial_m,
+            partial_l,
+            schedule,
+            sinks,
+            values,
+            v_scale,
+            out,
+            lse,
+            0 if sinks is None else sinks.stride(0),
+            scale_stride(v_scale),
+            *out.stride()[:3],
+            *lse.stride()[:2],
+            num_tokens,
+            lists,
+            programs,
+            coarse,
+            LIST_HEADS=list_heads,
+            AXIS_HEADS=axis_heads,
+            GROUP=query_heads // heads,
+            VALUE_DIM=value_dim,
+            BLOCK_P=16,
+            BLOCK_DV=block_dv,
+            num_warps=4 if block_dv >= 64 else 1,
+        )
+    if scores is not None:
+        # One pass over the slots serves all row tiles: the heads alone multiply the programs here.
+        coarse = min(shares, axis_heads)
+        paged_scores_kernel[(triton.cdiv(shares, coarse), axis_heads)](
+            q,
+            keys,
+            block_tables,
+            seq_lens,
+            q_lens,
+            positions,
+            query_positions,
+            tree_mask,
+            k_scale,
+            schedule,
+            stash,
+            lse,
+            scores,
+            *q.stride()[:3],
+            *slot_strides(keys[..., 0]),
+            *table_strides,
+            *mask_strides,
+            scale_stride(k_scale),
+            *lse.stride()[:2],
+            *slot_strides(scores),
+            num_tokens,
+            block_tables.shape[-1],
+            lists,
+            coarse,
+            line,
+            window_left,
+            scale,
+            softcap,
+            score_decay,
+            REDUCE=score_reduce,
+            **shared,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse

@@ -1,0 +1,95 @@
+"""The balanced partition of ragged lists over programs, and how a program walks its share.
+
+All lists stand in one line, each as its length in units; a program owns an equal contiguous share of the line,
+wherever lists begin and end (stream-K). A schedule is int32 [share, prefix sums of the units with a leading 0
+(lists + 1), list in which each program begins (programs)].
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kvops.kernels.device import current_device
+
+# Programs per multiprocessor: enough loads in flight to fill the memory bus.
+_PROGRAMS_PER_SM = 4
+# A share is not cut below this many slots: a partial result would cost as much as the slots.
+_MIN_SHARE = 128
+
+
+def schedule_unit(block_size: int) -> int:
+    """Slots per unit of a schedule: one block, where its size is reasonable."""
+    return min(max(block_size, 16), 64)
+
+
+@triton.jit(do_not_specialize=["heads", "lists", "programs"])
+def paged_schedule_kernel(
+    seq_lens_ptr,
+    schedule_ptr,
+    stride_ll,
+    stride_lb,
+    stride_lh,
+    heads,
+    lists,
+    programs,
+    UNIT: tl.constexpr,
+    MIN_UNITS: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    layer = tl.program_id(0).to(tl.int64)
+    seq_lens_ptr += layer * stride_ll
+    schedule_ptr += layer * (lists + programs + 2)
+    prefix_ptr = schedule_ptr + 1
+    total = 0
+    tl.store(prefix_ptr, total)
+    for start in range(0, lists, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        cell = (index // heads).to(tl.int64) * stride_lb + (index % heads) * stride_lh
+        length = tl.load(seq_lens_ptr + cell, mask=index < lists, other=0)
+        units = (tl.maximum(length, 0) + UNIT - 1) // UNIT
+        tl.store(prefix_ptr + 1 + index, total + tl.cumsum(units, 0), mask=index < lists)
+        total += tl.sum(units, 0)
+    share = tl.maximum(tl.cdiv(total, programs), MIN_UNITS)
+    tl.store(schedule_ptr, share)
+    tl.debug_barrier()  # other threads of this program read the prefix sums now
+    for start in range(0, programs, BLOCK):
+        program = start + tl.arange(0, BLOCK)
+        begin = program * share
+        low = tl.zeros([BLOCK], tl.int32)  # how many lists end at or before the share's begin
+        high = tl.zeros([BLOCK], tl.int32) + lists
+        for _ in tl.static_range(SEARCH_STEPS):
+            middle = (low + high) // 2
+            ends_before = tl.load(prefix_ptr + 1 + middle, mask=low < high, other=0) <= begin
+            low, high = (
+                tl.where((low < high) & ends_before, middle + 1, low),
+                tl.where((low < high) & (ends_before == 0), middle, high),
+            )
+        tl.store(prefix_ptr + lists + 1 + program, low, mask=program < programs)
+
+
+def paged_schedule(seq_lens: torch.Tensor, block_size: int, *, num_programs: int = 0) -> torch.Tensor:
+    """Launch the kernel, one program for each layer; see ``kvops.paged_schedule``."""
+    num_programs = num_programs or _PROGRAMS_PER_SM * current_device().num_sms
+    by_layer = seq_lens if seq_lens.dim() == 3 else seq_lens[None]
+    layers, batch = by_layer.shape[:2]
+    heads = by_layer.shape[2] if by_layer.dim() == 3 else 1
+    lists = batch * heads
+    schedule = seq_lens.new_empty(layers, 2 + lists + num_programs)
+    unit = schedule_unit(block_size)
+    if layers:
+        paged_schedule_kernel[(layers,)](
+            by_layer,
+            schedule,
+            *by_layer.stride()[:2],
+            by_layer.stride(2) if by_layer.dim() == 3 else 0,
+            max(heads, 1),
+            lists,
+            num_programs,
+            UNIT=unit,
+            MIN_UNITS=triton.cdiv(_MIN_SHARE, unit),
+            SEARCH_STEPS=lists.bit_length(),
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return schedule if seq_lens.dim() == 3 else schedule[0]
