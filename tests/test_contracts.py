@@ -185,7 +185,8 @@ def kernel_functions() -> dict[str, str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "register":
                 keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-                targets[ast.literal_eval(node.args[0]).partition("(")[0]] = ast.literal_eval(keywords["kernel"])
+                schema = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+                targets[ast.literal_eval(schema).partition("(")[0]] = ast.literal_eval(keywords["kernel"])
     return targets
 
 

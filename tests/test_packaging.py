@@ -158,7 +158,7 @@ print((out - exact.transpose(1, 2)).abs().max().item() < 1e-5, tuple(lse.shape))
 
 def test_it_lives_beside_the_kernels_package_of_hugging_face(python, environment):
     pip_output = (environment.parent.parent / "pip-output.txt").read_text()
-    if "No matching distribution found" in pip_output and "connection broken" in pip_output:
+    if "ERROR" in pip_output and "connection broken" in pip_output:
         pytest.skip("the package index cannot be reached, so Hugging Face's kernels is not here to be imported")
     code = (
         "import kernels, kvops.kernels, kvops.autotune, sys; "
