@@ -305,7 +305,8 @@ class PagedKVCache:
             checks.expect_at_least("budget", value, 0)
         batch, lists = len(numbers), self.num_layers * self.num_kv_heads
         tables = self.block_tables[:, index].transpose(0, 1).reshape(batch, lists, self.max_blocks)
-        lens = self.seq_lens[:, index].transpose(0, 1).reshape(batch, lists)
+        # A copy, as compact() writes into it: of one row, reshape would be a view of what is assigned below.
+        lens = self.seq_lens[:, index].transpose(0, 1).reshape(batch, lists).clone()
         new_lens, keep = select_blocks(
             self.scores,
             tables,
