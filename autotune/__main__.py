@@ -46,6 +46,8 @@ def inspect(arguments: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}")
     count = sum(arguments.only in case.name for case in load_cases(arguments.cases)) * len(targets)
+    if not count:
+        raise ValueError(f"--only: expected part of a case's name in {arguments.cases}, got {arguments.only!r}")
     results = list(
         tqdm(
             run_cases(arguments.cases, targets, only=arguments.only, jobs=arguments.jobs),
