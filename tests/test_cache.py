@@ -1,0 +1,407 @@
+"""The paged cache against a plain Python model: no block lost, none owned twice, every byte where it belongs."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from oracle import assert_accurate
+
+import kvops
+
+LAYERS, ROWS, HEADS, SIZE, BLOCKS, CAPACITY = 2, 3, 2, 4, 64, 40
+LISTS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+
+
+def make_cache(device, **changes) -> kvops.PagedKVCache:
+    sizes = {
+        "num_layers": LAYERS,
+        "num_kv_heads": HEADS,
+        "head_dim": 3,
+        "v_head_dim": 2,
+        "num_blocks": BLOCKS,
+        "max_batch": ROWS,
+        "max_tokens": CAPACITY,
+        "block_size": SIZE,
+        "device": device,
+    }
+    return kvops.PagedKVCache(**{**sizes, **changes})
+
+
+def blocks(tokens: int) -> int:
+    return -(-tokens // SIZE)
+
+
+def feed(cache, new: int, *, rows=slice(None), q_lens=None, first: float = 0.0):
+    """Extend ``rows`` by ``new`` tokens and append keys and values that name layer, row, token and head."""
+    numbers = list(range(cache.max_batch))[rows] if isinstance(rows, slice) else list(rows)
+    device = cache.k_cache.device
+    lens = None if q_lens is None else torch.tensor(q_lens, dtype=torch.int32, device=device)
+    positions = cache.extend(new, q_lens=lens, rows=rows)
+    widths = cache.k_cache.shape[-1], cache.v_cache.shape[-1]
+    for layer in range(cache.num_layers):
+        k, v = (torch.empty(len(numbers), new, cache.num_kv_heads, width, device=device) for width in widths)
+        for i in range(len(numbers)):
+            for t in range(new):
+                for head in range(cache.num_kv_heads):
+                    k[i, t, head] = name = first + ((layer * 8 + numbers[i]) * 8 + head) * 1000 + int(positions[i, t])
+                    v[i, t, head] = -name
+        cache.append(layer, k, v, positions, q_lens=lens, rows=rows)
+    return positions
+
+
+def slots_of(cache, side, layer, row, head):
+    length = int(cache.seq_lens[layer, row, head])
+    table = cache.block_tables[layer, row, head, : -(-length // cache.block_size)].long()
+    return side[table].flatten(0, 1)[:length].tolist()
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences that join, grow, are compressed, roll back and leave, in any order."""
+
+    exact = True
+
+    @initialize()
+    def start(self):
+        self.cache = make_cache("cpu")
+        self.cache._pool.exact = self.exact
+        self.lists = {(layer, row, head): [] for layer, head in LISTS for row in range(ROWS)}  # (position, score)
+        self.held = dict.fromkeys(self.lists, 0)
+        self.next = [0] * ROWS
+        self.since_eviction = [0] * ROWS
+
+    def of(self, row):
+        return [(layer, row, head) for layer, head in LISTS]
+
+    rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=ROWS, unique=True)
+
+    @rule(rows=rows, new=st.integers(0, 14), data=st.data())
+    def grow(self, rows, new, data):
+        q_lens = data.draw(st.none() | st.lists(st.integers(0, new), min_size=len(rows), max_size=len(rows)))
+        lens = [new] * len(rows) if q_lens is None else q_lens
+        keys = [(key, count) for row, count in zip(rows, lens, strict=True) for key in self.of(row)]
+        needed = sum(max(blocks(len(self.lists[key]) + count) - self.held[key], 0) for key, count in keys)
+        free = BLOCKS - sum(self.held.values())
+        if any(len(self.lists[key]) + count > CAPACITY for key, count in keys):
+            with pytest.raises(ValueError, match="num_tokens: a list would hold"):
+                feed(self.cache, new, rows=rows, q_lens=q_lens)
+            return
+        if needed > free:
+            with pytest.raises(kvops.OutOfBlocksError) as refusal:
+                feed(self.cache, new, rows=rows, q_lens=q_lens)
+            assert (refusal.value.needed, refusal.value.free, refusal.value.total) == (needed, free, BLOCKS)
+            return
+        positions = feed(self.cache, new, rows=rows, q_lens=q_lens)
+        assert positions.tolist() == [[self.next[row] + t for t in range(new)] for row in rows]
+        for key, count in keys:
+            row = key[1]
+            self.lists[key] += [(self.next[row] + t, 0.0) for t in range(count)]
+            self.held[key] = max(self.held[key], blocks(len(self.lists[key])))
+        for row, count in zip(rows, lens, strict=True):
+            self.next[row] += count
+            self.since_eviction[row] += count
+
+    @rule(row=st.integers(0, ROWS - 1), layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 99))
+    def score(self, row, layer, seed):
+        new = torch.rand(1, HEADS, 24, generator=torch.Generator().manual_seed(seed))
+        self.cache.set_scores(layer, new, rows=row)
+        for head in range(HEADS):
+            entries = self.lists[layer, row, head]
+            for i, value in enumerate(new[0, head, : len(entries)].tolist()):
+                entries[i] = entries[i][0], value
+
+    @rule(row=st.integers(0, ROWS - 1), budget=st.integers(0, 24), protect=st.integers(0, 5), data=st.data())
+    def evict(self, row, budget, protect, data):
+        scope = data.draw(st.sampled_from(["head", "sequence"]))
+        keywords = {"protect_last": protect, "min_per_head": data.draw(st.integers(0, 6)), "scope": scope}
+        keys = self.of(row)
+        recent = {key: [p for p, _ in self.lists[key] if p > self.lists[key][-1][0] - protect] for key in keys}
+        least = sum(blocks(max(len(recent[key]), min(keywords["min_per_head"], len(self.lists[key])))) for key in keys)
+        if least > budget:
+            with pytest.raises(ValueError, match=f"budget: .* alone take {least} blocks of a row, .* got {budget}"):
+                self.cache.evict(budget, rows=row, **keywords)
+            return
+        self.cache.evict(budget, rows=row, **keywords)
+        within = min(budget, sum(blocks(len(self.lists[key])) for key in keys))
+        for key in keys:
+            kept = set(slots_of(self.cache, self.cache.positions, *key))
+            assert kept >= set(recent[key])
+            old, self.lists[key] = self.lists[key], [entry for entry in self.lists[key] if entry[0] in kept]
+            assert len(self.lists[key]) == len(kept)
+            lost = [score for position, score in old if position not in kept]
+            if lost:
+                assert len(kept) % SIZE == 0
+                free = [score for position, score in self.lists[key] if position not in recent[key]]
+                assert min(free, default=math.inf) >= max(lost)
+            self.held[key] = blocks(len(kept))
+        assert sum(self.held[key] for key in keys) == within
+        self.since_eviction[row] = 0
+
+    @precondition(lambda self: any(self.since_eviction))
+    @rule(data=st.data())
+    def roll_back(self, data):
+        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.since_eviction[row]]))
+        count = data.draw(st.integers(1, self.since_eviction[row]))
+        as_tensor = data.draw(st.booleans())
+        self.cache.rollback(torch.tensor([count], dtype=torch.int32) if as_tensor else count, rows=[row])
+        for key in self.of(row):
+            self.lists[key] = self.lists[key][:-count]
+        self.next[row] -= count
+        self.since_eviction[row] -= count
+
+    @rule(rows=rows)
+    def leave(self, rows):
+        self.cache.free(rows)
+        for row in rows:
+            self.next[row] = self.since_eviction[row] = 0
+            for key in self.of(row):
+                self.lists[key], self.held[key] = [], 0
+
+    @invariant()
+    def every_list_is_as_it_should_be(self):
+        for key, entries in self.lists.items():
+            layer, row, head = key
+            k, v, positions = self.cache.gather(*key)
+            name = [((layer * 8 + row) * 8 + head) * 1000 + position for position, _ in entries]
+            assert positions.tolist() == [position for position, _ in entries]
+            assert k.tolist() == [[value] * 3 for value in name]
+            assert v.tolist() == [[-value] * 2 for value in name]
+            assert slots_of(self.cache, self.cache.scores, *key) == [score for _, score in entries]
+        assert self.cache.next_positions.tolist() == self.next
+
+    @invariant()
+    def every_block_has_one_owner(self):
+        pool = self.cache._pool
+        owned = pool.free[: int(pool.free_count)].tolist()
+        for key, held in self.held.items():
+            assert int(pool.held[key]) == held
+            owned += self.cache.block_tables[key][:held].tolist()
+        assert sorted(owned) == list(range(BLOCKS))
+        assert self.cache.stats().blocks_in_use == sum(self.held.values())
+
+    @invariant()
+    def the_host_never_believes_less_than_is_held(self):
+        bound = self.cache._pool.bound
+        for row in range(ROWS):
+            assert bound.row_blocks(row) >= sum(self.held[key] for key in self.of(row))
+            assert bound.longest[row] >= max(len(self.lists[key]) for key in self.of(row))
+
+
+class BoundedCacheMachine(CacheMachine):
+    """As on a GPU, where the host asks for numbers only when its bound says that a request might not fit."""
+
+    exact = False
+
+
+EFFORT = settings(
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+TestExactCache = CacheMachine.TestCase
+TestExactCache.settings = EFFORT
+TestBoundedCache = BoundedCacheMachine.TestCase
+TestBoundedCache.settings = EFFORT
+
+
+def test_the_last_block_is_handed_out_and_one_more_is_refused(device):
+    cache = make_cache(device, num_layers=1, num_kv_heads=1, num_blocks=3)
+    cache.extend(9, rows=0)
+    before = cache.block_tables.clone(), cache.seq_lens.clone(), cache.next_positions.clone()
+    with pytest.raises(kvops.OutOfBlocksError, match=r"needs 1 more blocks, but 0 of 3 are free: .* num_blocks >= 4"):
+        cache.extend(1, rows=1)
+    for old, new in zip(before, (cache.block_tables, cache.seq_lens, cache.next_positions), strict=True):
+        assert torch.equal(old, new)
+    cache.extend(3, rows=0)
+    assert cache.stats().blocks_free == 0
+    with pytest.raises(ValueError, match="a list would hold 41 tokens, more than the 40 of max_tokens"):
+        cache.extend(29, rows=0)
+
+
+def test_a_long_extension_gets_neighbouring_blocks_also_after_others_left(device):
+    cache = make_cache(device)
+    for row in (0, 1):
+        for _ in range(6):
+            cache.extend(4, rows=row)  # interleaves the lists
+    cache.free(0)
+    cache.free(1)
+    cache.extend(24, rows=slice(0, 2))
+    tables = cache.block_tables[:, :2, :, :6].cpu()
+    assert (tables.diff(dim=-1) == 1).all()
+
+
+def test_freed_blocks_serve_new_sequences(device):
+    cache = make_cache(device, num_blocks=2 * 2 * 10)
+    feed(cache, 40, rows=[0])
+    with pytest.raises(kvops.OutOfBlocksError):
+        cache.extend(20, rows=1)
+    for layer in range(LAYERS):
+        cache.set_scores(layer, torch.rand(1, HEADS, 40, device=device), rows=0)
+    cache.evict(20, rows=0)
+    feed(cache, 20, rows=[1])
+    assert cache.stats().blocks_free == 0
+    assert cache.gather(1, 1, 1)[2].tolist() == list(range(20))
+
+
+def test_rolled_back_tokens_leave_their_blocks_with_the_list(device):
+    cache = make_cache(device)
+    cache.extend(10, rows=0)
+    tables = cache.block_tables.clone()
+    cache.rollback(7, rows=0)
+    assert cache.seq_lens[:, 0].unique().tolist() == [3]
+    assert cache.stats().blocks_in_use == 12
+    assert cache.extend(9, rows=0).tolist() == [list(range(3, 12))]
+    assert torch.equal(cache.block_tables, tables)
+    assert cache.stats().blocks_in_use == 12
+
+
+def test_rows_may_be_named_in_any_way(device):
+    for rows in (1, [1], slice(1, 2), torch.tensor([1], device=device)):
+        cache = make_cache(device)
+        assert cache.extend(5, rows=rows).tolist() == [[0, 1, 2, 3, 4]]
+        assert cache.next_positions.tolist() == [0, 5, 0]
+        assert cache.seq_lens.amax((0, 2)).tolist() == [0, 5, 0]
+    cache = make_cache(device)
+    feed(cache, 3, rows=[2, 0], q_lens=[3, 1])
+    assert cache.seq_lens[1].tolist() == [[1, 1], [0, 0], [3, 3]]
+    assert cache.gather(1, 2, 0)[2].tolist() == [0, 1, 2]
+    assert cache.extend(2, rows=slice(None, None, -2)).tolist() == [[3, 4], [1, 2]]
+    cache.free()
+    assert cache.stats().blocks_in_use == 0
+    assert cache.extend(0).shape == (ROWS, 0)
+    assert cache.extend(4, rows=[]).shape == (0, 4)
+    cache.free([])
+
+
+def test_a_step_reads_nothing_from_the_device_while_there_is_room(device, monkeypatch):
+    cache = make_cache(device)
+    cache._pool.exact = False
+
+    def refuse(*_):
+        raise AssertionError("the host read a number from the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__int__", "__bool__", "__index__", "nonzero", "cpu"):
+            patch.setattr(torch.Tensor, name, refuse)
+        for _ in range(30):  # many times what the pool holds
+            cache.extend(9, rows=slice(0, 2))
+            cache.rollback(4, rows=0)
+            cache.free(slice(0, 2))
+    cache.extend(16, rows=0)
+    for _ in range(12):
+        cache.extend(2, rows=0)
+        cache.rollback(2, rows=0)
+    # The bound says 24 tokens more than there are; the numbers themselves say that all fits.
+    cache.extend(24, rows=0)
+    assert cache.stats().blocks_in_use == 40
+
+
+def attention(q, k, v, scale, allowed):
+    """float64 (or the dtype of its inputs): q [T, D], k [S, D], v [S, Dv], allowed bool [T, S]."""
+    scores = (q @ k.T * scale).masked_fill(~allowed, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("window", [-1, 9])
+def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, device, window):
+    """Two sequences, two layers, per-head lengths: against all tokens with the evicted ones masked out."""
+    heads, group, tokens, dim = 2, 3, 25, 24
+    sizes = {"num_kv_heads": heads, "head_dim": dim, "v_head_dim": dim, "max_batch": 2, "max_tokens": 48}
+    cache = make_cache(device, num_blocks=96, **sizes)
+    k, v = torch.randn(2, LAYERS, 2, tokens + 3, heads, dim).half().float()
+    prompt = cache.extend(tokens)
+    for layer in range(LAYERS):
+        cache.append(layer, k[layer, :, :tokens].to(device), v[layer, :, :tokens].to(device), prompt)
+        cache.set_scores(layer, torch.rand(2, heads, tokens, device=device))
+    cache.evict([14, 9], protect_first=2, protect_last=4)
+    assert cache.seq_lens.unique().numel() > 1  # the heads differ, else this shows little
+    assert ((cache.seq_lens + SIZE - 1) // SIZE).sum((0, 2)).tolist() == [14, 9]
+    kept = {key: cache.gather(*key)[2].tolist() for key in [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]}
+
+    new = cache.extend(3)
+    assert new.tolist() == [[25, 26, 27]] * 2
+    for layer in range(LAYERS):
+        cache.append(layer, k[layer, :, tokens:].to(device), v[layer, :, tokens:].to(device), new)
+        q = torch.randn(2, 3, heads * group, dim)
+        cache.scores.zero_()
+        out = cache.attend(layer, q.to(device), window_left=window, accumulate="sum").cpu()
+        for b in range(2):
+            for h in range(heads):
+                allowed = torch.zeros(3, tokens + 3, dtype=torch.bool)
+                allowed[:, kept[layer, b, h]] = True
+                allowed[:, tokens:] = torch.ones(3, 3, dtype=torch.bool).tril()
+                if window >= 0:
+                    distance = torch.arange(tokens, tokens + 3)[:, None] - torch.arange(tokens + 3)
+                    allowed &= distance <= window
+                for g in range(h * group, (h + 1) * group):
+                    inputs = q[b, :, g], k[layer, b, :, h], v[layer, b, :, h]
+                    exact = attention(*(x.double() for x in inputs), dim**-0.5, allowed)
+                    assert_accurate(out[b, :, g], exact, attention(*inputs, dim**-0.5, allowed))
+                # Every query of the group spends a probability of one.
+                given = sum(slots_of(cache, cache.scores, layer, b, h))
+                assert given == pytest.approx(3 * group, rel=1e-5)
+
+
+def test_scores_are_set_in_list_order_and_not_past_the_end(device):
+    cache = make_cache(device)
+    feed(cache, 6, rows=[0, 1], q_lens=[6, 3])
+    cache.set_scores(1, torch.arange(24.0, device=device).view(2, HEADS, 6) + 1, rows=slice(0, 2))
+    assert slots_of(cache, cache.scores, 1, 0, 1) == [7, 8, 9, 10, 11, 12]
+    assert slots_of(cache, cache.scores, 1, 1, 0) == [13, 14, 15]
+    assert cache.scores.count_nonzero() == 2 * 6 + 2 * 3
+    cache.set_scores(0, torch.ones(1, HEADS, 2, device=device), rows=0)
+    assert slots_of(cache, cache.scores, 0, 0, 0) == [1, 1, 0, 0, 0, 0]
+
+
+def test_statistics_count_blocks_and_bytes(device):
+    cache = make_cache(device, dtype=torch.float16)
+    cache.extend(5, rows=0)
+    cache.extend(17, rows=2)
+    stats = cache.stats()
+    assert (stats.blocks_total, stats.blocks_in_use, stats.blocks_free) == (64, 4 * (2 + 5), 36)
+    assert stats.bytes_per_block == 4 * (3 + 2) * 2
+    assert stats.side_bytes_per_block == 4 * (4 + 4)
+    assert (stats.bytes_in_use, stats.bytes_reserved) == (28 * 40, 64 * 40)
+    assert stats.lengths[1].tolist() == [[5, 5], [0, 0], [17, 17]]
+    assert stats.slots_in_use == 4 * 22
+    report = str(stats)
+    assert "28 of 64 blocks in use (43.8%), 36 free" in report
+    assert "row 2: 68 tokens in 4 lists, shortest 17, longest 17" in report
+    assert "row 1" not in report
+    assert [cache.blocks_for(tokens) for tokens in (0, 1, 4, 5)] == [0, 4, 4, 8]
+
+
+def test_bad_input_is_named(device, monkeypatch):
+    monkeypatch.setenv("KVOPS_DEBUG", "1")  # on a GPU the numbers are only looked at on request
+    cache = make_cache(device)
+    cache.extend(6, rows=[0, 1])
+    q_lens = torch.tensor([3, 1], dtype=torch.int32, device=device)
+    k = torch.zeros(2, 1, HEADS, 3, device=device)
+    cases = [
+        (lambda: make_cache(device, num_blocks=0), "num_blocks: expected at least 1, got 0"),
+        (lambda: make_cache(device, block_size=-4), "block_size: expected at least 1, got -4"),
+        (lambda: cache.extend(-1), "num_tokens: expected at least 0, got -1"),
+        (lambda: cache.extend(2, rows=3), r"rows: expected different row numbers in 0..2, got \[3\]"),
+        (lambda: cache.extend(2, rows=[1, 1]), "rows: expected different row numbers"),
+        (lambda: cache.extend(2, q_lens=q_lens), r"q_lens: expected shape \[rows\] = \[3\], got \[2\]"),
+        (
+            lambda: cache.extend(2, q_lens=q_lens, rows=[0, 1]),
+            "q_lens: expected numbers from 0 to num_tokens = 2, got 1",
+        ),
+        (lambda: cache.append(2, k, k, q_lens), "layer: expected a number in 0..1, got 2"),
+        (lambda: cache.set_scores(0, torch.zeros(3, HEADS + 1, 4)), "scores: expected shape"),
+        (lambda: cache.set_scores(0, torch.zeros(3, HEADS, 41, device=device)), "scores: expected at most 40 slots"),
+        (lambda: cache.rollback(7, rows=[0, 1]), "num_tokens: expected at most .* shortest list, got 1 more"),
+        (lambda: cache.rollback(-1), "num_tokens: expected at least 0, got -1"),
+        (lambda: cache.evict(-1), "budget: expected at least 0, got -1"),
+        (lambda: cache.evict([1, 2]), "budget: expected one number or 3, one for each row, got 2"),
+        (lambda: cache.evict(4, scope="row"), "scope: expected one of 'head', 'sequence', got 'row'"),
+        (lambda: cache.evict(7, rows=0, protect_last=5), "budget: .* alone take 8 blocks of a row, .* got 7"),
+    ]
+    before = cache.seq_lens.clone()
+    for bad, message in cases:
+        with pytest.raises(ValueError, match=message):
+            bad()
+    with pytest.raises(TypeError, match="q_lens: expected dtype int32, got int64"):
+        cache.extend(2, q_lens=q_lens.long(), rows=[0, 1])
+    assert torch.equal(cache.seq_lens, before)
