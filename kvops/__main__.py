@@ -90,8 +90,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         for token in tokens:
             if token not in tokenizer.eos_token_ids:
                 print(words.put(token), end="", flush=True)
+    print(words.finish(), flush=True)
     print(
-        f"\n\n{stats.prompt_tokens} tokens read, the first word after {stats.first_token_seconds:.2f} s, "
+        f"\n{stats.prompt_tokens} tokens read, the first word after {stats.first_token_seconds:.2f} s, "
         f"{stats.new_tokens} written at {stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.accepted_per_step:.2f} drafts accepted a step, "
         f"cache {stats.bytes_in_use / 2**20:.1f} MiB in {stats.blocks_in_use} blocks",

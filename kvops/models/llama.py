@@ -79,6 +79,9 @@ class Llama(nn.Module):
     in their dtype and on their device. A missing or misshapen weight is a ValueError that names it.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.config = config
