@@ -34,6 +34,8 @@ select_blocks(scores, block_tables, seq_lens, budget, *, positions=None, protect
 compact(k_cache!, v_cache!, block_tables, seq_lens!, keep, *, positions=None!, scores=None!) -> (freed)
 verify_draft(target_logits, draft_tokens, *, draft_lens=None, draft_probs=None, temperature=None, seed=None, step=None)
     -> (tokens, num_accepted)
+verify_tree(target_logits, draft_tokens, parents, *, draft_probs=None, temperature=None, seed=None, step=None)
+    -> (path, tokens, num_accepted)
 prompt_lookup(tokens, lens, *, num_draft, max_ngram=3, min_ngram=1) -> (draft_tokens, draft_lens)
 """
 
@@ -148,6 +150,14 @@ def verify_draft():
     return (logits, drafts), keywords
 
 
+def verify_tree():
+    nodes = 4
+    keywords = verify_draft()[1] | {"draft_probs": torch.randn(B, nodes, 11).softmax(-1)}
+    del keywords["draft_lens"]
+    parents = int32([-1, 0, 0, 2], [-1, 0, 1, -1])
+    return (torch.randn(B, nodes, 11), torch.randint(0, 11, (B, nodes)), parents), keywords
+
+
 def prompt_lookup():
     return (torch.randint(0, 3, (B, 20)), int32(20, 13)), {"num_draft": 4}
 
@@ -164,6 +174,7 @@ SAMPLES = {
         select_blocks,
         compact,
         verify_draft,
+        verify_tree,
         prompt_lookup,
     )
 }
