@@ -67,20 +67,27 @@ def _clip_tile(config: AttentionConfig, num_queries: int) -> AttentionConfig:
 
 
 def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
-    """``head_dim`` is the larger of the padded head sizes of Q and V, ``itemsize`` the bytes of an element."""
+    """``head_dim`` is the larger of the padded head sizes of Q and V, ``itemsize`` the bytes of an element.
+
+    Here and below: the largest tiles that compile without spills (Triton 3.7.1), not yet timed.
+    """
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
         # float32 products run on the ordinary units: the tile is what registers hold.
         config = AttentionConfig(64, 32, 8, 1) if head_dim <= 128 else AttentionConfig(32, 32, 8, 1)
     elif head_dim <= 64:
-        config = AttentionConfig(128, 64, 4, 3 if arch.startswith("sm_") else 1)
+        large = arch in ("sm_90", "sm_100")
+        config = AttentionConfig(128, 64, 4 if large else 8, 3 if arch.startswith("sm_") else 1)
     elif head_dim <= 128:
-        config = AttentionConfig(128, 128, 8, 2) if arch == "sm_90" else AttentionConfig(128, 64, 8, 2)
-    elif head_dim <= 256:
-        config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
+        if arch == "sm_90":
+            config = AttentionConfig(128, 128, 8, 2)
+        else:
+            config = AttentionConfig(128, 64, 8, 2 if arch.startswith("sm_") else 1)
+    elif head_dim <= 256 and arch in ("sm_90", "sm_100"):
+        config = AttentionConfig(128, 64, 8, 2)
     else:
-        config = AttentionConfig(64, 32, 8, 1)
+        config = AttentionConfig(64 if head_dim <= 256 else 32, 32, 8, 1)
     return _clip_tile(config, num_queries)
 
 
@@ -90,8 +97,12 @@ def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> Atten
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 32, 8, 1)
-    if head_dim <= 128:
-        return AttentionConfig(64, 128, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(32, 64, 8, 1)
+    if head_dim > 128:
+        return AttentionConfig(32, 32, 8, 1)
+    if arch == "sm_90":
+        return AttentionConfig(32, 128, 8, 2) if head_dim <= 64 else AttentionConfig(32, 64, 8, 2)
+    if arch == "sm_100":
+        return AttentionConfig(64, 64, 8, 1)
     return AttentionConfig(32, 64, 8, 1)
 
 
@@ -101,10 +112,10 @@ def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
         config = AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(32, 16, 8, 1)
-    elif head_dim <= 128:
-        config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
+    elif head_dim > 128:
+        config = AttentionConfig(32, 32, 8, 1)
     else:
-        config = AttentionConfig(64, 32, 8, 1)
+        config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
     return _clip_tile(config, num_queries)
 
 
@@ -114,6 +125,8 @@ def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> Attentio
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32, 64, 8, 1)
+    if arch == "sm_100":
+        return AttentionConfig(64, 64, 8, 2 if head_dim <= 128 else 1)
     return AttentionConfig(64, 128, 8, 2) if head_dim <= 128 else AttentionConfig(64, 64, 8, 1)
 
 
@@ -194,8 +207,9 @@ class PagedAttentionConfig:
 def paged_attention_config(head_dim: int, itemsize: int, rows: int, arch: str) -> PagedAttentionConfig:
     """``head_dim`` is the larger of the padded head sizes of K and V, ``rows`` the group's query heads times tokens.
 
-    Decoding is bound by memory: what counts is bytes in flight, so a stage holds 32 KiB of K and V (16 KiB where a
-    program has 64 KiB of shared memory) whatever the head size and dtype.
+    Decoding is bound by memory: what counts is bytes in flight, so a tile holds 32 KiB of K and V (16 KiB where a
+    program has 64 KiB of shared memory) whatever the head size and dtype. The pipeline reads the table first and the
+    slots after it: it takes five stages to keep two tiles of slots in flight (three keep one).
     """
     block_m = 16
     while block_m < min(rows, 64):
@@ -206,13 +220,15 @@ def paged_attention_config(head_dim: int, itemsize: int, rows: int, arch: str) -
     stage = 32768 if nvidia else 16384
     slot_bytes = 2 * head_dim * itemsize
     block_n = min(128, max(16, stage // slot_bytes))
+    if block_m == 64 and arch != "sm_90":
+        block_n = min(block_n, 32)  # the scores of 64 x 64 cost too many registers elsewhere
     if itemsize == 4 and block_m > 16:
         # float32 products run on the ordinary units: the tile is what registers hold.
         block_m, block_n = 32 if head_dim <= 128 else 16, min(block_n, 32)
-    num_stages = 3 if nvidia else 2
-    while num_stages > 1 and num_stages * block_n * slot_bytes > 3 * stage:
-        num_stages -= 1
-    return PagedAttentionConfig(block_m, block_n, 4 if block_m * block_n < 8192 else 8, num_stages)
+    num_stages = 2
+    if nvidia:
+        num_stages = 5 if block_n * slot_bytes <= stage else 3
+    return PagedAttentionConfig(block_m, block_n, 4 if block_m * max(block_n, head_dim) < 8192 else 8, num_stages)
 
 
 @dataclass(frozen=True)

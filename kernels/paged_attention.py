@@ -38,8 +38,10 @@ def _load_slots(cache_ptr, cell, inside, WIDTH: tl.constexpr, PADDED: tl.constex
         cache_ptr + cell[:, None] + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0
     )
     if cache_ptr.dtype.element_ty == tl.uint8:
-        return e4m3_to_float16(rows).to(DTYPE)
-    return rows
+        values = e4m3_to_float16(rows).to(DTYPE)
+    else:
+        values = rows
+    return values
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from kvops.kernels.device import current_device
 
-# Programs per multiprocessor: enough loads in flight to fill the memory bus.
-_PROGRAMS_PER_SM = 4
+# Programs per multiprocessor: as many as fit at once with any number of registers, so that all shares run together.
+_PROGRAMS_PER_SM = 2
 # A share is not cut below this many slots: a partial result would cost as much as the slots.
 _MIN_SHARE = 128
 

@@ -44,6 +44,18 @@ def verify_draft_sampled():
     verify_draft(logits, drafts, draft_lens=lens, draft_probs=probs, temperature=torch.empty(4), seed=seed, step=seed)
 
 
+def verify_tree_all():
+    from kvops.kernels.verify_tree import verify_tree
+
+    logits = torch.empty(4, 16, 128256, dtype=torch.bfloat16)
+    drafts = torch.empty(4, 16, dtype=torch.int64)
+    parents = torch.empty(4, 16, dtype=torch.int32)
+    seed = torch.empty(4, dtype=torch.int64)
+    verify_tree(logits, drafts, parents)
+    for probs in (None, torch.empty(4, 16, 128256)):
+        verify_tree(logits, drafts, parents, draft_probs=probs, temperature=torch.empty(4), seed=seed, step=seed)
+
+
 def prompt_lookup_int64():
     from kvops.kernels.prompt_lookup import prompt_lookup
 
@@ -53,6 +65,7 @@ def prompt_lookup_int64():
 CASES += [
     CompileCase("verify-draft-greedy-bf16", verify_draft_greedy),
     CompileCase("verify-draft-sampled-bf16", verify_draft_sampled),
+    CompileCase("verify-tree-bf16", verify_tree_all),
     CompileCase("prompt-lookup", prompt_lookup_int64),
 ]
 
@@ -84,4 +97,86 @@ def compact_bf16_and_float8():
 CASES += [
     CompileCase("select-blocks", select_blocks_30_layers),
     CompileCase("compact", compact_bf16_and_float8),
+]
+
+
+def _ragged_cache(dtype: torch.dtype, head_dim: int, heads: int = 8):
+    cache = torch.empty(4096, 16, head_dim, dtype=dtype)
+    tables, lens = torch.empty(4, heads, 512, dtype=torch.int32), torch.empty(4, heads, dtype=torch.int32)
+    sides = torch.empty(4096, 16, dtype=torch.int32), torch.empty(4096, 16)
+    return cache, tables, lens, sides
+
+
+def paged_append_bf16_and_float8():
+    from kvops.kernels.paged_append import paged_append
+
+    new = torch.empty(4, 8, 8, 128, dtype=torch.bfloat16)
+    cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
+    places = torch.empty(4, 8, dtype=torch.int32)
+    paged_append(new, new, cache, cache, tables, lens, positions=sides[0], token_positions=places, scores=sides[1])
+    cache = _ragged_cache(torch.float8_e4m3fn, 128)[0]
+    paged_append(new, new, cache, cache, tables, lens, k_scale=torch.empty(8), v_scale=torch.empty(8))
+
+
+def paged_attention_decode_bf16():
+    from kvops.kernels.paged_attention import paged_attention
+
+    q = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16)
+    cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
+    paged_attention(q, cache, cache, tables, lens)
+    options = {"positions": sides[0], "query_positions": torch.empty(4, 1, dtype=torch.int32), "window_left": 1024}
+    paged_attention(q, cache, cache, tables, lens, scores=sides[1], softcap=30.0, sinks=torch.empty(32), **options)
+
+
+def paged_attention_drafts_bf16():
+    from kvops.kernels.paged_attention import paged_attention
+
+    q = torch.empty(4, 16, 32, 128, dtype=torch.bfloat16)
+    cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
+    tree = torch.empty(16, 16, dtype=torch.bool)
+    paged_attention(q, cache, cache, tables, lens, tree_mask=tree, scores=sides[1], score_reduce="max")
+
+
+def paged_attention_chunk_bf16():
+    from kvops.kernels.paged_attention import paged_attention
+
+    q = torch.empty(4, 512, 32, 128, dtype=torch.bfloat16)
+    cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
+    paged_attention(q, cache, cache, tables, lens, window_left=4096, scores=sides[1], score_reduce="sumsq")
+
+
+def paged_attention_uniform_float8():
+    from kvops.kernels.paged_attention import paged_attention
+
+    q = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16)
+    cache = torch.empty(1024, 16, 8, 128, dtype=torch.float8_e4m3fn)
+    tables, lens = torch.empty(4, 512, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+    paged_attention(q, cache, cache, tables, lens, k_scale=torch.empty(8), v_scale=torch.empty(8))
+
+
+def paged_attention_float32_head_dim_64():
+    from kvops.kernels.paged_attention import paged_attention
+
+    cache, tables, lens, _ = _ragged_cache(torch.float32, 64, heads=3)
+    for num_tokens in (1, 64):
+        paged_attention(torch.empty(4, num_tokens, 9, 64), cache, cache, tables, lens)
+
+
+def paged_attention_head_dim_256():
+    from kvops.kernels.paged_attention import paged_attention
+
+    q = torch.empty(4, 1, 32, 256, dtype=torch.float16)
+    cache, tables, lens, _ = _ragged_cache(torch.float16, 256)
+    paged_attention(q, cache, cache, tables, lens)
+
+
+_PAGED = ("paged_attention_kernel",)
+CASES += [
+    CompileCase("paged-append", paged_append_bf16_and_float8),
+    CompileCase("paged-decode-bf16-d128", paged_attention_decode_bf16, matrix=_PAGED),
+    CompileCase("paged-drafts-bf16-d128", paged_attention_drafts_bf16, matrix=_PAGED),
+    CompileCase("paged-chunk-bf16-d128", paged_attention_chunk_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
+    CompileCase("paged-uniform-fp8-d128", paged_attention_uniform_float8, matrix=_PAGED),
+    CompileCase("paged-decode-fp32-d64", paged_attention_float32_head_dim_64),
+    CompileCase("paged-decode-fp16-d256", paged_attention_head_dim_256, matrix=_PAGED),
 ]

@@ -33,7 +33,7 @@ _SHORT = 512
 # A share of a schedule is not cut below this many slots.
 _MIN_SHARE = 128
 # What stands for the number of programs where there is no GPU.
-CPU_PROGRAMS = 16
+CPU_PROGRAMS = 8
 
 _FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 

@@ -10,8 +10,8 @@ from kvops.eager import paged as eager
 from kvops.ops.registry import LIBRARY, register
 
 _REDUCTIONS = ("sum", "sumsq", "max")
-# Programs per multiprocessor: enough loads in flight to fill the memory bus.
-_PROGRAMS_PER_SM = 4
+# Programs per multiprocessor: as many as fit at once with any number of registers, so that all shares run together.
+_PROGRAMS_PER_SM = 2
 
 
 def _check_cache(
