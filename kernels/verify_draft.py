@@ -19,7 +19,7 @@ from kvops.kernels.primitives import LOG2_E, exponential_from_uniform, philox_wo
 # The streams of kvops/eager/philox.py.
 ACCEPT = tl.constexpr(0)
 RESAMPLE = tl.constexpr(1)
-_NO_INDEX = tl.constexpr(2147483647)
+NO_INDEX = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def softmax_stats_kernel(
     # A NaN stays out of the maximum and comes back through the sum, as does +inf: that is how a row is refused.
     row_max = tl.max(tl.where(x == x, x, float("-inf")), 0)
     total = tl.sum(tl.exp2((x - tl.where(row_max == float("-inf"), 0.0, row_max)) * scale), 0)
-    argmax = tl.min(tl.where(x == row_max, index, _NO_INDEX), 0)
+    argmax = tl.min(tl.where(x == row_max, index, NO_INDEX), 0)
     out = row * tl.num_programs(1) + split
     tl.store(max_ptr + out, row_max)
     tl.store(sum_ptr + out, total)
@@ -83,14 +83,14 @@ def softmax_stats_kernel(
 
 @triton.jit
 def merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, mask, scale, AXIS: tl.constexpr):
-    """Maximum, sum and lowest argmax of the rows whose chunks lie along AXIS; a row is usable when 0 < sum < inf."""
+    """Maximum, sum and lowest argmax of the rows whose chunks lie along AXIS; a usable row has a sum > 0, not NaN."""
     chunk_max = tl.load(max_ptr + offset, mask=mask, other=float("-inf"))
     chunk_sum = tl.load(sum_ptr + offset, mask=mask, other=0.0)
-    chunk_argmax = tl.load(argmax_ptr + offset, mask=mask, other=_NO_INDEX)
+    chunk_argmax = tl.load(argmax_ptr + offset, mask=mask, other=NO_INDEX)
     row_max = tl.max(chunk_max, AXIS, keep_dims=True)
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     total = tl.sum(chunk_sum * tl.exp2((chunk_max - shift) * scale), AXIS)
-    argmax = tl.min(tl.where(chunk_max == row_max, chunk_argmax, _NO_INDEX), AXIS)
+    argmax = tl.min(tl.where(chunk_max == row_max, chunk_argmax, NO_INDEX), AXIS)
     return tl.max(chunk_max, AXIS), total, argmax
 
 
@@ -138,7 +138,7 @@ def accept_kernel(
         mask = (t < length)[:, None] & (splits < num_splits)[None, :]
         row_max, total, argmax = merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, mask, scale, 1)
         draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=t < length, other=-1)
-        offered = (draft >= 0) & (draft < V) & (total > 0) & (total < float("inf"))
+        offered = (draft >= 0) & (draft < V) & (total > 0)
         accept = draft == argmax
         if HAS_TEMPERATURE:
             step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
@@ -155,7 +155,7 @@ def accept_kernel(
 
     offset = (stats_row + num_accepted) * num_splits + splits
     row_max, total, argmax = merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, splits < num_splits, scale, 0)
-    usable = (total > 0) & (total < float("inf"))
+    usable = total > 0
     following = tl.where(usable, argmax, -1).to(tl.int64)
     tl.store(accepted_ptr + batch, num_accepted)
     if HAS_TEMPERATURE:
@@ -166,6 +166,27 @@ def accept_kernel(
         draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=t < num_accepted, other=-1)
         emitted = tl.where(t == num_accepted, following, draft)
         tl.store(tokens_ptr + batch * (T + 1) + t, emitted, mask=t <= T)
+
+
+@triton.jit
+def vocabulary_index(counter, lane):
+    """The entry that word ``lane`` of a Philox counter serves: 256 counters cover 1024 contiguous entries."""
+    return counter // 256 * 1024 + lane * 256 + counter % 256
+
+
+@triton.jit
+def race_step(best, best_index, weight, word, index):
+    """The better of each place's best so far and weight / exponential; ties stay with the earlier, lower index."""
+    score = tl.where(weight > 0, weight / exponential_from_uniform(uniform_from_bits(word)), -1.0)
+    better = score > best
+    return tl.where(better, score, best), tl.where(better, index, best_index)
+
+
+@triton.jit
+def store_winner(score_ptr, index_ptr, out, best, best_index):
+    score = tl.max(best, 0)
+    tl.store(score_ptr + out, score)
+    tl.store(index_ptr + out, tl.min(tl.where(best == score, best_index, NO_INDEX), 0))
 
 
 @triton.jit
@@ -212,9 +233,9 @@ def race_kernel(
     step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
     words = philox_words(tl.load(seed_ptr + batch), step, t, RESAMPLE, counter)
     best = tl.full((LANES,), -1.0, tl.float32)
-    best_index = tl.full((LANES,), _NO_INDEX, tl.int32)
+    best_index = tl.full((LANES,), NO_INDEX, tl.int32)
     for lane in tl.static_range(4):
-        index = counter // 256 * 1024 + lane * 256 + counter % 256
+        index = vocabulary_index(counter, lane)
         x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + index, mask=index < V, other=float("-inf"))
         weight = tl.exp2((x.to(tl.float32) - row_max) * scale)
         if HAS_PROBS:
@@ -223,14 +244,8 @@ def race_kernel(
             weight = tl.where(refused, tl.where(p > q, p - q, 0.0), weight)
         else:
             weight = tl.where(refused & (index == draft), 0.0, weight)
-        exponential = exponential_from_uniform(uniform_from_bits(words[lane]))
-        score = tl.where(weight > 0, weight / exponential, -1.0)
-        better = score > best
-        best = tl.where(better, score, best)
-        best_index = tl.where(better, index, best_index)
-    score = tl.max(best, 0)
-    tl.store(score_ptr + batch * tl.num_programs(1) + split, score)
-    tl.store(index_ptr + batch * tl.num_programs(1) + split, tl.min(tl.where(best == score, best_index, _NO_INDEX), 0))
+        best, best_index = race_step(best, best_index, weight, words[lane], index)
+    store_winner(score_ptr, index_ptr, batch * tl.num_programs(1) + split, best, best_index)
 
 
 @triton.jit
@@ -241,10 +256,10 @@ def emit_kernel(score_ptr, index_ptr, row_sum_ptr, accepted_ptr, tokens_ptr, T, 
         return
     splits = tl.arange(0, BLOCK_S)
     score = tl.load(score_ptr + batch * num_splits + splits, mask=splits < num_splits, other=-1.0)
-    index = tl.load(index_ptr + batch * num_splits + splits, mask=splits < num_splits, other=_NO_INDEX)
+    index = tl.load(index_ptr + batch * num_splits + splits, mask=splits < num_splits, other=NO_INDEX)
     best = tl.max(score, 0)
     if best > 0:
-        winner = tl.min(tl.where(score == best, index, _NO_INDEX), 0)
+        winner = tl.min(tl.where(score == best, index, NO_INDEX), 0)
         tl.store(tokens_ptr + batch * (T + 1) + tl.load(accepted_ptr + batch), winner.to(tl.int64))
 
 

@@ -12,6 +12,7 @@ from kvops.ops.paged import paged_append, paged_attention, paged_schedule
 from kvops.ops.registry import backend
 from kvops.ops.scores import attention_scores
 from kvops.ops.verify import prompt_lookup, verify_draft
+from kvops.ops.verify_tree import tree_mask, verify_tree
 
 try:
     __version__ = version("kvops")
@@ -33,5 +34,7 @@ __all__ = [
     "paged_schedule",
     "prompt_lookup",
     "select_blocks",
+    "tree_mask",
     "verify_draft",
+    "verify_tree",
 ]

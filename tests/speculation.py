@@ -59,6 +59,33 @@ def verify(logits, drafts, probs, temperature, seed, step) -> tuple[list[int], i
     raise AssertionError("the last row accepts nothing")
 
 
+def verify_tree(logits, drafts, parents, probs, temperature, seed, step) -> tuple[list[int], list[int]]:
+    """One request: logits [N][V], drafts [N], parents [N], probs [N][V] or None -> the path and the tokens."""
+    V = len(logits[0])
+    path, emitted = [0], []
+    while True:
+        node = path[-1]
+        greedy = logits[node].index(max(logits[node]))
+        left = softmax(logits[node], temperature) if temperature else [float(i == greedy) for i in range(V)]
+        taken = None
+        for child in range(node + 1, len(parents)):
+            draft = drafts[child]
+            if parents[child] != node or not 0 <= draft < V:
+                continue
+            q = [float(i == draft) for i in range(V)] if probs is None or not temperature else probs[child]
+            u = uniform(ACCEPT, child - 1, seed, step) if temperature else 0.5
+            if u * q[draft] < left[draft]:
+                taken = child
+                break
+            if temperature:
+                left = [max(r - x, 0.0) for r, x in zip(left, q, strict=True)]
+                left = [r / sum(left) for r in left]
+        if taken is None:
+            return path, [*emitted, race(left, node, seed, step) if temperature else greedy]
+        path.append(taken)
+        emitted.append(drafts[taken])
+
+
 def chi_square(outcomes: Tensor, expected: Tensor) -> float:
     """p-value that outcomes (int64 [trials]) are distributed as expected; 0 when an impossible one is among them.
 

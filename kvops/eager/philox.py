@@ -53,6 +53,8 @@ def uniform_from_bits(bits: Tensor) -> Tensor:
 
 def uniform(stream: int, position: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     """One uniform for each position (int64, broadcast against ``seed`` and ``step``)."""
+    if position.numel() == 0:
+        return torch.empty(torch.broadcast_shapes(position.shape, seed.shape), device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     bits = philox(zero, 4 * position + stream, step & _MASK, (step >> 32) & _MASK, seed)[0]
     return uniform_from_bits(bits)

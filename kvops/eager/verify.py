@@ -14,7 +14,7 @@ LOG2_E = math.log2(math.e)
 # on how many rows there are (torch would split a lone long row among its threads).
 _CHUNK = 4096
 # Requests are served in groups of about so many logits: the float32 copies stay small and in cache.
-_GROUP_ELEMENTS = 1 << 24
+GROUP_ELEMENTS = 1 << 24
 
 
 def prompt_lookup(
@@ -60,7 +60,7 @@ def first_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, index.gather(-1, inside[..., None])[..., 0]
 
 
-def _row_sum(x: Tensor) -> Tensor:
+def row_sum(x: Tensor) -> Tensor:
     size = x.shape[-1]
     whole = size // _CHUNK * _CHUNK
     total = x[..., whole:].sum(-1)
@@ -74,11 +74,11 @@ def exponent_scale(temperature: Tensor) -> Tensor:
     return (LOG2_E / temperature).clamp(1e-30, 1e38)
 
 
-def _softmax_weights(logits: Tensor, row_max: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_weights(logits: Tensor, row_max: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """exp((logits - max) / temperature) and its sum; logits [n, rows, V], row_max [n, rows], scale [n]."""
     weights = logits.float() - row_max.float()[..., None]
     weights.mul_(scale[:, None, None]).exp2_()
-    return weights, _row_sum(weights)
+    return weights, row_sum(weights)
 
 
 def race(weights: Tensor, exponential: Tensor, fallback: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def verify_draft(
         "seed": seed,
         "step": step,
     }
-    group = max(1, _GROUP_ELEMENTS // max(1, rows * V))
+    group = max(1, GROUP_ELEMENTS // max(1, rows * V))
     for start in range(0, B, group):
         part = slice(start, start + group)
         given = {name: None if value is None else value[part] for name, value in per_request.items()}
@@ -140,9 +140,11 @@ def _verify_group(
     sampled = (temperature > 0).nonzero()[:, 0]
     seed, step = (draft_tokens.new_zeros(len(sampled)) if x is None else x[sampled] for x in (seed, step))
     if len(sampled):
-        weights, total = _softmax_weights(logits[sampled], row_max[sampled], exponent_scale(temperature[sampled]))
+        weights, total = softmax_weights(logits[sampled], row_max[sampled], exponent_scale(temperature[sampled]))
         draft = draft_tokens[sampled].clamp(0, V - 1)
-        threshold = uniform(ACCEPT, position[:T], seed[:, None], step[:, None])
+        threshold = (
+            uniform(ACCEPT, position[:T], seed[:, None], step[:, None]) if T else weights.new_empty(len(seed), 0)
+        )
         if draft_probs is not None:
             threshold *= draft_probs[sampled].gather(2, draft[..., None])[..., 0]
         passes = threshold * total[:, :T] < weights[:, :T].gather(2, draft[..., None])[..., 0]

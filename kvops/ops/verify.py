@@ -10,13 +10,20 @@ from kvops.eager import verify as eager
 from kvops.ops.registry import register
 
 
-def _check_per_request(name: str, value: Tensor | None, reference: Tensor, *dtypes: torch.dtype) -> None:
+def check_per_request(name: str, value: Tensor | None, reference: Tensor, *dtypes: torch.dtype) -> None:
     if value is None:
         return
     checks.expect_tensor(name, value)
     checks.expect_dtype(name, value, *dtypes)
     checks.expect_shape(name, value, "[batch]", reference.shape[0])
     checks.expect_same_device(name, value, "target_logits", reference)
+
+
+def draw_seed(temperature: Tensor | None, seed: Tensor | None) -> Tensor | None:
+    """The seeds given, or seeds from torch's default generator where sampling wants some and none are given."""
+    if temperature is None or seed is not None:
+        return seed
+    return torch.randint(-(2**63), 2**63 - 1, temperature.shape, dtype=torch.int64, device=temperature.device)
 
 
 def _check_verify_draft(
@@ -38,15 +45,15 @@ def _check_verify_draft(
     checks.expect_dtype("draft_tokens", draft_tokens, torch.int64)
     checks.expect_shape("draft_tokens", draft_tokens, "[batch, drafts]", B, rows - 1)
     checks.expect_same_device("draft_tokens", draft_tokens, "target_logits", target_logits)
-    _check_per_request("draft_lens", draft_lens, target_logits, torch.int32, torch.int64)
+    check_per_request("draft_lens", draft_lens, target_logits, torch.int32, torch.int64)
     if draft_probs is not None:
         checks.expect_dtype("draft_probs", draft_probs, torch.float32)
         checks.expect_shape("draft_probs", draft_probs, "[batch, drafts, vocab]", B, rows - 1, V)
         checks.expect_last_contiguous("draft_probs", draft_probs)
         checks.expect_same_device("draft_probs", draft_probs, "target_logits", target_logits)
-    _check_per_request("temperature", temperature, target_logits, torch.float32)
-    _check_per_request("seed", seed, target_logits, torch.int64)
-    _check_per_request("step", step, target_logits, torch.int64)
+    check_per_request("temperature", temperature, target_logits, torch.float32)
+    check_per_request("seed", seed, target_logits, torch.int64)
+    check_per_request("step", step, target_logits, torch.int64)
     if temperature is not None and seed is None:
         raise ValueError("seed: expected int64 [batch] along with temperature, got None")
     if checks.debug() and checks.has_data(target_logits):
@@ -161,15 +168,13 @@ def verify_draft(
         ValueError: under ``KVOPS_DEBUG=1``, lengths out of range, drafts outside the vocabulary, refused rows,
             negative temperatures, and draft probabilities that are none or exclude their own draft.
     """
-    if temperature is not None and seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, temperature.shape, dtype=torch.int64, device=temperature.device)
     return _verify_draft(
         target_logits,
         draft_tokens,
         draft_lens=draft_lens,
         draft_probs=draft_probs,
         temperature=temperature,
-        seed=seed,
+        seed=draw_seed(temperature, seed),
         step=step,
     )
 

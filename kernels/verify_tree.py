@@ -1,0 +1,436 @@
+"""Verification of trees of drafts.
+
+1. ``softmax_stats_kernel`` of verify_draft over the rows of all nodes.
+2. ``offer_kernel``: (requests, nodes); a node offers its children what their refused siblings left. That depends on
+   the node alone and not on the way to it, so all nodes decide at once.
+3. ``walk_kernel``: a program per request follows the decisions from the root.
+4. ``tree_race_kernel`` and ``emit_kernel``: the exponential race over what is left at the node where it stopped.
+
+What is left is never stored: ``mass[c]`` is the sum of the residual that child c was offered from, and with it each
+entry of the vocabulary goes through its siblings on its own: r <- max(r / mass[c] - q[c], 0).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kvops.autotune.config import verify_config
+from kvops.kernels.device import current_device
+from kvops.kernels.primitives import philox_words, uniform_from_bits
+from kvops.kernels.verify_draft import (
+    ACCEPT,
+    NO_INDEX,
+    RESAMPLE,
+    emit_kernel,
+    exponent_scale,
+    merge_stats,
+    race_step,
+    softmax_stats_kernel,
+    store_winner,
+    vocabulary_index,
+)
+
+
+@triton.jit
+def residual_weight(
+    weight,
+    index,
+    mask,
+    node,
+    end,
+    parents_ptr,
+    drafts_ptr,
+    probs_ptr,
+    mass_ptr,
+    stride_nn,
+    stride_dn,
+    stride_pn,
+    V,
+    HAS_PROBS: tl.constexpr,
+):
+    """What the children of ``node`` before ``end`` leave of the weights of the entries ``index``; all are refused.
+
+    The pointers are at this request; weights without draft probabilities stay unnormalised.
+    """
+    for child in range(node + 1, end):
+        if tl.load(parents_ptr + child * stride_nn) == node:
+            draft = tl.load(drafts_ptr + child * stride_dn)
+            if (draft >= 0) & (draft < V):
+                if HAS_PROBS:
+                    q = tl.load(probs_ptr + child * stride_pn + index, mask=mask, other=0.0)
+                    p = weight / tl.load(mass_ptr + child)
+                    weight = tl.where(p > q, p - q, 0.0)
+                else:
+                    weight = tl.where(index == draft, 0.0, weight)
+    return weight
+
+
+@triton.jit
+def offer_kernel(
+    logits_ptr,
+    drafts_ptr,
+    parents_ptr,
+    probs_ptr,
+    temperature_ptr,
+    seed_ptr,
+    step_ptr,
+    max_ptr,
+    sum_ptr,
+    argmax_ptr,
+    accept_ptr,
+    mass_ptr,
+    stride_lb,
+    stride_ln,
+    stride_db,
+    stride_dn,
+    stride_nb,
+    stride_nn,
+    stride_pb,
+    stride_pn,
+    N,
+    V,
+    num_splits,
+    HAS_PROBS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    node = tl.program_id(1)
+    logits_ptr += batch * stride_lb + node.to(tl.int64) * stride_ln
+    drafts_ptr += batch * stride_db
+    parents_ptr += batch * stride_nb
+    accept_ptr += batch * N
+    mass_ptr += batch * N
+    if HAS_PROBS:
+        probs_ptr += batch * stride_pb
+    scale, sampled = exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE)
+    splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    row_max, mass, argmax = merge_stats(
+        max_ptr, sum_ptr, argmax_ptr, (batch * N + node) * num_splits + splits, splits < num_splits, scale, 0
+    )
+    usable = mass > 0
+    nodes = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    children = tl.load(parents_ptr + nodes * stride_nn, mask=(nodes > node) & (nodes < N), other=-1) == node
+    last_child = tl.max(tl.where(children, nodes, 0), 0)
+    for child in range(node + 1, last_child + 1):
+        if tl.load(parents_ptr + child * stride_nn) == node:
+            draft = tl.load(drafts_ptr + child * stride_dn)
+            inside = usable & (draft >= 0) & (draft < V)
+            accept = draft == argmax
+            if HAS_TEMPERATURE:  # noqa: SIM102 (one is decided while compiling, the other while running)
+                if sampled & inside:
+                    tl.store(mass_ptr + child, mass)
+                    tl.debug_barrier()  # the siblings' masses are read back through memory
+                    weight = tl.exp2((tl.load(logits_ptr + draft).to(tl.float32) - row_max) * scale)
+                    weight = residual_weight(
+                        weight,
+                        draft,
+                        True,
+                        node,
+                        child,
+                        parents_ptr,
+                        drafts_ptr,
+                        probs_ptr,
+                        mass_ptr,
+                        stride_nn,
+                        stride_dn,
+                        stride_pn,
+                        V,
+                        HAS_PROBS,
+                    )
+                    # Numbered from 0 like the drafts of a chain.
+                    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
+                    bits, _, _, _ = philox_words(tl.load(seed_ptr + batch), step, child - 1, ACCEPT, child * 0)
+                    threshold = uniform_from_bits(bits)
+                    if HAS_PROBS:
+                        threshold *= tl.load(probs_ptr + child * stride_pn + draft)
+                    accept = threshold * mass < weight
+                    if HAS_PROBS:
+                        if child < last_child:
+                            left = tl.zeros((BLOCK,), tl.float32)
+                            for start in range(0, V, BLOCK):
+                                index = start + tl.arange(0, BLOCK)  # [BLOCK]
+                                x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf")).to(tl.float32)
+                                left += residual_weight(
+                                    tl.exp2((x - row_max) * scale),
+                                    index,
+                                    index < V,
+                                    node,
+                                    child + 1,
+                                    parents_ptr,
+                                    drafts_ptr,
+                                    probs_ptr,
+                                    mass_ptr,
+                                    stride_nn,
+                                    stride_dn,
+                                    stride_pn,
+                                    V,
+                                    HAS_PROBS,
+                                )
+                            mass = tl.sum(left, 0)
+                    else:
+                        mass -= weight
+            tl.store(accept_ptr + child, (inside & accept).to(tl.int32))
+
+
+@triton.jit
+def walk_kernel(
+    drafts_ptr,
+    parents_ptr,
+    temperature_ptr,
+    max_ptr,
+    sum_ptr,
+    argmax_ptr,
+    accept_ptr,
+    path_ptr,
+    tokens_ptr,
+    accepted_ptr,
+    node_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    stride_db,
+    stride_dn,
+    stride_nb,
+    stride_nn,
+    N,
+    num_splits,
+    HAS_TEMPERATURE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    nodes = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    parents = tl.load(parents_ptr + batch * stride_nb + nodes * stride_nn, mask=nodes < N, other=-1)
+    real = (nodes > 0) & (parents >= 0) & (parents < nodes)
+    accept = tl.load(accept_ptr + batch * N + nodes, mask=real, other=0) != 0
+    path = tl.where(nodes == 0, 0, -1)
+    node = 0
+    depth = 0
+    following = tl.min(tl.where(accept & (parents == node), nodes, NO_INDEX), 0)
+    while following != NO_INDEX:
+        node = following
+        depth += 1
+        path = tl.where(nodes == depth, node, path)
+        following = tl.min(tl.where(accept & (parents == node), nodes, NO_INDEX), 0)
+
+    scale, sampled = exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE)
+    splits = tl.arange(0, BLOCK_S)
+    row_max, total, argmax = merge_stats(
+        max_ptr, sum_ptr, argmax_ptr, (batch * N + node) * num_splits + splits, splits < num_splits, scale, 0
+    )
+    usable = total > 0
+    tl.store(accepted_ptr + batch, depth)
+    if HAS_TEMPERATURE:
+        tl.store(node_ptr + batch, node)
+        tl.store(row_max_ptr + batch, row_max)
+        tl.store(row_sum_ptr + batch, tl.where(usable & sampled, total, 0.0))
+    tl.store(path_ptr + batch * N + nodes, path, mask=nodes < N)
+    # A token stands one place before its node on the path.
+    draft = tl.load(drafts_ptr + batch * stride_db + path * stride_dn, mask=path > 0, other=-1)
+    tl.store(tokens_ptr + batch * N + nodes - 1, draft, mask=(nodes > 0) & (nodes < N) & (nodes != depth + 1))
+    tl.store(tokens_ptr + batch * N + nodes, tl.where(usable, argmax, -1).to(tl.int64) + nodes * 0, mask=nodes == depth)
+    tl.store(tokens_ptr + batch * N + nodes, -1 + nodes.to(tl.int64) * 0, mask=(nodes == N - 1) & (nodes != depth))
+
+
+@triton.jit
+def tree_race_kernel(
+    logits_ptr,
+    drafts_ptr,
+    parents_ptr,
+    probs_ptr,
+    temperature_ptr,
+    seed_ptr,
+    step_ptr,
+    mass_ptr,
+    node_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    score_ptr,
+    index_ptr,
+    stride_lb,
+    stride_ln,
+    stride_db,
+    stride_dn,
+    stride_nb,
+    stride_nn,
+    stride_pb,
+    stride_pn,
+    N,
+    V,
+    HAS_PROBS: tl.constexpr,
+    HAS_STEP: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The best weight / exponential of 4 * LANES vocabulary entries, and its lowest index."""
+    batch = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    if tl.load(row_sum_ptr + batch) == 0:
+        return
+    scale, _ = exponent_scale(temperature_ptr, batch, True)
+    row_max = tl.load(row_max_ptr + batch)
+    node = tl.load(node_ptr + batch)
+    logits_ptr += batch * stride_lb + node.to(tl.int64) * stride_ln
+    if HAS_PROBS:
+        probs_ptr += batch * stride_pb
+    counter = split * LANES + tl.arange(0, LANES)  # [LANES]
+    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
+    words = philox_words(tl.load(seed_ptr + batch), step, node, RESAMPLE, counter)
+    best = tl.full((LANES,), -1.0, tl.float32)
+    best_index = tl.full((LANES,), NO_INDEX, tl.int32)
+    for lane in tl.static_range(4):
+        index = vocabulary_index(counter, lane)
+        x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf")).to(tl.float32)
+        weight = residual_weight(
+            tl.exp2((x - row_max) * scale),
+            index,
+            index < V,
+            node,
+            N,
+            parents_ptr + batch * stride_nb,
+            drafts_ptr + batch * stride_db,
+            probs_ptr,
+            mass_ptr + batch * N,
+            stride_nn,
+            stride_dn,
+            stride_pn,
+            V,
+            HAS_PROBS,
+        )
+        best, best_index = race_step(best, best_index, weight, words[lane], index)
+    store_winner(score_ptr, index_ptr, batch * tl.num_programs(1) + split, best, best_index)
+
+
+def verify_tree(
+    target_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    parents: torch.Tensor,
+    *,
+    draft_probs: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    B, N, V = target_logits.shape
+    path = parents.new_empty((B, N))
+    tokens = draft_tokens.new_empty((B, N))
+    num_accepted = parents.new_empty(B)
+    if B == 0:
+        return path, tokens, num_accepted
+    config = verify_config(V, target_logits.element_size(), current_device().arch)
+    splits = triton.cdiv(V, config.block)
+    BLOCK_S, BLOCK_N = triton.next_power_of_2(splits), triton.next_power_of_2(N)
+    temperature, seed, step = (None if value is None else value.contiguous() for value in (temperature, seed, step))
+    if temperature is None:
+        draft_probs = None  # greedy: nothing is drawn
+    new = target_logits.new_empty
+    chunk_max, chunk_sum = new((2, B * N, splits), dtype=torch.float32).unbind()
+    chunk_argmax = new((B * N, splits), dtype=torch.int32)
+    accept = new((B, N), dtype=torch.int32)
+    mass = new((B, N), dtype=torch.float32)
+    row_max, row_sum = new((2, B), dtype=torch.float32).unbind()
+    node = new(B, dtype=torch.int32)
+    strides = *target_logits.stride()[:2], *draft_tokens.stride(), *parents.stride()
+    prob_strides = (0, 0) if draft_probs is None else draft_probs.stride()[:2]
+    has_temperature = temperature is not None
+    has_probs, has_step = draft_probs is not None, step is not None
+
+    softmax_stats_kernel[(B * N, splits)](
+        target_logits,
+        None,
+        temperature,
+        chunk_max,
+        chunk_sum,
+        chunk_argmax,
+        *target_logits.stride()[:2],
+        N - 1,
+        V,
+        HAS_LENS=False,
+        HAS_TEMPERATURE=has_temperature,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )
+    if N > 1:
+        offer_kernel[(B, N)](
+            target_logits,
+            draft_tokens,
+            parents,
+            draft_probs,
+            temperature,
+            seed,
+            step,
+            chunk_max,
+            chunk_sum,
+            chunk_argmax,
+            accept,
+            mass,
+            *strides,
+            *prob_strides,
+            N,
+            V,
+            splits,
+            HAS_PROBS=has_probs,
+            HAS_TEMPERATURE=has_temperature,
+            HAS_STEP=has_step,
+            BLOCK=config.block,
+            BLOCK_S=BLOCK_S,
+            BLOCK_N=BLOCK_N,
+            num_warps=config.num_warps,
+        )
+    walk_kernel[(B,)](
+        draft_tokens,
+        parents,
+        temperature,
+        chunk_max,
+        chunk_sum,
+        chunk_argmax,
+        accept,
+        path,
+        tokens,
+        num_accepted,
+        node,
+        row_max,
+        row_sum,
+        *strides[2:],
+        N,
+        splits,
+        HAS_TEMPERATURE=has_temperature,
+        BLOCK_S=BLOCK_S,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+    )
+    if temperature is None:
+        return path, tokens, num_accepted
+    race_splits = triton.cdiv(V, config.race_block)
+    score = new((B, race_splits), dtype=torch.float32)
+    index = new((B, race_splits), dtype=torch.int32)
+    tree_race_kernel[(B, race_splits)](
+        target_logits,
+        draft_tokens,
+        parents,
+        draft_probs,
+        temperature,
+        seed,
+        step,
+        mass,
+        node,
+        row_max,
+        row_sum,
+        score,
+        index,
+        *strides,
+        *prob_strides,
+        N,
+        V,
+        HAS_PROBS=has_probs,
+        HAS_STEP=has_step,
+        LANES=config.race_block // 4,
+        num_warps=config.num_warps,
+    )
+    emit_kernel[(B,)](
+        score, index, row_sum, num_accepted, tokens, N - 1, race_splits,
+        BLOCK_S=triton.next_power_of_2(race_splits), num_warps=1,
+    )  # fmt: skip
+    return path, tokens, num_accepted
