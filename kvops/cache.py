@@ -333,8 +333,8 @@ class PagedKVCache:
     def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
         """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
 
-        Their blocks stay with the lists, for the next :meth:`extend`. Only tokens that came in after the last
-        :meth:`evict` can be taken back.
+        Their blocks stay with the lists, for the next :meth:`extend`; what their queries added to the scores of older
+        slots stays too. Only tokens that came in after the last :meth:`evict` can be taken back.
         """
         index, numbers = self._resolve(rows)
         if isinstance(num_tokens, Tensor):

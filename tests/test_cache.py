@@ -302,8 +302,8 @@ def attention(q, k, v, scale, allowed):
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("window", [-1, 9])
-def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, device, window):
+@pytest.mark.parametrize(("window", "ragged"), [(-1, False), (9, True)])
+def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, device, window, ragged):
     """Two sequences, two layers, per-head lengths: against all tokens with the evicted ones masked out."""
     heads, group, tokens, dim = 2, 3, 25, 24
     sizes = {"num_kv_heads": heads, "head_dim": dim, "v_head_dim": dim, "max_batch": 2, "max_tokens": 48}
@@ -318,14 +318,16 @@ def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, devi
     assert ((cache.seq_lens + SIZE - 1) // SIZE).sum((0, 2)).tolist() == [14, 9]
     kept = {key: cache.gather(*key)[2].tolist() for key in [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]}
 
-    new = cache.extend(3)
+    counts = [3, 2] if ragged else [3, 3]
+    q_lens = torch.tensor(counts, dtype=torch.int32, device=device) if ragged else None
+    new = cache.extend(3, q_lens=q_lens)
     assert new.tolist() == [[25, 26, 27]] * 2
     for layer in range(LAYERS):
-        cache.append(layer, k[layer, :, tokens:].to(device), v[layer, :, tokens:].to(device), new)
+        cache.append(layer, k[layer, :, tokens:].to(device), v[layer, :, tokens:].to(device), new, q_lens=q_lens)
         q = torch.randn(2, 3, heads * group, dim)
         cache.scores.zero_()
-        out = cache.attend(layer, q.to(device), window_left=window, accumulate="sum").cpu()
-        for b in range(2):
+        out = cache.attend(layer, q.to(device), q_lens=q_lens, window_left=window, accumulate="sum").cpu()
+        for b, count in enumerate(counts):
             for h in range(heads):
                 allowed = torch.zeros(3, tokens + 3, dtype=torch.bool)
                 allowed[:, kept[layer, b, h]] = True
@@ -336,10 +338,12 @@ def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, devi
                 for g in range(h * group, (h + 1) * group):
                     inputs = q[b, :, g], k[layer, b, :, h], v[layer, b, :, h]
                     exact = attention(*(x.double() for x in inputs), dim**-0.5, allowed)
-                    assert_accurate(out[b, :, g], exact, attention(*inputs, dim**-0.5, allowed))
+                    torch_own = attention(*inputs, dim**-0.5, allowed)
+                    assert_accurate(out[b, :count, g], exact[:count], torch_own[:count])
+                    assert not out[b, count:, g].any()
                 # Every query of the group spends a probability of one.
                 given = sum(slots_of(cache, cache.scores, layer, b, h))
-                assert given == pytest.approx(3 * group, rel=1e-5)
+                assert given == pytest.approx(count * group, rel=1e-5)
 
 
 def test_scores_are_set_in_list_order_and_not_past_the_end(device):
