@@ -273,8 +273,8 @@ def paged_attention_kernel(
             tl.store(partial_l_ptr + place, l, mask=rows < num_rows)
             tl.store(partial_ptr + place[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=mask)
         else:
-            total, lse = _normalisers(m, l, sinks_ptr, query_head * stride_sinks)
-            acc = acc / total[:, None] * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale)
+            weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
+            acc = acc * (weight * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))[:, None]
             out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
             tl.store(out_ptr + out_row[:, None] + value_columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
             lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
@@ -284,19 +284,20 @@ def paged_attention_kernel(
 
 
 @triton.jit
-def _normalisers(m, l, sinks_ptr, sink_offset):
-    """The denominator, 1 where it is 0, and lse. A sink joins a row that sees at least one key."""
+def _normalise(m, l, sinks_ptr, sink_offset):
+    """What to multiply acc by, and lse; both for rows that may see nothing. A sink joins a row that sees a key."""
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + sink_offset).to(tl.float32) * LOG2_E
-        highest = tl.where(l > 0.0, tl.maximum(m, sink), 0.0)
-        # Relative to m, as acc is: infinity, which a sink far above every score gives, is right as a divisor.
-        total = tl.where(l > 0.0, l + tl.exp2(sink - m), 1.0)
-        lse = highest + tl.log2(l * tl.exp2(m - highest) + tl.exp2(sink - highest))
-        lse = tl.where(l > 0.0, lse * LN_2, float("-inf"))
+        highest = tl.maximum(m, sink)
+        weight = tl.exp2(m - highest)
+        total = l * weight + tl.exp2(sink - highest)
     else:
-        total = tl.where(l > 0.0, l, 1.0)
-        lse = tl.where(l > 0.0, (m + tl.log2(total)) * LN_2, float("-inf"))
-    return total, lse
+        highest = m
+        weight = 1.0
+        total = l
+    total = tl.where(l > 0.0, total, 1.0)
+    lse = tl.where(l > 0.0, (highest + tl.log2(total)) * LN_2, float("-inf"))
+    return weight / total, lse
 
 
 @triton.jit(do_not_specialize=["lists", "num_tokens", "programs", "coarse"])
@@ -367,8 +368,8 @@ def paged_merge_kernel(
         acc = acc * rescale + tl.sum(part * weight[:, None], 0)
         m = m_new
 
-    total, lse = _normalisers(m, l, sinks_ptr, query_head * stride_sinks)
-    acc = acc / total * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale)
+    weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
+    acc = acc * (weight * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))
     out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
     tl.store(out_ptr + out_row + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
     lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
@@ -499,7 +500,8 @@ def paged_scores_kernel(
                 lse = tl.load(
                     lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + token, mask=rows < num_rows, other=0.0
                 )
-                p = tl.where(seen, tl.exp2(s - (lse * LOG2_E)[:, None]), 0.0)
+                lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
+                p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
                 if REDUCE == "max":
                     reduced = tl.maximum(reduced, tl.max(p, 0))
                 elif REDUCE == "sumsq":

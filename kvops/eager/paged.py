@@ -314,13 +314,17 @@ class _Attention:
             s.view(n, t, G, width)[..., column:].masked_fill_(~visible[:, :, None], -math.inf)
 
         maximum = s.amax(-1, keepdim=True)
+        sink = None
+        if self.sinks is not None:  # a sink joins the rows that see a key
+            sink = self.sinks[group.heads[:, 0]].expand(n, t, G).reshape(n, rows, 1)
+            sink = sink.masked_fill(maximum == -math.inf, -math.inf)
+            maximum = torch.maximum(maximum, sink)
         if visible is not None:
             maximum.masked_fill_(maximum == -math.inf, 0.0)
         p = s.sub_(maximum).exp_()
         total = p.sum(-1, keepdim=True)  # 0 only in a row that sees nothing
-        if self.sinks is not None:
-            sink = self.sinks[group.heads[:, 0]].expand(n, t, G).reshape(n, rows, 1)
-            total = torch.where(total > 0, total + torch.exp(sink - maximum), total)
+        if sink is not None:
+            total += torch.exp(sink - maximum)
         lse = (maximum + total.log()).view(n, t, G)
         if visible is not None:
             total.masked_fill_(total == 0, 1.0)

@@ -1,0 +1,129 @@
+"""Ragged lists in a shuffled, poisoned pool, and attention over them written out list by list."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from oracle import attention
+from torch import Tensor
+
+# What stands in a table past its length: reading it would be far out of bounds.
+POISON_BLOCK = 2**30
+
+
+@dataclass
+class Lists:
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    positions: Tensor
+    scores: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.k_cache, self.v_cache, self.block_tables, self.seq_lens
+
+    def slots(self, batch: int, head: int) -> tuple[Tensor, Tensor]:
+        """Block and offset of the slots of one list, in order."""
+        size = self.k_cache.shape[1]
+        slot = torch.arange(int(self.seq_lens[batch, head]))
+        return self.block_tables.cpu()[batch, head][slot // size].long(), slot % size
+
+
+def make_lists(
+    lengths: list[list[int]], *, block_size: int, head_dim: int, value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", consecutive: bool = False,
+) -> Lists:  # fmt: skip
+    """Every slot that belongs to no list is NaN, and so is its score; positions have gaps, as after eviction."""
+    value_dim = head_dim if value_dim is None else value_dim
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    used = (seq_lens + block_size - 1) // block_size
+    max_blocks = int(used.max()) + 2
+    num_blocks = int(used.sum()) + 3
+    order = torch.arange(num_blocks) if consecutive else torch.randperm(num_blocks)
+    tables = torch.full((*seq_lens.shape, max_blocks), POISON_BLOCK, dtype=torch.int32)
+    lists = Lists(
+        torch.full((num_blocks, block_size, head_dim), math.nan),
+        torch.full((num_blocks, block_size, value_dim), math.nan),
+        tables,
+        seq_lens,
+        torch.full((num_blocks, block_size), -(2**31), dtype=torch.int32),
+        torch.full((num_blocks, block_size), math.nan),
+    )
+    taken = 0
+    for batch in range(seq_lens.shape[0]):
+        for head in range(seq_lens.shape[1]):
+            count = int(used[batch, head])
+            tables[batch, head, :count] = order[taken : taken + count].int()
+            taken += count
+            block, offset = lists.slots(batch, head)
+            length = len(block)
+            lists.k_cache[block, offset] = torch.randn(length, head_dim)
+            lists.v_cache[block, offset] = torch.randn(length, value_dim)
+            lists.positions[block, offset] = torch.cumsum(torch.randint(1, 4, (length,)), 0).int()
+            lists.scores[block, offset] = torch.rand(length)
+    return Lists(
+        lists.k_cache.to(dtype).to(device),
+        lists.v_cache.to(dtype).to(device),
+        *(side.to(device) for side in (tables, seq_lens, lists.positions, lists.scores)),
+    )
+
+
+def expected(
+    q: Tensor,
+    lists: Lists,
+    *,
+    q_lens: Tensor | None = None,
+    causal: bool = True,
+    window_left: int = -1,
+    query_positions: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    score_reduce: str = "sum",
+    score_decay: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and the updated scores, every step in ``dtype``."""
+    q, lists = q.cpu(), Lists(*(getattr(lists, name).cpu() for name in Lists.__dataclass_fields__))
+    B, T, Hq, _ = q.shape
+    Hkv = lists.seq_lens.shape[1]
+    group = Hq // Hkv
+    wide = torch.promote_types(dtype, torch.float32)
+    out = torch.zeros(B, T, Hq, lists.v_cache.shape[-1], dtype=dtype)
+    lse = torch.full((B, Hq, T), -math.inf, dtype=wide)
+    scores = lists.scores.to(wide).clone()
+    for b in range(B):
+        count = T if q_lens is None else int(q_lens[b])
+        for h in range(Hkv):
+            block, offset = lists.slots(b, h)
+            length = len(block)
+            slot, query = torch.arange(length), length - count + torch.arange(T)
+            if tree_mask is not None:
+                tree = tree_mask.cpu().expand(B, T, T)[b]
+                new = slot - (length - count)
+                mask = (new < 0) | tree[:, new.clamp(0, max(T - 1, 0))]
+            elif causal:
+                mask = slot <= query[:, None]
+            else:
+                mask = torch.ones(T, length, dtype=torch.bool)
+            mask = mask & (torch.arange(T) < count)[:, None]
+            if window_left >= 0 and query_positions is not None:
+                mask &= lists.positions[block, offset] >= query_positions.cpu()[b][:, None] - window_left
+            elif window_left >= 0:
+                mask &= slot >= query[:, None] - window_left
+            heads = slice(h * group, (h + 1) * group)
+            k, v = lists.k_cache[block, offset][None, :, None], lists.v_cache[block, offset][None, :, None]
+            o, s, p = attention(
+                q[b : b + 1, :, heads], k, v, mask=mask, scale=scale, softcap=softcap,
+                sinks=None if sinks is None else sinks.cpu()[heads], dtype=dtype,
+            )  # fmt: skip
+            out[b, :, heads], lse[b, heads] = o[0], s[0]
+            p = p[0].flatten(0, 1)  # [group * T, length]
+            if length:
+                reduced = p.amax(0) if score_reduce == "max" else (p * p if score_reduce == "sumsq" else p).sum(0)
+                old = scores[block, offset]
+                scores[block, offset] = torch.where(mask.any(0), score_decay * old + reduced, old)
+    return out, lse, scores

@@ -1,0 +1,366 @@
+"""Attention over the ragged paged cache."""
+
+import pytest
+import torch
+from oracle import assert_accurate
+from paged_lists import Lists, expected, make_lists
+from torch import Tensor
+
+import kvops
+from kvops.eager import paged as eager
+
+
+def check(q: Tensor, lists: Lists, *, scores: bool = False, schedule: Tensor | None = None, **options) -> None:
+    """out, lse and scores against float64; slots of nobody keep their NaN."""
+    options = {name: value for name, value in options.items() if value is not None}
+    exact = expected(q, lists, **options)
+    rounded = expected(q, lists, **options, dtype=q.dtype)
+    positions = lists.positions if "query_positions" in options else None
+    updated = lists.scores.clone() if scores else None
+    out, lse = kvops.paged_attention(
+        q, *lists.arguments, positions=positions, scores=updated, schedule=schedule, **options
+    )
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    assert_accurate(out, exact[0], rounded[0], "out")
+    assert_accurate(lse, exact[1], rounded[1], "lse")
+    if updated is not None:
+        owned = ~exact[2].isnan()
+        assert torch.equal(updated.cpu().isnan(), ~owned)
+        assert_accurate(updated.cpu()[owned], exact[2][owned], rounded[2][owned], "scores")
+
+
+def queries(lists: Lists, group: int, num_tokens: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    B, Hkv = lists.seq_lens.shape
+    return torch.randn(B, num_tokens, Hkv * group, lists.k_cache.shape[-1]).to(dtype).to(lists.k_cache.device)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "head_dim", "value_dim", "group", "dtype"),
+    [
+        (1, 64, 64, 3, torch.float32),
+        (8, 40, 40, 1, torch.float32),
+        (16, 64, 64, 3, torch.float16),
+        (16, 128, 96, 5, torch.bfloat16),
+        (24, 80, 80, 6, torch.float32),
+        (32, 96, 128, 7, torch.float16),
+        (64, 256, 256, 4, torch.bfloat16),
+        (128, 64, 17, 16, torch.float32),
+    ],
+)
+def test_decoding_reads_the_slots_of_each_list_and_no_other(
+    backend, device, block_size, head_dim, value_dim, group, dtype
+):
+    lengths = [[0, 1, block_size - 1], [block_size, block_size + 1, 150]]
+    lists = make_lists(
+        lengths, block_size=block_size, head_dim=head_dim, value_dim=value_dim, dtype=dtype, device=device
+    )
+    check(queries(lists, group, dtype=dtype), lists, scores=True)
+
+
+def test_one_long_list_among_short_ones(backend, device):
+    lists = make_lists([[3, 700, 1], [0, 0, 17]], block_size=16, head_dim=64, device=device)
+    check(queries(lists, 3), lists, scores=True)
+
+
+def test_lists_that_are_all_empty_give_zero_and_minus_infinity(backend, device):
+    lists = make_lists([[0, 0], [0, 0]], block_size=16, head_dim=64, device=device)
+    check(queries(lists, 2, 3), lists, scores=True, sinks=torch.randn(4, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_drafts_see_the_past_and_themselves(backend, device, dtype):
+    lists = make_lists([[70, 33, 5], [41, 8, 100]], block_size=8, head_dim=64, dtype=dtype, device=device)
+    check(queries(lists, 3, 5, dtype), lists, scores=True)
+
+
+def test_ragged_drafts_sit_at_the_end_of_the_lists(backend, device):
+    lists = make_lists([[70, 6], [9, 41], [20, 30]], block_size=8, head_dim=40, device=device)
+    q_lens = torch.tensor([6, 2, 0], dtype=torch.int32, device=device)
+    for causal in (True, False):
+        check(queries(lists, 2, 6), lists, q_lens=q_lens, causal=causal, scores=True)
+
+
+@pytest.mark.parametrize(("num_tokens", "batch"), [(24, 1), (40, 3)])
+def test_a_chunk_of_prefill_whose_rows_fill_several_tiles(backend, device, num_tokens, batch):
+    lengths = [[100, 50], [40, 64], [41, 90]][:batch]
+    lists = make_lists(lengths, block_size=16, head_dim=32, device=device)
+    options = {"score_decay": 0.5} if batch == 1 else {"score_reduce": "max", "window_left": 20, "softcap": 2.0}
+    check(queries(lists, 3, num_tokens), lists, scores=True, **options)
+
+
+def test_a_list_shorter_than_the_drafts_stays_in_bounds(backend, device):
+    lists = make_lists([[2, 9]], block_size=4, head_dim=32, device=device)
+    check(queries(lists, 2, 5), lists, scores=True)
+    tree = torch.ones(5, 5, dtype=torch.bool, device=device).tril()
+    kvops.paged_attention(queries(lists, 2, 5), *lists.arguments, tree_mask=tree)
+
+
+@pytest.mark.parametrize("window_left", [0, 1, 17, 1000])
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_windows_count_slots(backend, device, window_left, num_tokens):
+    lists = make_lists([[90, 33, 5], [41, 0, 10]], block_size=8, head_dim=32, device=device)
+    check(queries(lists, 3, num_tokens), lists, window_left=window_left, scores=True, score_decay=0.25)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_windows_count_original_positions_where_given(backend, device, num_tokens):
+    lists = make_lists([[90, 33, 5], [41, 0, 10]], block_size=8, head_dim=32, device=device)
+    query_positions = torch.tensor([[100], [70]], device=device) + torch.arange(num_tokens, device=device)
+    check(
+        queries(lists, 3, num_tokens), lists, window_left=60, query_positions=query_positions.int(), scores=True,
+        score_decay=0.25,
+    )  # fmt: skip
+
+
+def test_softcap_scale_and_sinks(backend, device):
+    lists = make_lists([[90, 33], [41, 0]], block_size=16, head_dim=64, device=device)
+    sinks = torch.tensor([0.0, 5.0, -100.0, 300.0], device=device)
+    check(queries(lists, 2, 2), lists, sinks=sinks, softcap=3.0, scale=0.7, scores=True)
+
+
+def test_sinks_do_not_join_rows_that_a_window_empties(backend, device):
+    lists = make_lists([[20, 3]], block_size=16, head_dim=32, device=device)
+    far = torch.tensor([[1000]], dtype=torch.int32, device=device)
+    check(
+        queries(lists, 2), lists, sinks=torch.randn(4, device=device), window_left=5, query_positions=far, scores=True
+    )
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_a_tree_mask_replaces_causality_among_the_new_tokens(backend, device, per_sequence):
+    lists = make_lists([[40, 6], [7, 33]], block_size=8, head_dim=32, device=device)
+    tree = torch.rand(2, 6, 6, device=device) < 0.4
+    tree |= torch.eye(6, dtype=torch.bool, device=device)
+    q_lens = torch.tensor([6, 4], dtype=torch.int32, device=device)
+    tree = tree if per_sequence else tree[0]
+    check(queries(lists, 3, 6), lists, tree_mask=tree, q_lens=q_lens, scores=True)
+    check(queries(lists, 3, 6), lists, tree_mask=tree, window_left=10, causal=False)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "sumsq", "max"])
+def test_scores_are_exact_probabilities(backend, device, reduce):
+    lists = make_lists([[140, 33, 5], [41, 0, 10]], block_size=16, head_dim=64, dtype=torch.float16, device=device)
+    check(queries(lists, 3, 3, torch.float16), lists, scores=True, score_reduce=reduce, score_decay=0.9)
+
+
+def test_scores_of_one_query_head_sum_to_the_tokens(backend, device):
+    lists = make_lists([[140, 33]], block_size=16, head_dim=64, device=device)
+    scores = torch.zeros_like(lists.scores)
+    kvops.paged_attention(queries(lists, 1, 4), *lists.arguments, scores=scores)
+    for head in range(2):
+        torch.testing.assert_close(scores.cpu()[lists.slots(0, head)].sum(), torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved"])
+def test_a_uniform_cache_of_any_strides_gives_what_ragged_lists_give(backend, device, layout):
+    block_size, Hkv, D, Dv = 8, 3, 40, 24
+    lens = torch.tensor([37, 0, 16], dtype=torch.int32, device=device)
+    tables = torch.randperm(20, device=device)[:18].view(3, 6).int()
+    storage = torch.randn(20, block_size, Hkv, D + Dv, device=device)
+    if layout == "HND":
+        storage = storage.transpose(1, 2).contiguous().transpose(1, 2)
+    k_cache, v_cache = storage[..., :D], storage[..., D:]
+    if layout == "NHD":
+        k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
+    scores = torch.rand(20, block_size, Hkv, device=device)
+    positions = torch.randint(0, 40, (20, block_size, Hkv), dtype=torch.int32, device=device)
+
+    # The same slots as ragged lists: block n of head h becomes block n * Hkv + h.
+    heads = torch.arange(Hkv, device=device)[:, None]
+    ragged = Lists(
+        k_cache.transpose(1, 2).reshape(-1, block_size, D),
+        v_cache.transpose(1, 2).reshape(-1, block_size, Dv),
+        (tables[:, None] * Hkv + heads).int(),
+        lens[:, None].expand(3, Hkv).contiguous(),
+        positions.transpose(1, 2).reshape(-1, block_size),
+        scores.transpose(1, 2).reshape(-1, block_size),
+    )
+    q = torch.randn(3, 2, 6, D, device=device)
+    query_positions = torch.full((3, 2), 40, dtype=torch.int32, device=device)
+    options = {"window_left": 30, "query_positions": query_positions, "score_decay": 0.5}
+    exact, rounded = expected(q, ragged, **options), expected(q, ragged, **options, dtype=torch.float32)
+    for schedule in (None, kvops.paged_schedule(lens, block_size, num_programs=5)):
+        updated = scores.clone()
+        out, lse = kvops.paged_attention(
+            q, k_cache, v_cache, tables, lens, positions=positions, scores=updated, schedule=schedule, **options
+        )
+        assert_accurate(out, exact[0], rounded[0], "out")
+        assert_accurate(lse, exact[1], rounded[1], "lse")
+        assert_accurate(updated.transpose(1, 2).reshape(-1, block_size), exact[2], rounded[2], "scores")
+
+
+def test_positions_of_a_uniform_cache_may_be_shared_by_its_heads(backend, device):
+    lens, tables = torch.tensor([20], dtype=torch.int32, device=device), torch.tensor([[2, 0, 1]], device=device).int()
+    k_cache, v_cache = torch.randn(2, 3, 8, 2, 32, device=device)
+    positions = torch.randint(0, 30, (3, 8), dtype=torch.int32, device=device)
+    q, query_positions = torch.randn(1, 1, 4, 32, device=device), torch.full((1, 1), 30, device=device).int()
+    options = {"window_left": 15, "query_positions": query_positions}
+    shared = kvops.paged_attention(q, k_cache, v_cache, tables, lens, positions=positions, **options)
+    by_head = positions[..., None].expand(3, 8, 2).contiguous()
+    for a, b in zip(
+        shared, kvops.paged_attention(q, k_cache, v_cache, tables, lens, positions=by_head, **options), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", ["none", "number", "tensor", "head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_caches(backend, device, scale, dtype):
+    lists = make_lists([[40, 6, 70], [7, 0, 33]], block_size=8, head_dim=32, device=device)
+    k8, v8 = (cache.nan_to_num(448.0).to(torch.float8_e4m3fn) for cache in (lists.k_cache * 4, lists.v_cache * 4))
+    k_scale, v_scale = {
+        "none": (None, None),
+        "number": (0.25, 0.5),
+        "tensor": (torch.tensor(0.25, device=device), torch.tensor(0.5, device=device)),
+        "head": (torch.tensor([0.1, 0.2, 0.4], device=device), torch.tensor([0.3, 0.2, 0.1], device=device)),
+    }[scale]
+    q = queries(lists, 2, 2, dtype)
+    out, lse = kvops.paged_attention(q, k8, v8, lists.block_tables, lists.seq_lens, k_scale=k_scale, v_scale=v_scale)
+
+    # Without scales: a scale per head is a factor of that head's queries, and of its outputs.
+    heads = lists.seq_lens.shape[1]
+    k_factor, v_factor = (
+        torch.ones(heads) if factor is None else torch.as_tensor(factor).cpu().expand(heads)
+        for factor in (k_scale, v_scale)
+    )
+    wide = Lists(k8.float(), v8.float(), lists.block_tables, lists.seq_lens, lists.positions, lists.scores)
+    results = []
+    for compute in (torch.float64, dtype):
+        scaled = q.cpu().double() * k_factor.double().repeat_interleave(2)[:, None]
+        o, s, _ = expected(scaled.to(compute), wide, dtype=compute)
+        results.append((o * v_factor.to(compute).repeat_interleave(2)[:, None], s))
+    assert_accurate(out, results[0][0], results[1][0], "out")
+    assert_accurate(lse, results[0][1], results[1][1], "lse")
+
+
+def test_scales_as_numbers_reach_the_operator(backend, device):
+    lists = make_lists([[9]], block_size=8, head_dim=32, device=device)
+    k8, v8 = (cache.nan_to_num(0.0).to(torch.float8_e4m3fn) for cache in (lists.k_cache, lists.v_cache))
+    arguments = queries(lists, 2), k8, v8, lists.block_tables, lists.seq_lens
+    numbers = torch.ops.kvops.paged_attention(*arguments, k_scale=0.5, v_scale=2.0)
+    half, two = torch.tensor(0.5, device=device), torch.tensor(2.0, device=device)
+    tensors = torch.ops.kvops.paged_attention(*arguments, k_scale=half, v_scale=two)
+    assert torch.equal(numbers[0], tensors[0])
+    assert torch.equal(numbers[1], tensors[1])
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 64])
+def test_any_number_of_programs_gives_the_same_attention(backend, device, num_programs):
+    lists = make_lists([[300, 0, 5], [41, 1, 130]], block_size=16, head_dim=32, device=device)
+    schedule = kvops.paged_schedule(lists.seq_lens, 16, num_programs=num_programs)
+    check(queries(lists, 3, 2), lists, scores=True, schedule=schedule)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 24, 128])
+def test_a_schedule_gives_every_unit_to_one_program(backend, device, block_size):
+    lens = torch.randint(0, 500, (3, 2, 4), dtype=torch.int32, device=device)
+    lens[0], lens[1, 0] = 0, 0
+    schedule = kvops.paged_schedule(lens, block_size, num_programs=7)
+    unit = eager.schedule_unit(block_size)
+    for layer in range(3):
+        assert torch.equal(schedule[layer], kvops.paged_schedule(lens[layer], block_size, num_programs=7))
+        share, prefix, first = schedule[layer, 0].item(), schedule[layer, 1:10].tolist(), schedule[layer, 10:].tolist()
+        units = [-(-length // unit) for length in lens[layer].flatten().tolist()]
+        assert prefix == [sum(units[:n]) for n in range(9)]
+        assert 7 * share >= prefix[-1]
+        assert share * unit >= 128
+        for program, index in enumerate(first):
+            if program * share < prefix[-1]:
+                assert prefix[index] <= program * share < prefix[index + 1]
+
+
+def test_equal_inputs_give_equal_bits(backend, device):
+    lists = make_lists([[300, 0, 5], [41, 1, 130]], block_size=16, head_dim=64, device=device)
+    q = queries(lists, 3, 2)
+    results = []
+    for _ in range(2):
+        scores = lists.scores.clone()
+        results.append((*kvops.paged_attention(q, *lists.arguments, scores=scores), scores.nan_to_num(7.0)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 6), (2, 0, 6)])
+def test_no_sequences_and_no_tokens(backend, device, shape):
+    B, T, Hq = shape
+    cache = torch.randn(4, 8, 32, device=device)
+    tables = torch.zeros(B, 3, 2, dtype=torch.int32, device=device)
+    lens = torch.zeros(B, 3, dtype=torch.int32, device=device)
+    q = torch.randn(B, T, Hq, 32, device=device)
+    out, lse = kvops.paged_attention(q, cache, cache, tables, lens)
+    assert out.shape == (B, T, Hq, 32)
+    assert lse.shape == (B, Hq, T)
+    kvops.paged_append(
+        torch.randn(B, T, 3, 32, device=device), torch.randn(B, T, 3, 32, device=device), cache, cache, tables, lens
+    )
+    assert kvops.paged_schedule(lens, 8, num_programs=4).shape == (2 + 3 * B + 4,)
+
+
+def test_strided_queries_tables_and_lengths(backend, device):
+    lists = make_lists([[40, 6], [7, 33]], block_size=8, head_dim=32, device=device)
+    q = queries(lists, 2, 2)
+    plain = kvops.paged_attention(q, *lists.arguments)
+    spread = q.transpose(1, 2).contiguous().transpose(1, 2)
+    tables = lists.block_tables.repeat_interleave(2, -1)[..., ::2]
+    lens = lists.seq_lens.t().contiguous().t()
+    for a, b in zip(plain, kvops.paged_attention(spread, lists.k_cache, lists.v_cache, tables, lens), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("consecutive", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 3, 70])
+def test_eager_long_lists_in_place_and_gathered(consecutive, num_tokens, monkeypatch):
+    """More slots than a gathered tile, than a short list, and than one core's share of a product."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    lists = make_lists([[2301, 700, 5], [1100, 0, 1027]], block_size=16, head_dim=32, consecutive=consecutive)
+    lists.block_tables[0, 0, 30:60] = lists.block_tables[0, 0, 30:60].flip(0)
+    if consecutive:  # the blocks moved in the table only: move what they hold too
+        k, v = lists.k_cache.clone(), lists.v_cache.clone()
+        held = lists.block_tables[0, 0, 30:60].long()
+        lists.k_cache[held], lists.v_cache[held] = k[held.flip(0)], v[held.flip(0)]
+    check(queries(lists, 3, num_tokens), lists, scores=True)
+    check(queries(lists, 3, num_tokens), lists, scores=True, window_left=900)
+
+
+def test_eager_runs_begin_and_end_anywhere(monkeypatch):
+    """Runs of consecutive blocks between scattered ones; a window begins inside a run."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    lists = make_lists([[1999, 1333]], block_size=16, head_dim=32, consecutive=True)
+    for first in (0, 40, 77):
+        for table in (lists.block_tables[0, 0], lists.block_tables[0, 1]):
+            a, b = int(table[first]), int(table[first + 1])
+            for cache in (lists.k_cache, lists.v_cache, lists.positions, lists.scores):
+                cache[[a, b]] = cache[[b, a]]
+            table[first], table[first + 1] = b, a
+    for window_left in (-1, 500, 1111):
+        check(queries(lists, 3), lists, scores=True, window_left=window_left)
+
+
+def test_eager_memory_is_linear_in_the_lengths(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, Tensor) and not tensor._is_view():
+                    largest = max(largest, tensor.numel())
+            return result
+
+    lists = make_lists([[8000, 8000]], block_size=16, head_dim=16)
+    with Watch():
+        eager.paged_attention(queries(lists, 2, 256), *lists.arguments, scores=lists.scores, window_left=7900)
+    assert largest <= 8000 * 132, "a matrix of queries by slots is 512 x 8000 for a list"
+
+
+def test_eager_computes_in_float64_where_given_it():
+    lists = make_lists([[70, 33]], block_size=16, head_dim=32, dtype=torch.float64)
+    q = queries(lists, 3, 2, torch.float64)
+    out, lse = eager.paged_attention(q, *lists.arguments)
+    exact = expected(q, lists)
+    assert (out - exact[0]).abs().max() < 1e-13
+    assert (lse - exact[1]).abs().max() < 1e-13
