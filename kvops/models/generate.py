@@ -54,7 +54,7 @@ class Compression:
             for tokens in num_tokens
         ]
         cache.evict(
-            torch.tensor(budgets, dtype=torch.int32, device=cache.k_cache.device),
+            budgets,
             rows=rows,
             protect_first=self.protect_first,
             protect_last=self.protect_last,
