@@ -13,6 +13,7 @@ from kvops.ops.registry import backend
 from kvops.ops.scores import attention_scores
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import tree_mask, verify_tree
+from kvops.sampling import process_logits
 
 try:
     __version__ = version("kvops")
@@ -32,6 +33,7 @@ __all__ = [
     "paged_append",
     "paged_attention",
     "paged_schedule",
+    "process_logits",
     "prompt_lookup",
     "select_blocks",
     "tree_mask",

@@ -1,0 +1,238 @@
+"""Logit processing: one function for the drafter and for the target, so that both sides see the same filters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvops import checks
+
+_PARTIAL_SORT = 1024  # on a CPU a nucleus is first looked for among so many largest logits: a whole sort costs 20 times
+
+
+def process_logits(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    repetition_penalty: float | Tensor | None = None,
+    presence_penalty: float | Tensor | None = None,
+    frequency_penalty: float | Tensor | None = None,
+    context: Tensor | None = None,
+    prompt_lens: Tensor | None = None,
+    draft_tokens: Tensor | None = None,
+    bad_words: Sequence[Sequence[int]] = (),
+) -> Tensor:
+    """Logits whose softmax is the distribution to draw from, with -inf where nothing may be drawn.
+
+    In this order: penalties, bad words, temperature, top-k, top-p, min-p. Applied to the drafter's logits, the softmax
+    is what a draft is drawn from and goes to ``verify_draft`` as ``draft_probs``; applied to the target's logits with
+    the same arguments, the result goes to ``verify_draft`` with a temperature of 1 (0 for greedy requests), for the
+    temperature is in it. Row t is processed as behind the context and the first t drafts.
+
+    Args:
+        logits: float16, bfloat16 or float32 ``[B, T, V]``.
+        temperature: at least 0, a number or ``[B]``; a request at 0 is greedy and its logits are not divided.
+        top_k: keeps the k largest; ties fall to the lower index; 0 keeps all.
+        top_p: keeps the largest until their probabilities reach p, at least one; 1 keeps all (Holtzman et al.,
+            arXiv 1904.09751). Measured on what top-k left.
+        min_p: keeps what has at least this share of the largest probability (Nguyen et al., arXiv 2407.01082).
+        repetition_penalty: divides the positive and multiplies the negative logits of every token of the context
+            (Keskar et al., arXiv 1909.05858); 1 is none.
+        presence_penalty, frequency_penalty: subtracted once, and once for each occurrence, from the logits of the
+            tokens of the context behind ``prompt_lens``.
+        context: int64 ``[B, L]``: the tokens so far, padded with -1 on the right. None: empty.
+        prompt_lens: int32 or int64 ``[B]``: how many tokens of the context are prompt. None: 0.
+        draft_tokens: int64 ``[B, T - 1]`` or wider: the drafts that row t stands behind are the first t; -1 pads.
+        bad_words: token sequences that may not be completed, for all requests.
+
+    Returns:
+        float32 ``[B, T, V]``. A row in which everything is forbidden, or with a NaN, has no finite logit or a NaN:
+        ``verify_draft`` refuses it.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or of the wrong shape or dtype, by its name.
+    """
+    checks.expect_tensor("logits", logits)
+    checks.expect_rank("logits", logits, "[batch, rows, vocab]")
+    checks.expect_dtype("logits", logits, *checks.FLOAT_DTYPES)
+    B, T, V = logits.shape
+    number = _Numbers(logits)
+    heat = number.floats("temperature", temperature, 0.0, math.inf)
+    k = number.integers("top_k", top_k)
+    p = number.floats("top_p", top_p, 0.0, 1.0)
+    floor = number.floats("min_p", min_p, 0.0, 1.0)
+    repetition = number.floats("repetition_penalty", repetition_penalty, 1e-6, math.inf)
+    presence = number.floats("presence_penalty", presence_penalty, -math.inf, math.inf)
+    frequency = number.floats("frequency_penalty", frequency_penalty, -math.inf, math.inf)
+    drafts = _drafts(draft_tokens, logits)
+    text = _context(context, logits)
+    if prompt_lens is not None:
+        checks.expect_dtype("prompt_lens", prompt_lens, torch.int32, torch.int64)
+        checks.expect_shape("prompt_lens", prompt_lens, "[batch]", B)
+    if any(len(word) == 0 or min(word) < 0 or max(word) >= V for word in bad_words):
+        raise ValueError(f"bad_words: expected sequences of tokens inside the vocabulary of {V}, got {bad_words}")
+
+    x = logits.to(torch.float32, copy=True)
+    if V == 0 or B * T == 0:
+        return x
+    if repetition is not None:
+        seen = _counts(text, drafts, T, V) > 0
+        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+    if presence is not None or frequency is not None:
+        generated = text
+        if prompt_lens is not None:
+            place = torch.arange(text.shape[1], device=x.device)
+            generated = text.masked_fill(place < prompt_lens[:, None], -1)
+        count = _counts(generated, drafts, T, V)
+        if presence is not None:
+            x = x - presence * (count > 0)
+        if frequency is not None:
+            x = x - frequency * count
+    if bad_words:
+        _forbid(x, text, drafts, bad_words)
+    if heat is not None:
+        # The largest becomes 0, so that no temperature overflows upwards; a temperature of 1e-30 is as good as 0.
+        largest = x.amax(-1, keepdim=True)
+        x = torch.where((heat > 0) & largest.isfinite(), (x - largest) / heat.clamp_min(1e-30), x)
+    if k is not None or p is not None:
+        x = _keep_largest(x, k, p, top_k if isinstance(top_k, int) else None)
+    if floor is not None:
+        # -inf - -inf: a row without anything stays one; log(0) keeps all.
+        x = x.masked_fill(x < x.amax(-1, keepdim=True) + floor.log(), -math.inf)
+    return x
+
+
+class _Numbers:
+    """Numbers and per-request tensors alike, checked, as [1 or B, 1, 1] beside the logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def floats(self, name: str, value: float | Tensor | None, lowest: float, highest: float) -> Tensor | None:
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            return self._tensor(name, value, torch.float32)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number or a float32 tensor [batch], got {type(value).__name__}")
+        if not lowest <= value <= highest:
+            raise ValueError(f"{name}: expected a number from {lowest} to {highest}, got {value}")
+        return torch.full((1, 1, 1), float(value), device=self.logits.device)
+
+    def integers(self, name: str, value: int | Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            return self._tensor(name, value, torch.int32, torch.int64).long()
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int or an integer tensor [batch], got {type(value).__name__}")
+        checks.expect_at_least(name, value, 0)
+        return torch.full((1, 1, 1), value, dtype=torch.int64, device=self.logits.device)
+
+    def _tensor(self, name: str, value: Tensor, *dtypes: torch.dtype) -> Tensor:
+        checks.expect_dtype(name, value, *dtypes)
+        checks.expect_shape(name, value, "[batch]", self.logits.shape[0])
+        checks.expect_same_device(name, value, "logits", self.logits)
+        return value[:, None, None]
+
+
+def _context(context: Tensor | None, logits: Tensor) -> Tensor:
+    if context is None:
+        return torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
+    checks.expect_dtype("context", context, torch.int64)
+    checks.expect_shape("context", context, "[batch, length]", logits.shape[0], None)
+    checks.expect_same_device("context", context, "logits", logits)
+    return context
+
+
+def _drafts(draft_tokens: Tensor | None, logits: Tensor) -> Tensor:
+    """The drafts before the last row, [B, T - 1]."""
+    B, T, _ = logits.shape
+    rows = max(T - 1, 0)
+    if draft_tokens is None:
+        return torch.full((B, rows), -1, dtype=torch.int64, device=logits.device)
+    checks.expect_dtype("draft_tokens", draft_tokens, torch.int64)
+    checks.expect_shape("draft_tokens", draft_tokens, "[batch, rows - 1 or more]", B, None)
+    checks.expect_at_least("draft_tokens.shape[1]", draft_tokens.shape[1], rows)
+    checks.expect_same_device("draft_tokens", draft_tokens, "logits", logits)
+    return draft_tokens[:, :rows]
+
+
+def _counts(text: Tensor, drafts: Tensor, T: int, V: int) -> Tensor:
+    """float32 [B, T, V]: how often each token stands in the text and the first t drafts; others do not count."""
+    count = torch.zeros((text.shape[0], T, V), device=text.device)
+    for row in range(T):
+        tokens = text if row == 0 else drafts[:, row - 1 : row]
+        if row:
+            count[:, row] = count[:, row - 1]
+        inside = (tokens >= 0) & (tokens < V)
+        count[:, row].scatter_add_(1, tokens.clamp(0, V - 1), inside.float())
+    return count
+
+
+def _forbid(x: Tensor, text: Tensor, drafts: Tensor, bad_words: Sequence[Sequence[int]]) -> None:
+    T = x.shape[1]
+    reach = max(map(len, bad_words)) - 1
+    # The last tokens of each text, right-aligned, and the drafts: row t ends before column reach + t.
+    end = (text >= 0).sum(1, keepdim=True)
+    place = end - reach + torch.arange(reach, device=x.device)
+    padded = torch.nn.functional.pad(text, (0, 1), value=-1)
+    before = padded.gather(1, place.clamp(0, text.shape[1])).masked_fill(place < 0, -1)
+    line = torch.cat((before, drafts), 1)
+    for *head, last in bad_words:
+        matches = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        for back, token in enumerate(reversed(head), start=1):
+            matches &= line[:, reach - back : reach - back + T] == token
+        x[:, :, last].masked_fill_(matches, -math.inf)
+
+
+def _keep_largest(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, one_k: int | None) -> Tensor:
+    """Top-k and top-p as one count of largest logits to keep in each row."""
+    V = x.shape[-1]
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # where looking at data costs nothing
+    count = torch.full((1, 1, 1), V, device=x.device)
+    if top_k is not None:
+        count = torch.where(top_k > 0, top_k.clamp_max(V), V)
+    if one_k is not None and 0 < one_k < V:
+        ordered = x.topk(one_k).values
+    elif eager_cpu and V > _PARTIAL_SORT:
+        ordered = x.topk(_PARTIAL_SORT).values
+        if not _suffices(x, ordered, count, top_p):
+            ordered = x.sort(descending=True).values
+    else:
+        ordered = x.sort(descending=True).values
+    if top_p is not None:
+        kept = torch.arange(ordered.shape[-1], device=x.device) < count
+        whole = ordered.masked_fill(~kept, -math.inf).logsumexp(-1, keepdim=True)
+        if ordered.shape[-1] != one_k:  # else top-k leaves no row whole
+            whole = torch.where(count >= V, x.logsumexp(-1, keepdim=True), whole)
+        probability = torch.exp(ordered - whole)
+        before = probability.cumsum(-1) - probability
+        nucleus = (before < top_p).sum(-1, keepdim=True).clamp_min(1)
+        count = torch.minimum(count, torch.where(top_p >= 1, V, nucleus))
+    count = count.expand(*x.shape[:2], 1)
+    limit = ordered.gather(-1, (count - 1).clamp_max(ordered.shape[-1] - 1))
+    limit = torch.where(ordered[..., :1].isnan(), math.nan, limit)  # a row with a NaN keeps nothing
+    above, equal = x > limit, x == limit
+    room = count - above.sum(-1, keepdim=True)
+    if not eager_cpu or bool((equal.sum(-1, keepdim=True) > room).any()):  # ties are rare, counting them is not cheap
+        equal = equal & (equal.cumsum(-1) <= room)
+    return x.masked_fill(~(above | equal | (count >= V)), -math.inf)
+
+
+def _suffices(x: Tensor, ordered: Tensor, count: Tensor, top_p: Tensor | None) -> bool:
+    """Whether each row's cut lies within its ``ordered`` largest logits (or nothing is cut)."""
+    width, V = ordered.shape[-1], x.shape[-1]
+    inside = count <= width
+    if top_p is not None:
+        mass = torch.exp(ordered - x.logsumexp(-1, keepdim=True)).sum(-1, keepdim=True)
+        inside = inside | (top_p >= 1) & (count >= V) | (mass - 1e-4 > top_p) & (count >= V)
+    else:
+        inside = inside | (count >= V)
+    return bool(inside.all())
