@@ -75,15 +75,14 @@ def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: s
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
         # float32 products run on the ordinary units: the tile is what registers hold.
-        config = AttentionConfig(64, 32, 8, 1) if head_dim <= 128 else AttentionConfig(32, 32, 8, 1)
+        config = AttentionConfig(32, 32 if head_dim <= 128 else 16, 8, 1)
     elif head_dim <= 64:
-        large = arch in ("sm_90", "sm_100")
-        config = AttentionConfig(128, 64, 4 if large else 8, 3 if arch.startswith("sm_") else 1)
+        config = AttentionConfig(128, 64, 4 if arch == "sm_90" else 8, 3 if arch.startswith("sm_") else 1)
     elif head_dim <= 128:
         if arch == "sm_90":
             config = AttentionConfig(128, 128, 8, 2)
         else:
-            config = AttentionConfig(128, 64, 8, 2 if arch.startswith("sm_") else 1)
+            config = AttentionConfig(128, 64, 8, 2) if arch.startswith("sm_") else AttentionConfig(128, 32, 8, 1)
     elif head_dim <= 256 and arch in ("sm_90", "sm_100"):
         config = AttentionConfig(128, 64, 8, 2)
     else:
@@ -96,9 +95,9 @@ def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> Atten
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 32, 8, 1)
+        return AttentionConfig(16, 32, 8, 1)
     if head_dim > 128:
-        return AttentionConfig(32, 32, 8, 1)
+        return AttentionConfig(32 if arch.startswith("sm_") else 16, 32, 8, 1)
     if arch == "sm_90":
         return AttentionConfig(32, 128, 8, 2) if head_dim <= 64 else AttentionConfig(32, 64, 8, 2)
     if arch == "sm_100":
@@ -111,9 +110,9 @@ def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
-        config = AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(32, 16, 8, 1)
+        config = AttentionConfig(32, 16, 8, 1)
     elif head_dim > 128:
-        config = AttentionConfig(32, 32, 8, 1)
+        config = AttentionConfig(32, 32 if arch.startswith("sm_") else 16, 8, 1)
     else:
         config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
     return _clip_tile(config, num_queries)
@@ -124,7 +123,7 @@ def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> Attentio
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32, 64, 8, 1)
+        return AttentionConfig(32, 32, 8, 1)
     if arch == "sm_100":
         return AttentionConfig(64, 64, 8, 2 if head_dim <= 128 else 1)
     return AttentionConfig(64, 128, 8, 2) if head_dim <= 128 else AttentionConfig(64, 64, 8, 1)
@@ -170,7 +169,7 @@ class GluonFlashForwardConfig:
         block_rows: queries to each of the two consumers, 64 or a multiple.
         block_n: keys to a tile.
         stages: key (and value) tiles in shared memory at a time, at least 2.
-        consumer_registers, producer_registers: per thread, multiples of 8.
+        consumer_registers, producer_registers: per thread, multiples of 8; two consumers and the producer share 504.
         persistent: one program for each multiprocessor walks through the work, so that the next tiles are loaded while
             the last output is stored; otherwise one program for each block of queries.
         section_bytes: heads are taken in groups whose keys and values together have this size, to stay in the L2 cache.
@@ -184,11 +183,19 @@ class GluonFlashForwardConfig:
     persistent: bool = True
     section_bytes: int = 16 << 20
 
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            # A value tile is given back after the next one has arrived.
+            raise ValueError(f"stages: expected at least 2, got {self.stages}")
+
 
 def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
-    """Chosen from the padded head size alone, 64, 128 or 256: tiles that neither spill nor exceed the shared memory."""
+    """Chosen from the padded head size alone, 64, 128 or 256: tiles that neither spill nor exceed the shared memory.
+
+    (Up to Triton 3.7; 3.9 keeps some addresses of the 256 case in memory, outside the loops over the keys.)
+    """
     if width <= 64:
-        return GluonFlashForwardConfig(64, 128, stages=3, consumer_registers=240, producer_registers=24)
+        return GluonFlashForwardConfig(64, 128, stages=3, consumer_registers=216, producer_registers=72)
     if width <= 128:
         return GluonFlashForwardConfig(64, 128, stages=2, consumer_registers=240, producer_registers=24)
     return GluonFlashForwardConfig(64, 64, stages=2, consumer_registers=240, producer_registers=24)

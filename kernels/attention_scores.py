@@ -48,12 +48,10 @@ def _reduce_queries(
     for start_m in tl.range(start, end, BLOCK_M):
         first = tl.cast(start_m, tl.int64)
         left = seqlen_q - start_m
-        q = load_rows(q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_M, BLOCK_D]
-        if MASKED:
-            counted = (rows < left) & (start_m + rows >= query_start)
-            lse = tl.load(lse_ptr + first + rows, mask=counted, other=float("inf"))
-        else:
-            lse = tl.load(lse_ptr + first + rows)
+        q = load_rows(q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+        # Rows that do not count read +inf, which makes p 0.
+        counted = (rows < left) & (start_m + rows >= query_start)
+        lse = tl.load(lse_ptr + first + rows, mask=counted, other=float("inf"))
         # A query that sees no key has lse -inf.
         lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
         s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))  # [BLOCK_N, BLOCK_M]
@@ -143,12 +141,17 @@ def attention_scores_kernel(
     # A key j is seen by the queries at positions j - right ... j + left, of which those from query_start on count.
     offset = seqlen_k - seqlen_q
     last_key = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
-    start, full_start, full_end, end = window_blocks(
+    start, full_start, _, end = window_blocks(
         start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
     )
     start = tl.maximum(start, query_start // BLOCK_M * BLOCK_M)
-    full_start = tl.maximum(full_start, tl.cdiv(query_start, BLOCK_M) * BLOCK_M)
-    full_end = tl.maximum(full_start, full_end)
+    # A window on the left masks every block, the boundary on the right its own.
+    if HAS_LEFT:
+        full_start = end
+    elif HAS_RIGHT:
+        full_start = tl.maximum(full_start, start)
+    else:
+        full_start = start
 
     result = tl.zeros([BLOCK_N], tl.float32)
     for member in tl.range(0, GROUP):
@@ -159,21 +162,18 @@ def attention_scores_kernel(
         qh_ptr = q_ptr + head * stride_qh
         lseh_ptr = lse_ptr + head * stride_lh
         total = tl.full([BLOCK_N], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
-        total = _reduce_queries(
-            total, k, keys, qh_ptr, lseh_ptr, stride_qm, start, tl.minimum(full_start, end), query_start, seqlen_q,
-            offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_ALIBI, REDUCE, True, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        total = _reduce_queries(
-            total, k, keys, qh_ptr, lseh_ptr, stride_qm, full_start, full_end, query_start, seqlen_q,
-            offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_ALIBI, REDUCE, False, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        total = _reduce_queries(
-            total, k, keys, qh_ptr, lseh_ptr, stride_qm, full_end, end, query_start, seqlen_q,
-            offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_ALIBI, REDUCE, True, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        if HAS_LEFT or HAS_RIGHT:
+            total = _reduce_queries(
+                total, k, keys, qh_ptr, lseh_ptr, stride_qm, start, full_start, query_start, seqlen_q,
+                offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_ALIBI, REDUCE, True, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        if not HAS_LEFT:
+            total = _reduce_queries(
+                total, k, keys, qh_ptr, lseh_ptr, stride_qm, full_start, end, query_start, seqlen_q,
+                offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_ALIBI, REDUCE, False, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
         if REDUCE == "max":
             total = tl.exp2(total)
         if REDUCE_GROUP == "max":

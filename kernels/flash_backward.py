@@ -101,6 +101,8 @@ def _gather_key_gradients(
 ):
     """Add what the query blocks from ``start`` to ``end`` of one head give to dK and dV.
 
+    Rows past the end need no mask: their lse reads as +inf, which makes P 0.
+
     Scores are computed transposed, [keys, queries], so that P^T and dS^T are left operands as they stand.
     """
     rows = tl.arange(0, BLOCK_M)
@@ -108,14 +110,10 @@ def _gather_key_gradients(
         first = tl.cast(start_m, tl.int64)
         left = seqlen_q - start_m
         q = load_rows(  # [BLOCK_M, BLOCK_D]
-            q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, MASKED
+            q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, True
         )
-        if MASKED:
-            lse = tl.load(lse_log2_ptr + start_m + rows, mask=rows < left, other=float("inf"))
-            delta = tl.load(delta_ptr + start_m + rows, mask=rows < left, other=0.0)
-        else:
-            lse = tl.load(lse_log2_ptr + start_m + rows)
-            delta = tl.load(delta_ptr + start_m + rows)
+        lse = tl.load(lse_log2_ptr + start_m + rows, mask=rows < left, other=float("inf"))
+        delta = tl.load(delta_ptr + start_m + rows, mask=rows < left, other=0.0)
         s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))  # [BLOCK_N, BLOCK_M]
         distance = (start_m + rows + offset)[None, :] - keys[:, None]
         s, slope_of_cap = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
@@ -123,7 +121,7 @@ def _gather_key_gradients(
         if MASKED:
             p = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)
         dout = load_rows(  # [BLOCK_M, BLOCK_DV]
-            dout_ptr + first * stride_dom, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, MASKED
+            dout_ptr + first * stride_dom, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True
         )
         dv = dot(p.to(dout.dtype), dout, dv)
         dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
@@ -231,9 +229,14 @@ def flash_backward_keys_kernel(
     # A key j is seen by the queries at positions j - right ... j + left.
     offset = seqlen_k - seqlen_q
     last_key = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
-    start, full_start, full_end, end = window_blocks(
+    start, full_start, _, end = window_blocks(
         start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
     )
+    # Two loops are what registers hold: a window on the left masks every block, the boundary on the right its own.
+    if HAS_LEFT:
+        full_start = end
+    elif not HAS_RIGHT:
+        full_start = start
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         slope = 0.0
@@ -243,22 +246,18 @@ def flash_backward_keys_kernel(
         douth_ptr = dout_ptr + head * stride_doh
         lseh_ptr = lse_log2_ptr + head * stride_lh
         deltah_ptr = delta_ptr + head * stride_lh
-        if HAS_RIGHT:
+        if HAS_LEFT or HAS_RIGHT:
             dk, dv = _gather_key_gradients(
                 dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, start, full_start,
                 seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
                 HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-        dk, dv = _gather_key_gradients(
-            dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_start, full_end,
-            seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        dk, dv = _gather_key_gradients(
-            dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_end, end,
-            seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+        if not HAS_LEFT:
+            dk, dv = _gather_key_gradients(
+                dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_start, end,
+                seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
 
     dk_ptr += kv_head * stride_dkh + first * stride_dkn
     dv_ptr += kv_head * stride_dvh + first * stride_dvn

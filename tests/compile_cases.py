@@ -20,6 +20,8 @@ tests/compile_cases.py`` prints what was compiled; ``tests/test_compile.py`` hol
 
 import torch
 
+from functools import partial
+
 from kvops.autotune.inspect import CompileCase
 
 CASES: list[CompileCase] = []
@@ -179,4 +181,67 @@ CASES += [
     CompileCase("paged-uniform-fp8-d128", paged_attention_uniform_float8, matrix=_PAGED),
     CompileCase("paged-decode-fp32-d64", paged_attention_float32_head_dim_64),
     CompileCase("paged-decode-fp16-d256", paged_attention_head_dim_256, matrix=_PAGED),
+]
+
+
+def dense_attention(dtype, head_dim, training=True, scores=True, **options):
+    from kvops.kernels.attention_scores import attention_scores
+    from kvops.kernels.flash_backward import flash_backward
+    from kvops.kernels.flash_forward import flash_forward
+
+    q = torch.empty(2, 4096, 16, head_dim, dtype=dtype)
+    k, v = torch.empty(2, 2, 4096, 4, head_dim, dtype=dtype)
+    out, lse = flash_forward(q, k, v, **options)
+    if training:
+        flash_backward(out, q, k, v, out, lse, **options)
+    if scores:
+        options.pop("sinks", None)
+        attention_scores(q, k, lse, **options)
+
+
+def flash_attention_causal():
+    dense_attention(torch.float16, 128, causal=True)
+
+
+def flash_attention_with_everything():
+    sinks, slopes = torch.empty(16, dtype=torch.bfloat16), torch.empty(16)
+    options = {"causal": True, "window_left": 1024, "softcap": 30.0, "sinks": sinks, "alibi_slopes": slopes}
+    dense_attention(torch.bfloat16, 64, **options)
+
+
+def flash_attention_head_dim_256():
+    dense_attention(torch.bfloat16, 256, causal=True, scores=False)
+
+
+def flash_attention_float32():
+    dense_attention(torch.float32, 64, causal=True)
+
+
+FLASH_KERNELS = ("flash_forward_kernel", "flash_backward_keys_kernel", "flash_backward_queries_kernel")
+
+CASES += [
+    CompileCase("flash-fp16-d128", flash_attention_causal, matrix=(*FLASH_KERNELS, "attention_scores_kernel")),
+    CompileCase("flash-bf16-d64-everything", flash_attention_with_everything, matrix=FLASH_KERNELS),
+    CompileCase("flash-bf16-d256", flash_attention_head_dim_256, matrix=FLASH_KERNELS),
+    CompileCase("flash-fp32-d64", flash_attention_float32),
+]
+
+
+def gluon_flash_forward_or_its_twin(head_dim, dtype, **features):
+    from kvops.kernels.flash_forward import flash_forward
+    from kvops.kernels.gluon_flash_forward import gluon_flash_forward, launchable
+
+    q = torch.empty(2, 1000, 8, head_dim, dtype=dtype)
+    k, v = torch.empty(2, 2, 1100, 2, head_dim, dtype=dtype)
+    launch = gluon_flash_forward if launchable(q, k, v) is None else flash_forward
+    launch(q, k, v, **features)
+
+
+CASES += [
+    CompileCase(
+        f"gluon-forward-d{head_dim}-{name}",
+        partial(gluon_flash_forward_or_its_twin, head_dim, torch.bfloat16, **features),
+    )
+    for head_dim in (64, 128, 256)
+    for name, features in {"full": {}, "causal": {"causal": True}}.items()
 ]

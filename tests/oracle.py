@@ -67,6 +67,66 @@ def attention(
     return out, lse, p
 
 
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dlse: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradient as flash attention computes it, P recomputed from lse: the arithmetic of ``dtype`` to measure with.
+
+    The truth to compare with is autograd through :func:`attention` in float64. P and dS are rounded to ``dtype`` where
+    a matrix product reads them; products accumulate in at least float32.
+    """
+    work = torch.promote_types(dtype, torch.float32)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).to(work)
+
+    num_queries, num_keys, kv_heads = q.shape[1], k.shape[1], k.shape[2]
+    group = q.shape[2] // kv_heads
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    dout, q, k, v, out = (rounded(x) for x in (dout, q, k, v, out))
+    lse = lse.to(work)
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    t = torch.tanh(s / softcap) if softcap else torch.zeros_like(s)
+    if softcap:
+        s = softcap * t
+    if alibi_slopes is not None:
+        position = torch.arange(num_queries)[:, None] + num_keys - num_queries
+        distance = (position - torch.arange(num_keys)[None, :]).abs().to(work)
+        s = s - alibi_slopes.to(work).reshape(-1, alibi_slopes.shape[-1], 1, 1) * distance
+    empty = lse == float("-inf")
+    p = torch.exp(s - lse.masked_fill(empty, float("inf"))[..., None])
+    if mask is not None:
+        p = p.masked_fill(~mask, 0.0)
+    delta = (dout * out).sum(-1).transpose(1, 2)
+    if dlse is not None:
+        delta = delta - dlse.to(work)
+    delta = delta.masked_fill(empty, 0.0)
+    ds = p * (torch.einsum("bqhd,bkhd->bhqk", dout, v) - delta[..., None]) * (1 - t * t)
+    dq = torch.einsum("bhqk,bkhd->bqhd", rounded(ds), k) * scale
+    dk = torch.einsum("bhqk,bqhd->bkhd", rounded(ds), q) * scale
+    dv = torch.einsum("bhqk,bqhd->bkhd", rounded(p), dout)
+    dk, dv = (x.unflatten(2, (kv_heads, group)).sum(3) for x in (dk, dv))
+    dsinks = None
+    if sinks is not None:
+        sink_p = torch.exp(sinks.to(work)[:, None] - lse.masked_fill(empty, float("inf")))
+        dsinks = -(sink_p * delta).sum((0, 2)).to(sinks.dtype)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dsinks
+
+
 def assert_accurate(actual: Tensor, exact: Tensor, same_arithmetic: Tensor, name: str = "output") -> None:
     """The error against the float64 truth is at most twice that of torch's own low-precision arithmetic, plus one
     rounding of the largest value to the output's dtype.

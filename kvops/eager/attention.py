@@ -129,10 +129,13 @@ def score_tile(
     """
     B, Hkv, G, T, D = q.shape
     K = k.shape[2]
-    scores = torch.matmul(q.reshape(B, Hkv, G * T, D) * scale, k.transpose(2, 3)).view(B, Hkv, G, T, K)
+    # The factor is applied to the finished dot products: scaling q first would round it once more.
+    factor = scale / softcap if softcap > 0 else scale
+    rows, keys = q.reshape(B * Hkv, G * T, D), k.reshape(B * Hkv, K, D)
+    scores = torch.baddbmm(q.new_empty(()), rows, keys.transpose(1, 2), beta=0, alpha=factor).view(B, Hkv, G, T, K)
     capped = None
     if softcap > 0:
-        capped = scores.div_(softcap).tanh_()
+        capped = scores.tanh_()
         scores = capped * softcap
     masked = not window.sees_all(start, start + T, low, low + K)
     if masked or slopes is not None:
@@ -204,6 +207,11 @@ def _mask(window: Window, call: _Call, slopes: Tensor | None, dtype: torch.dtype
     return mask.masked_fill_(~window.seen(distance), float("-inf"))
 
 
+def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """torch's kernel masks before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
+    return (q, scale) if scale > 0 else (q * scale, 1.0)
+
+
 def _equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """torch's kernel wants one head size: zeros change neither the scores nor the wanted columns."""
     missing = v.shape[-1] - q.shape[-1]
@@ -249,6 +257,7 @@ def _fused_forward(
 ) -> tuple[Tensor, Tensor]:
     B, Sq, Hq, _ = q.shape
     Dv = v.shape[3]
+    q, scale = _positive_scale(q, scale)
     q, k, v = (x.transpose(1, 2) for x in _equal_width(q, k, v))
     calls = list(_calls(window, slopes))
     whole = calls[0].start == 0 and calls[0].end == Sq
@@ -343,8 +352,9 @@ def flash_attention_backward(
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         return dq, dk, dv, dsinks
     if softcap == 0 and dlse is None:
-        tensors = (x.to(dtype) for x in (dout, q, k, v, out))
-        dq, dk, dv = _fused_backward(*tensors, lse, window, scale, slopes)
+        dq, dk, dv = _fused_backward(
+            dout.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype), lse, window, scale, slopes
+        )
     else:
         delta = _delta(dout, out, lse, dlse, dtype)
         dq, dk, dv = _tiled_backward(dout, q, k, v, lse, delta, window, scale, softcap, slopes, dtype)
@@ -371,6 +381,8 @@ def _fused_backward(
     slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     D, Dv = q.shape[3], v.shape[3]
+    given_scale = scale
+    q, scale = _positive_scale(q, scale)
     q, k, v = (x.transpose(1, 2) for x in _equal_width(q, k, v))
     if Dv < D:
         dout, out = (torch.nn.functional.pad(x, (0, D - Dv)) for x in (dout, out))
@@ -401,6 +413,8 @@ def _fused_backward(
             dq[:, :, rows] += parts[0]
             dk[:, :, keys] += parts[1]
             dv[:, :, keys] += parts[2]
+    if given_scale <= 0:
+        dq = dq * given_scale
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     return dq[..., :D], dk[..., :D], dv[..., :Dv]
 
