@@ -23,7 +23,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 # One test process for each of two cores; a thread each, or the processes would fight for the cores.
 WORKERS ?= 2
-PYTEST ?= -n $(WORKERS) --dist worksteal --durations=10
+PYTEST ?= -n $(WORKERS) --dist loadgroup --durations=10
 
 .PHONY: help setup test demo bench lint format clean
 

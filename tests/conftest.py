@@ -38,3 +38,12 @@ def backend(request, monkeypatch) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Keep the tests of the real model in one process: loading it takes longer than most of them."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("model"):
+                item.add_marker(pytest.mark.xdist_group("model"))
