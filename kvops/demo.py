@@ -232,6 +232,7 @@ def _write_plot(path: Path, rows: Sequence[Row], lengths: dict[int, Tensor], mod
     quality.plot(ratios, [100 * row.answer_kept for row in plain], "o-", color="tab:blue")
     quality.set(title="quality", xlabel="compression", ylabel="answer kept, %", ylim=(0, 103), xscale="log")
     quality.set_xticks(ratios, [f"{ratio}x" for ratio in ratios])
+    quality.set_xticks([], minor=True)
     quality.yaxis.label.set_color("tab:blue")
     other = quality.twinx()
     other.plot(ratios, [row.perplexity for row in plain], "s--", color="tab:red")
