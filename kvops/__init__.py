@@ -10,7 +10,8 @@ from kvops.ops.attention import flash_attention, flash_attention_backward
 from kvops.ops.eviction import compact, select_blocks
 from kvops.ops.paged import paged_append, paged_attention, paged_schedule
 from kvops.ops.registry import backend
-from kvops.ops.scores import attention_scores
+from kvops.ops.scores import attention_scores, attention_scores_varlen
+from kvops.ops.varlen import flash_attention_varlen, flash_attention_varlen_backward
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import tree_mask, verify_tree
 from kvops.sampling import process_logits
@@ -26,10 +27,13 @@ __all__ = [
     "PagedKVCache",
     "__version__",
     "attention_scores",
+    "attention_scores_varlen",
     "backend",
     "compact",
     "flash_attention",
     "flash_attention_backward",
+    "flash_attention_varlen",
+    "flash_attention_varlen_backward",
     "paged_append",
     "paged_attention",
     "paged_schedule",

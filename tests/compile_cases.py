@@ -18,9 +18,9 @@ another compiles differently, but every constexpr branch that ships. For example
 tests/compile_cases.py`` prints what was compiled; ``tests/test_compile.py`` holds it to the limits of each target.
 """
 
-import torch
-
 from functools import partial
+
+import torch
 
 from kvops.autotune.inspect import CompileCase
 
@@ -46,6 +46,16 @@ def verify_draft_sampled():
     verify_draft(logits, drafts, draft_lens=lens, draft_probs=probs, temperature=torch.empty(4), seed=seed, step=seed)
 
 
+def verify_draft_block():
+    from kvops.kernels.verify_draft import verify_draft
+
+    logits = torch.empty(4, 6, 128256, dtype=torch.bfloat16)
+    drafts = torch.empty(4, 5, dtype=torch.int64)
+    seed = torch.empty(4, dtype=torch.int64)
+    for probs in (None, torch.empty(4, 5, 128256)):
+        verify_draft(logits, drafts, draft_probs=probs, temperature=torch.empty(4), seed=seed, method="block")
+
+
 def verify_tree_all():
     from kvops.kernels.verify_tree import verify_tree
 
@@ -67,6 +77,7 @@ def prompt_lookup_int64():
 CASES += [
     CompileCase("verify-draft-greedy-bf16", verify_draft_greedy),
     CompileCase("verify-draft-sampled-bf16", verify_draft_sampled),
+    CompileCase("verify-draft-block-bf16", verify_draft_block),
     CompileCase("verify-tree-bf16", verify_tree_all),
     CompileCase("prompt-lookup", prompt_lookup_int64),
 ]
@@ -245,3 +256,19 @@ CASES += [
     for head_dim in (64, 128, 256)
     for name, features in {"full": {}, "causal": {"causal": True}}.items()
 ]
+
+
+def flash_attention_packed():
+    from kvops.kernels.attention_scores import attention_scores_varlen
+    from kvops.kernels.flash_backward import flash_backward_varlen
+    from kvops.kernels.flash_forward import flash_forward_varlen
+
+    q = torch.empty(8192, 16, 64, dtype=torch.float16)
+    k, v = torch.empty(2, 8192, 4, 64, dtype=torch.float16)
+    lengths = (torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int32), 4096, 4096)
+    out, lse = flash_forward_varlen(q, k, v, *lengths, causal=True)
+    flash_backward_varlen(out, q, k, v, out, lse, *lengths, causal=True)
+    attention_scores_varlen(q, k, lse, *lengths, causal=True)
+
+
+CASES += [CompileCase("flash-packed-fp16-d64", flash_attention_packed, matrix=FLASH_KERNELS)]

@@ -10,9 +10,10 @@ from torch import Tensor
 from kvops import checks
 from kvops.eager import attention as eager
 from kvops.ops.dense import DENSE, check_options, check_queries_and_keys, check_rows, check_tokens, check_values
-from kvops.ops.registry import LIBRARY, register
+from kvops.ops.gradients import register_gradient
+from kvops.ops.registry import register
 
-_OPTIONS = (
+OPTIONS = (
     "bool causal=False, int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, "
     "Tensor? sinks=None, Tensor? alibi_slopes=None"
 )
@@ -71,7 +72,7 @@ def _fake_backward(
 
 
 _forward_op = register(
-    f"flash_attention(Tensor q, Tensor k, Tensor v, *, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"flash_attention(Tensor q, Tensor k, Tensor v, *, {OPTIONS}) -> (Tensor, Tensor)",
     check=_check_forward,
     fake=_fake_forward,
     eager=eager.flash_attention,
@@ -80,7 +81,7 @@ _forward_op = register(
 )
 
 _backward_op = register(
-    f"flash_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, {_OPTIONS}, "
+    f"flash_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, {OPTIONS}, "
     "Tensor? dlse=None) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
@@ -89,92 +90,7 @@ _backward_op = register(
 )
 
 
-def _dense_last(gradient: Tensor) -> Tensor:
-    """Autograd hands in expanded gradients (of a sum, say); the operator wants the last dimension contiguous."""
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-
-
-class _Attention(torch.autograd.Function):
-    """The gradient of an attention operator.
-
-    Written out: ``torch.library.register_autograd`` takes no keyword-only tensors, and costs 33 µs a call against 20.
-    ``layout`` holds the operator's arguments between v and the keywords: the sequence lengths of packed inputs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        forward: Any,
-        backward: Any,
-        layout: tuple[Any, ...],
-        options: dict[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        alibi_slopes: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if alibi_slopes is not None and alibi_slopes.requires_grad:
-            raise RuntimeError("alibi_slopes: expected a tensor without gradient (slopes are not learned), detach it")
-        out, lse = forward(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **options)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, alibi_slopes, *(x for x in layout if isinstance(x, Tensor)))
-        ctx.lengths = tuple(x for x in layout if not isinstance(x, Tensor))
-        ctx.backward_op, ctx.options = backward, options
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        dout, dlse = gradients
-        q, k, v, out, lse, sinks, alibi_slopes, *cu_seqlens = ctx.saved_tensors
-        nothing = (None,) * 4
-        if dout is None and dlse is None:
-            return (*nothing, None, None, None, None, None)
-        dq, dk, dv, dsinks = ctx.backward_op(
-            torch.zeros_like(out) if dout is None else _dense_last(dout),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *cu_seqlens,
-            *ctx.lengths,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-            dlse=None if dlse is None else _dense_last(dlse),
-            **ctx.options,
-        )
-        return (*nothing, dq, dk, dv, None if sinks is None else dsinks, None)
-
-
-def _register_gradient(forward: Any, backward: Any) -> None:
-    """Make ``forward`` differentiable through ``backward``."""
-
-    def on_autograd(
-        keyset: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *layout: Any,
-        sinks: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor]:
-        below = keyset & torch._C._after_autograd_keyset
-
-        def redispatch(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward.redispatch(below, *args, **kwargs)
-
-        inputs = (q, k, v, sinks, alibi_slopes)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            return _Attention.apply(redispatch, backward, layout, options, *inputs)
-        return redispatch(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **options)
-
-    LIBRARY.impl(forward._schema.name.split("::")[1], on_autograd, "Autograd", with_keyset=True)
-
-
-_register_gradient(_forward_op, _backward_op)
+register_gradient(_forward_op, _backward_op)
 
 
 def flash_attention(

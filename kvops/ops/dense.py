@@ -74,3 +74,28 @@ def check_options(
             checks.expect_shape("alibi_slopes", alibi_slopes, "[heads]", heads)
         checks.expect_same_device("alibi_slopes", alibi_slopes, "q", q)
         checks.expect_last_contiguous("alibi_slopes", alibi_slopes)
+
+
+def check_lengths(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    """The cumulative lengths of packed sequences; what they say is looked at only under ``KVOPS_DEBUG=1``."""
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.expect_rank(name, cu_seqlens, "[batch + 1]")
+        checks.expect_dtype(name, cu_seqlens, torch.int32)
+        checks.expect_same_device(name, cu_seqlens, "q", q)
+        checks.expect_last_contiguous(name, cu_seqlens)
+        checks.expect_at_least(f"{name}.shape[0] (batch + 1)", cu_seqlens.shape[0], 1)
+    checks.expect_shape("cu_seqlens_k", cu_seqlens_k, "[batch + 1]", cu_seqlens_q.shape[0])
+    checks.expect_at_least("max_seqlen_q", max_seqlen_q, 0)
+    checks.expect_at_least("max_seqlen_k", max_seqlen_k, 0)
+    if checks.debug() and checks.has_data(q):
+        for side, tokens, cu_seqlens, longest in (
+            ("q", q, cu_seqlens_q, max_seqlen_q),
+            ("k", k, cu_seqlens_k, max_seqlen_k),
+        ):
+            lengths = cu_seqlens.diff()
+            name = f"cu_seqlens_{side}"
+            checks.expect_data(name, "a leading 0", cu_seqlens[:1] == 0)
+            checks.expect_data(name, f"lengths from 0 to max_seqlen_{side}", (lengths >= 0) & (lengths <= longest))
+            checks.expect_data(name, f"ends within the {tokens.shape[0]} tokens", cu_seqlens <= tokens.shape[0])

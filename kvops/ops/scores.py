@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import scores as eager
-from kvops.ops.dense import DENSE, check_options, check_queries_and_keys, check_rows
+from kvops.eager import varlen as eager_varlen
+from kvops.ops.dense import DENSE, PACKED, check_lengths, check_options, check_queries_and_keys, check_rows
 from kvops.ops.registry import register
 
 _OPTIONS = (
@@ -33,12 +34,23 @@ def _check_scores(
     group: str = "sum",
 ) -> None:
     check_queries_and_keys(q, k, DENSE)
+    _check_scoring(q, lse, q.shape[0], window_left, window_right, softcap, alibi_slopes, skip_recent, reduce, group)
+
+
+def _check_scoring(
+    q: Tensor,
+    lse: Tensor,
+    batch: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    skip_recent: int,
+    reduce: str,
+    group: str,
+) -> None:
     check_rows("lse", lse, q)
-    check_options(q, q.shape[0], window_left, window_right, softcap, None, alibi_slopes)
-    _check_reduction(skip_recent, reduce, group)
-
-
-def _check_reduction(skip_recent: int, reduce: str, group: str) -> None:
+    check_options(q, batch, window_left, window_right, softcap, None, alibi_slopes)
     checks.expect_at_least("skip_recent", skip_recent, 0)
     checks.expect_choice("reduce", reduce, ("sum", "sumsq", "max"))
     checks.expect_choice("group", group, ("sum", "mean", "max"))
@@ -54,6 +66,46 @@ _scores_op = register(
     fake=_fake_scores,
     eager=eager.attention_scores,
     kernel="kvops.kernels.attention_scores:attention_scores",
+)
+
+
+def _check_varlen(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    query_start: int = 0,
+    skip_recent: int = 0,
+    reduce: str = "sum",
+    group: str = "sum",
+) -> None:
+    check_queries_and_keys(q, k, PACKED)
+    check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    batch = cu_seqlens_q.shape[0] - 1
+    _check_scoring(q, lse, batch, window_left, window_right, softcap, alibi_slopes, skip_recent, reduce, group)
+
+
+def _fake_varlen(q: Tensor, k: Tensor, *rest: object, **options: object) -> Tensor:
+    return q.new_empty(k.shape[1], k.shape[0], dtype=torch.float32)
+
+
+_varlen_op = register(
+    "attention_scores_varlen(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    f"SymInt max_seqlen_q, SymInt max_seqlen_k, *, {_OPTIONS}) -> Tensor",
+    check=_check_varlen,
+    fake=_fake_varlen,
+    eager=eager_varlen.attention_scores_varlen,
+    kernel="kvops.kernels.attention_scores:attention_scores_varlen",
 )
 
 
@@ -103,6 +155,64 @@ def attention_scores(
         q,
         k,
         lse,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        query_start=query_start,
+        skip_recent=skip_recent,
+        reduce=reduce,
+        group=group,
+    )
+
+
+def attention_scores_varlen(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    query_start: int = 0,
+    skip_recent: int = 0,
+    reduce: str = "sum",
+    group: str = "sum",
+) -> Tensor:
+    """:func:`attention_scores` over packed sequences.
+
+    Args:
+        q: ``[Tq, Hq, D]``.
+        k: ``[Tk, Hkv, D]``.
+        lse: ``[Hq, Tq]``, float32.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in :func:`kvops.flash_attention_varlen`.
+        query_start: the first query of each sequence that counts; -w is the last w of each sequence.
+        causal, window_left, window_right, scale, softcap, alibi_slopes, skip_recent, reduce, group: as in
+            :func:`attention_scores`.
+
+    Returns:
+        float32 ``[Hkv, Tk]``, 0 for a key that no query sees.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`attention_scores`.
+    """
+    return _varlen_op(
+        q,
+        k,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
         causal=causal,
         window_left=window_left,
         window_right=window_right,

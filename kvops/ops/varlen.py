@@ -1,0 +1,241 @@
+"""Attention over packed sequences: schemas, checks, fakes, the gradient and the public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvops import checks
+from kvops.eager import varlen as eager
+from kvops.ops.attention import OPTIONS
+from kvops.ops.dense import (
+    PACKED,
+    check_lengths,
+    check_options,
+    check_queries_and_keys,
+    check_rows,
+    check_tokens,
+    check_values,
+)
+from kvops.ops.gradients import register_gradient
+from kvops.ops.registry import register
+
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+
+
+def _check_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    check_queries_and_keys(q, k, PACKED)
+    check_values(v, k, q, PACKED)
+    check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_options(q, cu_seqlens_q.shape[0] - 1, window_left, window_right, softcap, sinks, alibi_slopes)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    Tq, Hq, _ = q.shape
+    return q.new_empty(Tq, Hq, v.shape[2]), q.new_empty(Hq, Tq, dtype=torch.float32)
+
+
+def _check_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dlse: Tensor | None = None,
+    **options: Any,
+) -> None:
+    _check_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    for name, tensor in (("dout", dout), ("out", out)):
+        check_tokens(name, tensor, PACKED, q)
+        checks.expect_shape(name, tensor, PACKED, *q.shape[:2], v.shape[2])
+    check_rows("lse", lse, q)
+    if dlse is not None:
+        check_rows("dlse", dlse, q)
+
+
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = options.get("sinks")
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if sinks is None else torch.empty_like(sinks)
+
+
+_forward_op = register(
+    f"flash_attention_varlen(Tensor q, Tensor k, Tensor v, {_LENGTHS}, *, {OPTIONS}) -> (Tensor, Tensor)",
+    check=_check_forward,
+    fake=_fake_forward,
+    eager=eager.flash_attention_varlen,
+    kernel="kvops.kernels.flash_forward:flash_forward_varlen",
+    differentiable=True,
+)
+
+_backward_op = register(
+    "flash_attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_LENGTHS}, *, {OPTIONS}, Tensor? dlse=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check_backward,
+    fake=_fake_backward,
+    eager=eager.flash_attention_varlen_backward,
+    kernel="kvops.kernels.flash_backward:flash_backward_varlen",
+)
+
+register_gradient(_forward_op, _backward_op)
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`kvops.flash_attention` over sequences packed one behind the other, differentiable in q, k, v and sinks.
+
+    Args:
+        q: ``[Tq, Hq, D]``, float16, bfloat16 or float32; any strides but the last.
+        k: ``[Tk, Hkv, D]``.
+        v: ``[Tk, Hkv, Dv]``.
+        cu_seqlens_q: int32 ``[B + 1]``, a leading 0 and then where each sequence of queries ends.
+        cu_seqlens_k: the same for the keys. Either side of a sequence may be empty.
+        max_seqlen_q: the length of the longest sequence of queries, or more.
+        max_seqlen_k: the length of the longest sequence of keys, or more.
+        causal, window_left, window_right, scale, softcap, sinks: as in :func:`kvops.flash_attention`; positions are
+            aligned to the bottom right within each sequence.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
+
+    Returns:
+        out ``[Tq, Hq, Dv]`` in the dtype of q and lse ``[Hq, Tq]``, float32. A token that sees no key, or stands after
+        the last sequence, has out 0 and lse -inf.
+
+    Raises:
+        ValueError: shapes, strides, devices or values that do not fit; under ``KVOPS_DEBUG=1`` also lengths.
+        TypeError: dtypes that do not fit.
+    """
+    return _forward_op(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
+
+
+def flash_attention_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of :func:`flash_attention_varlen`, deterministic: the same bits for the same input.
+
+    Args:
+        dout: ``[Tq, Hq, Dv]``, the gradient of out, in the dtype of q.
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: the inputs of the forward.
+        out, lse: its results.
+        dlse: ``[Hq, Tq]``, float32: the gradient of lse, None for 0.
+        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes: as in the forward.
+
+    Returns:
+        dq, dk, dv, contiguous, in the shapes and dtypes of q, k and v, and dsinks, like sinks (float32 ``[0]`` without
+        sinks).
+
+    Raises:
+        ValueError, TypeError: as :func:`flash_attention_varlen`.
+    """
+    return _backward_op(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dlse=dlse,
+    )
