@@ -17,11 +17,12 @@ from kvops.eager.paged_rows import (
     MIN_ROWS,
     Piece,
     Rows,
+    by_block,
     clip,
     cut,
     multiply_keys,
     multiply_values,
-    read_slots,
+    read_blocks,
     write_slots,
 )
 
@@ -156,26 +157,39 @@ def paged_attention(
 
 
 class _Group:
-    """Lists that are served together, over the slots that any of their queries may see."""
+    """Lists that are served together, over the blocks that any of their queries may see.
 
-    def __init__(self, call: _Attention, members: list[int]) -> None:
+    Column 0 of the group is the first slot of a block, slot ``starts[i]`` of list i; the list's slots end before
+    ``stops[i]``. ``blocks`` [n, columns / block_size] repeats a list's last block past its end.
+    """
+
+    def __init__(self, call: _Attention, members: list[int], spans: dict[int, tuple[int, int]]) -> None:
+        size = call.block_size
         self.members = members
         self.everything = len(members) == len(call.lens)
+        firsts = [spans[member][0] // size for member in members]
+        counts = [-(-spans[member][1] // size) - first for member, first in zip(members, firsts, strict=True)]
+        self.starts = [first * size for first in firsts]
+        self.stops = [spans[member][1] for member in members]
+        # Whether every list begins at its column 0: none is inside a window that begins later.
+        self.aligned = all(spans[member][0] == start for member, start in zip(members, self.starts, strict=True))
+        most = max(counts)
+        self.width = most * size
         self.index = torch.tensor(members)
-        spans = [call.span(member, 0, call.num_tokens) for member in members]
-        self.starts = [start for start, _ in spans]
-        self.stops = [stop for _, stop in spans]
-        self.width = max(stop - start for start, stop in spans)
-        self.tables = self.pick(call.tables)
-        self.heads = self.index[:, None] % call.num_kv_heads
+        tables = self.pick(call.tables)
+        self.inside: Tensor | None = None  # which entries of ``blocks`` are the list's own
+        if min(counts) < most:
+            self.inside = torch.arange(most) < torch.tensor(counts)[:, None]
+        if not any(firsts) and self.inside is None:
+            self.blocks = tables[:, :most]
+        else:
+            first, count = torch.tensor(firsts)[:, None], torch.tensor(counts)[:, None]
+            self.blocks = tables.gather(1, first + torch.minimum(torch.arange(most), count - 1))
         # Long lists take a product each, short ones are gathered and multiplied in one batch.
         self.pieces: list[list[Piece]] | None = None
-        if self.width > _SHORT:
+        if max(stop - start for stop, start in zip(self.stops, self.starts, strict=True)) > _SHORT:
             in_place = call.keys.in_place and call.values.in_place
-            self.pieces = [
-                cut(table, start, stop, call.block_size, in_place)
-                for table, (start, stop) in zip(self.tables, spans, strict=True)
-            ]
+            self.pieces = cut(self.blocks, self.starts, self.stops, size, in_place)
 
     def pick(self, per_list: Tensor) -> Tensor:
         return per_list if self.everything else per_list[self.index]
@@ -239,13 +253,10 @@ class _Attention:
             start = max(0, length - count + first - self.window_left)
         return min(start, stop), stop
 
-    def groups(self) -> Iterator[list[int]]:
+    def groups(self) -> Iterator[_Group]:
         """Which lists are served together: as many of like length as the bound on the scores allows."""
-        widths = {}
-        for index in range(len(self.lens)):
-            start, stop = self.span(index, 0, self.num_tokens)
-            if start < stop:
-                widths[index] = stop - start
+        spans = {index: self.span(index, 0, self.num_tokens) for index in range(len(self.lens))}
+        widths = {index: stop - start for index, (start, stop) in spans.items() if start < stop}
         for members in (
             [index for index, width in widths.items() if width <= _SHORT],
             [index for index, width in widths.items() if width > _SHORT],
@@ -258,7 +269,7 @@ class _Attention:
             while members:
                 longest = max(widths[index] for index in members)
                 size = max(1, _MAX_SCORES // (self.tile_tokens(longest) * self.group * longest))
-                yield members[:size]
+                yield _Group(self, members[:size], spans)
                 members = members[size:]
 
     def tile_tokens(self, slots: int) -> int:
@@ -268,96 +279,123 @@ class _Attention:
     def run(self) -> tuple[Tensor, Tensor]:
         """out [lists, T, group, Dv], lse [lists, T, group]."""
         lists, T, G, _ = self.q.shape
-        out = self.q.new_zeros(lists, T, G, self.values.cache.shape[-1])
-        lse = self.q.new_full((lists, T, G), -math.inf)
-        for members in self.groups():
-            group = _Group(self, members)
-            rows = slice(None) if group.everything else group.index
+        out = lse = None
+        for group in self.groups():
             scores = _ScoreSums(self, group) if self.scores is not None else None
             step = self.tile_tokens(group.width)
             for first in range(0, T, step):
                 last = min(first + step, T)
                 tile = self.tile(group, first, last, scores)
-                if tile is not None:
-                    out[rows, first:last], lse[rows, first:last] = tile
+                if tile is None:
+                    continue
+                if group.everything and last - first == T:
+                    out, lse = tile
+                    continue
+                if out is None or lse is None:
+                    out = self.q.new_zeros(lists, T, G, self.values.cache.shape[-1])
+                    lse = self.q.new_full((lists, T, G), -math.inf)
+                rows = slice(None) if group.everything else group.index
+                out[rows, first:last], lse[rows, first:last] = tile
             if scores is not None:
                 scores.write()
+        if out is None or lse is None:
+            out = self.q.new_zeros(lists, T, G, self.values.cache.shape[-1])
+            lse = self.q.new_full((lists, T, G), -math.inf)
         return out, lse
 
     def tile(self, group: _Group, first: int, last: int, scores: _ScoreSums | None) -> tuple[Tensor, Tensor] | None:
         """Attention of the tokens ``first`` to ``last``: out [n, t, group, Dv], lse [n, t, group]."""
-        spans = [self.span(member, first, last) for member in group.members]
-        # Column 0 is slot starts[i] + skip of list i.
-        skip = min((span[0] - start for span, start in zip(spans, group.starts, strict=True) if span[1]), default=0)
-        origins = [start + skip for start in group.starts]
-        widths = [max(0, span[1] - origin) for span, origin in zip(spans, origins, strict=True)]
-        width = max(widths)
-        if width == 0:
-            return None
         n, t, G, rows = len(group.members), last - first, self.group, (last - first) * self.group
-        q = group.pick(self.q)[:, first:last].reshape(n, rows, -1)
+        if t == self.num_tokens:
+            spans = list(zip(group.starts, group.stops, strict=True))
+        else:
+            spans = [self.span(member, first, last) for member in group.members]
+        skip = 0  # columns of the group before this tile's column 0
+        if group.pieces is not None and t < self.num_tokens:
+            skip = min((span[0] - start for span, start in zip(spans, group.starts, strict=True) if span[1]), default=0)
+            skip = max(0, skip // self.block_size * self.block_size)
+        widths = [max(0, span[1] - start - skip) for span, start in zip(spans, group.starts, strict=True)]
+        if not any(widths):
+            return None
+        width = group.width if group.pieces is None else max(widths)
+        q = group.pick(self.q)
+        q = (q if t == self.num_tokens else q[:, first:last]).reshape(n, rows, -1)
 
         if group.pieces is None:
-            block, offset = self.address(group, origins, group.stops, width)
-            s = torch.bmm(q, self.keys.gather(block, offset, group.heads).mT)
+            s = torch.bmm(q, self.keys.blocks(group.blocks, group.members).mT)
         else:
             s = q.new_empty(n, rows, width)
-            for i in range(n):
-                for piece in clip(group.pieces[i], origins[i], origins[i] + widths[i]):
-                    k = self.keys.matrix(group.members[i] % self.num_kv_heads, group.tables[i], piece)
-                    multiply_keys(q[i], k, s[i, :, piece.start - origins[i] : piece.stop - origins[i]])
+            each = list(zip(q.unbind(), s.unbind(), strict=True))
+            for i, k, columns in self.matrices(self.keys, group, group.pieces, skip, widths):
+                multiply_keys(each[i][0], k, each[i][1][:, columns])
         if self.softcap:
             s.div_(self.softcap).tanh_().mul_(self.softcap)
-        exact = all(span[0] == origin or not span[1] for span, origin in zip(spans, origins, strict=True))
-        visible, column = self.visible(group, first, last, origins, widths, exact)
-        if visible is not None:
-            s.view(n, t, G, width)[..., column:].masked_fill_(~visible[:, :, None], -math.inf)
+        hidden, column = self.hidden(group, first, last, skip, widths, width)
+        if hidden is not None:
+            s.view(n, t, G, width)[..., column:].masked_fill_(hidden[:, :, None], -math.inf)
+        # One token that sees a whole list has no empty row.
+        may_be_empty = hidden is not None and not self.plain(group)
 
         maximum = s.amax(-1, keepdim=True)
         sink = None
         if self.sinks is not None:  # a sink joins the rows that see a key
-            sink = self.sinks[group.heads[:, 0]].expand(n, t, G).reshape(n, rows, 1)
+            heads = torch.tensor([member % self.num_kv_heads for member in group.members])
+            sink = self.sinks[heads].expand(n, t, G).reshape(n, rows, 1)
             sink = sink.masked_fill(maximum == -math.inf, -math.inf)
             maximum = torch.maximum(maximum, sink)
-        if visible is not None:
+        if may_be_empty:
             maximum.masked_fill_(maximum == -math.inf, 0.0)
         p = s.sub_(maximum).exp_()
         total = p.sum(-1, keepdim=True)  # 0 only in a row that sees nothing
         if sink is not None:
             total += torch.exp(sink - maximum)
-        lse = (maximum + total.log()).view(n, t, G)
-        if visible is not None:
+        lse = total.log().add_(maximum).view(n, t, G)
+        if may_be_empty:
             total.masked_fill_(total == 0, 1.0)
 
         if group.pieces is None:
-            out = torch.bmm(p, self.values.gather(block, offset, group.heads))
+            v = self.values.blocks(group.blocks, group.members)
+            if min(widths) < width:  # what stands past a list's end may be no number at all
+                if min(widths) == max(widths):
+                    v[:, widths[0] :].zero_()
+                else:
+                    for one, own in zip(v.unbind(), widths, strict=True):
+                        one[own:].zero_()
+            out = torch.bmm(p, v)
         else:
             out = q.new_zeros(n, rows, self.values.cache.shape[-1])
-            for i in range(n):
-                for piece in clip(group.pieces[i], origins[i], origins[i] + widths[i]):
-                    v = self.values.matrix(group.members[i] % self.num_kv_heads, group.tables[i], piece)
-                    multiply_values(p[i, :, piece.start - origins[i] : piece.stop - origins[i]], v, out[i])
+            each = list(zip(p.unbind(), out.unbind(), strict=True))
+            for i, v, columns in self.matrices(self.values, group, group.pieces, skip, widths):
+                multiply_values(each[i][0][:, columns], v, each[i][1])
         out = out.div_(total).view(n, t, G, -1)
         if scores is not None:
-            scores.add(p.div_(total), skip, visible, column)
+            scores.add(p.div_(total), skip, hidden, column)
         return out, lse
 
-    def address(self, group: _Group, origins: list[int], stops: list[int], width: int) -> tuple[Tensor, Tensor]:
-        """Block and offset [n, width] of the slots from ``origins`` on; past a list's end its last slot repeats."""
-        slot = torch.tensor(origins)[:, None] + torch.arange(width)
-        slot = torch.minimum(slot, torch.tensor(stops)[:, None] - 1)
-        return group.tables.gather(1, slot // self.block_size).long(), slot % self.block_size
+    def matrices(
+        self, rows: Rows, group: _Group, pieces: list[list[Piece]], skip: int, widths: list[int]
+    ) -> Iterator[tuple[int, Tensor, slice]]:
+        """The pieces of the lists i from column ``skip`` on, with the tile's columns that they stand for."""
+        blocks = group.blocks.unbind()
+        for i, width in enumerate(widths):
+            head = group.members[i] % self.num_kv_heads
+            for piece in clip(pieces[i], skip, skip + width):
+                yield i, rows.matrix(head, blocks[i], piece), slice(piece.start - skip, piece.stop - skip)
 
-    def visible(
-        self, group: _Group, first: int, last: int, origins: list[int], widths: list[int], exact: bool
+    def plain(self, group: _Group) -> bool:
+        """Whether there is one token, which sees its lists whole."""
+        return self.num_tokens == 1 and group.aligned and self.tree_mask is None and self.query_positions is None
+
+    def hidden(
+        self, group: _Group, first: int, last: int, skip: int, widths: list[int], width: int
     ) -> tuple[Tensor | None, int]:
-        """bool [n, tokens or 1, columns] and its first column; the columns before it are seen by every row. None: all
-        are. ``exact`` tells that no list's window begins after its column 0."""
-        width = max(widths)
-        if last - first == 1 and exact and self.tree_mask is None and self.query_positions is None:
-            if min(widths) == width:
+        """Which slots the rows do not see: bool [n, tokens or 1, columns], and its first column; the columns before it
+        are seen by every row. None: all are."""
+        if self.plain(group):
+            column = min(widths)
+            if column == width:
                 return None, 0
-            return (torch.arange(width) < torch.tensor(widths)[:, None])[:, None], 0
+            return (torch.arange(column, width) >= torch.tensor(widths)[:, None])[:, None], column
         lens = torch.tensor([self.lens[member] for member in group.members])
         counts = torch.tensor([self.counts[member] for member in group.members])
         token = torch.arange(first, last)
@@ -365,26 +403,25 @@ class _Attention:
         causal = self.causal and self.tree_mask is None
         limit = query + 1 if causal else lens[:, None].expand_as(query)
         limit = limit.masked_fill(token >= counts[:, None], 0)
-        origin = torch.tensor(origins)
+        origin = torch.tensor(group.starts) + skip
         column = 0
         if self.window_left < 0 and self.tree_mask is None:
             column = min(width, max(0, int((limit - origin[:, None]).min())))
         slot = origin[:, None] + torch.arange(column, width)
-        visible = slot[:, None] < limit[:, :, None]
+        hidden = slot[:, None] >= limit[:, :, None]
         if self.query_positions is not None and self.positions is not None:
-            block, offset = self.address(group, origins, group.stops, width)
-            head = group.heads if self.positions.dim() == 3 else None
-            position = read_slots(self.positions, block, offset, head)
+            by_head = self.positions.dim() == 3
+            position = read_blocks(*by_block(self.positions, group.blocks, group.members, by_head=by_head)).flatten(1)
             oldest = self.query_positions[group.index // self.num_kv_heads, first:last] - self.window_left
-            visible &= position[:, None] >= oldest[:, :, None]
+            hidden |= position[:, None, skip + column : skip + width] < oldest[:, :, None]
         elif self.window_left >= 0:
-            visible &= slot[:, None] >= (query - self.window_left)[:, :, None]
+            hidden |= slot[:, None] < (query - self.window_left)[:, :, None]
         if self.tree_mask is not None:
             tree = self.tree_mask.expand(len(self.lens) // self.num_kv_heads, -1, -1)
             tree = tree[group.index // self.num_kv_heads, first:last]
-            new = (slot - (lens - counts)[:, None])[:, None].expand_as(visible)
-            visible &= (new < 0) | tree.gather(2, new.clamp(0, self.num_tokens - 1))
-        return visible, column
+            new = (slot - (lens - counts)[:, None])[:, None].expand_as(hidden)
+            hidden |= (new >= 0) & ~tree.gather(2, new.clamp(0, self.num_tokens - 1))
+        return hidden, column
 
 
 class _ScoreSums:
@@ -396,30 +433,29 @@ class _ScoreSums:
         self.reduced = torch.zeros(shape, dtype=call.q.dtype)
         self.seen = torch.zeros(shape, dtype=torch.bool)
 
-    def add(self, p: Tensor, skip: int, visible: Tensor | None, column: int) -> None:
-        """p [n, rows, columns], exact probabilities; column 0 is the group's slot ``skip``."""
+    def add(self, p: Tensor, skip: int, hidden: Tensor | None, column: int) -> None:
+        """p [n, rows, columns], exact probabilities, from the group's column ``skip`` on."""
         columns = slice(skip, skip + p.shape[2])
+        reduced = self.reduced[:, columns]
         if self.call.score_reduce == "max":
-            torch.maximum(self.reduced[:, columns], p.amax(1), out=self.reduced[:, columns])
+            torch.maximum(reduced, p.amax(1), out=reduced)
         else:
-            self.reduced[:, columns] += (p.square_() if self.call.score_reduce == "sumsq" else p).sum(1)
-        if visible is None:
+            reduced += (p.square_() if self.call.score_reduce == "sumsq" else p).sum(1)
+        if hidden is None:
             self.seen[:, columns] = True
         else:
             self.seen[:, skip : skip + column] = True
-            self.seen[:, skip + column : columns.stop] |= visible.any(1)
+            self.seen[:, skip + column : columns.stop] |= ~hidden.all(1)
 
     def write(self) -> None:
-        call, group = self.call, self.group
-        if call.scores is None:
+        scores, group = self.call.scores, self.group
+        if scores is None:
             return
-        block, offset = call.address(group, group.starts, group.stops, group.width)
-        head = group.heads if call.scores.dim() == 3 else None
-        # Past a list's end its last slot repeats, and with it the value that is written.
-        last = torch.tensor(group.stops)[:, None] - torch.tensor(group.starts)[:, None] - 1
-        column = torch.minimum(torch.arange(group.width), last)
-        old = read_slots(call.scores, block, offset, head)
-        new = call.score_decay * old + self.reduced.gather(1, column).to(old.dtype)
-        new = torch.where(self.seen.gather(1, column), new, old)
-        heads = None if head is None else head.expand_as(block).flatten()
-        write_slots(call.scores, block.flatten(), offset.flatten(), heads, new.flatten())
+        pool, index = by_block(scores, group.blocks, group.members, by_head=scores.dim() == 3)
+        old = read_blocks(pool, index)  # [n, blocks, block_size]
+        new = self.reduced.view_as(old).to(old.dtype).add_(old, alpha=self.call.score_decay)
+        new = torch.where(self.seen.view_as(old), new, old)
+        if group.inside is not None:  # a list's last block stands repeated past its end
+            index = tuple(part.expand_as(group.blocks)[group.inside] for part in index)
+            new = new[group.inside]
+        pool.index_put_(index, new)

@@ -23,25 +23,27 @@ def _bytes(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
-def read_slots(cache: Tensor, block: Tensor, offset: Tensor, head: Tensor | None) -> Tensor:
-    """cache ``[num_blocks, block_size, (heads,) ...]`` at block, offset (and head) -> a copy, in the cache's dtype.
+def by_block(cache: Tensor, blocks: Tensor, members: list[int], *, by_head: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The cache as whole blocks of one head, and the index that picks ``blocks`` [n, m] of the lists ``members``."""
+    if not by_head:
+        return cache, (blocks,)
+    heads = torch.tensor([[member % cache.shape[2]] for member in members])
+    return cache.movedim(2, 0), (heads, blocks.long())
 
-    ``head`` is None where a slot belongs to one head or is shared by all of them.
-    """
-    raw = _bytes(cache)
-    lead = 2 if head is None else 3
-    if not raw.is_contiguous():
-        picked = raw[block, offset] if head is None else raw[block, offset, head]
-        return picked.view(cache.dtype)
-    index = block * cache.shape[1] + offset
-    if head is not None:
-        index = index * cache.shape[2] + head
-    picked = raw.view(-1, *cache.shape[lead:]).index_select(0, index.flatten())
-    return picked.view(*index.shape, *cache.shape[lead:]).view(cache.dtype)
+
+def read_blocks(pool: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    """[n, m, block_size, ...], a copy in the cache's dtype."""
+    raw = _bytes(pool)
+    if len(index) == 1:
+        picked = raw.index_select(0, index[0].flatten()).view(*index[0].shape, *raw.shape[1:])
+    else:
+        picked = raw[index]
+    return picked if raw is pool else picked.view(pool.dtype)
 
 
 def write_slots(cache: Tensor, block: Tensor, offset: Tensor, head: Tensor | None, values: Tensor) -> None:
-    """The counterpart of :func:`read_slots`: block and offset are 1-D, values [n, ...] in the cache's dtype."""
+    """values [n, ...], in the cache's dtype, into block, offset (and head) [n] of ``[num_blocks, block_size, (heads,)
+    ...]``; ``head`` is None where a slot belongs to one head or is shared by all of them."""
     raw, values = _bytes(cache), _bytes(values)
     if not raw.is_contiguous():
         raw.index_put_((block, offset) if head is None else (block, offset, head), values)
@@ -53,39 +55,44 @@ def write_slots(cache: Tensor, block: Tensor, offset: Tensor, head: Tensor | Non
 
 
 class Piece(NamedTuple):
-    """Slots ``start`` to ``stop`` of a list; ``row`` is the first one's row in the pool if they are consecutive
-    there, else -1."""
+    """Slots ``start`` to ``stop`` of a list, counted from the first block that is looked at; ``row`` is the first one's
+    row in the pool if they are consecutive there, else -1."""
 
     start: int
     stop: int
     row: int
 
 
-def cut(table: Tensor, start: int, stop: int, block_size: int, in_place: bool) -> list[Piece]:
-    """A list's slots as long runs of consecutive blocks, with tiles of scattered blocks between them."""
-    runs: list[tuple[int, int, int]] = []  # first block of the list, last block + 1, the first one's number
-    first, last = start // block_size, -(-stop // block_size)
-    if in_place and stop - start >= _MIN_RUN:
-        jumps = (table[first + 1 : last] - table[first : last - 1] != 1).nonzero().flatten().tolist()
-        begin = first
-        for end in [*(first + 1 + jump for jump in jumps), last]:
-            if (end - begin) * block_size >= _MIN_RUN:
-                runs.append((begin, end, int(table[begin])))
+def cut(blocks: Tensor, starts: list[int], stops: list[int], block_size: int, in_place: bool) -> list[list[Piece]]:
+    """Each list's slots as long runs of consecutive blocks, with tiles of scattered blocks between them.
+
+    blocks [n, m] are the lists' blocks from slot ``starts`` on, the first of its block.
+    """
+    lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    jumps: list[list[int]] = [[] for _ in lengths]
+    if in_place:
+        for i, jump in (blocks[:, 1:] - blocks[:, :-1] != 1).nonzero().tolist():
+            jumps[i].append(jump + 1)
+    tile = max(1, _TILE // block_size) * block_size
+    numbers = blocks[:, 0].tolist()
+    result = []
+    for i, length in enumerate(lengths):
+        last = -(-length // block_size)
+        begin, reached, pieces = 0, 0, []
+        ends = [jump for jump in jumps[i] if jump < last] if in_place and length >= _MIN_RUN else []
+        for end in [*ends, last]:
+            run = in_place and (end - begin) * block_size >= _MIN_RUN
+            if run or end == last:
+                edge = begin * block_size if run else length
+                pieces += [Piece(start, min(start + tile, edge), -1) for start in range(reached, edge, tile)]
+                reached = edge
+            if run:
+                reached = min(length, end * block_size)
+                number = int(blocks[i, begin]) if begin else numbers[i]
+                pieces.append(Piece(begin * block_size, reached, number * block_size))
             begin = end
-    pieces: list[Piece] = []
-    tile = max(1, _TILE // block_size)
-    reached = start
-    for begin, end, number in [*runs, (last, last, 0)]:
-        edge = min(stop, max(start, begin * block_size))
-        while reached < edge:
-            tile_end = min(edge, (reached // block_size + tile) * block_size)
-            pieces.append(Piece(reached, tile_end, -1))
-            reached = tile_end
-        if begin < end:
-            run_end = min(stop, end * block_size)
-            pieces.append(Piece(reached, run_end, number * block_size + reached - begin * block_size))
-            reached = run_end
-    return pieces
+        result.append(pieces)
+    return result
 
 
 def clip(pieces: list[Piece], start: int, stop: int) -> Iterator[Piece]:
@@ -105,22 +112,29 @@ class Rows:
         self.by_head = cache.dim() == 4
         # Consecutive blocks are consecutive rows and need no conversion: a product reads them where they lie.
         self.in_place = cache.dtype == dtype and cache.stride(0) == self.block_size * cache.stride(1)
-        # Of every head where heads share a block, else of all.
-        self._pools = [cache[:, :, head] for head in range(cache.shape[2])] if self.by_head else [cache]
+        # One pool for every head where heads share a block, else one for all.
+        self._pools = cache.unbind(2) if self.by_head else (cache,)
+        self._rows = [pool.flatten(0, 1) for pool in self._pools] if self.in_place else []
 
-    def matrix(self, head: int, table: Tensor, piece: Piece) -> Tensor:
-        """The rows [n, D] of a piece of the list with this table: a view of a run, a copy of scattered blocks."""
-        pool = self._pools[head if self.by_head else 0]
+    def matrix(self, head: int, blocks: Tensor, piece: Piece) -> Tensor:
+        """The rows [n, D] of a piece of the list of these blocks: a view of a run, a copy of scattered blocks."""
+        index = head if self.by_head else 0
         if piece.row >= 0:
-            return pool.flatten(0, 1)[piece.row : piece.row + piece.stop - piece.start]
+            return self._rows[index][piece.row : piece.row + piece.stop - piece.start]
+        pool = self._pools[index]
         first = piece.start // self.block_size
-        blocks = table[first : -(-piece.stop // self.block_size)]
-        picked = _bytes(pool).index_select(0, blocks).view(self.cache.dtype).flatten(0, 1)
+        picked = (
+            _bytes(pool)
+            .index_select(0, blocks[first : -(-piece.stop // self.block_size)])
+            .view(self.cache.dtype)
+            .flatten(0, 1)
+        )
         return picked[piece.start - first * self.block_size : piece.stop - first * self.block_size].to(self.dtype)
 
-    def gather(self, block: Tensor, offset: Tensor, head: Tensor) -> Tensor:
-        """block, offset [n, W], head [n, 1] -> [n, W, D]."""
-        return read_slots(self.cache, block, offset, head if self.by_head else None).to(self.dtype)
+    def blocks(self, blocks: Tensor, members: list[int]) -> Tensor:
+        """Whole blocks [n, m] of the lists ``members`` -> [n, m * block_size, D], a copy."""
+        picked = read_blocks(*by_block(self.cache, blocks, members, by_head=self.by_head))
+        return picked.flatten(1, 2).to(self.dtype)
 
 
 def _parts(rows: int, slots: int) -> int:
@@ -130,23 +144,27 @@ def _parts(rows: int, slots: int) -> int:
 
 def multiply_keys(q: Tensor, k: Tensor, out: Tensor) -> None:
     """out [R, n] = q [R, D] @ k [n, D]^T."""
-    parts, even = _parts(q.shape[0], k.shape[0]), 0
+    parts = _parts(q.shape[0], k.shape[0])
     if parts > 1:
         size = k.shape[0] // parts
         even = parts * size
         product = torch.bmm(q.expand(parts, -1, -1), k[:even].unflatten(0, (parts, size)).mT)
         out[:, :even].unflatten(1, (parts, size)).copy_(product.transpose(0, 1))
-    if even < k.shape[0]:
-        torch.mm(q, k[even:].T, out=out[:, even:])
+        if even == k.shape[0]:
+            return
+        k, out = k[even:], out[:, even:]
+    torch.mm(q, k.t(), out=out)
 
 
 def multiply_values(p: Tensor, v: Tensor, out: Tensor) -> None:
     """out [R, Dv] += p [R, n] @ v [n, Dv]."""
-    parts, even = _parts(p.shape[0], v.shape[0]), 0
+    parts = _parts(p.shape[0], v.shape[0])
     if parts > 1:
         size = v.shape[0] // parts
         even = parts * size
         batch = p[:, :even].unflatten(1, (parts, size)).transpose(0, 1)
         out += torch.bmm(batch, v[:even].unflatten(0, (parts, size))).sum(0)
-    if even < v.shape[0]:
-        out.addmm_(p[:, even:], v[even:])
+        if even == v.shape[0]:
+            return
+        p, v = p[:, even:], v[even:]
+    out.addmm_(p, v)
