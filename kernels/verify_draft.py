@@ -1,11 +1,10 @@
 """Draft verification: one read of the logits for the softmax statistics, then a race over one row of each request.
 
 1. ``softmax_stats_kernel``: (rows, splits) programs; maximum, its lowest index and the sum of exponentials of a chunk.
-2. ``accept_kernel``: a program per request merges the chunks, walks the drafts and emits what greedy requests need.
+2. ``accept_kernel``: a program per request merges the chunks, walks the drafts and emits what greedy requests need
+   (for block verification the kernels of verify_block).
 3. ``race_kernel``: (requests, splits); the exponential race over the row at which a sampled request stopped.
 4. ``emit_kernel``: a program per request merges the splits of the race.
-
-A row's chunks depend on the vocabulary only: a request's tokens never depend on what it is batched with.
 """
 
 import torch
@@ -14,84 +13,22 @@ import triton.language as tl
 
 from kvops.autotune.config import verify_config
 from kvops.kernels.device import current_device
-from kvops.kernels.primitives import LOG2_E, exponential_from_uniform, philox_words, uniform_from_bits
-
-# The streams of kvops/eager/philox.py.
-ACCEPT = tl.constexpr(0)
-RESAMPLE = tl.constexpr(1)
-NO_INDEX = tl.constexpr(2147483647)
-
-
-@triton.jit
-def exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE: tl.constexpr):
-    """log2(e) / temperature of a request, kept finite, and whether it samples at all."""
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + batch)
-        sampled = temperature > 0
-        scale = tl.div_rn(tl.full((), LOG2_E, tl.float32), tl.where(sampled, temperature, 1.0))
-        scale = tl.minimum(tl.maximum(scale, 1e-30), 1e38)
-    else:
-        sampled = False
-        scale = tl.full((), LOG2_E, tl.float32)
-    return scale, sampled
-
-
-@triton.jit
-def draft_length(draft_lens_ptr, batch, T, HAS_LENS: tl.constexpr):
-    if HAS_LENS:
-        length = tl.minimum(tl.maximum(tl.load(draft_lens_ptr + batch).to(tl.int32), 0), T)
-    else:
-        length = T
-    return length
-
-
-@triton.jit
-def softmax_stats_kernel(
-    logits_ptr,
-    draft_lens_ptr,
-    temperature_ptr,
-    max_ptr,
-    sum_ptr,
-    argmax_ptr,
-    stride_lb,
-    stride_lt,
-    T,
-    V,
-    HAS_LENS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    batch = row // (T + 1)
-    t = row % (T + 1)
-    if t > draft_length(draft_lens_ptr, batch, T, HAS_LENS):
-        return
-    index = split * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + index, mask=index < V, other=float("-inf"))
-    x = x.to(tl.float32)
-    scale, _ = exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE)
-    # A NaN stays out of the maximum and comes back through the sum, as does +inf: that is how a row is refused.
-    row_max = tl.max(tl.where(x == x, x, float("-inf")), 0)
-    total = tl.sum(tl.exp2((x - tl.where(row_max == float("-inf"), 0.0, row_max)) * scale), 0)
-    argmax = tl.min(tl.where(x == row_max, index, NO_INDEX), 0)
-    out = row * tl.num_programs(1) + split
-    tl.store(max_ptr + out, row_max)
-    tl.store(sum_ptr + out, total)
-    tl.store(argmax_ptr + out, argmax)
-
-
-@triton.jit
-def merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, mask, scale, AXIS: tl.constexpr):
-    """Maximum, sum and lowest argmax of the rows whose chunks lie along AXIS; a usable row has a sum > 0, not NaN."""
-    chunk_max = tl.load(max_ptr + offset, mask=mask, other=float("-inf"))
-    chunk_sum = tl.load(sum_ptr + offset, mask=mask, other=0.0)
-    chunk_argmax = tl.load(argmax_ptr + offset, mask=mask, other=NO_INDEX)
-    row_max = tl.max(chunk_max, AXIS, keep_dims=True)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-    total = tl.sum(chunk_sum * tl.exp2((chunk_max - shift) * scale), AXIS)
-    argmax = tl.min(tl.where(chunk_max == row_max, chunk_argmax, NO_INDEX), AXIS)
-    return tl.max(chunk_max, AXIS), total, argmax
+from kvops.kernels.primitives import philox_words, uniform_from_bits
+from kvops.kernels.verification import (
+    ACCEPT,
+    NO_INDEX,
+    RESAMPLE,
+    draft_length,
+    emit_kernel,
+    exponent_scale,
+    finish_request,
+    merge_stats,
+    race_step,
+    softmax_stats_kernel,
+    store_winner,
+    vocabulary_index,
+)
+from kvops.kernels.verify_block import accept_block
 
 
 @triton.jit
@@ -153,40 +90,27 @@ def accept_kernel(
         refused = tl.min(tl.where(offered & accept, length, t), 0)
         num_accepted = tl.minimum(num_accepted, refused)
 
-    offset = (stats_row + num_accepted) * num_splits + splits
-    row_max, total, argmax = merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, splits < num_splits, scale, 0)
-    usable = total > 0
-    following = tl.where(usable, argmax, -1).to(tl.int64)
-    tl.store(accepted_ptr + batch, num_accepted)
-    if HAS_TEMPERATURE:
-        tl.store(row_max_ptr + batch, row_max)
-        tl.store(row_sum_ptr + batch, tl.where(usable & sampled, total, 0.0))
-    for start in range(0, T + 1, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=t < num_accepted, other=-1)
-        emitted = tl.where(t == num_accepted, following, draft)
-        tl.store(tokens_ptr + batch * (T + 1) + t, emitted, mask=t <= T)
-
-
-@triton.jit
-def vocabulary_index(counter, lane):
-    """The entry that word ``lane`` of a Philox counter serves: 256 counters cover 1024 contiguous entries."""
-    return counter // 256 * 1024 + lane * 256 + counter % 256
-
-
-@triton.jit
-def race_step(best, best_index, weight, word, index):
-    """The better of each place's best so far and weight / exponential; ties stay with the earlier, lower index."""
-    score = tl.where(weight > 0, weight / exponential_from_uniform(uniform_from_bits(word)), -1.0)
-    better = score > best
-    return tl.where(better, score, best), tl.where(better, index, best_index)
-
-
-@triton.jit
-def store_winner(score_ptr, index_ptr, out, best, best_index):
-    score = tl.max(best, 0)
-    tl.store(score_ptr + out, score)
-    tl.store(index_ptr + out, tl.min(tl.where(best == score, best_index, NO_INDEX), 0))
+    finish_request(
+        batch,
+        num_accepted,
+        scale,
+        sampled,
+        drafts_ptr,
+        max_ptr,
+        sum_ptr,
+        argmax_ptr,
+        tokens_ptr,
+        accepted_ptr,
+        row_max_ptr,
+        row_sum_ptr,
+        stride_db,
+        stride_dt,
+        T,
+        num_splits,
+        HAS_TEMPERATURE,
+        BLOCK_T,
+        BLOCK_S,
+    )
 
 
 @triton.jit
@@ -201,6 +125,7 @@ def race_kernel(
     accepted_ptr,
     row_max_ptr,
     row_sum_ptr,
+    ratio_ptr,
     score_ptr,
     index_ptr,
     stride_lb,
@@ -214,6 +139,7 @@ def race_kernel(
     HAS_LENS: tl.constexpr,
     HAS_PROBS: tl.constexpr,
     HAS_STEP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """The best weight / exponential of 4 * LANES vocabulary entries, and its lowest index."""
@@ -241,26 +167,13 @@ def race_kernel(
         if HAS_PROBS:
             q = tl.load(probs_ptr + batch * stride_pb + t * stride_pt + index, mask=refused & (index < V), other=0.0)
             p = weight / total
+            if HAS_RATIO:  # block verification: what the accepted drafts leave of the target's distribution
+                p *= tl.load(ratio_ptr + batch)
             weight = tl.where(refused, tl.where(p > q, p - q, 0.0), weight)
         else:
             weight = tl.where(refused & (index == draft), 0.0, weight)
         best, best_index = race_step(best, best_index, weight, words[lane], index)
     store_winner(score_ptr, index_ptr, batch * tl.num_programs(1) + split, best, best_index)
-
-
-@triton.jit
-def emit_kernel(score_ptr, index_ptr, row_sum_ptr, accepted_ptr, tokens_ptr, T, num_splits, BLOCK_S: tl.constexpr):
-    """The winner of the race; where the residual vanished in rounding, the argmax that stands there stays."""
-    batch = tl.program_id(0).to(tl.int64)
-    if tl.load(row_sum_ptr + batch) == 0:
-        return
-    splits = tl.arange(0, BLOCK_S)
-    score = tl.load(score_ptr + batch * num_splits + splits, mask=splits < num_splits, other=-1.0)
-    index = tl.load(index_ptr + batch * num_splits + splits, mask=splits < num_splits, other=NO_INDEX)
-    best = tl.max(score, 0)
-    if best > 0:
-        winner = tl.min(tl.where(score == best, index, NO_INDEX), 0)
-        tl.store(tokens_ptr + batch * (T + 1) + tl.load(accepted_ptr + batch), winner.to(tl.int64))
 
 
 def verify_draft(
@@ -272,6 +185,7 @@ def verify_draft(
     temperature: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
+    method: str = "token",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, rows, V = target_logits.shape
     T = rows - 1
@@ -314,33 +228,50 @@ def verify_draft(
         **flags,
     )
     flags |= {"HAS_PROBS": draft_probs is not None, "HAS_STEP": step is not None}
-    accept_kernel[(B,)](
-        target_logits,
-        draft_tokens,
-        draft_lens,
-        draft_probs,
-        temperature,
-        seed,
-        step,
-        chunk_max,
-        chunk_sum,
-        chunk_argmax,
-        tokens,
-        num_accepted,
-        row_max,
-        row_sum,
-        *logit_strides,
-        *draft_tokens.stride(),
-        *prob_strides,
-        T,
-        V,
-        splits,
-        HAS_TEMPERATURE=temperature is not None,
-        BLOCK_T=BLOCK_T,
-        BLOCK_S=BLOCK_S,
-        num_warps=4,
-        **flags,
-    )
+    ratio = None
+    if method == "block" and temperature is not None and seed is not None:
+        ratio = accept_block(
+            target_logits,
+            draft_tokens,
+            draft_lens,
+            draft_probs,
+            temperature,
+            seed,
+            step,
+            (chunk_max, chunk_sum, chunk_argmax),
+            (tokens, num_accepted, row_max, row_sum),
+            config,
+            BLOCK_T,
+            BLOCK_S,
+        )
+    else:
+        accept_kernel[(B,)](
+            target_logits,
+            draft_tokens,
+            draft_lens,
+            draft_probs,
+            temperature,
+            seed,
+            step,
+            chunk_max,
+            chunk_sum,
+            chunk_argmax,
+            tokens,
+            num_accepted,
+            row_max,
+            row_sum,
+            *logit_strides,
+            *draft_tokens.stride(),
+            *prob_strides,
+            T,
+            V,
+            splits,
+            HAS_TEMPERATURE=temperature is not None,
+            BLOCK_T=BLOCK_T,
+            BLOCK_S=BLOCK_S,
+            num_warps=4,
+            **flags,
+        )
     if temperature is None:
         return tokens, num_accepted
     race_splits = triton.cdiv(V, config.race_block)
@@ -357,6 +288,7 @@ def verify_draft(
         num_accepted,
         row_max,
         row_sum,
+        ratio,
         score,
         index,
         *logit_strides,
@@ -364,6 +296,7 @@ def verify_draft(
         *prob_strides,
         T,
         V,
+        HAS_RATIO=ratio is not None,
         LANES=config.race_block // 4,
         num_warps=config.num_warps,
         **flags,

@@ -17,7 +17,7 @@ import triton.language as tl
 from kvops.autotune.config import verify_config
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import philox_words, uniform_from_bits
-from kvops.kernels.verify_draft import (
+from kvops.kernels.verification import (
     ACCEPT,
     NO_INDEX,
     RESAMPLE,

@@ -59,6 +59,30 @@ def verify(logits, drafts, probs, temperature, seed, step) -> tuple[list[int], i
     raise AssertionError("the last row accepts nothing")
 
 
+def verify_block(logits, drafts, probs, temperature, seed, step) -> tuple[list[int], int]:
+    """One sampled request by algorithm 2 of arXiv 2403.10444; the arguments and results of :func:`verify`."""
+    V, count = len(logits[0]), 0
+    while count < len(drafts) and 0 <= drafts[count] < V:
+        count += 1
+    p = [softmax(row, temperature) for row in logits[: count + 1]]
+    q = [[float(i == d) for i in range(V)] for d in drafts] if probs is None else probs
+    path, stop = [1.0], 0
+    for i in range(1, count + 1):
+        draft = drafts[i - 1]
+        path.append(min(path[-1] * p[i - 1][draft] / q[i - 1][draft], 1.0))
+        if i == count:
+            h = path[i]
+        else:
+            left = sum(max(path[i] * x - y, 0.0) for x, y in zip(p[i], q[i], strict=True))
+            h = left / (left + 1 - path[i]) if left > 0 else 0.0
+        if uniform(ACCEPT, i - 1, seed, step) < h:
+            stop = i
+    weights = p[stop]
+    if stop < count:
+        weights = [max(path[stop] * x - y, 0.0) for x, y in zip(p[stop], q[stop], strict=True)]
+    return [*drafts[:stop], race(weights, stop, seed, step)], stop
+
+
 def verify_tree(logits, drafts, parents, probs, temperature, seed, step) -> tuple[list[int], list[int]]:
     """One request: logits [N][V], drafts [N], parents [N], probs [N][V] or None -> the path and the tokens."""
     V = len(logits[0])

@@ -62,6 +62,51 @@ def test_tokens_equal_one_at_a_time_verification(backend, device, V, with_probs)
         assert result[1].dtype == torch.int32
 
 
+@pytest.mark.parametrize("V", [2, 37, 1030])
+@pytest.mark.parametrize("with_probs", [False, True])
+def test_block_verification_equals_the_published_algorithm(backend, device, V, with_probs):
+    B, T = 8, 4
+    logits, drafts, probs, seeds, steps = request_batch(B, T, V, seed=2)
+    temperature = torch.tensor([1.0, 0.7, 1.3, 1.0]).repeat(B // 4)
+    lens = torch.tensor([4, 4, 4, 4, 0, 1, 2, 3], dtype=torch.int32)
+    drafts[3, 2] = -1
+    tokens, accepted = kvops.verify_draft(
+        logits.to(device),
+        drafts.to(device),
+        draft_lens=lens.to(device),
+        draft_probs=probs.to(device) if with_probs else None,
+        temperature=temperature.to(device),
+        seed=seeds.to(device),
+        step=steps.to(device),
+        method="block",
+    )
+    for b, n in enumerate(lens.tolist()):
+        want, count = speculation.verify_block(
+            logits[b, : n + 1].double().tolist(),
+            drafts[b, :n].tolist(),
+            probs[b, :n].double().tolist() if with_probs else None,
+            float(temperature[b]),
+            int(seeds[b]),
+            int(steps[b]),
+        )
+        assert tokens[b].tolist() == want + [-1] * (T + 1 - len(want))
+        assert int(accepted[b]) == count
+
+
+def test_greedy_requests_are_the_same_in_both_methods(backend, device):
+    logits, drafts, probs, seeds, _ = (x.to(device) for x in request_batch(8, 3, 30))
+    drafts[::2] = logits[::2, :3].argmax(-1)
+    mixed = torch.tensor([0.0, 0.0, 1.0, 0.0] * 2, device=device)
+    greedy = mixed == 0
+    for temperature in (None, mixed):
+        results = [
+            kvops.verify_draft(logits, drafts, draft_probs=probs, temperature=temperature, seed=seeds, method=method)
+            for method in ("token", "block")
+        ]
+        for token, block in zip(*results, strict=True):
+            assert torch.equal(token[greedy], block[greedy])
+
+
 @pytest.mark.parametrize(
     ("dtype", "with_probs"), [(torch.float16, False), (torch.bfloat16, True), (torch.float32, True)]
 )
@@ -162,8 +207,8 @@ def test_without_a_seed_torch_s_generator_governs(backend, device):
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's inf - inf
 @pytest.mark.parametrize("temperature", [None, 1.0])
 @pytest.mark.parametrize("poison", ["nan", "all -inf", "+inf"])
-@pytest.mark.parametrize("V", [7, 4100])
-def test_a_bad_row_refuses_its_request_only(backend, device, temperature, poison, V):
+@pytest.mark.parametrize(("V", "method"), [(7, "token"), (4100, "token"), (7, "block")])
+def test_a_bad_row_refuses_its_request_only(backend, device, temperature, poison, V, method):
     """Row 1 of request 1 is bad: it keeps the draft accepted before and gets no further token; request 2 never
     comes to its bad row 2."""
     logits = torch.full((3, 3, V), -30.0)
@@ -181,7 +226,7 @@ def test_a_bad_row_refuses_its_request_only(backend, device, temperature, poison
     given = {}
     if temperature is not None:
         given = {"temperature": torch.full((3,), temperature, device=device), "seed": torch.arange(3, device=device)}
-    tokens, accepted = kvops.verify_draft(logits.to(device), drafts.to(device), **given)
+    tokens, accepted = kvops.verify_draft(logits.to(device), drafts.to(device), method=method, **given)
     assert tokens.tolist() == [[3, 1, 5], [3, -1, -1], [3, 1, -1]]
     assert accepted.tolist() == [2, 1, 1]
 
@@ -222,7 +267,8 @@ def test_a_draft_outside_the_vocabulary_ends_the_draft(backend, device, outside,
     assert int(accepted.max()) == 1
 
 
-def test_rows_past_the_draft_length_are_not_looked_at(backend, device):
+@pytest.mark.parametrize("method", ["token", "block"])
+def test_rows_past_the_draft_length_are_not_looked_at(backend, device, method):
     logits, drafts, probs, seeds, steps = request_batch(8, 4, 50)
     lens = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2], dtype=torch.int32)
     given = {"temperature": torch.ones(8, device=device), "seed": seeds.to(device), "step": steps.to(device)}
@@ -234,7 +280,12 @@ def test_rows_past_the_draft_length_are_not_looked_at(backend, device):
             drafts[b, n:] = 3
         results.append(
             kvops.verify_draft(
-                logits.to(device), drafts.to(device), draft_lens=lens.to(device), draft_probs=probs.to(device), **given
+                logits.to(device),
+                drafts.to(device),
+                draft_lens=lens.to(device),
+                draft_probs=probs.to(device),
+                method=method,
+                **given,
             )
         )
     assert torch.equal(results[0][0], results[1][0])
@@ -398,6 +449,7 @@ def test_exponentials_of_a_row_do_not_depend_on_its_length(vocab):
         ({"step": torch.zeros(2)}, TypeError, "step: expected dtype int64"),
         ({"step": torch.zeros(3, dtype=torch.int64)}, ValueError, "step: expected shape"),
         ({"seed": None}, ValueError, "seed: expected int64"),
+        ({"method": "tree"}, ValueError, "method: expected one of 'token', 'block', got 'tree'"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):
@@ -464,14 +516,16 @@ def test_a_gradient_is_refused(device):
         kvops.verify_draft(logits, torch.empty(1, 0, dtype=torch.int64, device=device))
 
 
-@pytest.mark.parametrize("mode", ["greedy", "point mass", "probs"])
+@pytest.mark.parametrize("mode", ["greedy", "point mass", "probs", "block"])
 def test_opcheck(backend, device, mode):
     logits, drafts, probs, seeds, steps = (x.to(device) for x in request_batch(3, 2, 20))
     arguments = {"draft_lens": torch.tensor([0, 1, 2], dtype=torch.int32, device=device)}
     if mode != "greedy":
         arguments |= {"temperature": torch.ones(3, device=device), "seed": seeds, "step": steps}
-    if mode == "probs":
+    if mode in ("probs", "block"):
         arguments["draft_probs"] = probs
+    if mode == "block":
+        arguments["method"] = "block"
     torch.library.opcheck(torch.ops.kvops.verify_draft.default, (logits, drafts), arguments)
 
 

@@ -35,7 +35,9 @@ def from_own_noise(probs, seed):
     return torch.multinomial(probs, 1)[:, 0]
 
 
-def decode_two(num_drafts, with_probs, *, draw=from_own_noise, wire=lambda logits, probs: (logits, probs)):
+def decode_two(
+    num_drafts, with_probs, *, method="token", draw=from_own_noise, wire=lambda logits, probs: (logits, probs)
+):
     """The first two tokens of each trial as one number."""
     seed = torch.arange(TRIALS)
     temperature = torch.full((TRIALS,), TEMPERATURE)
@@ -64,6 +66,7 @@ def decode_two(num_drafts, with_probs, *, draw=from_own_noise, wire=lambda logit
             temperature=temperature,
             seed=seed,
             step=torch.full_like(seed, step),
+            method=method,
         )
 
     tokens, accepted = call((), num_drafts, 0)
@@ -81,8 +84,51 @@ def expected():
 
 @pytest.mark.parametrize("num_drafts", [0, 1, 2])
 @pytest.mark.parametrize("with_probs", [False, True])
-def test_two_tokens_are_distributed_as_the_target_s(num_drafts, with_probs):
-    assert chi_square(decode_two(num_drafts, with_probs), expected()) > PASS
+@pytest.mark.parametrize("method", ["token", "block"])
+def test_two_tokens_are_distributed_as_the_target_s(num_drafts, with_probs, method):
+    assert chi_square(decode_two(num_drafts, with_probs, method=method), expected()) > PASS
+
+
+def test_blocks_accept_more_than_tokens():
+    accepted = {}
+    for method in ("token", "block"):
+        probs = DRAFTER[torch.arange(3)].expand(TRIALS, 3, V)
+        generator = torch.Generator().manual_seed(1)
+        drafts = torch.multinomial(probs.reshape(-1, V), 1, generator=generator).view(TRIALS, 3)
+        _, accepted[method] = kvops.verify_draft(
+            TARGET[[0, 1, 3, 4]].expand(TRIALS, 4, V),
+            drafts,
+            draft_probs=probs,
+            temperature=torch.ones(TRIALS),
+            seed=torch.arange(TRIALS),
+            method=method,
+        )
+    gain = (accepted["block"] - accepted["token"]).double()
+    assert gain.mean() > 5 * gain.std() / TRIALS**0.5
+
+
+def test_fault_block_residual_without_the_accepted_drafts(monkeypatch):
+    right = eager._accept_block
+
+    def ratio_of_one(*args):
+        stop, ratio = right(*args)
+        return stop, torch.ones_like(ratio)
+
+    monkeypatch.setattr(eager, "_accept_block", ratio_of_one)
+    assert chi_square(decode_two(2, True, method="block"), expected()) < PASS
+
+
+def test_fault_block_drafts_tested_token_by_token(monkeypatch):
+    """Token by token acceptance does not go with the residual of a block."""
+
+    def first_failure(*args):
+        stop, _ = eager._accept_tokens(*args)
+        _, ratio = right(*args)
+        return stop, ratio
+
+    right = eager._accept_block
+    monkeypatch.setattr(eager, "_accept_block", first_failure)
+    assert chi_square(decode_two(2, True, method="block"), expected()) < PASS
 
 
 def test_fault_drafts_drawn_with_the_noise_of_the_residual():

@@ -96,6 +96,7 @@ def verify_draft(
     temperature: Tensor | None = None,
     seed: Tensor | None = None,
     step: Tensor | None = None,
+    method: str = "token",
 ) -> tuple[Tensor, Tensor]:
     B, rows, V = target_logits.shape
     tokens = draft_tokens.new_full((B, rows), -1)
@@ -111,8 +112,49 @@ def verify_draft(
     for start in range(0, B, group):
         part = slice(start, start + group)
         given = {name: None if value is None else value[part] for name, value in per_request.items()}
-        tokens[part], num_accepted[part] = _verify_group(target_logits[part], draft_tokens[part], **given)
+        tokens[part], num_accepted[part] = _verify_group(
+            target_logits[part], draft_tokens[part], method=method, **given
+        )
     return tokens, num_accepted
+
+
+def _accept_tokens(
+    weights: Tensor, total: Tensor, draft: Tensor, offered: Tensor, probs: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many drafts pass one after another, u < p / q; and the factor 1 of p in the residual."""
+    T = draft.shape[1]
+    if probs is not None:
+        threshold = threshold * probs.gather(2, draft[..., None])[..., 0]
+    passes = threshold * total[:, :T] < weights[:, :T].gather(2, draft[..., None])[..., 0]
+    return (offered & passes).long().cumprod(1).sum(1), torch.ones_like(total[:, 0])
+
+
+def _accept_block(
+    weights: Tensor, total: Tensor, draft: Tensor, offered: Tensor, probs: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 2 of arXiv 2403.10444: how many drafts stand, and the factor of p in the residual behind them."""
+    T = draft.shape[1]
+    count = offered.long().cumprod(1).sum(1)
+    p = weights[:, :T].gather(2, draft[..., None])[..., 0] / total[:, :T]
+    q = None if probs is None else probs.gather(2, draft[..., None])[..., 0]
+    path = [torch.ones_like(total[:, 0])]  # the paper's p_0, p_1, ...
+    stop = torch.zeros_like(count)
+    for t in range(T):
+        if q is None:
+            path.append(path[t] * p[:, t])
+        else:
+            path.append(torch.where(p[:, t] > 0, (path[t] * p[:, t] / q[:, t]).clamp_max(1.0), 0.0))
+        i = t + 1
+        passes = threshold[:, t] < path[i]  # behind the last draft that counts
+        if i < T:
+            if probs is None:
+                left = path[i] * (1.0 - p[:, i])
+            else:
+                ahead = weights[:, i] / total[:, i, None] * path[i][:, None]
+                left = row_sum(torch.where(ahead > probs[:, i], ahead - probs[:, i], 0.0))
+            passes = torch.where(i < count, threshold[:, t] * (left + (1.0 - path[i])) < left, passes)
+        stop = torch.where(passes & (i <= count), i, stop)
+    return stop, torch.stack(path, 1).gather(1, stop[:, None])[:, 0]
 
 
 def _verify_group(
@@ -124,6 +166,7 @@ def _verify_group(
     temperature: Tensor | None,
     seed: Tensor | None,
     step: Tensor | None,
+    method: str,
 ) -> tuple[Tensor, Tensor]:
     B, rows, V = logits.shape
     T = rows - 1
@@ -133,42 +176,38 @@ def _verify_group(
     offered = (draft_tokens >= 0) & (draft_tokens < V) & usable[:, :T]
     if draft_lens is not None:
         offered &= position[:T] < draft_lens[:, None]
-    accepted = offered & (draft_tokens == row_argmax[:, :T])
+    num_accepted = (offered & (draft_tokens == row_argmax[:, :T])).long().cumprod(1).sum(1)
+    following = row_argmax.gather(1, num_accepted[:, None])[:, 0]
 
     if temperature is None:
         temperature = torch.zeros(B, device=logits.device)
     sampled = (temperature > 0).nonzero()[:, 0]
-    seed, step = (draft_tokens.new_zeros(len(sampled)) if x is None else x[sampled] for x in (seed, step))
     if len(sampled):
+        zero = draft_tokens.new_zeros(len(sampled))
+        seed, step = (zero if value is None else value[sampled] for value in (seed, step))
         weights, total = softmax_weights(logits[sampled], row_max[sampled], exponent_scale(temperature[sampled]))
-        draft = draft_tokens[sampled].clamp(0, V - 1)
-        threshold = (
-            uniform(ACCEPT, position[:T], seed[:, None], step[:, None]) if T else weights.new_empty(len(seed), 0)
-        )
-        if draft_probs is not None:
-            threshold *= draft_probs[sampled].gather(2, draft[..., None])[..., 0]
-        passes = threshold * total[:, :T] < weights[:, :T].gather(2, draft[..., None])[..., 0]
-        accepted[sampled] = offered[sampled] & passes
-
-    num_accepted = accepted.long().cumprod(1).sum(1)
-    last = num_accepted[:, None]
-    following = row_argmax.gather(1, last)[:, 0]
-    if len(sampled):
-        row = num_accepted[sampled]
+        offered = torch.cat((offered[sampled], offered.new_zeros(len(sampled), 1)), 1)
+        draft = torch.cat((draft_tokens[sampled].clamp(0, V - 1), zero[:, None]), 1)
+        probs = None if draft_probs is None else draft_probs[sampled]
+        threshold = uniform(ACCEPT, position[:T], seed[:, None], step[:, None])
+        accept = _accept_block if method == "block" else _accept_tokens
+        row, ratio = accept(weights, total, draft[:, :T], offered[:, :T], probs, threshold)
         each = torch.arange(len(sampled), device=logits.device)
         weight = weights[each, row]
-        exponential = exponential_row(RESAMPLE, row, seed, step, V)
-        # The row stands behind a rejected draft, whose own share was already offered: what is left is the residual.
-        refused = torch.cat((offered[sampled], offered.new_zeros(len(sampled), 1)), 1)[each, row].nonzero()[:, 0]
+        # A row behind a draft that was offered and refused has its residual left to draw from.
+        refused = offered[each, row].nonzero()[:, 0]
         if len(refused):
             at = row[refused]
-            if draft_probs is None:
+            if probs is None:
                 weight[refused, draft[refused, at]] = 0.0
             else:
-                p = weight[refused] / total[refused, at, None]
-                q = draft_probs[sampled[refused], at]
+                p = weight[refused] / total[refused, at, None] * ratio[refused, None]
+                q = probs[refused, at]
                 weight[refused] = torch.where(p > q, p - q, 0.0)
-        following[sampled] = race(weight, exponential, following[sampled])
+        num_accepted[sampled] = row
+        exponential = exponential_row(RESAMPLE, row, seed, step, V)
+        following[sampled] = race(weight, exponential, row_argmax[sampled, row])
+    last = num_accepted[:, None]
     following = torch.where(usable.gather(1, last)[:, 0], following, -1)
 
     padded = torch.cat((draft_tokens, draft_tokens.new_full((B, 1), -1)), 1)

@@ -35,7 +35,9 @@ def _check_verify_draft(
     temperature: Tensor | None = None,
     seed: Tensor | None = None,
     step: Tensor | None = None,
+    method: str = "token",
 ) -> None:
+    checks.expect_choice("method", method, ("token", "block"))
     checks.expect_rank("target_logits", target_logits, "[batch, drafts + 1, vocab]")
     checks.expect_dtype("target_logits", target_logits, *checks.FLOAT_DTYPES)
     checks.expect_last_contiguous("target_logits", target_logits)
@@ -111,6 +113,7 @@ def _fake_verify_draft(
     temperature: Tensor | None = None,
     seed: Tensor | None = None,
     step: Tensor | None = None,
+    method: str = "token",
 ) -> tuple[Tensor, Tensor]:
     B, rows, _ = target_logits.shape
     return draft_tokens.new_empty((B, rows)), draft_tokens.new_empty(B, dtype=torch.int32)
@@ -118,7 +121,7 @@ def _fake_verify_draft(
 
 _verify_draft = register(
     "verify_draft(Tensor target_logits, Tensor draft_tokens, *, Tensor? draft_lens=None, Tensor? draft_probs=None, "
-    "Tensor? temperature=None, Tensor? seed=None, Tensor? step=None) -> (Tensor, Tensor)",
+    "Tensor? temperature=None, Tensor? seed=None, Tensor? step=None, str method='token') -> (Tensor, Tensor)",
     check=_check_verify_draft,
     fake=_fake_verify_draft,
     eager=eager.verify_draft,
@@ -135,6 +138,7 @@ def verify_draft(
     temperature: Tensor | None = None,
     seed: Tensor | None = None,
     step: Tensor | None = None,
+    method: str = "token",
 ) -> tuple[Tensor, Tensor]:
     """Verify drafted tokens against the target model, losslessly: what is emitted is distributed as the target's own.
 
@@ -156,6 +160,9 @@ def verify_draft(
             and GPU, whatever the request is batched with. None with a temperature: seeds are drawn from torch's
             default generator, so that ``torch.manual_seed`` governs (the operator itself wants them given).
         step: int64 ``[B]``: must differ between calls that share a seed, such as the length so far. None: 0.
+        method: ``"token"`` as above, or ``"block"`` (Sun et al., arXiv 2403.10444): sampled requests test their drafts
+            together, which is as lossless, accepts at least as many on average, and with ``draft_probs`` reads the
+            logits a second time. Greedy requests are the same in both.
 
     Returns:
         ``tokens`` int64 ``[B, T + 1]``: the accepted drafts, then the corrected or the bonus token, then -1; and
@@ -176,6 +183,7 @@ def verify_draft(
         temperature=temperature,
         seed=draw_seed(temperature, seed),
         step=step,
+        method=method,
     )
 
 
