@@ -16,6 +16,7 @@ from torch import Tensor
 from kvops.eager.paged_rows import (
     MIN_ROWS,
     Piece,
+    Places,
     Rows,
     by_block,
     clip,
@@ -23,7 +24,6 @@ from kvops.eager.paged_rows import (
     multiply_keys,
     multiply_values,
     read_blocks,
-    write_slots,
 )
 
 # Scores held at once, in elements: 4 MiB in float32.
@@ -80,40 +80,34 @@ def paged_append(
     block_size = k_cache.shape[1]
     if B * T * Hkv == 0:
         return
-    heads = None
-    if k_cache.dim() == 4:
+    uniform = k_cache.dim() == 4
+    if uniform:
         block_tables, seq_lens = block_tables[:, None].expand(B, Hkv, -1), seq_lens[:, None].expand(B, Hkv)
-        heads = torch.arange(Hkv, device=k.device).repeat(B * T)
-    token = torch.arange(T, device=k.device)[:, None]
     count = T if q_lens is None else q_lens.clamp(max=T)[:, None, None]
-    slot = seq_lens[:, None] - count + token  # [B, T, Hkv]
-    written = (slot >= 0) & (slot < block_tables.shape[2] * block_size)
-    if q_lens is not None:
-        written &= token < count
-    rows = None if bool(written.all()) else written.flatten().nonzero().flatten()
-    if rows is not None:
+    slot = seq_lens[:, None].long() - count  # [B, T, Hkv]
+    if T > 1:
+        slot = slot + torch.arange(T, device=k.device)[:, None]
+    capacity = block_tables.shape[2] * block_size
+    rows = None  # which of the B * T * Hkv rows are written, if not all
+    lens = seq_lens.flatten().tolist()
+    if q_lens is not None or min(lens) < T or max(lens) > capacity:
+        written = (slot >= 0) & (slot < capacity) & (torch.arange(T, device=k.device)[:, None] < count)
+        rows = written.flatten().nonzero().flatten()
         if len(rows) == 0:
             return
         slot = slot.masked_fill(~written, 0)
-    block = block_tables.gather(2, (slot // block_size).transpose(1, 2).long()).transpose(1, 2).flatten().long()
-    offset = (slot % block_size).flatten()
-
-    def pick(values: Tensor) -> Tensor:
-        return values if rows is None else values[rows]
-
-    block, offset = pick(block), pick(offset)
-    heads = None if heads is None else pick(heads)
+    block = block_tables.gather(2, (slot // block_size).mT).mT
+    places = Places(block.flatten().long(), (slot % block_size).flatten(), block_size, Hkv, B * T, rows)
     for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
         if cache.dtype == torch.float8_e4m3fn:
             new = new.float() if scale is None else new.float() / scale.reshape(-1, 1)
             new = new.clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(cache.dtype)
-        values = new.reshape(B * T * Hkv, -1)
-        write_slots(cache, block, offset, heads, values if rows is None else values[rows])
+        places.write(cache, new.reshape(B * T * Hkv, -1), by_head=uniform)
     if positions is not None and token_positions is not None:
-        values = pick(token_positions[:, :, None].expand(B, T, Hkv).reshape(-1))
-        write_slots(positions, block, offset, heads if positions.dim() == 3 else None, values)
+        values = token_positions[:, :, None].expand(B, T, Hkv).reshape(-1)
+        places.write(positions, values, by_head=positions.dim() == 3)
     if scores is not None:
-        write_slots(scores, block, offset, heads, scores.new_zeros(len(block)))
+        places.write(scores, scores.new_zeros(B * T * Hkv), by_head=uniform)
 
 
 def paged_attention(

@@ -41,17 +41,32 @@ def read_blocks(pool: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     return picked if raw is pool else picked.view(pool.dtype)
 
 
-def write_slots(cache: Tensor, block: Tensor, offset: Tensor, head: Tensor | None, values: Tensor) -> None:
-    """values [n, ...], in the cache's dtype, into block, offset (and head) [n] of ``[num_blocks, block_size, (heads,)
-    ...]``; ``head`` is None where a slot belongs to one head or is shared by all of them."""
-    raw, values = _bytes(cache), _bytes(values)
-    if not raw.is_contiguous():
-        raw.index_put_((block, offset) if head is None else (block, offset, head), values)
-        return
-    index = block * cache.shape[1] + offset
-    if head is not None:
-        index = index * cache.shape[2] + head
-    raw.view(-1, *values.shape[1:]).index_copy_(0, index, values)
+class Places:
+    """The slots to which a row of values each goes, in the order (..., head); written to several caches."""
+
+    def __init__(
+        self, block: Tensor, offset: Tensor, block_size: int, num_heads: int, repeats: int, rows: Tensor | None
+    ) -> None:
+        """block and offset [repeats * num_heads]; ``rows`` picks those that are written, None all."""
+        self.rows = rows
+        self.block, self.offset = self._pick(block), self._pick(offset)
+        self.row = self.block * block_size + self.offset
+        self._num_heads, self._repeats = num_heads, repeats
+
+    def _pick(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows]
+
+    def write(self, cache: Tensor, values: Tensor, *, by_head: bool) -> None:
+        """values [repeats * num_heads, ...] in the cache's dtype; ``by_head`` where a block holds every head."""
+        raw, values = _bytes(cache), _bytes(self._pick(values))
+        index: tuple[Tensor, ...] = (self.block, self.offset)
+        if by_head:
+            head = self._pick(torch.arange(self._num_heads, device=values.device).repeat(self._repeats))
+            index = (self.block, self.offset, head)
+        if by_head or not raw.is_contiguous():
+            raw.index_put_(index, values)
+        else:
+            raw.view(-1, *values.shape[1:]).index_copy_(0, self.row, values)
 
 
 class Piece(NamedTuple):
