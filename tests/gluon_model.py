@@ -1,0 +1,510 @@
+"""A model of a Hopper multiprocessor, enough to run the warp-specialised forward kernel's own source on a CPU.
+
+Triton has no interpreter for Gluon. Here the kernel's functions run as plain Python with ``gl``, ``mbarrier``, ``tma``
+and the matrix products replaced: each warp group is a thread, exactly one of which runs at a time, and a seeded random
+choice decides at every synchronisation which one goes on and when a TMA copy arrives. What the hardware does late
+happens late: a matrix product reads its operands when it is waited for, an output leaves shared memory when the store
+is waited for, and a tile that is being copied reads as NaN.
+
+It raises ``ProtocolError`` for a deadlock, a slot that is overwritten while it is read or before every reader gave it
+back, too many arrivals at a barrier, an arrival that is not preceded by a barrier of the warp group, and data written
+by threads that the copy engine reads without a fence.
+"""
+
+import random
+import threading
+import types
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
+
+_DTYPES = {gl.float32: torch.float32, gl.int32: torch.int32}
+
+
+class ProtocolError(Exception):
+    pass
+
+
+class _AbortError(Exception):
+    pass
+
+
+class Value:
+    """A tensor in registers."""
+
+    def __init__(self, data, layout=None):
+        self.data = data
+        self.type = types.SimpleNamespace(layout=layout)
+        self.shape = data.shape
+
+    @property
+    def dtype(self):
+        return self.data.dtype
+
+    def to(self, dtype):
+        return Value(self.data.to(_DTYPES.get(dtype, dtype)), self.type.layout)
+
+    def _binary(self, other, function):
+        layout = self.type.layout or (other.type.layout if isinstance(other, Value) else None)
+        return Value(function(self.data, _raw(other)), layout)
+
+    def __add__(self, other):
+        return self._binary(other, lambda a, b: a + b)
+
+    def __radd__(self, other):
+        return self + other
+
+    def __sub__(self, other):
+        return self._binary(other, lambda a, b: a - b)
+
+    def __rsub__(self, other):
+        return self._binary(other, lambda a, b: b - a)
+
+    def __mul__(self, other):
+        return self._binary(other, lambda a, b: a * b)
+
+    def __truediv__(self, other):
+        return self._binary(other, lambda a, b: a / b)
+
+    def __rtruediv__(self, other):
+        return self._binary(other, lambda a, b: b / a)
+
+    def __and__(self, other):
+        return self._binary(other, lambda a, b: a & b)
+
+    def __lt__(self, other):
+        return self._binary(other, lambda a, b: a < b)
+
+    def __le__(self, other):
+        return self._binary(other, lambda a, b: a <= b)
+
+    def __gt__(self, other):
+        return self._binary(other, lambda a, b: a > b)
+
+    def __ge__(self, other):
+        return self._binary(other, lambda a, b: a >= b)
+
+    def __eq__(self, other):
+        return self._binary(other, lambda a, b: a == b)
+
+    __hash__ = None
+
+
+def _raw(value):
+    return value.data if isinstance(value, Value) else value
+
+
+class Pointer:
+    """A pointer into a contiguous tensor, or a tensor of such pointers."""
+
+    def __init__(self, tensor, offset=0):
+        self.tensor = tensor
+        self.offset = offset
+
+    def __add__(self, other):
+        return Pointer(self.tensor, self.offset + _raw(other))
+
+
+class Barrier:
+    """An mbarrier: ``completed`` phases, and what the current one still waits for."""
+
+    def __init__(self):
+        self.count = None
+
+    def initialise(self, count):
+        self.count = self.pending = count
+        self.completed = self.bytes = 0
+
+    def passes(self, parity):
+        return self.completed & 1 != parity
+
+    def arrive(self, num_bytes=0):
+        if self.pending == 0:
+            raise ProtocolError("more arrivals than a phase counts")
+        self.pending -= 1
+        self.bytes += num_bytes
+        self._advance()
+
+    def arrived(self, num_bytes):
+        self.bytes -= num_bytes
+        self._advance()
+
+    def _advance(self):
+        if self.pending == 0 and self.bytes == 0:
+            self.completed += 1
+            self.pending = self.count
+
+
+class Slot:
+    """One tile in shared memory."""
+
+    def __init__(self, shape, dtype):
+        self.data = torch.full(shape, float("nan"), dtype=dtype)
+        self.readers = 0
+        self.copying = False
+        self.unfenced = None  # the group that stored to it
+
+
+class View:
+    """A slot, or what reshaping and permuting make of it."""
+
+    def __init__(self, slot, transform=lambda data: data):
+        self.slot = slot
+        self.transform = transform
+        self.dtype = slot.data.dtype
+
+    @property
+    def data(self):
+        return self.transform(self.slot.data)
+
+    @property
+    def shape(self):
+        return list(self.data.shape)
+
+    def reshape(self, shape):
+        return View(self.slot, lambda data: self.transform(data).view(shape))
+
+    def permute(self, order):
+        return View(self.slot, lambda data: self.transform(data).permute(*order))
+
+    def store(self, value):
+        if self.slot.readers or self.slot.copying:
+            raise ProtocolError("a slot was stored to while it is in use")
+        self.slot.unfenced = threading.current_thread()
+        self.data.copy_(value.data)
+
+
+class Allocation:
+    """Slots or barriers in shared memory."""
+
+    def __init__(self, dtype, shape):
+        self.dtype = dtype
+        self.shape = shape
+        self.items = [Barrier() if dtype is gl.int64 else Slot(shape[1:], dtype) for _ in range(shape[0])]
+
+    def index(self, index):
+        item = self.items[index]
+        return View(item) if isinstance(item, Slot) else item
+
+
+class Descriptor:
+    """A TMA descriptor over a tensor [batch, tokens, heads, width]."""
+
+    def __init__(self, host):
+        self.tensor = host.base
+        self.layout = host.layout
+        self.dtype = host.base.dtype
+        size = host.base.element_size()
+        for stride, extent in zip(host.strides[:3], host.shape, strict=False):
+            if extent > 1 and stride * size % 16:
+                raise ProtocolError("a stride that TMA refuses")
+        elements = 1
+        for extent in host.block_shape:
+            elements *= extent
+        self.block_type = types.SimpleNamespace(shape=host.block_shape, nbytes=elements * size)
+
+    def _clipped(self, coordinates):
+        batch, token, head, column = coordinates
+        _, rows, _, width = self.block_type.shape
+        end = min(token + rows, self.tensor.shape[1])
+        view = self.tensor[batch, min(token, end) : end, head, column : column + width]
+        return view, (0, slice(0, view.shape[0]), 0, slice(0, view.shape[1]))
+
+    def read(self, coordinates, slot):
+        view, place = self._clipped(coordinates)
+        slot.data.zero_()
+        slot.data[place] = view
+
+    def write(self, coordinates, slot):
+        view, place = self._clipped(coordinates)
+        view.copy_(slot.data[place])
+
+
+class Product:
+    """An asynchronous matrix product: computed when it is waited for, from what shared memory holds then."""
+
+    def __init__(self, a, b, accumulator, accumulate):
+        self.operands = a, b
+        self.accumulator = accumulator
+        self.accumulate = accumulate
+        self.result = None
+        for operand in self.operands:
+            if isinstance(operand, View):
+                if operand.slot.copying or operand.slot.unfenced:
+                    raise ProtocolError("a tile is read before it arrived")
+                operand.slot.readers += 1
+
+    def finish(self):
+        a, b = self.operands
+        product = a.data.float() @ b.data.float()
+        if self.accumulate:
+            product = product + self.accumulator.data
+        self.result = Value(product, self.accumulator.type.layout)
+        for operand in self.operands:
+            if isinstance(operand, View):
+                operand.slot.readers -= 1
+
+
+class Group(threading.Thread):
+    """A warp group: a thread that runs while it holds the multiprocessor's baton."""
+
+    def __init__(self, sm, function, arguments):
+        super().__init__(daemon=True)
+        self.sm = sm
+        self.function = function
+        self.arguments = arguments
+        self.baton = threading.Semaphore(0)
+        self.ready = lambda: True
+        self.done = False
+        self.error = None
+        self.products = []
+        self.stores = []
+        self.together = False
+
+    def run(self):
+        self.baton.acquire()
+        try:
+            if not self.sm.aborted:
+                self.function(*self.arguments)
+        except _AbortError:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.sm.baton.release()
+
+    def pause(self, ready=lambda: True):
+        self.ready = ready
+        self.sm.baton.release()
+        self.baton.acquire()
+        if self.sm.aborted:
+            raise _AbortError
+
+
+class Multiprocessor:
+    """Runs programs of ``kernel`` one after another, in an order of events that ``seed`` decides.
+
+    ``replace``, given the functions' globals, returns one of them changed.
+    """
+
+    def __init__(self, kernel, seed, replace=None):
+        self.random = random.Random(seed)
+        self.baton = threading.Semaphore(0)
+        self.aborted = False
+        self.current = None
+        self.copies = []
+        self.loaded = []
+        module = kernel.fn.__globals__
+        fakes = self._language()
+        self.globals = dict(module)
+        for name, value in module.items():
+            if isinstance(value, GluonJITFunction):
+                self.globals[name] = types.FunctionType(value.fn.__code__, self.globals, name, value.fn.__defaults__)
+        self.globals |= fakes
+        if replace is not None:
+            function = replace(self.globals)
+            self.globals[function.__name__] = function
+        self.kernel = types.FunctionType(kernel.fn.__code__, self.globals, kernel.fn.__name__)
+
+    def __getitem__(self, grid):
+        def launch(*arguments, num_warps, **constants):
+            assert num_warps == 4
+            prepared = []
+            for argument in arguments:
+                if hasattr(argument, "block_shape"):
+                    argument = Descriptor(argument)
+                elif isinstance(argument, torch.Tensor):
+                    argument = Pointer(argument.view(-1))
+                prepared.append(argument)
+            self.num_programs = grid[0]
+            for self.program in range(grid[0]):
+                self.allocations = []
+                self.kernel(*prepared, **constants)
+
+        return launch
+
+    def _specialize(self, partitions, warps, registers):
+        self.groups = [Group(self, function, arguments) for function, arguments in partitions]
+        for group in self.groups:
+            group.start()
+        try:
+            while not all(group.done for group in self.groups):
+                ready = [group for group in self.groups if not group.done and group.ready()]
+                events = ready + self.copies
+                if not events:
+                    raise ProtocolError("deadlock")
+                event = self.random.choice(events)
+                if isinstance(event, Group):
+                    self.current = event
+                    event.baton.release()
+                    self.baton.acquire()
+                    if event.error is not None:
+                        raise event.error
+                else:
+                    self.copies.remove(event)
+                    event()
+        finally:
+            self.aborted = True
+            for group in self.groups:
+                if not group.done:
+                    group.baton.release()
+                group.join()
+            self.aborted = False
+            self.current = None
+        if self.copies:
+            raise ProtocolError("a copy was never waited for")
+
+    # What the kernel calls.
+
+    def _wait(self, barrier, phase):
+        self.current.pause(lambda: barrier.passes(phase))
+        self.current.together = False
+
+    def _arrive(self, barrier, count=1):
+        if not self.current.together:
+            raise ProtocolError("an arrival that not all warps stand behind")
+        barrier.arrive()
+        self.current.pause()
+
+    def _expect(self, barrier, num_bytes):
+        barrier.arrive(num_bytes)
+
+    def _load(self, descriptor, coordinates, barrier, view):
+        slot = view.slot
+        if slot.readers or slot.copying or slot.unfenced:
+            raise ProtocolError("a tile was overwritten while it is in use")
+        slot.data.fill_(float("nan"))
+        slot.copying = True
+        self.loaded.append((self.program, tuple(coordinates)))
+
+        def arrive():
+            descriptor.read(coordinates, slot)
+            slot.copying = False
+            barrier.arrived(descriptor.block_type.nbytes)
+
+        self.copies.append(arrive)
+        self.current.pause()
+
+    def _store(self, descriptor, coordinates, view):
+        if view.slot.unfenced or not self.current.together:
+            raise ProtocolError("the copy engine reads what was not fenced")
+        view.slot.readers += 1
+        self.current.stores.append((descriptor, list(coordinates), view.slot))
+        self.current.pause()
+
+    def _store_wait(self, pending):
+        for descriptor, coordinates, slot in self.current.stores:
+            descriptor.write(coordinates, slot)
+            slot.readers -= 1
+        self.current.stores.clear()
+        self.current.together = False
+
+    def _fence(self):
+        for allocation in self.allocations:
+            for item in allocation.items:
+                if isinstance(item, Slot) and item.unfenced is threading.current_thread():
+                    item.unfenced = None
+        if self.current is not None:
+            self.current.together = False
+
+    def _barrier(self):
+        if self.current is not None:
+            self.current.together = True
+
+    def _multiply(self, a, b, accumulator, *, use_acc=True, is_async=False):
+        assert is_async
+        if isinstance(accumulator, Product):
+            raise ProtocolError("a product accumulates onto one that was not waited for")
+        product = Product(a, b, accumulator, use_acc)
+        self.current.products.append(product)
+        self.current.pause()
+        return product
+
+    def _multiply_wait(self, outstanding, deps):
+        self.current.pause()
+        while len(self.current.products) > outstanding:
+            self.current.products.pop(0).finish()
+        self.current.together = False
+        results = [dep.result if isinstance(dep, Product) else dep for dep in deps]
+        if any(result is None for result in results):
+            raise ProtocolError("a product was read before it was done")
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _allocate(self, dtype, shape, layout):
+        self.allocations.append(Allocation(dtype, shape))
+        return self.allocations[-1]
+
+    def _language(self):
+        def full(shape, value, dtype, layout):
+            return Value(torch.full(shape, value, dtype=_DTYPES[dtype]), layout)
+
+        def where(condition, a, b):
+            like = a if isinstance(a, Value) else b
+            return Value(torch.where(condition.data, _tensor(a, like), _tensor(b, like)), like.type.layout)
+
+        def _tensor(value, like):
+            return value.data if isinstance(value, Value) else torch.tensor(value, dtype=like.dtype)
+
+        def load(pointer):
+            return Value(pointer.tensor[pointer.offset])
+
+        def store(pointer, value, mask):
+            pointer.tensor[pointer.offset[mask.data].long()] = value.data[mask.data]
+
+        def extreme(function):
+            return lambda a, b: Value(function(a.data, torch.as_tensor(_raw(b), dtype=a.dtype)), a.type.layout)
+
+        def unary(function):
+            return lambda a: Value(function(a.data), a.type.layout)
+
+        language = types.SimpleNamespace(
+            constexpr=gl.constexpr,
+            float32=gl.float32,
+            int32=gl.int32,
+            int64=gl.int64,
+            NVMMADistributedLayout=gl.NVMMADistributedLayout,
+            DotOperandLayout=gl.DotOperandLayout,
+            SliceLayout=gl.SliceLayout,
+            program_id=lambda axis: self.program,
+            num_programs=lambda axis: self.num_programs,
+            static_range=range,
+            arange=lambda start, end, layout: Value(torch.arange(start, end, dtype=torch.int32), layout),
+            full=full,
+            zeros=lambda shape, dtype, layout: full(shape, 0, dtype, layout),
+            where=where,
+            load=load,
+            store=store,
+            maximum=extreme(torch.maximum),
+            minimum=extreme(torch.minimum),
+            max=lambda a, axis: Value(a.data.amax(axis), a.type.layout),
+            sum=lambda a, axis: Value(a.data.sum(axis), a.type.layout),
+            exp2=unary(torch.exp2),
+            log2=unary(torch.log2),
+            abs=unary(torch.abs),
+            expand_dims=lambda a, axis: Value(a.data.unsqueeze(axis), a.type.layout),
+            convert_layout=lambda a, layout: Value(a.data, layout),
+            allocate_shared_memory=self._allocate,
+            warp_specialize=self._specialize,
+        )
+        barriers = types.SimpleNamespace(
+            MBarrierLayout=lambda: None,
+            init=lambda barrier, count: barrier.initialise(count),
+            wait=self._wait,
+            arrive=self._arrive,
+            expect=self._expect,
+        )
+        return {
+            "gl": language,
+            "mbarrier": barriers,
+            "tma": types.SimpleNamespace(store_wait=self._store_wait),
+            "warpgroup_mma": self._multiply,
+            "warpgroup_mma_wait": self._multiply_wait,
+            "fence_async_shared": self._fence,
+            "_barrier": self._barrier,
+            "_load": self._load,
+            "_store": self._store,
+            # gl.constexpr outside a compiler is a box.
+            "LOG2_E": 1.4426950408889634,
+            "LN_2": 0.6931471805599453,
+        }
