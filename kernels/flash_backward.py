@@ -511,7 +511,7 @@ def _launch(
     delta, lse_log2 = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
     # delta does not care where a sequence ends: packed rows are one long sequence.
     rows, delta_batch = lse.shape[-1], batch if lse.dim() == 3 else 1
-    block_m = max(16, min(128, 8192 // block_dv))
+    block_m = max(16, min(128, 4096 // block_dv))
     programs = triton.cdiv(rows, block_m) * heads * delta_batch
     if programs > 0:
         flash_delta_kernel[(programs,)](

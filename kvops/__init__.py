@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
 from kvops.ops.attention import flash_attention, flash_attention_backward
 from kvops.ops.eviction import compact, select_blocks
+from kvops.ops.merge import merge_attention, merge_attention_backward
 from kvops.ops.paged import paged_append, paged_attention, paged_schedule
 from kvops.ops.registry import backend
 from kvops.ops.scores import attention_scores, attention_scores_varlen
@@ -34,6 +35,8 @@ __all__ = [
     "flash_attention_backward",
     "flash_attention_varlen",
     "flash_attention_varlen_backward",
+    "merge_attention",
+    "merge_attention_backward",
     "paged_append",
     "paged_attention",
     "paged_schedule",

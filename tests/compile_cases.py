@@ -272,3 +272,14 @@ def flash_attention_packed():
 
 
 CASES += [CompileCase("flash-packed-fp16-d64", flash_attention_packed, matrix=FLASH_KERNELS)]
+
+
+def merge_attention_bf16():
+    from kvops.kernels.merge_attention import merge_attention, merge_attention_backward
+
+    out, lse = torch.empty(2, 4096, 16, 128, dtype=torch.bfloat16), torch.empty(2, 16, 4096)
+    merge_attention(out, lse, out, lse)
+    merge_attention_backward(out, out, lse, out, lse, dlse=lse)
+
+
+CASES += [CompileCase("merge-attention", merge_attention_bf16)]

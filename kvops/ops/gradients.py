@@ -14,8 +14,11 @@ from kvops.ops.registry import LIBRARY
 
 
 def last_contiguous(gradient: Tensor) -> Tensor:
-    """Autograd hands in expanded gradients (of a sum, say); the operator wants the last dimension contiguous."""
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    """Autograd hands in expanded gradients (of a sum, say); the operators want the last dimension contiguous.
+
+    A copy, as ``contiguous()`` returns an empty expanded tensor as it is.
+    """
+    return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=torch.contiguous_format)
 
 
 class _Attention(torch.autograd.Function):

@@ -1,0 +1,141 @@
+"""merge_attention: schema, checks, fake, gradient and the public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvops import checks
+from kvops.eager import merge as eager
+from kvops.ops.dense import DENSE, PACKED
+from kvops.ops.gradients import last_contiguous
+from kvops.ops.registry import LIBRARY, register
+
+
+def _check_part(name: str, tensor: Tensor, out_a: Tensor) -> None:
+    layout = DENSE if out_a.dim() == 4 else PACKED
+    checks.expect_dtype(name, tensor, *checks.FLOAT_DTYPES)
+    checks.expect_same_dtype(name, tensor, "out_a", out_a)
+    checks.expect_shape(name, tensor, layout, *out_a.shape)
+    checks.expect_same_device(name, tensor, "out_a", out_a)
+    checks.expect_last_contiguous(name, tensor)
+
+
+def _check_lse(name: str, lse: Tensor, out_a: Tensor) -> None:
+    *batch, tokens, heads, _ = out_a.shape
+    layout = "[batch, heads, seqlen]" if batch else "[heads, total_tokens]"
+    checks.expect_dtype(name, lse, torch.float32)
+    checks.expect_shape(name, lse, layout, *batch, heads, tokens)
+    checks.expect_same_device(name, lse, "out_a", out_a)
+    checks.expect_last_contiguous(name, lse)
+
+
+def _check_forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    checks.expect_rank("out_a", out_a, PACKED if out_a.dim() == 3 else DENSE)
+    _check_part("out_a", out_a, out_a)
+    checks.expect_at_least("out_a.shape[-1] (head_dim)", out_a.shape[-1], 1)
+    _check_lse("lse_a", lse_a, out_a)
+    _check_part("out_b", out_b, out_a)
+    _check_lse("lse_b", lse_b, out_a)
+
+
+def _check_backward(
+    dout: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, dlse: Tensor | None = None
+) -> None:
+    _check_forward(out_a, lse_a, out_b, lse_b)
+    _check_part("dout", dout, out_a)
+    if dlse is not None:
+        _check_lse("dlse", dlse, out_a)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _fake_forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(out_a), _like(lse_a)
+
+
+def _fake_backward(
+    dout: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, dlse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(out_a), _like(lse_a), _like(out_b), _like(lse_b)
+
+
+_forward_op = register(
+    "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    check=_check_forward,
+    fake=_fake_forward,
+    eager=eager.merge_attention,
+    kernel="kvops.kernels.merge_attention:merge_attention",
+    differentiable=True,
+)
+
+_backward_op = register(
+    "merge_attention_backward(Tensor dout, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, *, "
+    "Tensor? dlse=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check_backward,
+    fake=_fake_backward,
+    eager=eager.merge_attention_backward,
+    kernel="kvops.kernels.merge_attention:merge_attention_backward",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return None, None, None, None
+    inputs = ctx.saved_tensors
+    dout = torch.zeros_like(inputs[0]) if dout is None else last_contiguous(dout)
+    return _backward_op(dout, *inputs, dlse=None if dlse is None else last_contiguous(dlse))
+
+
+torch.library.register_autograd("kvops::merge_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact attention over the union of two disjoint sets of keys, differentiable in all four arguments.
+
+    Shared prefixes, split caches and context parallelism attend to their parts on their own and merge. A sink may have
+    joined one of the parts, not both.
+
+    Args:
+        out_a: ``[B, S, H, Dv]``, or ``[T, H, Dv]`` packed; float16, bfloat16 or float32; any strides but the last.
+        lse_a: ``[B, H, S]`` or ``[H, T]``, float32, from the same call of :func:`kvops.flash_attention`.
+        out_b, lse_b: the other part, in the same shapes and dtypes.
+
+    Returns:
+        out and lse in the shapes and dtypes of the parts. A row that is empty in both has out 0 and lse -inf.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: dtypes that do not fit.
+
+    Online softmax (Milakov and Gimelshein, 2018, arXiv:1805.02867).
+    """
+    return _forward_op(out_a, lse_a, out_b, lse_b)
+
+
+def merge_attention_backward(
+    dout: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, dlse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of :func:`merge_attention`.
+
+    Args:
+        dout: the gradient of out, in its shape and dtype.
+        out_a, lse_a, out_b, lse_b: the inputs of the forward.
+        dlse: the gradient of lse, float32, None for 0.
+
+    Returns:
+        dout_a, dlse_a, dout_b, dlse_b.
+
+    Raises:
+        ValueError, TypeError: as :func:`merge_attention`.
+    """
+    return _backward_op(dout, out_a, lse_a, out_b, lse_b, dlse=dlse)

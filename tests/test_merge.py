@@ -1,0 +1,146 @@
+"""merge_attention: two attentions over disjoint keys are one over all of them, forward and backward."""
+
+import pytest
+import torch
+from oracle import assert_accurate, attention
+
+import kvops
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """``torch.empty`` comes filled with NaN: what nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def parts(dtype=torch.float64, head_dim=40):
+    """Two parts of five heads, 9 queries; row 2 is empty in a, row 3 in b, row 4 in both."""
+    q, k, v = (torch.randn(2, tokens, 5, head_dim, dtype=torch.float64) for tokens in (9, 12, 12))
+    mask = torch.rand(9, 12) < 0.7
+    mask[2, :7], mask[3, 7:], mask[4] = False, False, False
+    whole = attention(q, k, v, mask=mask)[:2]
+    a = attention(q, k[:, :7], v[:, :7], mask=mask[:, :7])[:2]
+    b = attention(q, k[:, 7:], v[:, 7:], mask=mask[:, 7:])[:2]
+    inputs = [x.to(dtype) for x in (*a, *b)]
+    return whole, [x.float() if x.dim() == 3 else x for x in inputs] if dtype != torch.float64 else inputs
+
+
+def written_out(out_a, lse_a, out_b, lse_b):
+    """The union in the dtype of its inputs, with autograd."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)
+    weights = ((x - finite).exp().transpose(-2, -1).unsqueeze(-1) for x in (lse_a, lse_b))
+    out = sum(x.to(lse.dtype) * weight for x, weight in zip((out_a, out_b), weights, strict=True))
+    return out.to(out_a.dtype), lse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_two_parts_are_the_whole(backend, dtype):
+    (whole, whole_lse), inputs = parts(dtype)
+    out, lse = kvops.merge_attention(*inputs)
+    same, same_lse = written_out(*inputs)
+    assert out.dtype == dtype
+    assert_accurate(out, whole, same, "out")
+    assert_accurate(lse, whole_lse, same_lse, "lse")
+    assert (out[:, 4] == 0).all()
+    assert (lse[..., 4] == float("-inf")).all()
+
+
+def packed(x):
+    return x.flatten(0, 1) if x.dim() == 4 else x.transpose(0, 1).flatten(1)
+
+
+def test_packed_parts_are_merged_the_same(backend):
+    _, inputs = parts(torch.float32)
+    expected = kvops.merge_attention(*inputs)
+    actual = kvops.merge_attention(*map(packed, inputs))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, packed(other))
+
+
+def test_views_are_read_in_place(backend):
+    _, inputs = parts(torch.float32)
+    expected = kvops.merge_attention(*inputs)
+    views = []
+    for x in inputs:
+        holder = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan")).transpose(0, 1).contiguous().transpose(0, 1)
+        holder[..., : x.shape[-1]] = x
+        views.append(holder[..., : x.shape[-1]])
+    torch.testing.assert_close(kvops.merge_attention(*views), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("through", ["out", "lse", "both"])
+def test_the_gradient_agrees_with_float64(backend, dtype, through):
+    _, inputs = parts(dtype)
+    dout, dlse = torch.randn(inputs[0].shape).to(dtype), torch.randn(inputs[1].shape)
+    gradients = {"out": (dout, None), "lse": (None, dlse), "both": (dout, dlse)}[through]
+
+    def gradient(function, inputs):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        chosen = [(y, g.to(y.dtype)) for y, g in zip(function(*leaves), gradients, strict=True) if g is not None]
+        outputs, outer = zip(*chosen, strict=True)
+        found = torch.autograd.grad(outputs, leaves, outer, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+
+    def reference(out_a, lse_a, out_b, lse_b):
+        # Autograd knows no gradient of -inf: such a part is far below the other instead.
+        return written_out(out_a, lse_a.clamp(min=-1e4), out_b, lse_b.clamp(min=-1e4))
+
+    actual = gradient(kvops.merge_attention, inputs)
+    exact, same = gradient(reference, [x.double() for x in inputs]), gradient(reference, inputs)
+    for value in (*exact, *same):  # the row that is empty in both parts has no gradient
+        (value[:, 4] if value.dim() == 4 else value[..., 4]).zero_()
+    for name, *values in zip(("dout_a", "dlse_a", "dout_b", "dlse_b"), actual, exact, same, strict=True):
+        assert_accurate(*values, name)
+
+
+def test_attention_in_two_parts_trains_like_the_whole(backend):
+    q, k, v = (torch.randn(1, tokens, 2, 16, requires_grad=True) for tokens in (5, 40, 40))
+    weight = torch.randn(1, 5, 2, 16)
+    out, lse = kvops.flash_attention(q, k, v)
+    expected = torch.autograd.grad((out * weight).sum() + lse.sum(), (q, k, v))
+    halves = [kvops.flash_attention(q, k[:, rows], v[:, rows]) for rows in (slice(0, 25), slice(25, 40))]
+    out, lse = kvops.merge_attention(*halves[0], *halves[1])
+    actual = torch.autograd.grad((out * weight).sum() + lse.sum(), (q, k, v))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 16), (1, 0, 2, 16), (0, 2, 16)])
+def test_nothing_to_merge(backend, shape):
+    out, lse = torch.zeros(shape), torch.zeros(*shape[:-3], shape[-2], shape[-3])
+    merged, merged_lse = kvops.merge_attention(out.requires_grad_(), lse, out, lse)
+    assert merged.shape == out.shape
+    assert merged_lse.shape == lse.shape
+    (gradient,) = torch.autograd.grad(merged.sum(), out)
+    assert gradient.shape == out.shape
+
+
+def test_is_a_well_formed_operator(backend):
+    inputs = [x[:1, ..., :3].contiguous() for x in parts(torch.float32)[1]]
+    inputs[0], inputs[2] = (torch.randn(1, 3, 5, 16) for _ in range(2))
+    dout, dlse = torch.randn_like(inputs[0]), torch.randn_like(inputs[1])
+    torch.library.opcheck(torch.ops.kvops.merge_attention_backward.default, (dout, *inputs), {"dlse": dlse})
+    torch.library.opcheck(torch.ops.kvops.merge_attention.default, tuple(x.requires_grad_() for x in inputs))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.zeros(4, 16)}, ValueError, r"out_a: expected 4 dimensions .*got shape \[4, 16\]"),
+        ({0: torch.zeros(2, 5, 4, 16).double()}, TypeError, r"out_a: expected dtype float16 or .*got float64"),
+        ({1: torch.zeros(2, 5, 4)}, ValueError, r"lse_a: expected shape .*\[2, 4, 5\], got \[2, 5, 4\]"),
+        ({2: torch.zeros(2, 5, 4, 8)}, ValueError, r"out_b: expected shape .*got \[2, 5, 4, 8\]"),
+        ({2: torch.zeros(2, 5, 4, 16).half()}, TypeError, r"out_b: expected the dtype of out_a, float32, got float16"),
+        ({3: torch.zeros(2, 4, 5).half()}, TypeError, r"lse_b: expected dtype float32, got float16"),
+    ],
+)
+def test_bad_input_is_refused(change, error, message):
+    arguments = [torch.zeros(2, 5, 4, 16), torch.zeros(2, 4, 5), torch.zeros(2, 5, 4, 16), torch.zeros(2, 4, 5)]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(error, match=message):
+        kvops.merge_attention(*arguments)
