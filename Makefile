@@ -21,9 +21,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Torch first and by its exact version: pip then takes a CPU build where one is at hand, and nothing upgrades it later.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-# One test process for each of two cores; a thread each, or the processes would fight for the cores.
+# One test process for each of two cores; a thread each, or the processes would fight for the cores. A file stays in one
+# process: the real model is loaded once. (xdist_group would be finer, but pytest-xdist 3.8 loses it under pytest 9.2.)
 WORKERS ?= 2
-PYTEST ?= -n $(WORKERS) --dist loadgroup --durations=10
+PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: help setup test demo bench lint format clean
 

@@ -40,10 +40,10 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items) -> None:
-    """Keep the tests of the real model in one process: loading it takes longer than most of them."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.get_closest_marker("model"):
-                item.add_marker(pytest.mark.xdist_group("model"))
+def pytest_collection_modifyitems(items) -> None:
+    """The files with the longest tests first, so that no process is left with them at the end of a parallel run."""
+    rank: dict[pathlib.Path, int] = {}
+    for item in items:
+        own = next((place for place, mark in enumerate(("model", "compile")) if item.get_closest_marker(mark)), 2)
+        rank[item.path] = min(own, rank.get(item.path, own))
+    items.sort(key=lambda item: rank[item.path])

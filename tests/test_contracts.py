@@ -21,6 +21,13 @@ flash_attention(q, k, v, *, causal=False, window_left=-1, window_right=-1, scale
     alibi_slopes=None) -> (out, lse)
 flash_attention_backward(dout, q, k, v, out, lse, *, causal=False, window_left=-1, window_right=-1, scale=None,
     softcap=0.0, sinks=None, alibi_slopes=None, dlse=None) -> (dq, dk, dv, dsinks)
+flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False,
+    window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None) -> (out, lse)
+flash_attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+    causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None, dlse=None)
+    -> (dq, dk, dv, dsinks)
+merge_attention(out_a, lse_a, out_b, lse_b) -> (out, lse)
+merge_attention_backward(dout, out_a, lse_a, out_b, lse_b, *, dlse=None) -> (dout_a, dlse_a, dout_b, dlse_b)
 paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, positions=None!, token_positions=None,
     scores=None!, k_scale=None, v_scale=None) -> ()
 paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, causal=True, window_left=-1,
@@ -29,6 +36,9 @@ paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, cau
 paged_schedule(seq_lens, block_size, *, num_programs=0) -> (schedule)
 attention_scores(q, k, lse, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0,
     alibi_slopes=None, query_start=0, skip_recent=0, reduce="sum", group="sum") -> (scores)
+attention_scores_varlen(q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False,
+    window_left=-1, window_right=-1, scale=None, softcap=0.0, alibi_slopes=None, query_start=0, skip_recent=0,
+    reduce="sum", group="sum") -> (scores)
 select_blocks(scores, block_tables, seq_lens, budget, *, positions=None, protect_first=0, protect_last=0,
     min_per_head=0, scope="head") -> (new_lens, keep)
 compact(k_cache!, v_cache!, block_tables, seq_lens!, keep, *, positions=None!, scores=None!) -> (freed)
@@ -39,7 +49,21 @@ verify_tree(target_logits, draft_tokens, parents, *, draft_probs=None, temperatu
 prompt_lookup(tokens, lens, *, num_draft, max_ngram=3, min_ngram=1) -> (draft_tokens, draft_lens)
 """
 
-DIFFERENTIABLE = {"flash_attention"}
+DIFFERENTIABLE = {"flash_attention", "flash_attention_varlen", "merge_attention"}
+
+# No release is without these.
+FOUNDATION = {
+    "attention_scores",
+    "compact",
+    "flash_attention",
+    "flash_attention_backward",
+    "paged_append",
+    "paged_attention",
+    "paged_schedule",
+    "prompt_lookup",
+    "select_blocks",
+    "verify_draft",
+}
 
 
 class Contract:
@@ -99,6 +123,40 @@ def attention_scores():
     _, lse = torch.ops.kvops.flash_attention(q, k, v, **keywords)
     del keywords["sinks"]
     return (q, k, lse), {**keywords, "query_start": 2, "skip_recent": 1, "reduce": "sumsq", "group": "max"}
+
+
+def packed():
+    lengths = int32(0, 2, 5), int32(0, 4, 7), 3, 4
+    q, k, v = torch.randn(5, HQ, D), torch.randn(7, HKV, D), torch.randn(7, HKV, DV)
+    return (q, k, v), lengths, {"causal": True, "window_right": 2, "sinks": torch.randn(HQ)}
+
+
+def flash_attention_varlen():
+    inputs, lengths, keywords = packed()
+    return (*inputs, *lengths), keywords
+
+
+def flash_attention_varlen_backward():
+    inputs, lengths, keywords = packed()
+    out, lse = torch.ops.kvops.flash_attention_varlen(*inputs, *lengths, **keywords)
+    return (torch.randn_like(out), *inputs, out, lse, *lengths), {**keywords, "dlse": torch.randn_like(lse)}
+
+
+def attention_scores_varlen():
+    (q, k, v), lengths, keywords = packed()
+    _, lse = torch.ops.kvops.flash_attention_varlen(q, k, v, *lengths, **keywords)
+    del keywords["sinks"]
+    return (q, k, lse, *lengths), {**keywords, "query_start": 1, "reduce": "max", "group": "mean"}
+
+
+def merge_attention():
+    a, b = (torch.randn(B, T, HQ, DV), torch.randn(B, HQ, T)), (torch.randn(B, T, HQ, DV), torch.randn(B, HQ, T))
+    return (*a, *b), {}
+
+
+def merge_attention_backward():
+    args, _ = merge_attention()
+    return (torch.randn_like(args[0]), *args), {"dlse": torch.randn_like(args[1])}
 
 
 def paged_append():
@@ -167,6 +225,11 @@ SAMPLES = {
     for function in (
         flash_attention,
         flash_attention_backward,
+        flash_attention_varlen,
+        flash_attention_varlen_backward,
+        merge_attention,
+        merge_attention_backward,
+        attention_scores_varlen,
         attention_scores,
         paged_append,
         paged_attention,
@@ -201,7 +264,7 @@ def kernel_functions() -> dict[str, str]:
     return targets
 
 
-every_operator = pytest.mark.parametrize("name", sorted(CONTRACT))
+every_operator = pytest.mark.parametrize("name", sorted(registered() | FOUNDATION))
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +273,9 @@ def _eager(monkeypatch):
 
 
 def test_every_registered_operator_has_a_contract_and_a_sample():
-    assert registered() == set(CONTRACT) == set(SAMPLES)
+    assert registered() >= FOUNDATION
+    assert registered() - set(CONTRACT) == set()
+    assert set(CONTRACT) == set(SAMPLES)
 
 
 @every_operator
