@@ -190,9 +190,9 @@ class GluonFlashForwardConfig:
 
 
 def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
-    """Chosen from the padded head size alone, 64, 128 or 256: tiles that neither spill nor exceed the shared memory.
+    """Chosen from the padded head size alone, 64, 128 or 256: tiles that fit and, with Triton 3.7, never spill.
 
-    (Up to Triton 3.7; 3.9 keeps some addresses of the 256 case in memory, outside the loops over the keys.)
+    3.6 and 3.9 keep a few scalars in memory for some masks, most often at 256; none is touched in the unmasked loop.
     """
     if width <= 64:
         return GluonFlashForwardConfig(64, 128, stages=3, consumer_registers=216, producer_registers=72)
