@@ -9,6 +9,7 @@ import kvops
 from kvops.models.config import Llama3RopeScaling, LlamaConfig
 from kvops.models.evaluate import forced_logits
 from kvops.models.generate import Compression, GenerationStats, decode, generate, new_cache, prefill, stream
+from kvops.models.linear import Linear
 from kvops.models.llama import Llama, rope_frequencies
 from kvops.policies import POLICIES, SnapKV
 
@@ -301,3 +302,16 @@ def test_a_missing_or_misshapen_weight_is_named():
     weights["model.embed_tokens.weight"] = torch.zeros(3, TINY.hidden_size)
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight to have shape \[97, 48\], got \[3, 48\]"):
         Llama(TINY, weights)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(1, 1), (1, 2), (3, 2), (2, 4), (0, 5)])
+def test_few_rows_are_multiplied_as_many_are(shape, bias, leading):
+    layer = Linear(shape[1], shape[0], bias=bias)
+    x = torch.randn(*leading, shape[1])
+    exact = layer.double()(x.double()) if bias else x.double() @ layer.weight.double().t()
+    with torch.no_grad():
+        actual = layer.float()(x)
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, exact.float(), rtol=1e-5, atol=1e-6)

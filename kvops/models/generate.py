@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -237,7 +237,7 @@ def stream(
     stop = frozenset(stop_tokens)
 
     started = time.perf_counter()
-    sampling = {
+    sampling: dict[str, Any] = {
         "temperature": torch.tensor(temperatures, dtype=torch.float32, device=device),
         "seed": torch.tensor(seeds, dtype=torch.int64, device=device),
     }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvops.models.config import LlamaConfig
+from kvops.models.linear import Linear
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, Hq, D]``"""
@@ -51,10 +52,10 @@ class LlamaLayer(nn.Module):
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
         # Projections that read the same input are one matrix: fewer, larger reads of the weights.
-        self.qkv = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -89,7 +90,7 @@ class Llama(nn.Module):
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.unembedding = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._lay_in(weights)
         device = self.embedding.weight.device
         positions = torch.arange(config.max_positions, dtype=torch.float32)

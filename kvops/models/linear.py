@@ -1,0 +1,28 @@
+"""A linear layer that reads its weights at full speed for the few rows of a decoding step on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` with another order of multiplication for one to six rows in float32 on a CPU.
+
+    Decoding is bound by reading the weights, and the BLAS that torch calls for ``x @ W.T`` reads them slowly when x has
+    few rows. ``W @ x.T`` with at least two rows does not: W [3072, 576], one thread of an AMD EPYC, torch 2.13:
+    0.68, 1.21, 0.84 and 0.97 ms for 1, 2, 4 and 6 rows against 0.40, 0.40, 0.60 and 0.78 ms. A matrix that is wider
+    than tall gains up to two rows only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        few = 6 if self.out_features >= self.in_features else 2
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < rows <= few or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        flat = x.reshape(rows, -1)
+        if rows == 1:
+            flat = flat.repeat(2, 1)
+        out = torch.mm(self.weight, flat.t())[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
