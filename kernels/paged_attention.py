@@ -19,96 +19,9 @@ from kvops.autotune.config import paged_attention_config
 from kvops.kernels.device import current_device
 from kvops.kernels.paged import as_bytes, list_strides, padded, slot_strides
 from kvops.kernels.paged_schedule import paged_schedule, schedule_unit
-from kvops.kernels.primitives import (
-    LN_2,
-    LOG2_E,
-    dot,
-    e4m3_to_float16,
-    log2_scores,
-    online_softmax_step,
-    page_address,
-)
-
-
-@triton.jit
-def _load_slots(cache_ptr, cell, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
-    """The rows [BLOCK_N, PADDED] at the offsets ``cell`` of a cache, 0 where not ``inside``."""
-    columns = tl.arange(0, PADDED)
-    rows = tl.load(
-        cache_ptr + cell[:, None] + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0
-    )
-    if cache_ptr.dtype.element_ty == tl.uint8:
-        values = e4m3_to_float16(rows).to(DTYPE)
-    else:
-        values = rows
-    return values
-
-
-@triton.jit
-def _cache_scale(scale, cache_ptr, scale_ptr, offset):
-    """``scale`` times what makes the cache's values of what ``_load_slots`` returns."""
-    if cache_ptr.dtype.element_ty == tl.uint8:
-        scale = scale * 256.0
-    if scale_ptr is not None:
-        scale = scale * tl.load(scale_ptr + offset)
-    return scale
-
-
-@triton.jit
-def _visible(
-    slots, inside, block, offset, query_slot, limit, oldest, token, new_slot, positions_ptr, stride_ps_block,
-    stride_ps_slot, tree_ptr, stride_mt, stride_mj, num_tokens, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """bool [BLOCK_M, BLOCK_N]: which slots the rows see."""
-    seen = inside[None, :] & (slots[None, :] < limit[:, None])
-    if HAS_WINDOW:
-        place = slots
-        if positions_ptr is not None:
-            place = tl.load(positions_ptr + block * stride_ps_block + offset * stride_ps_slot, mask=inside, other=0)
-        seen &= place[None, :] >= oldest[:, None]
-    if tree_ptr is not None:
-        new = slots - new_slot  # which of the new tokens, negative for older slots
-        cell = token.to(tl.int64)[:, None] * stride_mt + new[None, :] * stride_mj
-        in_tree = seen & (new >= 0)[None, :] & (new < num_tokens)[None, :]
-        allowed = tl.load(tree_ptr + cell, mask=in_tree, other=0)
-        seen &= (new < 0)[None, :] | (allowed != 0)
-    return seen
-
-
-@triton.jit
-def _row_limits(
-    rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt, num_tokens, window_left,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """What bounds the sight of each row (token * GROUP + head of the group): the slot of its query, the first slot that
-    it does not see any more, the oldest place in its window, its token, and the slot of the first new token."""
-    count = num_tokens
-    if q_lens_ptr is not None:
-        count = tl.minimum(tl.load(q_lens_ptr + batch * stride_nb), num_tokens)
-    token = rows // GROUP
-    new_slot = length - count
-    query_slot = new_slot + token
-    limit = tl.zeros_like(token) + length
-    if CAUSAL:
-        limit = tl.minimum(limit, query_slot + 1)
-    limit = tl.where(token < count, limit, 0)
-    oldest = query_slot - window_left
-    if HAS_WINDOW and query_positions_ptr is not None:
-        position = tl.load(
-            query_positions_ptr + batch * stride_qpb + token * stride_qpt, mask=token < num_tokens, other=0
-        )
-        oldest = position - window_left
-    return query_slot, limit, oldest, token, new_slot
-
-
-@triton.jit
-def _visible_range(limit, oldest, start, stop, HAS_WINDOW: tl.constexpr, BY_POSITION: tl.constexpr, UNIT: tl.constexpr):
-    """The part of the slots from ``start`` to ``stop`` that any of the rows may see; it begins at a unit."""
-    stop = tl.minimum(stop, tl.max(limit, 0))
-    if HAS_WINDOW and not BY_POSITION:
-        first = tl.min(tl.where(limit > 0, oldest, stop), 0)
-        start = tl.maximum(start, tl.maximum(first, 0) // UNIT * UNIT)
-    return start, stop
+from kvops.kernels.paged_scores import paged_scores_kernel
+from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visible_range, visible_slots
+from kvops.kernels.primitives import LN_2, LOG2_E, dot, log2_scores, online_softmax_step, page_address
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
@@ -219,11 +132,11 @@ def paged_attention_kernel(
             start = 0
             stop = length
 
-        query_slot, limit, oldest, token, new_slot = _row_limits(
+        query_slot, limit, oldest, token, new_slot = row_limits(
             rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt, num_tokens,
             window_left, GROUP, CAUSAL, HAS_WINDOW,
         )  # fmt: skip
-        start, stop = _visible_range(limit, oldest, start, stop, HAS_WINDOW, query_positions_ptr is not None, UNIT)
+        start, stop = visible_range(limit, oldest, start, stop, HAS_WINDOW, query_positions_ptr is not None, UNIT)
         query_head = head * GROUP + rows % GROUP
         columns = tl.arange(0, BLOCK_D)
         q = tl.load(  # [BLOCK_M, BLOCK_D]
@@ -234,7 +147,7 @@ def paged_attention_kernel(
             mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :],
             other=0.0,
         )
-        list_scale = _cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
+        list_scale = cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
         table = table_ptr + batch * stride_tb + head * stride_th
 
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -245,10 +158,10 @@ def paged_attention_kernel(
             inside = slots < stop
             block, offset = page_address(table, slots, inside, stride_tn, BLOCK_SIZE)
             k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
-            k = _load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q.dtype)  # [BLOCK_N, BLOCK_D]
+            k = load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q.dtype)  # [BLOCK_N, BLOCK_D]
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
             s, _ = log2_scores(s, 0, list_scale, softcap, 0.0, HAS_SOFTCAP, False)
-            seen = _visible(
+            seen = visible_slots(
                 slots, inside, block, offset, query_slot, limit, oldest, token, new_slot,
                 None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
                 None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
@@ -261,7 +174,7 @@ def paged_attention_kernel(
                 tl.store(stash_ptr + cell, s, mask=(rows < num_rows)[:, None] & (inside & (place < line))[None, :])
             p, rescale, m, l = online_softmax_step(s, m, l)
             v_cell = block * stride_vb + offset * stride_vs + head * stride_vh
-            v = _load_slots(v_ptr, v_cell, inside, VALUE_DIM, BLOCK_DV, q.dtype)  # [BLOCK_N, BLOCK_DV]
+            v = load_slots(v_ptr, v_cell, inside, VALUE_DIM, BLOCK_DV, q.dtype)  # [BLOCK_N, BLOCK_DV]
             acc = dot(p.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_DV]
 
         value_columns = tl.arange(0, BLOCK_DV)
@@ -274,7 +187,7 @@ def paged_attention_kernel(
             tl.store(partial_ptr + place[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=mask)
         else:
             weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
-            acc = acc * (weight * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))[:, None]
+            acc = acc * (weight * cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))[:, None]
             out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
             tl.store(out_ptr + out_row[:, None] + value_columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
             lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
@@ -369,152 +282,11 @@ def paged_merge_kernel(
         m = m_new
 
     weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
-    acc = acc * (weight * _cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))
+    acc = acc * (weight * cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))
     out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
     tl.store(out_ptr + out_row + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
     lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
     tl.store(lse_ptr + lse_cell + tl.arange(0, 1), lse)
-
-
-@triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
-def paged_scores_kernel(
-    q_ptr,
-    k_ptr,
-    table_ptr,
-    seq_lens_ptr,
-    q_lens_ptr,
-    positions_ptr,
-    query_positions_ptr,
-    tree_ptr,
-    k_scale_ptr,
-    schedule_ptr,
-    stash_ptr,
-    lse_ptr,
-    scores_ptr,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_tb,
-    stride_th,
-    stride_tn,
-    stride_lb,
-    stride_lh,
-    stride_nb,
-    stride_pb,
-    stride_ps,
-    stride_ph,
-    stride_qpb,
-    stride_qpt,
-    stride_mb,
-    stride_mt,
-    stride_mj,
-    stride_k_scale,
-    stride_lse_b,
-    stride_lse_h,
-    stride_sb,
-    stride_ss,
-    stride_sh,
-    num_tokens,
-    max_blocks,
-    lists,
-    coarse,
-    line,
-    window_left,
-    scale,
-    softcap,
-    decay,
-    LIST_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    UNIT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    REDUCE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """scores = decay * scores + the reduction of p over all rows, for every slot that a row sees: program (share, head
-    of a uniform cache) owns its slots. The log2 scores come from the stash, or from Q and K once more."""
-    program = tl.program_id(0)
-    axis_head = tl.program_id(1).to(tl.int64)
-    num_rows = num_tokens * GROUP
-    share = tl.load(schedule_ptr) * coarse
-    begin = program * share
-    end = tl.minimum(begin + share, tl.load(schedule_ptr + 1 + lists))
-    index = tl.load(schedule_ptr + 2 + lists + program * coarse)
-    while begin < end:
-        batch = (index // LIST_HEADS).to(tl.int64)
-        head = index % LIST_HEADS + axis_head
-        length = tl.load(seq_lens_ptr + batch * stride_lb + head * stride_lh)
-        length = tl.minimum(length, max_blocks * BLOCK_SIZE)
-        list_begin = tl.load(schedule_ptr + 1 + index)
-        list_end = tl.minimum(end, tl.load(schedule_ptr + 2 + index))
-        start = (begin - list_begin) * UNIT
-        stop = tl.minimum(length, (list_end - list_begin) * UNIT)
-        list_scale = _cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
-        table = table_ptr + batch * stride_tb + head * stride_th
-        for first in tl.range(start, stop, BLOCK_N):
-            slots = first + tl.arange(0, BLOCK_N)
-            inside = slots < stop
-            block, offset = page_address(table, slots, inside, stride_tn, BLOCK_SIZE)
-            if stash_ptr is None:
-                k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
-                k = _load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q_ptr.dtype.element_ty)
-            reduced = tl.zeros([BLOCK_N], tl.float32)
-            any_seen = tl.zeros([BLOCK_N], tl.int32)
-            for first_row in range(0, num_rows, BLOCK_M):
-                rows = first_row + tl.arange(0, BLOCK_M)
-                query_slot, limit, oldest, token, new_slot = _row_limits(
-                    rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt,
-                    num_tokens, window_left, GROUP, CAUSAL, HAS_WINDOW,
-                )  # fmt: skip
-                query_head = head * GROUP + rows % GROUP
-                seen = _visible(
-                    slots, inside, block, offset, query_slot, limit, oldest, token, new_slot,
-                    None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
-                    None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
-                    HAS_WINDOW,
-                )  # fmt: skip
-                if stash_ptr is not None:
-                    place = list_begin.to(tl.int64) * UNIT + slots
-                    cell = (axis_head * num_rows + rows)[:, None] * line + place[None, :]
-                    s = tl.load(stash_ptr + cell, mask=seen & (place < line)[None, :], other=float("-inf"))
-                else:
-                    columns = tl.arange(0, BLOCK_D)
-                    q = tl.load(
-                        q_ptr
-                        + batch * stride_qb
-                        + (token.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
-                        + columns[None, :],
-                        mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :],
-                        other=0.0,
-                    )
-                    s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
-                    s, _ = log2_scores(s, 0, list_scale, softcap, 0.0, HAS_SOFTCAP, False)
-                lse = tl.load(
-                    lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + token, mask=rows < num_rows, other=0.0
-                )
-                lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
-                p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
-                if REDUCE == "max":
-                    reduced = tl.maximum(reduced, tl.max(p, 0))
-                elif REDUCE == "sumsq":
-                    reduced += tl.sum(p * p, 0)
-                else:
-                    reduced += tl.sum(p, 0)
-                any_seen = tl.maximum(any_seen, tl.max(seen.to(tl.int32), 0))
-            cell = block * stride_sb + offset * stride_ss + head * stride_sh
-            updated = inside & (any_seen > 0)
-            score = tl.load(scores_ptr + cell, mask=updated, other=0.0)
-            tl.store(scores_ptr + cell, decay * score + reduced, mask=updated)
-        begin = list_end
-        index += 1
 
 
 def paged_attention(

@@ -1,0 +1,148 @@
+"""Scores of the slots of paged lists: the probabilities of attention reduced over all queries, once lse is known."""
+
+import triton
+import triton.language as tl
+
+from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visible_slots
+from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
+def paged_scores_kernel(
+    q_ptr,
+    k_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    q_lens_ptr,
+    positions_ptr,
+    query_positions_ptr,
+    tree_ptr,
+    k_scale_ptr,
+    schedule_ptr,
+    stash_ptr,
+    lse_ptr,
+    scores_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_tb,
+    stride_th,
+    stride_tn,
+    stride_lb,
+    stride_lh,
+    stride_nb,
+    stride_pb,
+    stride_ps,
+    stride_ph,
+    stride_qpb,
+    stride_qpt,
+    stride_mb,
+    stride_mt,
+    stride_mj,
+    stride_k_scale,
+    stride_lse_b,
+    stride_lse_h,
+    stride_sb,
+    stride_ss,
+    stride_sh,
+    num_tokens,
+    max_blocks,
+    lists,
+    coarse,
+    line,
+    window_left,
+    scale,
+    softcap,
+    decay,
+    LIST_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    REDUCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """scores = decay * scores + the reduction of p over all rows, for every slot that a row sees: program (share, head
+    of a uniform cache) owns its slots. The log2 scores come from the stash, or from Q and K once more."""
+    program = tl.program_id(0)
+    axis_head = tl.program_id(1).to(tl.int64)
+    num_rows = num_tokens * GROUP
+    share = tl.load(schedule_ptr) * coarse
+    begin = program * share
+    end = tl.minimum(begin + share, tl.load(schedule_ptr + 1 + lists))
+    index = tl.load(schedule_ptr + 2 + lists + program * coarse)
+    while begin < end:
+        batch = (index // LIST_HEADS).to(tl.int64)
+        head = index % LIST_HEADS + axis_head
+        length = tl.load(seq_lens_ptr + batch * stride_lb + head * stride_lh)
+        length = tl.minimum(length, max_blocks * BLOCK_SIZE)
+        list_begin = tl.load(schedule_ptr + 1 + index)
+        list_end = tl.minimum(end, tl.load(schedule_ptr + 2 + index))
+        start = (begin - list_begin) * UNIT
+        stop = tl.minimum(length, (list_end - list_begin) * UNIT)
+        list_scale = cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
+        table = table_ptr + batch * stride_tb + head * stride_th
+        for first in tl.range(start, stop, BLOCK_N):
+            slots = first + tl.arange(0, BLOCK_N)
+            inside = slots < stop
+            block, offset = page_address(table, slots, inside, stride_tn, BLOCK_SIZE)
+            if stash_ptr is None:
+                k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
+                k = load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q_ptr.dtype.element_ty)
+            reduced = tl.zeros([BLOCK_N], tl.float32)
+            any_seen = tl.zeros([BLOCK_N], tl.int32)
+            for first_row in range(0, num_rows, BLOCK_M):
+                rows = first_row + tl.arange(0, BLOCK_M)
+                query_slot, limit, oldest, token, new_slot = row_limits(
+                    rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt,
+                    num_tokens, window_left, GROUP, CAUSAL, HAS_WINDOW,
+                )  # fmt: skip
+                query_head = head * GROUP + rows % GROUP
+                seen = visible_slots(
+                    slots, inside, block, offset, query_slot, limit, oldest, token, new_slot,
+                    None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
+                    None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
+                    HAS_WINDOW,
+                )  # fmt: skip
+                if stash_ptr is not None:
+                    place = list_begin.to(tl.int64) * UNIT + slots
+                    cell = (axis_head * num_rows + rows)[:, None] * line + place[None, :]
+                    s = tl.load(stash_ptr + cell, mask=seen & (place < line)[None, :], other=float("-inf"))
+                else:
+                    columns = tl.arange(0, BLOCK_D)
+                    q = tl.load(
+                        q_ptr
+                        + batch * stride_qb
+                        + (token.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
+                        + columns[None, :],
+                        mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :],
+                        other=0.0,
+                    )
+                    s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+                    s, _ = log2_scores(s, 0, list_scale, softcap, 0.0, HAS_SOFTCAP, False)
+                lse = tl.load(
+                    lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + token, mask=rows < num_rows, other=0.0
+                )
+                lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
+                p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+                if REDUCE == "max":
+                    reduced = tl.maximum(reduced, tl.max(p, 0))
+                elif REDUCE == "sumsq":
+                    reduced += tl.sum(p * p, 0)
+                else:
+                    reduced += tl.sum(p, 0)
+                any_seen = tl.maximum(any_seen, tl.max(seen.to(tl.int32), 0))
+            cell = block * stride_sb + offset * stride_ss + head * stride_sh
+            updated = inside & (any_seen > 0)
+            score = tl.load(scores_ptr + cell, mask=updated, other=0.0)
+            tl.store(scores_ptr + cell, decay * score + reduced, mask=updated)
+        begin = list_end
+        index += 1
