@@ -30,7 +30,6 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "kvops.pool": ({"torch", "kvops.checks"}, set()),
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),
-    "kvops.sampling": ({"torch", "kvops.checks"}, set()),
     "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.pool"}, set()),
     "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies"}, set()),
     "kvops.nn": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, set()),
