@@ -86,8 +86,13 @@ def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: s
     elif head_dim <= 256 and arch in ("sm_90", "sm_100"):
         config = AttentionConfig(128, 64, 8, 2)
     else:
-        config = AttentionConfig(64 if head_dim <= 256 else 32, 32, 8, 1)
+        config = AttentionConfig(64, 32, 8, 1) if head_dim <= 256 else AttentionConfig(32, 16, 8, 1)
     return _clip_tile(config, num_queries)
+
+
+def _narrow_tile(arch: str) -> AttentionConfig:
+    """The smallest tile, for heads so wide that it alone fills the registers."""
+    return AttentionConfig(16, 16, 8 if arch.startswith("sm_") else 4, 1)
 
 
 def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:
@@ -95,7 +100,9 @@ def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> Atten
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(16, 32, 8, 1)
+        return AttentionConfig(16, 32, 8, 1) if head_dim <= 128 else _narrow_tile(arch)
+    if head_dim > 256:
+        return _narrow_tile(arch)
     if head_dim > 128:
         return AttentionConfig(32 if arch.startswith("sm_") else 16, 32, 8, 1)
     if arch == "sm_90":
@@ -110,7 +117,9 @@ def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
-        config = AttentionConfig(32, 16, 8, 1)
+        config = AttentionConfig(32, 16, 8, 1) if head_dim <= 128 else _narrow_tile(arch)
+    elif head_dim > 256:
+        config = _narrow_tile(arch)
     elif head_dim > 128:
         config = AttentionConfig(32, 32 if arch.startswith("sm_") else 16, 8, 1)
     else:
@@ -122,8 +131,8 @@ def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> Attentio
     """A program owns BLOCK_N keys and walks the queries; one matrix product a tile, so there is room for large ones."""
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
-    if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1)
+    if itemsize == 4 or head_dim > 256:
+        return AttentionConfig(32 if head_dim <= 128 else 16, 32, 8, 1)
     if arch == "sm_100":
         return AttentionConfig(64, 64, 8, 2 if head_dim <= 128 else 1)
     return AttentionConfig(64, 128, 8, 2) if head_dim <= 128 else AttentionConfig(64, 64, 8, 1)
