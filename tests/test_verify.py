@@ -62,13 +62,13 @@ def test_tokens_equal_one_at_a_time_verification(backend, device, V, with_probs)
         assert result[1].dtype == torch.int32
 
 
-@pytest.mark.parametrize("V", [2, 37, 1030])
+@pytest.mark.parametrize(("B", "V"), [(4, 1), (40, 5), (8, 1030)])
 @pytest.mark.parametrize("with_probs", [False, True])
-def test_block_verification_equals_the_published_algorithm(backend, device, V, with_probs):
-    B, T = 8, 4
+def test_block_verification_equals_the_published_algorithm(backend, device, B, V, with_probs):
+    T = 4
     logits, drafts, probs, seeds, steps = request_batch(B, T, V, seed=2)
     temperature = torch.tensor([1.0, 0.7, 1.3, 1.0]).repeat(B // 4)
-    lens = torch.tensor([4, 4, 4, 4, 0, 1, 2, 3], dtype=torch.int32)
+    lens = torch.tensor([4, 4, 4, 4, 3, 4, 4, 2, 4, 1], dtype=torch.int32).repeat(4)[:B]
     drafts[3, 2] = -1
     tokens, accepted = kvops.verify_draft(
         logits.to(device),
@@ -91,6 +91,26 @@ def test_block_verification_equals_the_published_algorithm(backend, device, V, w
         )
         assert tokens[b].tolist() == want + [-1] * (T + 1 - len(want))
         assert int(accepted[b]) == count
+
+
+def test_a_block_s_residual_counts_what_its_drafts_used_up(backend, device):
+    """The first draft has p / q = 0.7; behind it only token 0 exceeds q once p is weighed by 0.7, as it must be."""
+    B = 40
+    q = torch.full((B, 2, 8), 1 / 8)
+    p = torch.full((B, 3, 8), 1 / 8)
+    p[:, 0, 2] = 0.7 / 8
+    p[:, 1] = torch.tensor([0.4, 0.15, 0.15, 0.15, 0.14, 0.004, 0.004, 0.002])
+    tokens, accepted = kvops.verify_draft(
+        p.log().to(device),
+        torch.tensor([[2, 7]]).expand(B, 2).to(device),
+        draft_probs=q.to(device),
+        temperature=torch.ones(B, device=device),
+        seed=torch.arange(B, device=device),
+        method="block",
+    )
+    stopped = accepted == 1
+    assert int(stopped.sum()) > 5
+    assert (tokens[stopped][:, 1] == 0).all()
 
 
 def test_greedy_requests_are_the_same_in_both_methods(backend, device):

@@ -63,6 +63,27 @@ def test_walks_equal_one_child_at_a_time(backend, device, V, with_probs):
         assert int(accepted[b]) == len(want_path) - 1
 
 
+@pytest.mark.parametrize("with_probs", [False, True])
+def test_many_siblings_of_many_requests(monkeypatch, with_probs):
+    """Four siblings and a grandchild over five tokens: what each refusal leaves decides often, equal tokens too."""
+    trees = 30
+    logits, _, probs, seeds, steps = request_batch(trees, 6, 5)
+    logits = logits[:, :6]
+    parents = torch.tensor([-1, 0, 0, 0, 0, 2], dtype=torch.int32).expand(trees, 6)
+    probs = probs[:, [0, 0, 0, 0, 0, 2]]
+    drafts = torch.multinomial(probs.reshape(-1, 5), 1, generator=torch.Generator().manual_seed(3)).view(trees, 6)
+    sampling = {"temperature": torch.full((trees,), 1.5), "seed": seeds, "step": steps}
+    results = []
+    for interpret in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        results.append(
+            kvops.verify_tree(logits, drafts, parents, draft_probs=probs if with_probs else None, **sampling)
+        )
+    for eager_result, triton_result in zip(*results, strict=True):
+        assert torch.equal(eager_result, triton_result)
+    assert len(results[0][0][:, 1].unique()) >= 4
+
+
 def test_greedy_follows_the_argmax(backend, device):
     logits, drafts, parents, _, _, _ = tree_batch(50)
     best = logits.argmax(-1)
