@@ -70,7 +70,7 @@ def test_many_siblings_of_many_requests(monkeypatch, with_probs):
     logits, _, probs, seeds, steps = request_batch(trees, 6, 5)
     logits = logits[:, :6]
     parents = torch.tensor([-1, 0, 0, 0, 0, 2], dtype=torch.int32).expand(trees, 6)
-    probs = probs[:, [0, 0, 0, 0, 0, 2]]
+    probs = probs[:, [0, 0, 0, 0, 0, 2]].roll(1, 0)  # another tree's drafter, so that many are refused
     drafts = torch.multinomial(probs.reshape(-1, 5), 1, generator=torch.Generator().manual_seed(3)).view(trees, 6)
     sampling = {"temperature": torch.full((trees,), 1.5), "seed": seeds, "step": steps}
     results = []
