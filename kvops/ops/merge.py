@@ -128,9 +128,9 @@ def merge_attention_backward(
     """The gradient of :func:`merge_attention`.
 
     Args:
-        dout: the gradient of out, in its shape and dtype.
+        dout: the gradient of out, ``[B, S, H, Dv]`` or ``[T, H, Dv]`` as ``out_a``, in its dtype.
         out_a, lse_a, out_b, lse_b: the inputs of the forward.
-        dlse: the gradient of lse, float32, None for 0.
+        dlse: the gradient of lse, float32 ``[B, H, S]`` or ``[H, T]``, None for 0.
 
     Returns:
         dout_a, dlse_a, dout_b, dlse_b.
