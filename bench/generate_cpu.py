@@ -2,7 +2,7 @@
 
     python bench/generate_cpu.py --json bench/results/cpu/generate.json
 
-Two tasks: a question about a document (new words) and a request to repeat a passage of it (quoting, where prompt lookup
+Two tasks: a question about a document (new words) and a passage to give back corrected (quoting, where prompt lookup
 helps). Every contender must emit the same greedy tokens, or the run fails. Times are medians over the rounds, the first
 token apart from the rest; the ratios, not the times, are what carries over to another machine.
 """
@@ -29,11 +29,11 @@ from kvops.models.generate import stream
 from kvops.models.llama import Llama
 from kvops.models.loading import find_default_model, load
 
-PASSAGE = topics["context-managers"][:1200]
+PASSAGE = " ".join(topics["with"][20:800].split())
 DOCUMENT = topics["with"] + topics["try"]
 TASKS = {
     "question": f"{DOCUMENT}\n\nWhat is the try statement good for? Explain it in your own words.",
-    "quoting": f"Repeat the following text word for word.\n\n{PASSAGE}\n\nRepeat the text above word for word.",
+    "quoting": f"Correct the spelling of the following text and give the whole text back:\n\n{PASSAGE}",
 }
 
 Timed = tuple[list[int], float, float]

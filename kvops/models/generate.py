@@ -205,7 +205,7 @@ def stream(
         compression: of the cache; None keeps all of it.
         draft: ``"prompt_lookup"`` guesses up to ``num_draft`` tokens a step from earlier occurrences of the last
             ``max_ngram`` to ``min_ngram`` tokens and verifies them in one pass: the emitted tokens are distributed
-            exactly as without drafts.
+            exactly as without drafts. A prompt whose drafts are refused gets shorter ones.
         cache: an empty cache to use; None makes one that holds all prompts uncompressed.
         stats: filled in as the generation goes.
 
@@ -249,6 +249,7 @@ def stream(
         if compression:
             compression.apply(cache, [len(prompt)], slice(row, row + 1))
     lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
+    limit = torch.full_like(lens, num_draft)  # a draft may be about twice as long as what was last accepted
     no_draft = torch.empty((batch, 0), dtype=torch.int64, device=device)
     tokens, _ = verify_draft(model.logits(torch.cat(last_hidden)), no_draft, step=lens.long(), **sampling)
     history.scatter_(1, lens[:, None].long(), tokens)
@@ -282,7 +283,7 @@ def stream(
                 history, lens, num_draft=num_draft, min_ngram=min_ngram, max_ngram=max_ngram
             )
             left = torch.tensor([max_new_tokens - count - 1 for count in counts], dtype=torch.int32, device=device)
-            draft_lens = torch.minimum(draft_lens, left.clamp_min(0)) * running
+            draft_lens = torch.minimum(torch.minimum(draft_lens, limit), left.clamp_min(0)) * running
             if device.type == "cpu":  # reading a length costs nothing here; on a GPU every step has the same shape
                 drafts = drafts[:, : int(draft_lens.max())]
             q_lens = running + draft_lens
@@ -294,6 +295,7 @@ def stream(
         emitted = (accepted + 1) * running
         if draft_lens is not None:
             cache.rollback((draft_lens - accepted) * running)
+            limit = torch.where(draft_lens > 0, (2 * accepted + 1).clamp_max(num_draft), limit)
         columns = lens[:, None].long() + torch.arange(tokens.shape[1], device=device)
         history.scatter_(1, columns.clamp_max(history.shape[1] - 1), tokens)
         lens += emitted
