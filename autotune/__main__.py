@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvops.autotune.environments import UnreachableIndexError, environment, newest_triton
 from kvops.autotune.gates import CaseResult, load_cases, run_cases
 from kvops.autotune.inspect import TARGETS
 
@@ -32,15 +34,25 @@ def table(results: Sequence[CaseResult]) -> str:
                 f"{launch.spill_stores}/{launch.spill_loads}" if launch.spills else "",
                 launch.shared_memory,
                 instructions,
+                launch.waits or "",
+                launch.tma_loads or "",
                 launch.compile_seconds,
             )
-    headers = ("target", "case", "kernel", "warps", "stages", "registers", "spills st/ld", "shared", "matrix", "s")
+    headers = ("target", "case", "kernel", "warps", "stages", "regs", "spills", "shared", "matrix", "waits", "TMA", "s")
     return tabulate(rows.values(), headers=headers, floatfmt=".1f")
 
 
 def inspect(arguments: argparse.Namespace) -> int:
+    import triton
     from tqdm import tqdm
 
+    version = newest_triton() if arguments.triton == "newest" else arguments.triton
+    if version and version != triton.__version__:
+        command = [sys.executable, "-m", "kvops.autotune", "inspect", f"--only={arguments.only}"]
+        command += ["--cases", str(arguments.cases), "--targets", arguments.targets]
+        command += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
+        command += ["--json", str(arguments.json)] if arguments.json else []
+        return subprocess.run(command, env=environment(version)).returncode
     targets = arguments.targets.split(",")
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
@@ -57,6 +69,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         )
     )
     results.sort(key=lambda result: (result.target, result.case))
+    print(f"Triton {triton.__version__}")
     print(table(results))
     for result in results:
         for problem in result.problems:
@@ -66,6 +79,7 @@ def inspect(arguments: argparse.Namespace) -> int:
             {
                 "case": result.case,
                 "target": result.target,
+                "triton": triton.__version__,
                 "problems": result.problems,
                 "launches": [launch.as_json() for launch in result.launches],
             }
@@ -92,12 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     command.add_argument("--jobs", type=int, help="processes (default: one for each core)")
+    command.add_argument(
+        "--triton",
+        metavar="VERSION",
+        help="use this Triton, or the newest: installed once, below .cache/triton",
+    )
     command.add_argument("--json", type=Path, metavar="PATH", help="also write everything as JSON")
     command.set_defaults(run=inspect)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, UnreachableIndexError) as error:
         print(f"kvops.autotune: {error}", file=sys.stderr)
         return 2
 

@@ -14,6 +14,11 @@ from pathlib import Path
 
 from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch, compile_only
 
+_HAVE_TMA = ("sm_90", "sm_100", "sm_120")
+
+# Serialised products have one wait each; a wait for a whole tile follows several.
+_PRODUCTS_PER_WAIT = 2
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -46,7 +51,8 @@ def check_launches(case: CompileCase, target: str, launches: Sequence[CompiledLa
     """What is wrong with a case's launches on ``target``, in words.
 
     Shared memory within the limit, no spills unless the case accepts them there, matrix instructions wherever the
-    source multiplies 16-bit matrices and in every kernel that the case names.
+    source multiplies 16-bit matrices and in every kernel that the case names, TMA wherever the source loads through
+    descriptors (Hopper, Blackwell), and on Hopper HGMMA alone, not serialised, in the kernels that the case names.
     """
     problems = []
     if not launches:
@@ -61,7 +67,15 @@ def check_launches(case: CompileCase, target: str, launches: Sequence[CompiledLa
             problems.append(f"{where}: {spills}, {launch.stack} bytes of stack")
         if not launch.matrix_instructions and (launch.dots_16bit or launch.kernel in case.matrix):
             problems.append(f"{where}: no matrix instructions")
-    missing = set(case.matrix) - {launch.kernel for launch in launches}
+        if launch.descriptor_loads and target in _HAVE_TMA and not launch.tma_loads:
+            problems.append(f"{where}: no TMA load for {launch.descriptor_loads} loads through descriptors")
+        if target == "sm_90" and launch.kernel in case.warpgroup and launch.matrix_instructions:
+            warpgroup, others = launch.matrix_instructions.get("HGMMA", 0), launch.matrix_instructions.get("HMMA", 0)
+            if not warpgroup or others:
+                problems.append(f"{where}: {warpgroup} HGMMA and {others} HMMA, expected HGMMA only")
+            elif launch.waits * _PRODUCTS_PER_WAIT > warpgroup:
+                problems.append(f"{where}: {launch.waits} waits for {warpgroup} HGMMA: serialised")
+    missing = {*case.matrix, *case.warpgroup} - {launch.kernel for launch in launches}
     problems += [f"{kernel}: never launched" for kernel in sorted(missing)]
     return problems
 

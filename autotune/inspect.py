@@ -33,7 +33,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 # Raise it when `_facts` changes: the facts cached beside Triton's binaries carry this number in their name.
-_FACTS_VERSION = 1
+_FACTS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,10 @@ class CompiledLaunch:
     ``registers`` are per thread (AMD: vector registers, accumulation registers included), ``stack`` bytes per thread,
     ``spill_stores`` and ``spill_loads`` the instructions that move registers to and from that stack, ``shared_memory``
     bytes per program. ``matrix_instructions`` counts by family: HGMMA (Hopper), HMMA (Ampere's), UTCHMMA (Blackwell),
-    v_mfma (AMD) ... ``dots_16bit`` counts the matrix products of float16 or bfloat16 operands in the source.
+    v_mfma (AMD) ... ``waits`` counts Hopper's waits for them (``WARPGROUP.DEPBAR``; where there is one for each HGMMA
+    they run one after the other) and ``tma_loads`` the loads through tensor descriptors, 0 on GPUs without them.
+    ``dots_16bit`` and ``descriptor_loads`` count what the source asks for: matrix products of float16 or bfloat16
+    operands, and loads through tensor descriptors.
     """
 
     kernel: str
@@ -92,7 +95,10 @@ class CompiledLaunch:
     spill_stores: int
     spill_loads: int
     matrix_instructions: dict[str, int]
+    waits: int
+    tma_loads: int
     dots_16bit: int
+    descriptor_loads: int
     compile_seconds: float
     hash: str
 
@@ -109,12 +115,14 @@ class CompileCase:
     """A call whose launches are compiled for every target.
 
     ``function`` takes nothing and calls a launch function from ``kvops.kernels`` with CPU tensors. ``matrix`` names the
-    kernels that must use matrix instructions, ``may_spill`` the targets where spills are known and accepted.
+    kernels that must use matrix instructions, ``warpgroup`` those that must use Hopper's (HGMMA, asynchronous) for all
+    their products on Hopper, ``may_spill`` the targets where spills are known and accepted.
     """
 
     name: str
     function: Callable[[], object]
     matrix: tuple[str, ...] = ()
+    warpgroup: tuple[str, ...] = ()
     may_spill: tuple[str, ...] = ()
 
 
@@ -247,13 +255,16 @@ def _facts(kernel: Any, target: Target, seconds: float) -> dict[str, Any]:
         except ValueError:
             pass  # a damaged entry is a miss
     facts = _nvidia_facts(kernel.asm["cubin"]) if target.backend == "cuda" else _amd_facts(kernel.asm["amdgcn"])
-    facts["dots_16bit"] = len(_DOT_16BIT.findall(kernel.asm.get("ttir", "")))
+    source = kernel.asm.get("ttir", "")
+    facts["dots_16bit"] = len(_DOT_16BIT.findall(source))
+    facts["descriptor_loads"] = source.count("tt.descriptor_load")
     facts["compile_seconds"] = round(seconds, 3)
     manager.put(json.dumps(facts), name, binary=False)
     return facts
 
 
 _DOT_16BIT = re.compile(r"tt\.dot .*:\s*tensor<\d+x\d+xb?f16>")
+_WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\b")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 
@@ -280,6 +291,8 @@ def _nvidia_facts(cubin: bytes) -> dict[str, Any]:
         "spill_stores": opcodes["STL"],
         "spill_loads": opcodes["LDL"],
         "matrix_instructions": {name: count for name, count in sorted(opcodes.items()) if name.endswith("MMA")},
+        "waits": len(_WAIT.findall(sass)),
+        "tma_loads": opcodes["UTMALDG"],
     }
 
 
@@ -298,4 +311,6 @@ def _amd_facts(assembly: str) -> dict[str, Any]:
         "spill_stores": count("scratch_store"),
         "spill_loads": count("scratch_load"),
         "matrix_instructions": {name: count(name) for name in ("v_mfma", "v_wmma") if count(name)},
+        "waits": 0,
+        "tma_loads": 0,
     }

@@ -18,6 +18,8 @@ another compiles differently, but every constexpr branch that ships. For example
 tests/compile_cases.py`` prints what was compiled; ``tests/test_compile.py`` holds it to the limits of each target.
 """
 
+import re
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,6 +27,66 @@ import torch
 from kvops.autotune.inspect import CompileCase
 
 CASES: list[CompileCase] = []
+
+
+@dataclass(frozen=True)
+class KnownException:
+    """What ``kernel`` may do in ``case`` on ``target``, and why: so many spill instructions, serialised waits."""
+
+    target: str
+    case: str
+    kernel: str
+    reason: str
+    spills: int | None = None
+    serialised: bool = False
+
+    def covers(self, target: str, case: str, problem: str) -> bool:
+        if (target, case) != (self.target, self.case) or not problem.startswith(f"{self.kernel} ("):
+            return False
+        spilled = re.search(r": (\d+) spill stores, (\d+) spill loads", problem)
+        if spilled:
+            return self.spills is not None and sum(map(int, spilled.groups())) <= self.spills
+        return self.serialised and problem.endswith(": serialised")
+
+
+# The figures are the largest over Triton 3.6.0, 3.7.1 and 3.9.0.
+_THREE_LOOPS = (
+    "a window makes three loops over the keys, and ptxas (C7515) finds accumulators defined by other instructions in "
+    "the pipelined ones: 3.6.0 and 3.7.1 at every head size, 3.9.0 all but the forward at 64. Unpipelined loops "
+    "(one stage) are not serialised"
+)
+_WINDOW_SPILLS = (
+    "the tile does not spill without a window, which the choice of a tile does not know; half the keys do not spill "
+    "but half fill the products Q K^T of every mask"
+)
+_FORWARD, _QUERIES = "flash_forward_kernel", "flash_backward_queries_kernel"
+KNOWN_EXCEPTIONS = (
+    KnownException("sm_90", "flash-bf16-d64-window", _FORWARD, _THREE_LOOPS, serialised=True),
+    KnownException("sm_90", "flash-bf16-d64-window", _QUERIES, _THREE_LOOPS, serialised=True),
+    KnownException("sm_90", "flash-bf16-d128-window", _FORWARD, _THREE_LOOPS, serialised=True),
+    KnownException("sm_90", "flash-bf16-d128-window", _QUERIES, _THREE_LOOPS, serialised=True),
+    KnownException("sm_90", "flash-bf16-d256-window", _FORWARD, _THREE_LOOPS, serialised=True),
+    KnownException("sm_90", "flash-bf16-d128-window", _FORWARD, f"3.9.0, 9 + 23: {_WINDOW_SPILLS}", spills=32),
+    KnownException("sm_90", "flash-bf16-d256-window", _FORWARD, f"3.9.0, 20 + 33: {_WINDOW_SPILLS}", spills=53),
+    KnownException("sm_90", "flash-bf16-d256-full", _FORWARD, "3.9.0 alone, 2 + 2; 128 x 32 has none", spills=4),
+    KnownException(
+        "gfx942",
+        "flash-bf16-d64-window",
+        _FORWARD,
+        "3.9.0 reserves 20 bytes of stack that no instruction touches",
+        spills=0,
+    ),
+)
+
+
+def unexpected_problems(rows) -> list[str]:
+    """What ``inspect --json`` reports that no known exception covers."""
+    return [
+        f"{row['target']} {row['case']}: {problem}"
+        for row in rows
+        for problem in row["problems"]
+        if not any(known.covers(row["target"], row["case"], problem) for known in KNOWN_EXCEPTIONS)
+    ]
 
 
 def verify_draft_greedy():
@@ -220,10 +282,6 @@ def flash_attention_with_everything():
     dense_attention(torch.bfloat16, 64, **options)
 
 
-def flash_attention_head_dim_256():
-    dense_attention(torch.bfloat16, 256, causal=True, scores=False)
-
-
 def flash_attention_float32():
     dense_attention(torch.float32, 64, causal=True)
 
@@ -233,8 +291,21 @@ FLASH_KERNELS = ("flash_forward_kernel", "flash_backward_keys_kernel", "flash_ba
 CASES += [
     CompileCase("flash-fp16-d128", flash_attention_causal, matrix=(*FLASH_KERNELS, "attention_scores_kernel")),
     CompileCase("flash-bf16-d64-everything", flash_attention_with_everything, matrix=FLASH_KERNELS),
-    CompileCase("flash-bf16-d256", flash_attention_head_dim_256, matrix=FLASH_KERNELS),
     CompileCase("flash-fp32-d64", flash_attention_float32),
+]
+
+# Every default configuration under every kind of mask. No tile of the backward pass at head_dim 256 holds the 64 rows
+# of a Hopper product without spills.
+FLASH_MASKS = {"full": {}, "causal": {"causal": True}, "window": {"causal": True, "window_left": 1024}}
+CASES += [
+    CompileCase(
+        f"flash-bf16-d{head_dim}-{mask}",
+        partial(dense_attention, torch.bfloat16, head_dim, scores=False, **options),
+        matrix=FLASH_KERNELS,
+        warpgroup=FLASH_KERNELS if head_dim <= 128 else FLASH_KERNELS[:1],
+    )
+    for head_dim in (64, 128, 256)
+    for mask, options in FLASH_MASKS.items()
 ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compile_cases import CASES
+from compile_cases import CASES, KNOWN_EXCEPTIONS, unexpected_problems
 
 from kvops.autotune.gates import check_launches
 from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.compile
 CASES_FILE = Path(__file__).parent / "compile_cases.py"
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "sm_100", "sm_120", "gfx942", "gfx950"])
 def test_all_launches_compile_within_the_limits_of(target, tmp_path):
     assert CASES
     report = tmp_path / "report.json"
@@ -28,9 +28,24 @@ def test_all_launches_compile_within_the_limits_of(target, tmp_path):
     assert report.exists(), done.stderr
     rows = json.loads(report.read_text())
     assert {row["case"] for row in rows} == {case.name for case in CASES}
-    problems = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
-    assert not problems, f"{target}\n" + "\n".join(problems)
-    assert done.returncode == 0, done.stderr
+    problems = unexpected_problems(rows)
+    assert not problems, "\n".join(problems)
+    assert done.returncode == any(row["problems"] for row in rows), done.stderr
+
+
+def test_a_known_exception_covers_its_own_figure_and_nothing_else():
+    (known,) = [known for known in KNOWN_EXCEPTIONS if known.spills == 53]
+    where = f"{known.kernel} (8 warps, 2 stages)"
+
+    def unexpected(problem, target=known.target, case=known.case):
+        return len(unexpected_problems([{"target": target, "case": case, "problems": [f"{where}: {problem}"]}]))
+
+    assert not unexpected("20 spill stores, 33 spill loads, 80 bytes of stack")
+    assert unexpected("20 spill stores, 34 spill loads, 80 bytes of stack")
+    assert unexpected("20 spill stores, 33 spill loads, 80 bytes of stack", target="sm_80")
+    assert unexpected("20 spill stores, 33 spill loads, 80 bytes of stack", case="flash-bf16-d256-causal")
+    assert unexpected("300000 bytes of shared memory, sm_90 has 232448")
+    assert unexpected("no matrix instructions")
 
 
 def launch(**changes) -> CompiledLaunch:
@@ -47,7 +62,10 @@ def launch(**changes) -> CompiledLaunch:
         "spill_stores": 0,
         "spill_loads": 0,
         "matrix_instructions": {"HGMMA": 4},
+        "waits": 1,
+        "tma_loads": 0,
         "dots_16bit": 1,
+        "descriptor_loads": 0,
         "compile_seconds": 1.0,
         "hash": "0",
     }
@@ -63,10 +81,13 @@ def launch(**changes) -> CompiledLaunch:
         ({"matrix_instructions": {}}, "no matrix instructions"),
         ({"matrix_instructions": {}, "dots_16bit": 0}, "no matrix instructions"),
         ({"kernel": "another"}, "k: never launched"),
+        ({"matrix_instructions": {"HGMMA": 4, "HMMA": 2}}, "4 HGMMA and 2 HMMA, expected HGMMA only"),
+        ({"waits": 3}, "3 waits for 4 HGMMA: serialised"),
+        ({"descriptor_loads": 2}, "no TMA load for 2 loads through descriptors"),
     ],
 )
 def test_a_launch_beyond_a_limit_is_refused(changes, problem):
-    case = CompileCase("case", lambda: None, matrix=("k",))
+    case = CompileCase("case", lambda: None, matrix=("k",), warpgroup=("k",))
     assert check_launches(case, "sm_90", [launch()]) == []
     (found,) = check_launches(case, "sm_90", [launch(**changes)])
     assert problem in found
