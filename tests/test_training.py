@@ -1,0 +1,112 @@
+"""Small models train through flash_attention: to the losses of torch's own attention, compiled and with checkpoints."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from oracle import assert_accurate
+from torch.utils.checkpoint import checkpoint
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_bytes.py"
+SMALL = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "window": 9}
+
+
+@pytest.fixture(scope="module")
+def example():
+    pytest.importorskip("tabulate")
+    pytest.importorskip("tqdm")
+    spec = importlib.util.spec_from_file_location("train_bytes", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def decoder(example, device, attend=None, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return example.Decoder(attend or example.with_kvops, **SMALL | changes).to(device, dtype)
+
+
+def test_the_losses_are_those_of_torch_and_fall(example, backend, device):
+    """As far from a float64 run as torch in float32 is, by the tolerance of every other test."""
+    steps = 20 if backend == "eager" else 5
+
+    def losses(attend, dtype=torch.float32):
+        pieces = example.batches(batch=1, length=40)
+        return example.train(decoder(example, device, attend, dtype), pieces, steps)
+
+    ours, theirs, exact = (
+        losses(example.with_kvops),
+        losses(example.with_sdpa),
+        losses(example.with_sdpa, torch.float64),
+    )
+    assert_accurate(ours.float(), exact, theirs, "losses")
+    assert ours[-3:].mean() < 0.95 * ours[0]
+
+
+def test_the_tolerance_tells_a_window_that_is_one_key_short(example, device):
+    def losses(attend, dtype=torch.float32, window=SMALL["window"]):
+        model = decoder(example, device, attend, dtype, window=window)
+        return example.train(model, example.batches(batch=1, length=40), 4)
+
+    theirs, exact = losses(example.with_sdpa), losses(example.with_sdpa, torch.float64)
+    with pytest.raises(AssertionError, match="losses: error"):
+        assert_accurate(losses(example.with_kvops, window=SMALL["window"] - 1).float(), exact, theirs, "losses")
+
+
+def test_gradients_reach_every_parameter(example, backend, device):
+    model = decoder(example, device)
+    example.loss_of(model, next(example.batches(batch=2, length=24)).to(device)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # An embedding has a gradient where its byte stands in the text.
+        touched = parameter.grad.flatten(1).any(1) if parameter.dim() > 1 else parameter.grad != 0
+        assert touched.any() if name == "embed.weight" else touched.all(), name
+
+
+def test_a_compiled_model_trains_to_the_same_losses_without_a_graph_for_each_length(example, device):
+    compilers = ("g++", "clang++", "c++")
+    compiler = "inductor" if device.type == "cuda" or any(map(shutil.which, compilers)) else "aot_eager"
+    graphs = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counts = []
+    lengths = [33, 48, 65, 40, 21]
+
+    def losses(forward, model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        found = []
+        for length in lengths:
+            loss = example.loss_of(forward, next(example.batches(2, length)).to(device, copy=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+            counts.append(graphs.frame_count)
+        return torch.stack(found)
+
+    torch._dynamo.reset()
+    model = decoder(example, device, layers=1)
+    compiled = losses(torch.compile(model, fullgraph=True, dynamic=True, backend=graphs), model)
+    # Not 1: torch compiles the first length twice, the second time with Python's floats as tensors.
+    assert counts == counts[:1] * len(lengths), f"graphs after each of the lengths {lengths}: {counts}"
+    model, double = (
+        decoder(example, device, layers=1),
+        decoder(example, device, example.with_sdpa, torch.float64, layers=1),
+    )
+    assert_accurate(compiled, losses(double, double), losses(model, model), "losses")
+
+
+def test_activation_checkpointing_gives_the_same_gradients(example, backend, device):
+    piece = next(example.batches(batch=2, length=40)).to(device)
+
+    def gradients(model):
+        example.loss_of(model, piece).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    plain, saving = decoder(example, device), decoder(example, device)
+    for block in saving.blocks:
+        block.forward = lambda x, forward=block.forward: checkpoint(forward, x, use_reentrant=False)
+    for expected, got in zip(gradients(plain), gradients(saving), strict=True):
+        assert torch.equal(expected, got)
