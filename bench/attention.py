@@ -150,9 +150,9 @@ def reason(error: Exception) -> str:
 
 def run_case(case: Case, names: Sequence[str], clock: Clock, rounds: int, peak: float) -> list[Row]:
     inputs = case.inputs(clock.device)
-    detached = [x.detach() for x in inputs]
-    exact = reference(*detached, case.causal, torch.float64)
-    similar = reference(*detached, case.causal, case.dtype)
+    q, k, v, dout = (x.detach() for x in inputs)
+    exact = reference(q, k, v, dout, case.causal, torch.float64)
+    similar = reference(q, k, v, dout, case.causal, case.dtype)
     rows = {name: Row(case, name) for name in names}
     ready = {}
     for name, row in rows.items():
