@@ -227,15 +227,17 @@ def main() -> None:
     peak = clock.matrix_peak(dtype)
     facts = setting(device) | {"matrix_peak_tflops": peak, "rounds": arguments.rounds}
     grid = itertools.product(arguments.passes, arguments.head_dims, arguments.masks, arguments.lengths)
+    heads, kv_heads = arguments.heads
     cases = [
         Case(
-            head_dim,
-            length,
-            mask == "causal",
-            which == PASSES[1],
-            max(1, arguments.tokens // length),
-            *arguments.heads,
-            dtype,
+            head_dim=head_dim,
+            length=length,
+            causal=mask == "causal",
+            backward=which == PASSES[1],
+            batch=max(1, arguments.tokens // length),
+            heads=heads,
+            kv_heads=kv_heads,
+            dtype=dtype,
         )
         for which, head_dim, mask, length in grid
     ]
