@@ -1,16 +1,13 @@
 """What every operator owes its callers, checked across all that are registered: nobody can join and leave one out."""
 
 import ast
-import importlib
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
 import kvops
 
@@ -373,68 +370,3 @@ def test_it_traces_into_one_node_with_symbolic_shapes(name):
     assert targets == [operator(name)]
     forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
     assert not [node for node in graph.nodes if any(word in str(node.target) for word in forbidden)]
-
-
-class NoSynchronisation(TorchFunctionMode):
-    """Refuses what makes the host wait for the device, in either direction, whatever the tensors are."""
-
-    FORBIDDEN = frozenset(
-        {
-            *("item", "tolist", "numpy", "cpu", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose"),
-            *("is_nonzero", "__bool__", "__int__", "__float__", "__index__", "tensor", "as_tensor", "pin_memory"),
-        }
-    )
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        assert name not in self.FORBIDDEN, f"a launch calls {name}"
-        assert name != "to" or "cpu" not in map(str, args[1:]), "a launch moves a tensor to the host"
-        return function(*args, **(kwargs or {}))
-
-
-@every_operator
-def test_a_launch_neither_waits_for_the_device_nor_allocates_by_its_data(name, monkeypatch):
-    """The launch function runs on tensors without data, its kernels left out, so that it can be captured in a graph.
-
-    Reading a value (``.item()``, ``nonzero``, a mask as an index, ``int(tensor)``) raises there, as does a shape that
-    depends on one.
-    """
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    launches = []
-    for kind in (InterpretedFunction, JITFunction):
-        monkeypatch.setattr(kind, "run", lambda self, *args, **kwargs: launches.append(self))
-    args, keywords = SAMPLES[name]()
-    module, function = kernel_functions()[name].split(":")
-    launch = getattr(importlib.import_module(module), function)
-    with FakeTensorMode() as mode:
-
-        def without_data(value):
-            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-        args = [without_data(value) for value in args]
-        keywords = {key: without_data(value) for key, value in keywords.items()}
-        with NoSynchronisation():
-            launch(*args, **keywords)
-    assert launches
-
-
-@pytest.mark.parametrize(
-    "reads",
-    [
-        lambda x: x.sum().item(),
-        lambda x: int(x[0]),
-        lambda x: x[x > 0],
-        lambda x: x.cpu(),
-        lambda x: x.to("cpu"),
-        lambda x: torch.tensor([1], device=x.device),
-        lambda x: 1 if x.max() > 0 else 0,
-        lambda x: x.new_empty(x.sum().to(torch.int64)),
-    ],
-)
-def test_a_launch_that_synchronises_is_found(reads):
-    with FakeTensorMode() as mode:
-        x = mode.from_tensor(torch.ones(3))
-        with NoSynchronisation(), pytest.raises((AssertionError, RuntimeError)):
-            reads(x)
