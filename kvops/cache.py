@@ -274,7 +274,7 @@ class PagedKVCache:
 
     def evict(
         self,
-        budget: int | Sequence[int] | Tensor,
+        budget: int | Sequence[int] | Sequence[Sequence[int]] | Tensor,
         *,
         rows: Rows = slice(None),
         protect_first: int = 0,
@@ -285,28 +285,24 @@ class PagedKVCache:
         """Reduce each of ``rows`` to ``budget`` blocks over all its layers and heads, keeping the best by ``scores``.
 
         What survives is in the order it had; the blocks given up are free at once. ``budget`` is one number or one for
-        each row (int32 ``[B']``); the other arguments are those of :func:`kvops.select_blocks`, with protection
-        measured in original positions. A row that holds less than its budget keeps everything.
+        each row (int32 ``[B']``), or one for each layer of each row (``[B', num_layers]``): layers then keep to their
+        own budgets, and only the heads of a layer share or compete. The other arguments are those of
+        :func:`kvops.select_blocks`, with protection measured in original positions. A row that holds less than its
+        budget keeps everything.
 
         Raises ValueError, before anything is changed, when protection and floor alone take more than the budget. A
         budget that lies on a GPU is read by the host for that; numbers are not.
         """
         index, numbers = self._resolve(rows)
-        if isinstance(budget, Tensor):
-            self._expect_per_row("budget", budget, len(numbers))
-            budgets, known = budget, budget.tolist() if budget.device.type == "cpu" else None
-        else:
-            known = [budget] * len(numbers) if isinstance(budget, int) else list(budget)
-            if len(known) != len(numbers):
-                raise ValueError(f"budget: expected one number or {len(numbers)}, one for each row, got {len(known)}")
-            budgets = torch.tensor([min(most, self.num_blocks) for most in known], dtype=torch.int32)
-        budgets = budgets.to(self.device)
-        for value in known or ():
-            checks.expect_at_least("budget", value, 0)
-        batch, lists = len(numbers), self.num_layers * self.num_kv_heads
-        tables = self.block_tables[:, index].transpose(0, 1).reshape(batch, lists, self.max_blocks)
+        budgets = self._budgets(budget, len(numbers))
+        known = budgets.tolist() if budgets.device.type == "cpu" else None
+        groups = budgets.shape[1]  # that the lists of a row are in: one, or one for each layer
+        lists = self.num_layers * self.num_kv_heads // groups
+        parts = len(numbers) * groups
+        budgets = budgets.flatten().to(self.device)
+        tables = self.block_tables[:, index].transpose(0, 1).reshape(parts, lists, self.max_blocks)
         # A copy, as compact() writes into it: of one row, reshape would be a view of what is assigned below.
-        lens = self.seq_lens[:, index].transpose(0, 1).reshape(batch, lists).clone()
+        lens = self.seq_lens[:, index].transpose(0, 1).reshape(parts, lists).clone()
         new_lens, keep = select_blocks(
             self.scores,
             tables,
@@ -321,14 +317,14 @@ class PagedKVCache:
         bound = self._pool.bound
         floor = max(protect_first + protect_last, min_per_head)
         floors = [lists * -(-min(bound.longest[row], floor) // self.block_size) for row in numbers]
-        if known is None or any(least > most for least, most in zip(floors, known, strict=True)):
-            self._refuse_floor(new_lens, budgets)
+        if known is None or any(least > min(most) for least, most in zip(floors, known, strict=True)):
+            self._refuse_floor(new_lens, budgets, "row" if groups == 1 else "layer")
         compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
-        lens = lens.view(batch, self.num_layers, self.num_kv_heads).transpose(0, 1)
+        lens = lens.view(len(numbers), self.num_layers, self.num_kv_heads).transpose(0, 1)
         self.seq_lens[:, index] = lens
         self._pool.give_back(index, self._pool.blocks_of(lens))
         for row, most in zip(numbers, known or (), strict=known is not None):
-            bound.limit(row, most)
+            bound.limit(row, sum(most))
 
     def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
         """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
@@ -409,12 +405,37 @@ class PagedKVCache:
         checks.expect_dtype(name, value, torch.int32)
         checks.expect_shape(name, value, "[rows]", batch)
 
-    def _refuse_floor(self, new_lens: Tensor, budgets: Tensor) -> None:
+    def _budgets(self, budget: int | Sequence[int] | Sequence[Sequence[int]] | Tensor, batch: int) -> Tensor:
+        """``budget`` in blocks as int32 ``[B', 1 or num_layers]``; numbers come out on the CPU."""
+        if isinstance(budget, Tensor):
+            checks.expect_dtype("budget", budget, torch.int32)
+            if budget.ndim == 1:
+                budget = budget[:, None]
+        else:
+            rows: list[int | Sequence[int]] = [budget] * batch if isinstance(budget, int) else list(budget)
+            if len(rows) != batch:
+                raise ValueError(f"budget: expected one number or {batch}, one for each row, got {len(rows)}")
+            layers = [[row] if isinstance(row, int) else list(row) for row in rows]
+            if len({len(row) for row in layers}) > 1:
+                raise ValueError("budget: expected a number for each row, or one for each layer of every row, got both")
+            # No more than there are blocks: what does not fit int32 is no limit either.
+            layers = [[min(most, self.num_blocks) for most in row] for row in layers]
+            budget = torch.tensor(layers, dtype=torch.int32).view(batch, -1 if batch else 1)
+        if budget.ndim != 2 or budget.shape[0] != batch or budget.shape[1] not in (1, self.num_layers):
+            raise ValueError(
+                f"budget: expected [{batch}], one number for each row, or [{batch}, {self.num_layers}], one for each "
+                f"layer of each row, got {list(budget.shape)}"
+            )
+        if budget.device.type == "cpu" and budget.numel():
+            checks.expect_at_least("budget", int(budget.min()), 0)
+        return budget
+
+    def _refuse_floor(self, new_lens: Tensor, budgets: Tensor, part: str) -> None:
         blocks = self._pool.blocks_of(new_lens).sum(1)
         over = torch.stack([blocks, budgets.long()], 1).tolist()
         for least, most in over:
             if least > most:
                 raise ValueError(
-                    f"budget: protect_first, protect_last and min_per_head alone take {least} blocks of a row, "
+                    f"budget: protect_first, protect_last and min_per_head alone take {least} blocks of a {part}, "
                     f"expected a budget of at least that, got {most}"
                 )

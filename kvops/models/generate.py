@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
-from kvops.models.llama import Llama
+from kvops.models.llama import Llama, rope_frequencies
 from kvops.ops.attention import flash_attention
 from kvops.ops.verify import prompt_lookup, verify_draft
-from kvops.policies import Policy, SnapKV
+from kvops.policies import Policy, Prefill, SnapKV, share_out
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,29 @@ class Compression:
     def apply(self, cache: PagedKVCache, num_tokens: Sequence[int], rows: slice = slice(None)) -> None:
         """Evict from each of ``rows``, whose sequences have seen ``num_tokens`` tokens, down to its budget."""
         protected = self.protect_first + self.protect_last
-        budgets = [
+        layers = cache.num_layers
+        weights = self.policy.layer_weights(layers)
+        totals = [
             max(math.floor(cache.blocks_for(tokens) / self.ratio), cache.blocks_for(min(protected, tokens)))
             for tokens in num_tokens
         ]
+        budgets: list[int] | list[list[int]] = totals
+        if weights is not None or self.policy.scope == "layer":
+            budgets = [
+                share_out(
+                    total,
+                    weights or [1.0] * layers,
+                    least=cache.blocks_for(min(protected, tokens)) // layers,
+                    most=cache.blocks_for(tokens) // layers,
+                )
+                for total, tokens in zip(totals, num_tokens, strict=True)
+            ]
         cache.evict(
             budgets,
             rows=rows,
             protect_first=self.protect_first,
             protect_last=self.protect_last,
-            scope=self.policy.scope,
+            scope="head" if self.policy.scope == "head" else "sequence",
         )
 
 
@@ -137,13 +150,15 @@ def prefill(model: Llama, cache: PagedKVCache, tokens: Tensor, row: int, policy:
     """
     rows = slice(row, row + 1)
     window = window_left(model)
+    rope = None if policy is None else rope_frequencies(model.config).to(tokens.device)
     positions = cache.extend(tokens.shape[1], rows=rows)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, positions, rows=rows)
         out, lse = flash_attention(q, k, v, causal=True, window_left=window)
         if policy is not None:
-            cache.set_scores(layer, policy.score(q, k, v, lse, window_left=window), rows=rows)
+            seen = Prefill(q, k, v, lse, window, layer, model.config.num_layers, rope)
+            cache.set_scores(layer, policy.score(seen), rows=rows)
         return out
 
     return model(tokens, positions, attend)

@@ -4,7 +4,7 @@ A policy is a small dataclass with one method, ``score``; the cache, the selecti
 all of them. Write your own the same way and hand an instance to ``Compression(policy=...)``.
 """
 
-from kvops.policies.base import Policy
+from kvops.policies.base import Policy, Prefill, share_out
 from kvops.policies.h2o import H2O
 from kvops.policies.kv_compress import KVCompress
 from kvops.policies.snapkv import SnapKV
@@ -17,4 +17,4 @@ POLICIES: dict[str, type[Policy]] = {
     "streaming": Streaming,
 }
 
-__all__ = ["H2O", "POLICIES", "KVCompress", "Policy", "SnapKV", "Streaming"]
+__all__ = ["H2O", "POLICIES", "KVCompress", "Policy", "Prefill", "SnapKV", "Streaming", "share_out"]

@@ -3,10 +3,61 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+
+from kvops.ops.scores import attention_scores
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The causal attention of one layer over a prompt: what a policy has to judge the keys by.
+
+    Attributes:
+        q: ``[B, S, Hq, D]``, rotary embedding applied; token i stands at position i.
+        k: ``[B, S, Hkv, D]``, rotary embedding applied.
+        v: ``[B, S, Hkv, Dv]``.
+        lse: float32 ``[B, Hq, S]``, natural logarithm of the softmax's denominators.
+        window_left: how many positions before its own a query sees, -1 for all.
+        layer, num_layers: which layer of how many.
+        rope: angular frequencies of the rotary embedding, float32 ``[D / 2]`` (dimension i is paired with i + D / 2);
+            None where the caller does not know them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    window_left: int = -1
+    layer: int = 0
+    num_layers: int = 1
+    rope: Tensor | None = None
+
+    def attention(
+        self,
+        *,
+        last: int | None = None,
+        reduce: Literal["sum", "sumsq", "max"] = "sum",
+        group: Literal["sum", "mean", "max"] = "sum",
+    ) -> Tensor:
+        """How much attention each key receives from the ``last`` queries (None: all): float32 ``[B, Hkv, S]``.
+
+        ``reduce`` over the queries and ``group`` over a group's query heads, as in :func:`kvops.attention_scores`.
+        """
+        start = 0 if last is None else max(0, self.q.shape[1] - last)
+        return attention_scores(
+            self.q,
+            self.k,
+            self.lse,
+            causal=True,
+            window_left=self.window_left,
+            query_start=start,
+            reduce=reduce,
+            group=group,
+        )
 
 
 @dataclass(frozen=True)
@@ -14,19 +65,40 @@ class Policy(ABC):
     """What a cached key is worth to its head. Higher scores survive.
 
     Attributes:
-        scope: ``"sequence"``: the heads of all layers compete for one budget (ragged heads); ``"head"``: every head
-            keeps the same number of blocks.
+        scope: who competes for the budget. ``"sequence"``: the heads of all layers (KV-Compress); ``"layer"``: the
+            heads of a layer, every layer having its share (AdaKV); ``"head"``: nobody, the heads of a layer keep the
+            same number of blocks.
         accumulate: how decoding adds to the scores of the slots it attends to ("sum", "sumsq" or "max" of the
             attention probability over the queries), or None when it does not.
     """
 
-    scope: Literal["head", "sequence"] = "sequence"
+    scope: Literal["head", "layer", "sequence"] = "sequence"
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sum"
 
     @abstractmethod
-    def score(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, window_left: int = -1) -> Tensor:
-        """Score the keys of one layer after the prefill of a prompt.
+    def score(self, seen: Prefill) -> Tensor:
+        """The worth of every key of one layer after the prefill of a prompt: float32 ``[B, Hkv, S]``."""
 
-        q [B, S, Hq, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv] with rotary embedding applied, lse float32 [B, Hq, S] of
-        causal attention -> float32 [B, Hkv, S].
-        """
+    def layer_weights(self, num_layers: int) -> list[float] | None:
+        """How the layers share the budget: a weight for each, of mean 1. None: all alike, or as ``scope`` says."""
+        return None
+
+
+def share_out(total: int, weights: Sequence[float], *, least: int, most: int) -> list[int]:
+    """``total`` cut into whole parts in proportion to ``weights``, each from ``least`` to ``most``.
+
+    What a part cannot take goes to the others; the first parts get what does not divide. The sum is ``total`` wherever
+    the bounds allow it.
+    """
+    low, high = 0.0, (total + 1) / min(weights)
+    for _ in range(64):  # halve until the scale is the largest whose parts do not exceed the total
+        middle = (low + high) / 2
+        if sum(min(most, max(least, int(weight * middle))) for weight in weights) <= total:
+            low = middle
+        else:
+            high = middle
+    parts = [min(most, max(least, int(weight * low))) for weight in weights]
+    for place in range(len(parts)):
+        if sum(parts) < total and parts[place] < most:
+            parts[place] += 1
+    return parts

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kvops.ops.scores import attention_scores
-from kvops.policies.base import Policy
+from kvops.policies.base import Policy, Prefill
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,5 @@ class KVCompress(Policy):
     observe: int = 32
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sumsq"
 
-    def score(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, window_left: int = -1) -> Tensor:
-        start = max(0, q.shape[1] - self.observe)
-        return attention_scores(q, k, lse, causal=True, window_left=window_left, query_start=start, reduce="sumsq")
+    def score(self, seen: Prefill) -> Tensor:
+        return seen.attention(last=self.observe, reduce="sumsq")

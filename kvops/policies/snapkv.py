@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvops.ops.scores import attention_scores
-from kvops.policies.base import Policy
+from kvops.policies.base import Policy, Prefill
 
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
     """Attention from the last queries, max-pooled along the keys (Li et al. 2024, arXiv 2404.14469).
 
-    With ``scope="sequence"``, heads of all layers compete as in AdaKV (Feng et al. 2024, arXiv 2407.11550); with
-    ``scope="head"`` this is SnapKV as published.
+    With ``scope="head"`` this is SnapKV as published, with ``scope="layer"`` the heads of a layer compete as in AdaKV
+    (Feng et al. 2024, arXiv 2407.11550), with ``scope="sequence"`` those of all layers.
 
     Attributes:
         observe: how many of the last queries are looked at.
@@ -30,7 +29,6 @@ class SnapKV(Policy):
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
 
-    def score(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, window_left: int = -1) -> Tensor:
-        start = max(0, q.shape[1] - self.observe)
-        scores = attention_scores(q, k, lse, causal=True, window_left=window_left, query_start=start)
+    def score(self, seen: Prefill) -> Tensor:
+        scores = seen.attention(last=self.observe)
         return F.max_pool1d(scores, self.pool, stride=1, padding=self.pool // 2)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvops.policies.base import Policy
+from kvops.policies.base import Policy, Prefill
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Streaming(Policy):
 
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
-    def score(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, window_left: int = -1) -> Tensor:
-        length = k.shape[1]
-        distance = torch.arange(-length, 0, device=k.device, dtype=torch.float32)
-        return distance.expand(k.shape[0], k.shape[2], length)
+    def score(self, seen: Prefill) -> Tensor:
+        length = seen.k.shape[1]
+        distance = torch.arange(-length, 0, device=seen.k.device, dtype=torch.float32)
+        return distance.expand(seen.k.shape[0], seen.k.shape[2], length)
