@@ -5,14 +5,15 @@ from __future__ import annotations
 import datetime
 import platform
 import shutil
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import kvops
 from kvops.environment import processor, what_runs
@@ -20,14 +21,22 @@ from kvops.environment import processor, what_runs
 # Far more than any last-level cache of a GPU; writing it takes so long (0.3 ms at 3 TB/s) that the host, which is ahead
 # by then, has queued the launches that follow: what is timed is the GPU's work and not the host's.
 _FLUSH_BYTES = 1 << 30
+_WARM_UP_ROUNDS = 2
 
 
 class Times(NamedTuple):
-    """Milliseconds."""
+    """Three quantiles of what was timed, in its unit."""
 
     p20: float
     p50: float
     p80: float
+
+
+def quantiles(samples: Sequence[float]) -> Times:
+    if len(samples) == 1:
+        return Times(*3 * samples)
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    return Times(cuts[1], cuts[4], cuts[7])
 
 
 class Clock:
@@ -35,65 +44,104 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._scratch = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+        self.gpu = device.type == "cuda"
+        self._scratch = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if self.gpu else None
 
-    def _time(self, run: Callable[[], object]) -> Callable[[], float]:
-        """Start one call; what is returned waits for its milliseconds."""
+    def once(self, run: Callable[[], object]) -> float:
+        """Milliseconds of one call."""
         if self._scratch is None:
             started = time.perf_counter()
             run()
-            milliseconds = 1e3 * (time.perf_counter() - started)
-            return lambda: milliseconds
+            return 1e3 * (time.perf_counter() - started)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._scratch.zero_()
         start.record()
         run()
         end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
 
-        def elapsed() -> float:
-            end.synchronize()
-            return start.elapsed_time(end)
+    def interleaved(
+        self,
+        contenders: Mapping[str, Callable[[], object]],
+        rounds: int,
+        *,
+        seconds: float = float("inf"),
+        reset: Callable[[], object] = lambda: None,
+    ) -> dict[str, list[float]]:
+        """Milliseconds by contender: every contender once a round, each round starting with another one.
 
-        return elapsed
-
-    def interleaved(self, contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-        """Every contender once a round, each round starting with another one; two rounds of warm-up come first."""
+        Two rounds of warm-up come first. When ``seconds`` are over no round begins, but five are always completed.
+        ``reset`` runs before every call and is not timed.
+        """
         names = list(contenders)
         samples: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(-2, rounds):
+        until = time.perf_counter() + seconds
+        for turn in range(-_WARM_UP_ROUNDS, rounds):
+            if turn >= 5 and time.perf_counter() > until:
+                break
             first = turn % len(names) if names else 0
             for name in names[first:] + names[:first]:
-                milliseconds = self._time(contenders[name])()
+                reset()
+                milliseconds = self.once(contenders[name])
                 if turn >= 0:
                     samples[name].append(milliseconds)
-        quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        return {
-            name: Times(*torch.tensor(found, dtype=torch.float64).quantile(quantiles).tolist())
-            for name, found in samples.items()
-        }
+        return samples
 
-    def matrix_peak(self, dtype: torch.dtype, rounds: int = 20) -> float:
-        """TFLOP/s of a large product of random matrices, which also warms the clocks: for a second on a GPU."""
-        gpu = self.device.type == "cuda"
-        size = 8192 if gpu else 1024
-        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        if gpu:
-            until = time.perf_counter() + 1.0
-            while time.perf_counter() < until:
-                torch.mm(a, b, out=out)
-                torch.cuda.synchronize(self.device)
-        times = self.interleaved({"product": lambda: torch.mm(a, b, out=out)}, rounds)
-        return tflops(2 * size**3, times["product"].p50)
+    def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """``run`` as the replay of a CUDA graph, which leaves out the host; raises where it cannot be captured."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+
+        def replay() -> Any:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this very device reaches, measured in the same run: nobody's data sheet."""
+
+    matrix_tflops: float
+    """A large product of random matrices in the tested dtype."""
+    copy_gbps: float
+    """Bytes read and written by a large copy."""
+
+    def bound_ms(self, flops: float, bytes_moved: float) -> float:
+        """The time below which nobody can stay."""
+        return max(flops / self.matrix_tflops / 1e9, bytes_moved / self.copy_gbps / 1e6)
+
+    def facts(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def measure_roofline(clock: Clock, dtype: torch.dtype, rounds: int = 20) -> Roofline:
+    """Also warms the clocks of a GPU, for a second."""
+    size = 8192 if clock.gpu else 1024
+    a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    if clock.gpu:
+        until = time.perf_counter() + 1.0
+        while time.perf_counter() < until:
+            torch.mm(a, b, out=out)
+            torch.cuda.synchronize(clock.device)
+    product = quantiles(clock.interleaved({"": lambda: torch.mm(a, b, out=out)}, rounds)[""])
+    source = torch.randn(1 << (28 if clock.gpu else 25), device=clock.device)
+    target = torch.empty_like(source)
+    copy = quantiles(clock.interleaved({"": lambda: target.copy_(source)}, rounds)[""])
+    return Roofline(tflops(2 * size**3, product.p50), 2 * source.nbytes / copy.p50 / 1e6)
 
 
 def tflops(operations: float, milliseconds: float) -> float:
     return operations / milliseconds / 1e9
-
-
-def largest_error(actual: Tensor, exact: Tensor) -> float:
-    """The greatest absolute difference; infinite where ``actual`` has a NaN."""
-    return (actual.double() - exact.double()).abs().nan_to_num(nan=float("inf")).max().item()
 
 
 def setting(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,174 @@
+"""What a benchmark case is: inputs, the call that is timed, the truth it is held to, what it costs, and its peers.
+
+Families of cases live in ``bench/cases/``, one module each with ``cases(scale) -> Iterator[Case]``; a new module there
+is found by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+"""Whatever a case's ``run``, ``oracle`` and peers read, by name."""
+
+Outputs = tuple[Tensor | None, ...]
+"""None where a contender does not give what the others give at this place."""
+
+
+class UnavailableError(Exception):
+    """A peer cannot run a case here; the message becomes its row."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Someone else who computes the same thing."""
+
+    name: str
+    prepare: Callable[[Inputs], Callable[[], Outputs]]
+    """Makes what is not timed (layouts, masks, plans) and returns the call that is; raises ImportError or
+    :class:`UnavailableError` where the peer is missing. Its outputs stand as the case's do; fewer or None are fine."""
+    package: str = "torch"
+    """The distribution whose version stands beside the figures."""
+
+
+def everything(inputs: Inputs, outputs: Outputs) -> Outputs:
+    return outputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape."""
+
+    op: str
+    """The name in ``torch.ops.kvops``."""
+    model: str
+    """Whose shape it is."""
+    shape: Mapping[str, int | str]
+    """What tells the cases of an operator and model apart, such as ``{"batch": 1, "context": 4096}``."""
+    make_inputs: Callable[[torch.device, torch.dtype, torch.Generator], Inputs]
+    """Random data; never timed. The generator is one of the device."""
+    run: Callable[[Inputs], Outputs]
+    """The call that is timed. What an operator writes in place counts as an output."""
+    oracle: Callable[[Inputs, torch.dtype], Outputs]
+    """The outputs (those that ``sample`` picks) in plain torch with every step in the given dtype: called with float64
+    for the truth and with the tested dtype for the error that its arithmetic is allowed."""
+    flops: float
+    """Multiplications and additions that nobody can avoid; 0 where the work is moving or comparing."""
+    bytes: Callable[[int], float]
+    """Item size -> bytes that nobody can avoid: what is needed of the inputs read once, the outputs written once."""
+    peers: tuple[Peer, ...]
+    sample: Callable[[Inputs, Outputs], Outputs] = everything
+    """The part of the outputs that is compared, where the whole would take the oracle too long."""
+    reset: Callable[[Inputs], None] | None = None
+    """Restores what a call changes, untimed, before every call."""
+
+    @property
+    def name(self) -> str:
+        """``op/model/key=value,...``: unique in a registry, and what ``--shapes`` searches."""
+        return f"{self.op}/{self.model}/" + ",".join(f"{key}={value}" for key, value in self.shape.items())
+
+
+@dataclass(frozen=True)
+class Model:
+    """The attention of one model, and its vocabulary."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    layers: int
+    window: int = -1
+    softcap: float = 0.0
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+LLAMA_8B = Model("Llama-3.1-8B", 32, 8, 128, vocab=128256, layers=32)
+LLAMA_70B = Model("Llama-3.1-70B", 64, 8, 128, vocab=128256, layers=80)
+MISTRAL_7B = Model("Mistral-7B", 32, 8, 128, vocab=32000, layers=32, window=4096)
+QWEN_7B = Model("Qwen2.5-7B", 28, 4, 128, vocab=152064, layers=28)
+SMOLLM = Model("SmolLM2-135M", 9, 3, 64, vocab=49152, layers=30)
+GEMMA = Model("Gemma-2-9B", 16, 8, 256, vocab=256000, layers=42, softcap=50.0)
+STARCODER = Model("StarCoder-15B", 48, 1, 128, vocab=49152, layers=40)  # every query head reads one KV head
+MODELS = (LLAMA_8B, LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the cases are: the same families at the size that a device can serve."""
+
+    name: str
+    prompts: tuple[int, ...]
+    """Tokens of a prompt, for dense attention."""
+    contexts: tuple[int, ...]
+    """Tokens in a cache, for decoding and eviction."""
+    batches: tuple[int, ...]
+    """Requests decoded together."""
+    max_kv_heads: int
+    max_head_dim: int
+    max_vocab: int
+    window: int
+    """Stands for a model's window where it has one."""
+
+    def model(self, model: Model) -> Model:
+        """The model with as many KV heads, head size, vocabulary and window as this scale allows; its group is kept."""
+        kv_heads = min(model.kv_heads, self.max_kv_heads)
+        return replace(
+            model,
+            heads=kv_heads * model.group,
+            kv_heads=kv_heads,
+            head_dim=min(model.head_dim, self.max_head_dim),
+            vocab=min(model.vocab, self.max_vocab),
+            window=min(model.window, self.window),
+        )
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "full",
+            prompts=(1024, 4096, 16384),
+            contexts=(4096, 32768, 131072),
+            batches=(1, 16, 64),
+            max_kv_heads=1 << 30,
+            max_head_dim=1 << 30,
+            max_vocab=1 << 30,
+            window=4096,
+        ),
+        Scale(
+            "cpu",
+            prompts=(512, 1024),
+            contexts=(1024, 4096),
+            batches=(1, 8),
+            max_kv_heads=2,
+            max_head_dim=256,
+            max_vocab=1 << 30,
+            window=512,
+        ),
+        # For tests, and for Triton's interpreter.
+        Scale(
+            "tiny",
+            prompts=(33,),
+            contexts=(40,),
+            batches=(2,),
+            max_kv_heads=2,
+            max_head_dim=16,
+            max_vocab=97,
+            window=13,
+        ),
+    )
+}
+
+
+def scale_for(device: torch.device) -> Scale:
+    """Full size on a GPU, scaled down on a CPU."""
+    return SCALES["cpu" if device.type == "cpu" else "full"]

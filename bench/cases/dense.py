@@ -1,0 +1,157 @@
+"""Dense attention: prompts of real models, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import kvops
+from bench import peers, truth
+from bench.case import (
+    GEMMA,
+    LLAMA_8B,
+    LLAMA_70B,
+    MISTRAL_7B,
+    QWEN_7B,
+    SMOLLM,
+    STARCODER,
+    Case,
+    Inputs,
+    Model,
+    Outputs,
+    Scale,
+)
+
+# (batch, KV head) pairs that are held to float64.
+_SAMPLED_HEADS = 2
+
+
+def heads(inputs: Inputs) -> list[tuple[int, int]]:
+    """The (batch, KV head) pairs that are compared: the first and the last."""
+    batch, kv_heads = inputs["q"].shape[0], inputs["k"].shape[2]
+    return sorted({(0, 0), (batch - 1, kv_heads - 1)})[:_SAMPLED_HEADS]
+
+
+def of_group(x: Tensor, head: int, kv_heads: int, dim: int) -> Tensor:
+    """The query heads that read one KV head."""
+    group = x.shape[dim] // kv_heads
+    return x.narrow(dim, head * group, group)
+
+
+def options(inputs: Inputs) -> dict[str, object]:
+    return {"causal": inputs["causal"], "window_left": inputs["window"], "softcap": inputs["softcap"]}
+
+
+def _inputs(model: Model, batch: int, tokens: int, causal: bool, *, backward: bool = False):
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        def random(heads: int) -> Tensor:
+            shape = (batch, tokens, heads, model.head_dim)
+            return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+        inputs: Inputs = {"q": random(model.heads), "k": random(model.kv_heads), "v": random(model.kv_heads)}
+        inputs |= {"causal": causal, "window": model.window, "softcap": model.softcap}
+        if backward:
+            inputs["dout"] = random(model.heads)
+            inputs["out"], inputs["lse"] = _forward(inputs)
+        return inputs
+
+    return make
+
+
+def _forward(inputs: Inputs) -> Outputs:
+    return kvops.flash_attention(inputs["q"], inputs["k"], inputs["v"], **options(inputs))
+
+
+def _backward(inputs: Inputs) -> Outputs:
+    names = ("dout", "q", "k", "v", "out", "lse")
+    return kvops.flash_attention_backward(*(inputs[name] for name in names), **options(inputs))[:3]
+
+
+def _sample_forward(inputs: Inputs, outputs: Outputs) -> Outputs:
+    kv_heads = inputs["k"].shape[2]
+    dims = (1, 0)  # of the heads, once the batch is gone
+    return tuple(
+        None if x is None else torch.stack([of_group(x[b], h, kv_heads, dim) for b, h in heads(inputs)])
+        for x, dim in zip(outputs, dims, strict=False)
+    )
+
+
+def _sample_backward(inputs: Inputs, outputs: Outputs) -> Outputs:
+    kv_heads = inputs["k"].shape[2]
+    return tuple(
+        None if x is None else torch.stack([of_group(x[b], h, kv_heads, 1) for b, h in heads(inputs)]) for x in outputs
+    )
+
+
+def _truth(inputs: Inputs, dtype: torch.dtype, names: tuple[str, ...]) -> Outputs:
+    found = []
+    for b, h in heads(inputs):
+        q, dout = (
+            None if x is None else of_group(x[b], h, inputs["k"].shape[2], 1) for x in (inputs["q"], inputs.get("dout"))
+        )
+        k, v = inputs["k"][b, :, h], inputs["v"][b, :, h]
+        found.append(
+            truth.attention(
+                q, k, v, dtype, causal=inputs["causal"], window=inputs["window"], softcap=inputs["softcap"], dout=dout
+            )
+        )
+    return tuple(torch.stack([one[name] for one in found]) for name in names)
+
+
+def _truth_backward(inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    dq, dk, dv = _truth(inputs, dtype, ("dq", "dk", "dv"))
+    return dq, dk[:, :, None], dv[:, :, None]
+
+
+def forward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> Case:
+    rows, keys = batch * tokens * model.heads, batch * tokens * model.kv_heads
+    seen = batch * model.heads * truth.pairs(tokens, tokens, causal, model.window)
+    return Case(
+        op="flash_attention",
+        model=model.name,
+        shape=_shape(model, batch, tokens, causal),
+        make_inputs=_inputs(model, batch, tokens, causal),
+        run=_forward,
+        oracle=lambda inputs, dtype: _truth(inputs, dtype, ("out", "lse")),
+        sample=_sample_forward,
+        flops=4 * seen * model.head_dim,
+        bytes=lambda size: 2 * (rows + keys) * model.head_dim * size + 4 * rows,
+        peers=peers.dense(),
+    )
+
+
+def backward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> Case:
+    """Five products in place of two: 2.5 times the operations of the forward."""
+    rows, keys = batch * tokens * model.heads, batch * tokens * model.kv_heads
+    seen = batch * model.heads * truth.pairs(tokens, tokens, causal, model.window)
+    return Case(
+        op="flash_attention_backward",
+        model=model.name,
+        shape=_shape(model, batch, tokens, causal),
+        make_inputs=_inputs(model, batch, tokens, causal, backward=True),
+        run=_backward,
+        oracle=_truth_backward,
+        sample=_sample_backward,
+        flops=10 * seen * model.head_dim,
+        bytes=lambda size: 4 * (rows + keys) * model.head_dim * size + 4 * rows,
+        peers=peers.dense_backward(),
+    )
+
+
+def _shape(model: Model, batch: int, tokens: int, causal: bool) -> dict[str, int | str]:
+    shape: dict[str, int | str] = {"batch": batch, "tokens": tokens, "mask": "causal" if causal else "full"}
+    return shape | ({"window": model.window} if model.window >= 0 else {})
+
+
+def cases(scale: Scale) -> Iterator[Case]:
+    for tokens in scale.prompts:
+        yield forward(scale.model(LLAMA_8B), max(1, scale.prompts[-1] // tokens), tokens)
+    longest = scale.prompts[-1]
+    for model in (LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER):
+        yield forward(scale.model(model), 1, longest)
+    yield forward(scale.model(SMOLLM), 1, longest, causal=False)
+    for model in (LLAMA_8B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA):
+        yield backward(scale.model(model), 1, scale.prompts[len(scale.prompts) // 2])
+    yield backward(scale.model(SMOLLM), 1, longest, causal=False)
