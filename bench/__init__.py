@@ -1,1 +1,1 @@
-"""Benchmarks of every operator beside its peers: ``python -m bench --help``. Never installed: run from the repository."""
+"""Every operator beside its peers: ``python -m bench --help``. Never installed: run from the repository."""

@@ -1,10 +1,10 @@
-"""The benchmarks measure what they say: cases agree with their oracles, counts with brute force, reports with results."""
+"""The benchmarks measure what they say: cases hold to their oracles, counts to brute force, reports to results."""
 
 import pytest
 import torch
 
 from bench import measure
-from bench.case import SCALES, Case
+from bench.case import SCALES, Case, UnavailableError
 from bench.cases import all_cases
 
 TINY = all_cases(SCALES["tiny"])
@@ -32,8 +32,7 @@ def test_the_operator_and_its_peers_agree_with_the_oracle(case):
     for peer in case.peers:
         try:
             call = peer.prepare(inputs)
-        except Exception as error:
-            assert measure.reason(error)
+        except (UnavailableError, ImportError):
             continue
         assert check(case, call, inputs) == "", peer.name
         ran += 1
