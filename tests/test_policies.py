@@ -11,7 +11,23 @@ from hypothesis import strategies as st
 from oracle import attention, attention_mask
 
 import kvops
-from kvops.policies import H2O, POLICIES, KVCompress, Prefill, SnapKV, Streaming, share_out
+from kvops.models.generate import Compression
+from kvops.policies import (
+    H2O,
+    POLICIES,
+    TOVA,
+    DefensiveKV,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    KVCompress,
+    Policy,
+    Prefill,
+    PyramidKV,
+    SnapKV,
+    Streaming,
+    share_out,
+)
 
 
 @pytest.fixture
@@ -58,9 +74,121 @@ def test_a_window_is_passed_on(layer):
     assert_scores(H2O().score(replace(seen, lse=lse.float(), window_left=7)), p.unflatten(1, (2, 3)).sum((2, 3)))
 
 
+def test_tova_gives_all_heads_the_mean_attention_of_the_last_query(layer):
+    seen, p = layer
+    assert_scores(TOVA().score(seen), p[:, :, :, -1].mean((1, 2))[:, None].expand(1, 2, 45))
+
+
+def test_knorm_prefers_small_keys(layer):
+    seen, _ = layer
+    assert_scores(Knorm().score(seen), -seen.k.double().pow(2).sum(-1).sqrt().transpose(1, 2))
+
+
+def test_keydiff_prefers_keys_that_point_away_from_the_others(layer):
+    seen, _ = layer
+    k = seen.k.double().transpose(1, 2)
+    unit = k / k.pow(2).sum(-1, keepdim=True).sqrt()
+    anchor = unit.mean(2)
+    cosine = torch.einsum("bhsd,bhd->bhs", unit, anchor) / anchor.pow(2).sum(-1).sqrt()[..., None]
+    scores = KeyDiff().score(seen)
+    assert_scores(scores, -1 - cosine)
+    assert (scores <= 0).all(), "tokens that decoding appends stand at 0 and would be worth less than the prompt's"
+
+
+def test_defensive_kv_takes_the_worst_case_but_never_less_than_the_mean(layer):
+    seen, p = layer
+    worst = F.max_pool1d(p[:, :, :, -8:].amax((2, 3)), 5, stride=1, padding=2)
+    worst = worst.clamp(min=worst.mean(-1, keepdim=True))
+    size = seen.v.double().abs().sum(-1).transpose(1, 2)
+    assert_scores(DefensiveKV(observe=8, pool=5).score(seen), worst * size / size.sum(-1, keepdim=True))
+
+
+def test_expected_attention_is_the_mean_over_queries_drawn_from_the_prompts_own(layer):
+    """The closed form against its definition: a sum over the future positions' rotations, written as matrices."""
+    seen, _ = layer
+    sinks, horizon, width = 3, 20, 16
+    rope = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+    def rotation(position):
+        cos, sin = (torch.diag(f(position * rope)) for f in (torch.cos, torch.sin))
+        return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
+
+    mean_rotation = torch.stack([rotation(position) for position in range(45, 45 + horizon)]).mean(0)
+    exact = torch.zeros(1, 2, 45, dtype=torch.float64)
+    for head in range(6):
+        q = torch.stack([rotation(i).T @ seen.q[0, i, head].double() for i in range(sinks, 45)])
+        mean, covariance = mean_rotation @ q.mean(0), mean_rotation @ q.T.cov(correction=0) @ mean_rotation.T
+        k = seen.k[0, sinks:, head // 3].double()
+        expected = (k @ mean / 4 + (k @ covariance * k).sum(-1) / 32).softmax(0)
+        exact[0, head // 3, sinks:] += expected / 3
+    exact[..., sinks:] *= seen.v[:, sinks:].double().pow(2).sum(-1).sqrt().transpose(1, 2)
+    exact[..., :sinks] = exact.amax(-1, keepdim=True)
+    assert_scores(ExpectedAttention(horizon=horizon, sinks=sinks).score(replace(seen, rope=rope.float())), exact)
+
+
+def test_expected_attention_asks_for_the_rotation(layer):
+    with pytest.raises(ValueError, match="rope: expected"):
+        ExpectedAttention().score(layer[0])
+
+
+def test_a_prompt_of_nothing_but_sinks_is_scored(layer):
+    seen, _ = layer
+    short = Prefill(seen.q[:, :4], seen.k[:, :4], seen.v[:, :4], seen.lse[:, :, :4], rope=torch.ones(8))
+    assert ExpectedAttention(sinks=4).score(short).isfinite().all()
+
+
+def test_the_pyramid_falls_linearly_to_a_share_of_the_mean():
+    weights = PyramidKV(steepness=20).layer_weights(30)
+    assert sum(weights) == pytest.approx(30)
+    assert weights[-1] == pytest.approx(1 / 20)
+    steps = [high - low for high, low in itertools.pairwise(weights)]
+    assert all(step == pytest.approx(steps[0]) and step > 0 for step in steps)
+    assert PyramidKV().layer_weights(1) == [1.0]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("length", [1, 2, 45])
+def test_every_policy_scores_a_prompt_of_any_length(policy, length, layer):
+    seen, _ = layer
+    seen = Prefill(*(x[:, :length] for x in (seen.q, seen.k, seen.v)), seen.lse[:, :, :length], rope=torch.ones(8))
+    scores = policy().score(seen)
+    assert scores.shape == (1, 2, length)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_every_policy_keeps_to_the_budget(policy):
+    """Blocks in use after a compression of two prompts of different lengths, over layers and heads."""
+    cache = kvops.PagedKVCache(
+        num_layers=4, num_kv_heads=2, head_dim=16, num_blocks=400, max_batch=2, max_tokens=160, block_size=4
+    )
+    compression = Compression(ratio=4, policy=policy(), protect_first=2, protect_last=6)
+    budget = 0
+    for row, length in enumerate((150, 61)):
+        rows = slice(row, row + 1)
+        positions = cache.extend(length, rows=rows)
+        for index in range(4):
+            q, k, v = torch.randn(1, length, 6, 16), torch.randn(1, length, 2, 16), torch.randn(1, length, 2, 16)
+            cache.append(index, k, v, positions, rows=rows)
+            _, lse = kvops.flash_attention(q, k, v, causal=True)
+            seen = Prefill(q, k, v, lse, layer=index, num_layers=4, rope=torch.ones(8))
+            cache.set_scores(index, compression.policy.score(seen), rows=rows)
+        compression.apply(cache, [length], rows)
+        budget += cache.blocks_for(length) // 4
+    lengths = cache.stats().lengths
+    assert cache.stats().blocks_in_use == budget
+    assert (lengths >= 8).all()
+    if policy.scope == "head":
+        assert (lengths[..., 0] - lengths[..., 1]).abs().max() <= 4, "heads of a layer that do not compete"
+    if policy.scope != "sequence" and policy is not PyramidKV:
+        layers = -(-lengths // 4)
+        assert (layers.sum(-1).amax(0) - layers.sum(-1).amin(0)).max() <= 2, "heads have equal shares, give or take one"
+
+
 def test_every_named_policy_is_exported():
-    assert set(POLICIES.values()) == {H2O, KVCompress, SnapKV, Streaming}
-    assert all(getattr(kvops.policies, policy.__name__) is policy for policy in POLICIES.values())
+    named = {value for value in vars(kvops.policies).values() if isinstance(value, type) and issubclass(value, Policy)}
+    assert set(POLICIES.values()) == named - {Policy}
 
 
 @given(

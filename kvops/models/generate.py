@@ -50,6 +50,7 @@ class Compression:
         """Evict from each of ``rows``, whose sequences have seen ``num_tokens`` tokens, down to its budget."""
         protected = self.protect_first + self.protect_last
         layers = cache.num_layers
+        lists = layers * cache.num_kv_heads
         weights = self.policy.layer_weights(layers)
         totals = [
             max(math.floor(cache.blocks_for(tokens) / self.ratio), cache.blocks_for(min(protected, tokens)))
@@ -71,6 +72,7 @@ class Compression:
             rows=rows,
             protect_first=self.protect_first,
             protect_last=self.protect_last,
+            min_per_head=int(self.policy.floor * min(totals, default=0) / lists) * cache.block_size,
             scope="head" if self.policy.scope == "head" else "sequence",
         )
 

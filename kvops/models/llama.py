@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvops.models.config import LlamaConfig
 from kvops.models.linear import Linear
+from kvops.rotary import rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, Hq, D]``"""
@@ -36,12 +37,6 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, H, D] by cos and sin [B, T, 1, D / 2]; dimension i is paired with i + D / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class LlamaLayer(nn.Module):

@@ -4,17 +4,47 @@ A policy is a small dataclass with one method, ``score``; the cache, the selecti
 all of them. Write your own the same way and hand an instance to ``Compression(policy=...)``.
 """
 
+from kvops.policies.adakv import AdaKV
 from kvops.policies.base import Policy, Prefill, share_out
+from kvops.policies.defensive import DefensiveKV
+from kvops.policies.expected_attention import ExpectedAttention
 from kvops.policies.h2o import H2O
+from kvops.policies.keydiff import KeyDiff
+from kvops.policies.knorm import Knorm
 from kvops.policies.kv_compress import KVCompress
+from kvops.policies.pyramidkv import PyramidKV
 from kvops.policies.snapkv import SnapKV
 from kvops.policies.streaming import Streaming
+from kvops.policies.tova import TOVA
 
 POLICIES: dict[str, type[Policy]] = {
+    "ada-kv": AdaKV,
+    "defensive-kv": DefensiveKV,
+    "expected-attention": ExpectedAttention,
     "h2o": H2O,
+    "keydiff": KeyDiff,
+    "knorm": Knorm,
     "kv-compress": KVCompress,
+    "pyramid-kv": PyramidKV,
     "snapkv": SnapKV,
     "streaming": Streaming,
+    "tova": TOVA,
 }
 
-__all__ = ["H2O", "POLICIES", "KVCompress", "Policy", "Prefill", "SnapKV", "Streaming", "share_out"]
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "TOVA",
+    "AdaKV",
+    "DefensiveKV",
+    "ExpectedAttention",
+    "KVCompress",
+    "KeyDiff",
+    "Knorm",
+    "Policy",
+    "Prefill",
+    "PyramidKV",
+    "SnapKV",
+    "Streaming",
+    "share_out",
+]

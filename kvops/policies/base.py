@@ -68,11 +68,13 @@ class Policy(ABC):
         scope: who competes for the budget. ``"sequence"``: the heads of all layers (KV-Compress); ``"layer"``: the
             heads of a layer, every layer having its share (AdaKV); ``"head"``: nobody, the heads of a layer keep the
             same number of blocks.
+        floor: what every head keeps in any case, as a share of an equal part of the budget.
         accumulate: how decoding adds to the scores of the slots it attends to ("sum", "sumsq" or "max" of the
             attention probability over the queries), or None when it does not.
     """
 
     scope: Literal["head", "layer", "sequence"] = "sequence"
+    floor: float = 0.0
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sum"
 
     @abstractmethod

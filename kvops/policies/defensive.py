@@ -1,0 +1,44 @@
+"""DefensiveKV: prepare for the query that needs a key most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvops.policies.base import Policy, Prefill
+
+
+@dataclass(frozen=True)
+class DefensiveKV(Policy):
+    """The most attention that any of the last queries paid, never below the head's mean, times the value's weight
+    (Feng et al. 2025, arXiv 2510.13334).
+
+    Means hide the one query that depends on a key: the worst case over queries and query heads counts, pooled along
+    the keys as in SnapKV and raised to the head's mean (the paper's prior risk). The paper weighs by the norm of the
+    projected value; the output projection is not the cache's to know, so the L1 norm of the value itself is taken, as
+    a share of the head's.
+
+    Attributes:
+        observe: how many of the last queries are looked at.
+        pool: width of the pooling window, odd.
+    """
+
+    scope: Literal["head", "layer", "sequence"] = "layer"
+    observe: int = 32
+    pool: int = 5
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "max"
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+
+    def score(self, seen: Prefill) -> Tensor:
+        risk = seen.attention(last=self.observe, reduce="max", group="max")
+        risk = F.max_pool1d(risk, self.pool, stride=1, padding=self.pool // 2)
+        risk = torch.maximum(risk, risk.mean(-1, keepdim=True))
+        weight = torch.linalg.vector_norm(seen.v, 1, dim=-1, dtype=torch.float32).transpose(1, 2)
+        return risk * weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,26 @@
+"""Key norms: small keys receive much attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvops.policies.base import Policy, Prefill
+
+
+@dataclass(frozen=True)
+class Knorm(Policy):
+    """Minus the Euclidean norm of the key (Devoto et al. 2024, arXiv 2406.11430). No attention is looked at.
+
+    Norms have a scale of their own in every head, so heads do not compete. Decoding adds nothing: tokens that it
+    appends stand at 0, above every prompt token.
+    """
+
+    scope: Literal["head", "layer", "sequence"] = "head"
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
+
+    def score(self, seen: Prefill) -> Tensor:
+        return -torch.linalg.vector_norm(seen.k, dim=-1, dtype=torch.float32).transpose(1, 2)

@@ -1,0 +1,33 @@
+"""PyramidKV: lower layers keep more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvops.policies.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV's scores; budgets fall linearly from the first layer to the last (Cai et al. 2024, arXiv 2406.02069).
+
+    The last layer gets 1 / ``steepness`` of the mean and the first as much more.
+
+    Attributes:
+        steepness: the paper's beta, at least 1 (all layers alike).
+    """
+
+    scope: Literal["head", "layer", "sequence"] = "head"
+    steepness: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.steepness >= 1:
+            raise ValueError(f"steepness: expected at least 1, got {self.steepness}")
+
+    def layer_weights(self, num_layers: int) -> list[float] | None:
+        last = 1 / self.steepness
+        if num_layers == 1:
+            return [1.0]
+        return [2 - last - layer * (2 - 2 * last) / (num_layers - 1) for layer in range(num_layers)]

@@ -1,0 +1,24 @@
+"""TOVA: what the newest token looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from kvops.policies.base import Policy, Prefill
+
+
+@dataclass(frozen=True)
+class TOVA(Policy):
+    """The attention of the last query, averaged over all heads of the layer (Oren et al. 2024, arXiv 2401.06104).
+
+    All heads of a layer therefore keep the same tokens.
+    """
+
+    scope: Literal["head", "layer", "sequence"] = "head"
+
+    def score(self, seen: Prefill) -> Tensor:
+        received = seen.attention(last=1)
+        return (received.sum(1, keepdim=True) / seen.q.shape[2]).expand_as(received)
