@@ -8,7 +8,9 @@ instead of having K read twice. Where the rows fill more than one tile the work 
 scores would be large: the third launch then computes it again, tile by tile, and where row tiles and lists alone
 fill the GPU each program walks a whole list and there is nothing to merge.
 
-Every grid and buffer follows from shapes alone, and every sum has one order: no atomics, the same bits each time.
+Every grid and buffer follows from shapes alone, and every sum has one order: no atomics, the same bits each time. Which
+order it is follows from the shares, and so from the lengths of the whole batch, unless the call is batch invariant:
+then every unit of a list has a partial result of its own, and lists that fill row tiles are never cut.
 """
 
 import torch
@@ -24,7 +26,7 @@ from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visib
 from kvops.kernels.primitives import LN_2, LOG2_E, dot, log2_scores, online_softmax_step, page_address
 
 
-@triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
+@triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "places", "window_left"])
 def paged_attention_kernel(
     q_ptr,
     k_ptr,
@@ -81,6 +83,7 @@ def paged_attention_kernel(
     lists,
     coarse,
     line,
+    places,
     window_left,
     scale,
     softcap,
@@ -95,6 +98,7 @@ def paged_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    INVARIANT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,7 +111,6 @@ def paged_attention_kernel(
     if SPLIT:
         program = tl.program_id(0)
         axis_head = tl.program_id(2).to(tl.int64)
-        programs = tl.num_programs(0)
         share = tl.load(schedule_ptr) * coarse
         begin = program * share
         end = tl.minimum(begin + share, tl.load(schedule_ptr + 1 + lists))
@@ -124,11 +127,15 @@ def paged_attention_kernel(
         length = tl.minimum(length, max_blocks * BLOCK_SIZE)
         if SPLIT:
             list_begin = tl.load(schedule_ptr + 1 + index)
-            list_end = tl.minimum(end, tl.load(schedule_ptr + 2 + index))
+            list_end = tl.load(schedule_ptr + 2 + index)
+            part_end = tl.minimum(end, list_end)
+            if INVARIANT:
+                part_end = tl.minimum(part_end, begin + 1)
             start = (begin - list_begin) * UNIT
-            stop = tl.minimum(length, (list_end - list_begin) * UNIT)
+            stop = tl.minimum(length, (part_end - list_begin) * UNIT)
         else:
             list_end = 1
+            part_end = 1
             start = 0
             stop = length
 
@@ -136,7 +143,7 @@ def paged_attention_kernel(
             rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt, num_tokens,
             window_left, GROUP, CAUSAL, HAS_WINDOW,
         )  # fmt: skip
-        start, stop = visible_range(limit, oldest, start, stop, HAS_WINDOW, query_positions_ptr is not None, UNIT)
+        start, stop = visible_range(limit, oldest, start, stop, HAS_WINDOW, query_positions_ptr is not None, BLOCK_SIZE)
         query_head = head * GROUP + rows % GROUP
         columns = tl.arange(0, BLOCK_D)
         q = tl.load(  # [BLOCK_M, BLOCK_D]
@@ -178,22 +185,33 @@ def paged_attention_kernel(
             acc = dot(p.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_DV]
 
         value_columns = tl.arange(0, BLOCK_DV)
-        mask = (rows < num_rows)[:, None] & (value_columns < VALUE_DIM)[None, :]
+        row_mask = rows < num_rows
         if SPLIT:
-            # A share's end and a list's end each move the sum program + index on: no two results share a place.
-            place = (axis_head * (programs + lists) + program + index) * num_rows + rows
-            tl.store(partial_m_ptr + place, m, mask=rows < num_rows)
-            tl.store(partial_l_ptr + place, l, mask=rows < num_rows)
+            if INVARIANT:
+                # Each unit of the line has a place; an empty list has none.
+                part = begin
+                row_mask &= (part_end > begin) & (begin < places)
+            else:
+                # A share's end and a list's end each move the sum on: no two results share a place.
+                part = program + index
+            place = (axis_head * places + part) * num_rows + rows
+            tl.store(partial_m_ptr + place, m, mask=row_mask)
+            tl.store(partial_l_ptr + place, l, mask=row_mask)
+            mask = row_mask[:, None] & (value_columns < VALUE_DIM)[None, :]
             tl.store(partial_ptr + place[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=mask)
         else:
             weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
             acc = acc * (weight * cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))[:, None]
             out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
+            mask = row_mask[:, None] & (value_columns < VALUE_DIM)[None, :]
             tl.store(out_ptr + out_row[:, None] + value_columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
             lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
-            tl.store(lse_ptr + lse_cell, lse, mask=rows < num_rows)
-        begin = list_end
-        index += 1
+            tl.store(lse_ptr + lse_cell, lse, mask=row_mask)
+        begin = part_end
+        if INVARIANT:
+            index += (begin == list_end).to(tl.int32)
+        else:
+            index += 1
 
 
 @triton.jit
@@ -213,7 +231,7 @@ def _normalise(m, l, sinks_ptr, sink_offset):
     return weight / total, lse
 
 
-@triton.jit(do_not_specialize=["lists", "num_tokens", "programs", "coarse"])
+@triton.jit(do_not_specialize=["num_tokens", "coarse", "places"])
 def paged_merge_kernel(
     partial_ptr,
     partial_m_ptr,
@@ -232,13 +250,13 @@ def paged_merge_kernel(
     stride_lse_b,
     stride_lse_h,
     num_tokens,
-    lists,
-    programs,
     coarse,
+    places,
     LIST_HEADS: tl.constexpr,
     AXIS_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    INVARIANT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
@@ -253,22 +271,26 @@ def paged_merge_kernel(
     head = index % LIST_HEADS + axis_head
     query_head = head * GROUP + row % GROUP
 
-    share = tl.load(schedule_ptr) * coarse
     begin = tl.load(schedule_ptr + 1 + index)
     end = tl.load(schedule_ptr + 2 + index)
+    if INVARIANT:
+        part = begin
+        parts_end = tl.minimum(end, places)
+    else:
+        share = tl.load(schedule_ptr) * coarse
+        part = begin // share + index
+        parts_end = tl.where(end > begin, (end - 1) // share + index + 1, part)
     columns = tl.arange(0, BLOCK_DV)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    first_program = begin // share
-    last_program = tl.where(end > begin, (end - 1) // share, first_program - 1)
-    for first in range(first_program, last_program + 1, BLOCK_P):
-        program = first + tl.arange(0, BLOCK_P)
-        inside = program <= last_program
-        place = (axis_head * (programs + lists) + program + index) * num_rows + row
+    for first in range(part, parts_end, BLOCK_P):
+        parts = first + tl.arange(0, BLOCK_P)
+        inside = parts < parts_end
+        place = (axis_head * places + parts) * num_rows + row
         part_m = tl.load(partial_m_ptr + place, mask=inside, other=float("-inf"))  # [BLOCK_P]
         part_l = tl.load(partial_l_ptr + place, mask=inside, other=0.0)
-        part = tl.load(  # [BLOCK_P, BLOCK_DV]
+        part_acc = tl.load(  # [BLOCK_P, BLOCK_DV]
             partial_ptr + place[:, None] * VALUE_DIM + columns[None, :],
             mask=inside[:, None] & (columns < VALUE_DIM)[None, :],
             other=0.0,
@@ -278,7 +300,7 @@ def paged_merge_kernel(
         rescale = tl.exp2(m - shift)
         weight = tl.exp2(part_m - shift)
         l = l * rescale + tl.sum(part_l * weight, 0)
-        acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+        acc = acc * rescale + tl.sum(part_acc * weight[:, None], 0)
         m = m_new
 
     weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
@@ -311,6 +333,7 @@ def paged_attention(
     score_reduce: str = "sum",
     score_decay: float = 1.0,
     schedule: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels; see ``kvops.paged_attention``."""
     batch, num_tokens, query_heads, head_dim = q.shape
@@ -323,7 +346,7 @@ def paged_attention(
     if lse.numel() == 0:
         return out, lse
     if schedule is None:
-        schedule = paged_schedule(seq_lens, block_size)
+        schedule = paged_schedule(seq_lens, block_size, batch_invariant=batch_invariant)
 
     # The heads of a uniform cache share the schedule of the sequences and are an axis of the grid.
     list_heads, axis_heads = (1, heads) if uniform else (heads, 1)
@@ -333,25 +356,25 @@ def paged_attention(
     config = paged_attention_config(max(block_d, block_dv), q.element_size(), rows, current_device().arch)
     row_tiles = triton.cdiv(rows, config.block_m)
     shares = schedule.shape[0] - lists - 2
-    split = row_tiles == 1 or row_tiles * lists * axis_heads < shares
+    split = row_tiles == 1 or (row_tiles * lists * axis_heads < shares and not batch_invariant)
     # Row tiles and heads multiply the programs, so each takes as many shares at once.
     coarse = min(shares, row_tiles * axis_heads)
     programs = triton.cdiv(shares, coarse)
-    unit = schedule_unit(block_size)
+    unit = schedule_unit(block_size, batch_invariant)
 
+    # The most units that the line of all lists can have: as their tables, and where they own their blocks, the pool.
+    units = lists * triton.cdiv(block_tables.shape[-1] * block_size, unit)
+    if scores is not None:
+        units = min(units, triton.cdiv(num_blocks * block_size, unit) + lists)
+    line = units * unit
     stash = None
-    line = 0
     if scores is not None and row_tiles == 1:
-        # Lists own their blocks, so all of them together are no longer than the pool, or than their tables.
-        in_tables = lists * triton.cdiv(block_tables.shape[-1] * block_size, unit)
-        in_pool = num_blocks * triton.cdiv(block_size, unit) + lists
-        line = min(in_tables, in_pool) * unit
         stash = q.new_empty(axis_heads * rows * line, dtype=torch.float32)
     partial = partial_m = partial_l = None
+    places = units if batch_invariant else programs + lists
     if split:
-        places = axis_heads * (programs + lists) * rows
-        partial = q.new_empty(places, value_dim, dtype=torch.float32)
-        partial_m, partial_l = q.new_empty(2, places, dtype=torch.float32)
+        partial = q.new_empty(axis_heads * places * rows, value_dim, dtype=torch.float32)
+        partial_m, partial_l = q.new_empty(2, axis_heads * places * rows, dtype=torch.float32)
 
     window_left = window_left if window_left >= 0 else -1
     if window_left < 0:
@@ -422,12 +445,14 @@ def paged_attention(
         lists,
         coarse,
         line,
+        places,
         window_left,
         scale,
         softcap,
         HEADS=heads,
         VALUE_DIM=value_dim,
         SPLIT=split,
+        INVARIANT=batch_invariant,
         BLOCK_DV=block_dv,
         **shared,
         num_warps=config.num_warps,
@@ -449,13 +474,13 @@ def paged_attention(
             *out.stride()[:3],
             *lse.stride()[:2],
             num_tokens,
-            lists,
-            programs,
             coarse,
+            places,
             LIST_HEADS=list_heads,
             AXIS_HEADS=axis_heads,
             GROUP=query_heads // heads,
             VALUE_DIM=value_dim,
+            INVARIANT=batch_invariant,
             BLOCK_P=16,
             BLOCK_DV=block_dv,
             num_warps=4 if block_dv >= 64 else 1,

@@ -2,7 +2,8 @@
 
 All lists stand in one line, each as its length in units; a program owns an equal contiguous share of the line,
 wherever lists begin and end (stream-K). A schedule is int32 [share, prefix sums of the units with a leading 0
-(lists + 1), list in which each program begins (programs)].
+(lists + 1), list in which each program begins (programs)]. In a batch-invariant schedule units are long and each has
+a partial result of its own, so that a list is cut at the same slots whatever stands beside it.
 """
 
 import torch
@@ -15,11 +16,14 @@ from kvops.kernels.device import current_device
 _PROGRAMS_PER_SM = 2
 # A share is not cut below this many slots: a partial result would cost as much as the slots.
 _MIN_SHARE = 128
+# Slots per unit of a batch-invariant schedule. At head size 128 in 16 bits, with four query heads to a group, writing
+# and reading a partial result for each is 3% of the bytes of the slots.
+_INVARIANT_UNIT = 256
 
 
-def schedule_unit(block_size: int) -> int:
+def schedule_unit(block_size: int, batch_invariant: bool) -> int:
     """Slots per unit of a schedule: one block, where its size is reasonable."""
-    return min(max(block_size, 16), 64)
+    return _INVARIANT_UNIT if batch_invariant else min(max(block_size, 16), 64)
 
 
 @triton.jit(do_not_specialize=["heads", "lists", "programs"])
@@ -68,7 +72,9 @@ def paged_schedule_kernel(
         tl.store(prefix_ptr + lists + 1 + program, low, mask=program < programs)
 
 
-def paged_schedule(seq_lens: torch.Tensor, block_size: int, *, num_programs: int = 0) -> torch.Tensor:
+def paged_schedule(
+    seq_lens: torch.Tensor, block_size: int, *, num_programs: int = 0, batch_invariant: bool = False
+) -> torch.Tensor:
     """Launch the kernel, one program for each layer; see ``kvops.paged_schedule``."""
     num_programs = num_programs or _PROGRAMS_PER_SM * current_device().num_sms
     by_layer = seq_lens if seq_lens.dim() == 3 else seq_lens[None]
@@ -76,7 +82,7 @@ def paged_schedule(seq_lens: torch.Tensor, block_size: int, *, num_programs: int
     heads = by_layer.shape[2] if by_layer.dim() == 3 else 1
     lists = batch * heads
     schedule = seq_lens.new_empty(layers, 2 + lists + num_programs)
-    unit = schedule_unit(block_size)
+    unit = schedule_unit(block_size, batch_invariant)
     if layers:
         paged_schedule_kernel[(layers,)](
             by_layer,

@@ -78,10 +78,12 @@ def row_limits(
 
 
 @triton.jit
-def visible_range(limit, oldest, start, stop, HAS_WINDOW: tl.constexpr, BY_POSITION: tl.constexpr, UNIT: tl.constexpr):
-    """The part of the slots from ``start`` to ``stop`` that any of the rows may see; it begins at a unit."""
+def visible_range(
+    limit, oldest, start, stop, HAS_WINDOW: tl.constexpr, BY_POSITION: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """The part of the slots from ``start`` to ``stop`` that any of the rows may see; a window begins at a block."""
     stop = tl.minimum(stop, tl.max(limit, 0))
     if HAS_WINDOW and not BY_POSITION:
         first = tl.min(tl.where(limit > 0, oldest, stop), 0)
-        start = tl.maximum(start, tl.maximum(first, 0) // UNIT * UNIT)
+        start = tl.maximum(start, tl.maximum(first, 0) // BLOCK_SIZE * BLOCK_SIZE)
     return start, stop

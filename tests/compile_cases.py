@@ -201,6 +201,7 @@ def paged_attention_decode_bf16():
     q = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16)
     cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
     paged_attention(q, cache, cache, tables, lens)
+    paged_attention(q, cache, cache, tables, lens, batch_invariant=True)
     options = {"positions": sides[0], "query_positions": torch.empty(4, 1, dtype=torch.int32), "window_left": 1024}
     paged_attention(q, cache, cache, tables, lens, scores=sides[1], softcap=30.0, sinks=torch.empty(32), **options)
 

@@ -61,6 +61,11 @@ def a_planned_step():
     return args, {"schedule": kvops.paged_schedule(args[4], BLOCK_SIZE, num_programs=9)}
 
 
+def batch_invariant():
+    args, keywords = SAMPLES["paged_attention"]()
+    return args, {"batch_invariant": True, "scores": keywords["scores"]}
+
+
 def every_head_for_itself():
     args, _ = SAMPLES["select_blocks"]()
     return args, {"min_per_head": 2, "scope": "head"}
@@ -69,7 +74,10 @@ def every_head_for_itself():
 # The paths of the paged operators that their one sample in test_contracts does not take.
 PATHS = [
     *((name, sample) for name, sample in SAMPLES.items()),
-    *(("paged_attention", path) for path in (uniform, float8, drafts_in_a_tree, a_chunk_of_prefill, a_planned_step)),
+    *(
+        ("paged_attention", path)
+        for path in (uniform, float8, drafts_in_a_tree, a_chunk_of_prefill, a_planned_step, batch_invariant)
+    ),
     ("select_blocks", every_head_for_itself),
 ]
 every_path = pytest.mark.parametrize(("name", "sample"), PATHS, ids=[sample.__name__ for _, sample in PATHS])

@@ -310,3 +310,8 @@ def test_debug_finds_what_only_the_data_tells(monkeypatch):
                 function(**broken)
     with pytest.raises(ValueError, match="q_lens: expected lengths from 0 to the 2 tokens of q"):
         kvops.paged_attention(**inputs, q_lens=int32(1, 3))
+    plan = kvops.paged_schedule(inputs["seq_lens"], 8)
+    kvops.paged_attention(**inputs, schedule=plan)
+    for options, stale in (({"batch_invariant": True}, plan), ({}, kvops.paged_schedule(inputs["seq_lens"] + 99, 8))):
+        with pytest.raises(ValueError, match="schedule: expected that of paged_schedule with these lengths"):
+            kvops.paged_attention(**inputs, **options, schedule=stale)

@@ -33,26 +33,31 @@ _SHORT = 512
 
 # A share of a schedule is not cut below this many slots.
 _MIN_SHARE = 128
+# Slots per unit of a batch-invariant schedule.
+_INVARIANT_UNIT = 256
 # What stands for the number of programs where there is no GPU.
 CPU_PROGRAMS = 8
 
 _FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
-def schedule_unit(block_size: int) -> int:
-    """Slots per unit of a schedule: one block, where its size is reasonable."""
-    return min(max(block_size, 16), 64)
+def schedule_prefix(lens: Tensor, block_size: int, batch_invariant: bool) -> tuple[Tensor, int]:
+    """Where each list of ``lens`` [L, lists] begins in the line of all: int32 [L, lists + 1] in units, and the slots of
+    a unit: about a block, or the slots that a batch-invariant call gives a partial result of their own."""
+    unit = _INVARIANT_UNIT if batch_invariant else min(max(block_size, 16), 64)
+    prefix = torch.zeros(lens.shape[0], lens.shape[1] + 1, dtype=torch.int32, device=lens.device)
+    prefix[:, 1:] = torch.cumsum((lens.clamp(min=0) + unit - 1) // unit, 1)
+    return prefix, unit
 
 
-def paged_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0) -> Tensor:
+def paged_schedule(
+    seq_lens: Tensor, block_size: int, *, num_programs: int = 0, batch_invariant: bool = False
+) -> Tensor:
     """See :func:`kvops.paged_schedule`. A row holds the share of a program, the prefix sums of the lists' units with a
     leading 0, and the list in which each program begins."""
     num_programs = num_programs or CPU_PROGRAMS
     lens = seq_lens.flatten(1) if seq_lens.dim() == 3 else seq_lens.flatten()[None]  # [L, lists]
-    unit = schedule_unit(block_size)
-    units = (lens.clamp(min=0) + unit - 1) // unit
-    prefix = torch.zeros(lens.shape[0], lens.shape[1] + 1, dtype=torch.int32, device=lens.device)
-    prefix[:, 1:] = torch.cumsum(units, 1)
+    prefix, unit = schedule_prefix(lens, block_size, batch_invariant)
     share = ((prefix[:, -1:] + num_programs - 1) // num_programs).clamp(min=-(-_MIN_SHARE // unit))
     begin = torch.arange(num_programs, dtype=torch.int32, device=lens.device) * share
     first = torch.searchsorted(prefix[:, 1:].contiguous(), begin, right=True, out_int32=True)
@@ -132,11 +137,17 @@ def paged_attention(
     score_reduce: str = "sum",
     score_decay: float = 1.0,
     schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kvops.paged_attention`. The cores share each product, so the balance of ``schedule`` is not needed."""
+    """See :func:`kvops.paged_attention`. The cores share each product, so the balance of ``schedule`` is not needed.
+
+    Batch-invariant calls serve each list alone and from copies: every product then has a shape and an alignment that
+    follow from the list itself, and sums in the same order.
+    """
     B, T, Hq, _ = q.shape
     Dv = v_cache.shape[-1]
     call = _Attention(q, k_cache, v_cache, block_tables, seq_lens, q_lens, sinks, k_scale, scale)
+    call.batch_invariant = batch_invariant
     call.causal, call.window_left, call.softcap, call.tree_mask = causal, window_left, softcap, tree_mask
     if window_left >= 0:
         call.positions, call.query_positions = positions, query_positions
@@ -160,7 +171,7 @@ class _Group:
     def __init__(self, call: _Attention, members: list[int], spans: dict[int, tuple[int, int]]) -> None:
         size = call.block_size
         self.members = members
-        self.everything = len(members) == len(call.lens)
+        self.everything = len(members) == len(call.lens) and not call.batch_invariant
         firsts = [spans[member][0] // size for member in members]
         counts = [-(-spans[member][1] // size) - first for member, first in zip(members, firsts, strict=True)]
         self.starts = [first * size for first in firsts]
@@ -182,7 +193,7 @@ class _Group:
         # Long lists take a product each, short ones are gathered and multiplied in one batch.
         self.pieces: list[list[Piece]] | None = None
         if max(stop - start for stop, start in zip(self.stops, self.starts, strict=True)) > _SHORT:
-            in_place = call.keys.in_place and call.values.in_place
+            in_place = call.keys.in_place and call.values.in_place and not call.batch_invariant
             self.pieces = cut(self.blocks, self.starts, self.stops, size, in_place)
 
     def pick(self, per_list: Tensor) -> Tensor:
@@ -192,6 +203,7 @@ class _Group:
 class _Attention:
     """One call. A *list* is the blocks of one (sequence, KV head); lists are numbered ``sequence * Hkv + head``."""
 
+    batch_invariant: bool
     causal: bool
     window_left: int
     softcap: float
@@ -251,6 +263,10 @@ class _Attention:
         """Which lists are served together: as many of like length as the bound on the scores allows."""
         spans = {index: self.span(index, 0, self.num_tokens) for index in range(len(self.lens))}
         widths = {index: stop - start for index, (start, stop) in spans.items() if start < stop}
+        if self.batch_invariant:
+            for index in widths:
+                yield _Group(self, [index], spans)
+            return
         for members in (
             [index for index, width in widths.items() if width <= _SHORT],
             [index for index, width in widths.items() if width > _SHORT],

@@ -184,6 +184,7 @@ def _check_attention(
     score_reduce: str = "sum",
     score_decay: float = 1.0,
     schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     checks.expect_rank("q", q, "[batch, tokens, query_heads, head_dim]")
     checks.expect_dtype("q", q, *checks.FLOAT_DTYPES)
@@ -236,6 +237,11 @@ def _check_attention(
         checks.expect_same_device("schedule", schedule, "q", q)
     if checks.debug() and checks.has_data(seq_lens):
         _check_tables_data(k_cache, block_tables, seq_lens)
+        if schedule is not None:
+            prefix, _ = eager.schedule_prefix(seq_lens.reshape(1, -1), k_cache.shape[1], batch_invariant)
+            fits = schedule[1 : prefix.shape[1] + 1] == prefix[0]
+            expected = f"that of paged_schedule with these lengths and batch_invariant={batch_invariant}"
+            checks.expect_data("schedule", expected, fits)
 
 
 def _fake_attention(
@@ -250,7 +256,7 @@ _attention = register(
     "Tensor? q_lens=None, bool causal=True, int window_left=-1, Tensor? positions=None, Tensor? query_positions=None, "
     "float? scale=None, float softcap=0.0, Tensor? sinks=None, Tensor? tree_mask=None, Tensor? k_scale=None, "
     'Tensor? v_scale=None, Tensor(a!)? scores=None, str score_reduce="sum", float score_decay=1.0, '
-    "Tensor? schedule=None) -> (Tensor out, Tensor lse)",
+    "Tensor? schedule=None, bool batch_invariant=False) -> (Tensor out, Tensor lse)",
     check=_check_attention,
     fake=_fake_attention,
     eager=eager.paged_attention,
@@ -258,7 +264,7 @@ _attention = register(
 )
 
 
-def _check_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0) -> None:
+def _check_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0, batch_invariant: bool = False) -> None:
     if seq_lens.dim() not in (1, 2, 3):
         raise ValueError(
             f"seq_lens: expected shape [batch], [batch, heads] or [layers, batch, heads], got {list(seq_lens.shape)}"
@@ -270,7 +276,9 @@ def _check_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0)
         checks.expect_data("seq_lens", "lengths of at least 0", seq_lens >= 0)
 
 
-def _fake_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0) -> Tensor:
+def _fake_schedule(
+    seq_lens: Tensor, block_size: int, *, num_programs: int = 0, batch_invariant: bool = False
+) -> Tensor:
     if not num_programs:
         num_programs = eager.CPU_PROGRAMS
         if seq_lens.device.type == "cuda":
@@ -283,7 +291,7 @@ def _fake_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0) 
 
 
 _schedule = register(
-    "paged_schedule(Tensor seq_lens, int block_size, *, int num_programs=0) -> Tensor",
+    "paged_schedule(Tensor seq_lens, int block_size, *, int num_programs=0, bool batch_invariant=False) -> Tensor",
     check=_check_schedule,
     fake=_fake_schedule,
     eager=eager.paged_schedule,
@@ -406,6 +414,7 @@ def paged_attention(
     score_reduce: str = "sum",
     score_decay: float = 1.0,
     schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over a paged cache in which every head has its own list and length.
 
@@ -446,6 +455,11 @@ def paged_attention(
             ``"sum"``, ``"sumsq"`` (of p squared) or ``"max"``.
         score_decay: at least 0.
         schedule: :func:`paged_schedule` of these ``seq_lens`` (one layer of it). None computes it on the way.
+        batch_invariant: the bits of a sequence's results then follow from its own queries, list and options alone,
+            for the same T and the same device: not from the other sequences and heads, nor from where blocks lie, how
+            wide the tables are or how many programs share the work. The ``schedule`` must be batch invariant too.
+            On a GPU each 256 slots of a list have a partial result of their own, in a buffer as long as the tables
+            allow; where T x group is more than a tile of rows (64, in float32 32), each tile walks its list alone.
 
     Returns:
         out ``[B, T, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]``, natural logarithm.
@@ -480,10 +494,13 @@ def paged_attention(
         score_reduce=score_reduce,
         score_decay=score_decay,
         schedule=schedule,
+        batch_invariant=batch_invariant,
     )
 
 
-def paged_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0) -> Tensor:
+def paged_schedule(
+    seq_lens: Tensor, block_size: int, *, num_programs: int = 0, batch_invariant: bool = False
+) -> Tensor:
     """Cut the total work of ragged lists into equal contiguous shares, one for each program of :func:`paged_attention`.
 
     All lists are laid in one line (a prefix sum over their lengths, in units of about a block) and the line is cut
@@ -494,6 +511,7 @@ def paged_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0) 
         seq_lens: int32 ``[B, Hkv]``, ``[B]`` for a 4-D cache, or ``[L, B, Hkv]`` for all layers at once.
         block_size: of the cache.
         num_programs: how many shares; 0 chooses by the device.
+        batch_invariant: cut lists at every 256th slot of their own, for ``paged_attention(batch_invariant=True)``.
 
     Returns:
         int32 ``[2 + lists + num_programs]``, with a leading ``L`` for three-dimensional lengths; its content is for
@@ -503,4 +521,6 @@ def paged_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0) 
         ValueError: wrong shape or value; with ``KVOPS_DEBUG=1`` also negative lengths.
         TypeError: wrong dtype.
     """
-    return _schedule(seq_lens, block_size, num_programs=num_programs)  # type: ignore[no-any-return]
+    return _schedule(  # type: ignore[no-any-return]
+        seq_lens, block_size, num_programs=num_programs, batch_invariant=batch_invariant
+    )
