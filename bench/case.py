@@ -159,7 +159,7 @@ SCALES = {
             "tiny",
             prompts=(33,),
             contexts=(40,),
-            batches=(2,),
+            batches=(1, 2),
             max_kv_heads=2,
             max_head_dim=16,
             max_vocab=97,

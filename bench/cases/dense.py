@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -44,7 +44,11 @@ def options(inputs: Inputs) -> dict[str, object]:
     return {"causal": inputs["causal"], "window_left": inputs["window"], "softcap": inputs["softcap"]}
 
 
-def _inputs(model: Model, batch: int, tokens: int, causal: bool, *, backward: bool = False):
+def make_inputs(
+    model: Model, batch: int, tokens: int, causal: bool, *, backward: bool = False
+) -> Callable[[torch.device, torch.dtype, torch.Generator], Inputs]:
+    """Random q, k and v, and with ``backward`` dout and what the forward gave."""
+
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         def random(heads: int) -> Tensor:
             shape = (batch, tokens, heads, model.head_dim)
@@ -111,8 +115,8 @@ def forward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> Ca
     return Case(
         op="flash_attention",
         model=model.name,
-        shape=_shape(model, batch, tokens, causal),
-        make_inputs=_inputs(model, batch, tokens, causal),
+        shape=shape(model, batch, tokens, causal),
+        make_inputs=make_inputs(model, batch, tokens, causal),
         run=_forward,
         oracle=lambda inputs, dtype: _truth(inputs, dtype, ("out", "lse")),
         sample=_sample_forward,
@@ -129,8 +133,8 @@ def backward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> C
     return Case(
         op="flash_attention_backward",
         model=model.name,
-        shape=_shape(model, batch, tokens, causal),
-        make_inputs=_inputs(model, batch, tokens, causal, backward=True),
+        shape=shape(model, batch, tokens, causal),
+        make_inputs=make_inputs(model, batch, tokens, causal, backward=True),
         run=_backward,
         oracle=_truth_backward,
         sample=_sample_backward,
@@ -140,9 +144,9 @@ def backward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> C
     )
 
 
-def _shape(model: Model, batch: int, tokens: int, causal: bool) -> dict[str, int | str]:
-    shape: dict[str, int | str] = {"batch": batch, "tokens": tokens, "mask": "causal" if causal else "full"}
-    return shape | ({"window": model.window} if model.window >= 0 else {})
+def shape(model: Model, batch: int, tokens: int, causal: bool) -> dict[str, int | str]:
+    facts: dict[str, int | str] = {"batch": batch, "tokens": tokens, "mask": "causal" if causal else "full"}
+    return facts | ({"window": model.window} if model.window >= 0 else {})
 
 
 def cases(scale: Scale) -> Iterator[Case]:

@@ -1,0 +1,375 @@
+"""The ragged paged cache: decoding, drafts, scores from the same pass, appending, and the schedule of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kvops
+from bench import truth
+from bench.case import (
+    GEMMA,
+    LLAMA_8B,
+    LLAMA_70B,
+    MISTRAL_7B,
+    QWEN_7B,
+    SMOLLM,
+    STARCODER,
+    Case,
+    Inputs,
+    Model,
+    Outputs,
+    Peer,
+    Scale,
+    UnavailableError,
+)
+from bench.lists import BLOCK_SIZE, gathered_slots, lengths, make_lists, sampled, slots
+
+# flash-attn 2 wants pages of so many slots.
+_FLASH_ATTN_PAGE = 256
+_WORKSPACE = 256 << 20
+# A schedule for so many programs: two for each multiprocessor of an H100.
+_PROGRAMS = 264
+
+
+def _queries(inputs: Inputs, batch: int, head: int) -> Tensor:
+    """[T, group, D] of one list."""
+    group = inputs["q"].shape[2] // inputs["seq_lens"].shape[1]
+    return inputs["q"][batch, :, head * group : (head + 1) * group]
+
+
+def _attend(inputs: Inputs) -> Outputs:
+    cache = (inputs[name] for name in ("k_cache", "v_cache", "block_tables", "seq_lens"))
+    options = {"window_left": inputs["window"], "softcap": inputs["softcap"]}
+    if inputs["reduce"]:
+        options |= {"scores": inputs["scores"], "score_reduce": inputs["reduce"]}
+    out, lse = kvops.paged_attention(inputs["q"], *cache, **options)
+    return (out, lse, inputs["scores"]) if inputs["reduce"] else (out, lse)
+
+
+def _sample(inputs: Inputs, outputs: Outputs) -> Outputs:
+    """out [lists, T, group, D], lse [lists, group, T] and the scores of those lists, one behind another."""
+    group = inputs["q"].shape[2] // inputs["seq_lens"].shape[1]
+    places = sampled(inputs)
+    out, lse, scores = (*outputs, None, None)[:3]
+    return (
+        None if out is None else torch.stack([out[b, :, h * group : (h + 1) * group] for b, h in places]),
+        None if lse is None else torch.stack([lse[b, h * group : (h + 1) * group] for b, h in places]),
+        None if scores is None else torch.cat([scores.flatten()[slots(inputs, b, h)] for b, h in places]),
+    )
+
+
+def _truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    found = []
+    for b, h in sampled(inputs):
+        where = slots(inputs, b, h)
+        k, v = (inputs[name].flatten(0, 1)[where] for name in ("k_cache", "v_cache"))
+        options = {"causal": True, "window": inputs["window"], "softcap": inputs["softcap"]}
+        score_from = 0 if inputs["reduce"] else None
+        one = truth.attention(_queries(inputs, b, h), k, v, dtype, score_from=score_from, **options)
+        found.append(one | {"scores": inputs["scores"].flatten()[where] + one["scores"]})
+    out, lse = (torch.stack([one[name] for one in found]) for name in ("out", "lse"))
+    return (out, lse, torch.cat([one["scores"] for one in found])) if inputs["reduce"] else (out, lse)
+
+
+def _seen(inputs: Inputs, length: int) -> Tensor:
+    """bool [B, Hkv, T, length]: which slots each query sees."""
+    lens, T = inputs["seq_lens"][..., None, None], inputs["q"].shape[1]
+    query = lens - T + torch.arange(T, device=lens.device)[:, None]
+    slot = torch.arange(length, device=lens.device)
+    mask = slot <= query
+    return mask & (slot >= query - inputs["window"]) if inputs["window"] >= 0 else mask
+
+
+def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
+    """What people write without a paged kernel: gather the lists, pad them, and attend."""
+    Hq, D = inputs["q"].shape[2:]
+    Hkv = inputs["seq_lens"].shape[1]
+    softcap = inputs["softcap"]
+
+    def call() -> Outputs:
+        places, _ = gathered_slots(inputs)
+        k, v = (inputs[name].flatten(0, 1)[places] for name in ("k_cache", "v_cache"))  # [B, Hkv, slots, D]
+        seen = _seen(inputs, places.shape[2])
+        q = inputs["q"].transpose(1, 2).unflatten(1, (Hkv, -1))  # [B, Hkv, group, T, D]
+        if not softcap and not inputs["reduce"]:
+            mask = seen[:, :, None].expand(-1, -1, Hq // Hkv, -1, -1).flatten(1, 2)
+            out = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, mask, enable_gqa=True)
+            return (out.transpose(1, 2),)
+        s = q @ k[:, :, None].mT * D**-0.5
+        s = softcap * torch.tanh(s / softcap) if softcap else s
+        p = s.masked_fill(~seen[:, :, None], float("-inf")).float().softmax(-1)
+        out = (p.to(v.dtype) @ v[:, :, None]).flatten(1, 2).transpose(1, 2)
+        if not inputs["reduce"]:
+            return (out,)
+        inputs["scores"].flatten().index_add_(0, places[seen.any(2)], p.sum((2, 3))[seen.any(2)])
+        return out, None, inputs["scores"]
+
+    return call
+
+
+def _contiguous(inputs: Inputs) -> Callable[[], Outputs]:
+    """SDPA over a cache that lies there as it wants it: what paging costs. Gathered outside the timing."""
+    if inputs["reduce"] or inputs["softcap"]:
+        raise UnavailableError("gives no scores" if inputs["reduce"] else "has no softcap")
+    places, _ = gathered_slots(inputs)
+    k, v = (inputs[name].flatten(0, 1)[places] for name in ("k_cache", "v_cache"))
+    group = inputs["q"].shape[2] // k.shape[1]
+    mask = _seen(inputs, places.shape[2]).repeat_interleave(group, 1)
+    everything = bool(mask.all())
+
+    def call() -> Outputs:
+        q = inputs["q"].transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, None if everything else mask, enable_gqa=True)
+        return (out.transpose(1, 2),)
+
+    return call
+
+
+def _one_head_each(inputs: Inputs) -> Tensor:
+    """[B * Hkv, T, group, D]: every list a sequence of its own with one KV head, which is how others can have it."""
+    Hkv = inputs["seq_lens"].shape[1]
+    return inputs["q"].unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _back(out: Tensor, batch: int) -> Tensor:
+    """[B * Hkv, T, group, D] -> [B, T, Hq, D]"""
+    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
+    import flashinfer
+
+    if inputs["reduce"]:
+        raise UnavailableError("gives no scores")
+    q = _one_head_each(inputs)
+    lists, T, group, D = q.shape
+    lens = inputs["seq_lens"].flatten()
+    used = (lens + BLOCK_SIZE - 1) // BLOCK_SIZE
+    indptr = F.pad(used.cumsum(0), (1, 0)).int()
+    tables = inputs["block_tables"].flatten(0, 1)
+    indices = tables[torch.arange(tables.shape[1], device=q.device) < used[:, None]]
+    last = lens - (used - 1) * BLOCK_SIZE
+    options = {"window_left": inputs["window"], "logits_soft_cap": inputs["softcap"] or None, "q_data_type": q.dtype}
+    workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=q.device)
+    cache = inputs["k_cache"][:, :, None], inputs["v_cache"][:, :, None]
+    if T == 1:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=group >= 4)
+        wrapper.plan(indptr, indices, last, group, 1, D, BLOCK_SIZE, **options)
+    else:
+        starts = torch.arange(lists + 1, dtype=torch.int32, device=q.device) * T
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper.plan(starts, indptr, indices, last, group, 1, D, BLOCK_SIZE, causal=True, **options)
+    return lambda: (_back(wrapper.run(q.flatten(0, 1), cache).view(q.shape), inputs["q"].shape[0]),)
+
+
+def _flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
+    """The same lists in pages of its own size, copied outside the timing."""
+    from flash_attn import flash_attn_with_kvcache
+
+    if inputs["reduce"]:
+        raise UnavailableError("gives no scores")
+    q = _one_head_each(inputs)
+    places, filled = gathered_slots(inputs)
+    pages = -(-places.shape[2] // _FLASH_ATTN_PAGE)
+    padding = pages * _FLASH_ATTN_PAGE - places.shape[2]
+    k, v = (
+        F.pad(inputs[name].flatten(0, 1)[places] * filled[..., None], (0, 0, 0, padding))
+        .reshape(-1, _FLASH_ATTN_PAGE, 1, q.shape[3])
+        .contiguous()
+        for name in ("k_cache", "v_cache")
+    )
+    table = torch.arange(len(q) * pages, dtype=torch.int32, device=q.device).view(len(q), pages)
+    options = {"causal": True, "window_size": (inputs["window"], -1), "softcap": inputs["softcap"]}
+    lens = inputs["seq_lens"].flatten()
+    return lambda: (
+        _back(flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, block_table=table, **options), inputs["q"].shape[0]),
+    )
+
+
+def attention(
+    model: Model, batch: int, context: int, *, tokens: int = 1, ragged: bool = True, reduce: str = ""
+) -> Case:
+    """``tokens`` new ones per sequence over lists of up to ``context``; ``reduce``: scores out of the same pass."""
+    lens = lengths(batch, model.kv_heads, context, ragged=ragged)
+    seen, slots_read = 0, 0
+    for length in lens.flatten().tolist():
+        seen += truth.pairs(tokens, length, True, model.window)
+        slots_read += length if model.window < 0 else min(length, model.window + tokens)
+    rows, D = batch * tokens * model.heads, model.head_dim
+
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        inputs = make_lists(lens, D, device, dtype, generator)
+        q = torch.randn(batch, tokens, model.heads, D, device=device, generator=generator).to(dtype)
+        options = {"window": model.window, "softcap": model.softcap, "reduce": reduce}
+        return inputs | {"q": q, "old_scores": inputs["scores"].clone()} | options
+
+    shape: dict[str, int | str] = {"batch": batch, "context": context, "lengths": "ragged" if ragged else "equal"}
+    shape |= {"tokens": tokens} if tokens > 1 else {}
+    shape |= {"window": model.window} if model.window >= 0 else {}
+    return Case(
+        op="paged_attention",
+        model=model.name,
+        shape=shape | ({"scores": f"scores by {reduce}"} if reduce else {}),
+        make_inputs=make,
+        run=_attend,
+        oracle=_truth,
+        sample=_sample,
+        reset=(lambda inputs: inputs["scores"].copy_(inputs["old_scores"])) if reduce else None,
+        flops=4 * seen * model.group * D,
+        bytes=lambda size: 2 * (slots_read + rows) * D * size + 4 * rows + (8 * slots_read if reduce else 0),
+        peers=(
+            Peer("gather + SDPA", _gathered),
+            Peer("SDPA, contiguous cache", _contiguous),
+            Peer("flash-attn 2", _flash_attn, "flash-attn"),
+            Peer("FlashInfer", _flashinfer, "flashinfer-python"),
+        ),
+    )
+
+
+def _written(inputs: Inputs) -> Tensor:
+    """int64 [B, T, Hkv]: where the new tokens go in the flattened pool."""
+    lens, T = inputs["seq_lens"].long(), inputs["k"].shape[1]
+    slot = lens[..., None] - T + torch.arange(T, device=lens.device)  # [B, Hkv, T]
+    block = inputs["block_tables"].gather(2, slot // BLOCK_SIZE).long()
+    return (block * BLOCK_SIZE + slot % BLOCK_SIZE).transpose(1, 2)
+
+
+def _append(inputs: Inputs) -> Outputs:
+    kvops.paged_append(*(inputs[name] for name in ("k", "v", "k_cache", "v_cache", "block_tables", "seq_lens")))
+    return inputs["k_cache"], inputs["v_cache"]
+
+
+def _append_indexed(inputs: Inputs) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        places = _written(inputs)
+        for new, cache in (("k", "k_cache"), ("v", "v_cache")):
+            inputs[cache].flatten(0, 1)[places] = inputs[new]
+        return inputs["k_cache"], inputs["v_cache"]
+
+    return call
+
+
+def _append_flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
+    import flashinfer
+
+    B, T, Hkv, D = inputs["k"].shape
+    lens = inputs["seq_lens"].flatten()
+    used = (lens + BLOCK_SIZE - 1) // BLOCK_SIZE
+    tables = inputs["block_tables"].flatten(0, 1)
+    indices = tables[torch.arange(tables.shape[1], device=lens.device) < used[:, None]]
+    indptr = F.pad(used.cumsum(0), (1, 0)).int()
+    last = lens - (used - 1) * BLOCK_SIZE
+    k, v = (inputs[name].transpose(1, 2).reshape(-1, 1, D) for name in ("k", "v"))  # list by list
+    member = torch.arange(B * Hkv, dtype=torch.int32, device=lens.device).repeat_interleave(T)
+    position = (lens[:, None] - T + torch.arange(T, device=lens.device)).flatten().int()
+    cache = inputs["k_cache"][:, :, None], inputs["v_cache"][:, :, None]
+
+    def call() -> Outputs:
+        flashinfer.append_paged_kv_cache(k, v, member, position, cache, indices, indptr, last, "NHD")
+        return inputs["k_cache"], inputs["v_cache"]
+
+    return call
+
+
+def _forget(inputs: Inputs) -> None:
+    """NaN where the new tokens go: who writes nothing is found out."""
+    for name in ("k_cache", "v_cache"):
+        inputs[name].flatten(0, 1).index_fill_(0, inputs["written"], float("nan"))
+
+
+def append(model: Model, batch: int, context: int, *, tokens: int = 1) -> Case:
+    lens = lengths(batch, model.kv_heads, context, ragged=True).clamp(min=tokens)
+    rows, D = batch * tokens * model.kv_heads, model.head_dim
+
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        inputs = make_lists(lens, D, device, dtype, generator)
+        for name in ("k", "v"):
+            new = torch.randn(batch, tokens, model.kv_heads, D, device=device, generator=generator)
+            inputs[name] = new.to(dtype)
+        inputs["written"] = _written(inputs).flatten()
+        return inputs
+
+    return Case(
+        op="paged_append",
+        model=model.name,
+        shape={"batch": batch, "context": context, "tokens": tokens},
+        make_inputs=make,
+        run=_append,
+        oracle=lambda inputs, dtype: tuple(inputs[name].flatten(0, 2).to(dtype) for name in ("k", "v")),
+        sample=lambda inputs, caches: tuple(
+            None if cache is None else cache.flatten(0, 1)[inputs["written"]] for cache in caches
+        ),
+        reset=_forget,
+        flops=0,
+        bytes=lambda size: 4 * rows * D * size,
+        peers=(
+            Peer("plain torch", _append_indexed),
+            Peer("FlashInfer", _append_flashinfer, "flashinfer-python"),
+        ),
+    )
+
+
+def _schedule_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """Counted one list at a time; whole numbers in any dtype."""
+    rows = []
+    for lens in inputs["seq_lens"].flatten(1).tolist():
+        ends = [0]
+        for length in lens:
+            ends.append(ends[-1] + -(-length // BLOCK_SIZE))
+        share = max(-(-ends[-1] // _PROGRAMS), -(-128 // BLOCK_SIZE))
+        first = [sum(end <= program * share for end in ends[1:]) for program in range(_PROGRAMS)]
+        rows.append([share, *ends, *first])
+    return (torch.tensor(rows, dtype=torch.int32, device=inputs["seq_lens"].device),)
+
+
+def _schedule_torch(inputs: Inputs) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        units = (inputs["seq_lens"].flatten(1) + BLOCK_SIZE - 1) // BLOCK_SIZE
+        ends = F.pad(units.cumsum(1, dtype=torch.int32), (1, 0))
+        share = ((ends[:, -1:] + _PROGRAMS - 1) // _PROGRAMS).clamp(min=128 // BLOCK_SIZE)
+        begin = torch.arange(_PROGRAMS, dtype=torch.int32, device=ends.device) * share
+        first = torch.searchsorted(ends[:, 1:].contiguous(), begin, right=True, out_int32=True)
+        return (torch.cat([share, ends, first], 1),)
+
+    return call
+
+
+def schedule(model: Model, batch: int, context: int) -> Case:
+    """All layers of a step at once."""
+    layers, lists = model.layers, batch * model.kv_heads
+
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        shape = (layers, batch, model.kv_heads)
+        return {"seq_lens": torch.randint(1, context + 1, shape, device=device, generator=generator, dtype=torch.int32)}
+
+    return Case(
+        op="paged_schedule",
+        model=model.name,
+        shape={"batch": batch, "context": context, "layers": layers},
+        make_inputs=make,
+        run=lambda inputs: (kvops.paged_schedule(inputs["seq_lens"], BLOCK_SIZE, num_programs=_PROGRAMS),),
+        oracle=_schedule_truth,
+        flops=0,
+        bytes=lambda size: 4 * layers * (2 * lists + 2 + _PROGRAMS),
+        peers=(Peer("plain torch", _schedule_torch),),
+    )
+
+
+def cases(scale: Scale) -> Iterator[Case]:
+    longest, batches = scale.contexts[-1], scale.batches
+    llama = scale.model(LLAMA_8B)
+    for context in scale.contexts:
+        yield attention(llama, batches[0], context, ragged=False)
+        yield attention(llama, batches[-1], context)
+    for model in (LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER):
+        yield attention(scale.model(model), batches[-1], scale.contexts[0])
+    yield attention(llama, batches[-1], scale.contexts[0], tokens=8)
+    yield attention(llama, batches[-1], scale.contexts[0], reduce="sum")
+    for model in (LLAMA_8B, SMOLLM):
+        yield append(scale.model(model), batches[-1], scale.contexts[0])
+    yield append(llama, 1, longest, tokens=min(512, longest // 8))
+    yield schedule(llama, batches[-1], longest)
