@@ -1,1 +1,24 @@
-"""Kernel configurations: what each kernel family can be launched with, and what it is launched with by default."""
+"""Which configuration a kernel is launched with: chosen at once, explained on request, tuned only when asked for.
+
+``register`` brings a kernel of yours under the store, ``choose`` answers at a launch; ``explain``, ``override``, ``watch`` and
+``invariant`` look into it and steer it. ``python -m kvops.autotune`` is its command line.
+"""
+
+from kvops.autotune.devices import DeviceFacts
+from kvops.autotune.lookup import Choice, choose, explain, forget, invariant, override, register, specs, watch
+from kvops.autotune.spec import OpSpec, Workload
+
+__all__ = [
+    "Choice",
+    "DeviceFacts",
+    "OpSpec",
+    "Workload",
+    "choose",
+    "explain",
+    "forget",
+    "invariant",
+    "override",
+    "register",
+    "specs",
+    "watch",
+]

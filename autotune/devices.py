@@ -1,0 +1,164 @@
+"""What is known about GPUs by name, and how far one is from another.
+
+A device is a record, not a hash: a configuration measured on one GPU may be borrowed by a near one, and H100, H200 and
+H20, which share an architecture, stay apart. Figures are the vendors' data sheets'; matrix peaks are dense bfloat16 with
+float32 accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+# The farthest GPU that a configuration is borrowed from: H100 to H200 is 0.5, H100 to H20 is 1.0, A100 to A10 is 2.6.
+MAX_DEVICE_DISTANCE = 1.5
+
+
+class LaunchDevice(Protocol):
+    """What a launch knows of its GPU: ``kvops.kernels.device.Device``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def num_sms(self) -> int: ...
+    @property
+    def shared_memory(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A GPU. ``shared_memory`` is bytes one program may use, ``l2`` and ``memory`` are bytes, ``bandwidth`` is GB/s,
+    ``matrix_tflops`` the peak of the matrix units, ``power`` watts. 0 means unknown."""
+
+    name: str
+    arch: str
+    num_sms: int
+    shared_memory: int
+    l2: int = 0
+    bandwidth: int = 0
+    matrix_tflops: int = 0
+    memory: int = 0
+    power: int = 0
+
+    @property
+    def nvidia(self) -> bool:
+        return self.arch.startswith("sm_")
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> DeviceFacts:
+        """Raises ValueError for anything that is not exactly a device."""
+        if not isinstance(value, Mapping) or set(value) != set(cls.__dataclass_fields__):
+            raise ValueError(f"device: expected the fields {', '.join(cls.__dataclass_fields__)}, got {value!r:.200}")
+        for name, kind in (("name", str), ("arch", str)):
+            if not isinstance(value[name], kind) or not 0 < len(value[name]) <= 128:
+                raise ValueError(f"device.{name}: expected a short string, got {value[name]!r:.100}")
+        for name in set(value) - {"name", "arch"}:
+            number = value[name]
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 48:
+                raise ValueError(f"device.{name}: expected an integer from 0 to 2^48, got {number!r:.100}")
+        if not value["num_sms"] or not value["shared_memory"]:
+            raise ValueError("device: expected num_sms and shared_memory above 0")
+        return cls(**value)
+
+
+_MIB, _GB = 1 << 20, 10**9
+_SM_80, _SM_86, _SM_90 = 166_912, 101_376, 232_448
+
+
+def _gpu(
+    name: str, arch: str, sms: int, shared: int, l2_mib: int, bandwidth: int, tflops: int, memory: int, power: int
+) -> DeviceFacts:
+    return DeviceFacts(name, arch, sms, shared, l2_mib * _MIB, bandwidth, tflops, memory * _GB, power)
+
+
+# The first of an architecture stands for it where only the architecture is known.
+KNOWN_DEVICES: dict[str, DeviceFacts] = {
+    device.name: device
+    for device in (
+        _gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, _SM_80, 40, 2039, 312, 80, 400),
+        _gpu("NVIDIA A100-SXM4-40GB", "sm_80", 108, _SM_80, 40, 1555, 312, 40, 400),
+        _gpu("NVIDIA A100 80GB PCIe", "sm_80", 108, _SM_80, 40, 1935, 312, 80, 300),
+        _gpu("NVIDIA A100-PCIE-40GB", "sm_80", 108, _SM_80, 40, 1555, 312, 40, 250),
+        _gpu("NVIDIA A40", "sm_86", 84, _SM_86, 6, 696, 150, 48, 300),
+        _gpu("NVIDIA A10", "sm_86", 72, _SM_86, 6, 600, 125, 24, 150),
+        _gpu("NVIDIA GeForce RTX 3090", "sm_86", 82, _SM_86, 6, 936, 71, 24, 350),
+        _gpu("NVIDIA L40S", "sm_89", 142, _SM_86, 96, 864, 362, 48, 350),
+        _gpu("NVIDIA L4", "sm_89", 58, _SM_86, 48, 300, 121, 24, 72),
+        _gpu("NVIDIA GeForce RTX 4090", "sm_89", 128, _SM_86, 72, 1008, 165, 24, 450),
+        _gpu("NVIDIA H100 80GB HBM3", "sm_90", 132, _SM_90, 50, 3350, 989, 80, 700),
+        _gpu("NVIDIA H100 PCIe", "sm_90", 114, _SM_90, 50, 2039, 756, 80, 350),
+        _gpu("NVIDIA H100 NVL", "sm_90", 132, _SM_90, 50, 3938, 835, 94, 400),
+        _gpu("NVIDIA H200", "sm_90", 132, _SM_90, 50, 4800, 989, 141, 700),
+        _gpu("NVIDIA GH200 480GB", "sm_90", 132, _SM_90, 50, 4000, 989, 96, 900),
+        _gpu("NVIDIA H20", "sm_90", 78, _SM_90, 60, 4000, 148, 96, 500),
+        _gpu("NVIDIA B200", "sm_100", 148, _SM_90, 126, 8000, 2250, 180, 1000),
+        _gpu("NVIDIA GeForce RTX 5090", "sm_120", 170, _SM_86, 96, 1792, 209, 32, 575),
+        _gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "sm_120", 188, _SM_86, 128, 1597, 252, 96, 600),
+        _gpu("AMD Instinct MI300X", "gfx942", 304, 65_536, 32, 5300, 1307, 192, 750),
+        _gpu("AMD Instinct MI325X", "gfx942", 304, 65_536, 32, 6000, 1307, 256, 1000),
+        _gpu("AMD Instinct MI355X", "gfx950", 256, 163_840, 32, 8000, 2516, 288, 1400),
+        _gpu("AMD Instinct MI350X", "gfx950", 256, 163_840, 32, 8000, 2300, 288, 1000),
+    )
+}
+
+
+def by_name(name: str) -> DeviceFacts:
+    """The device called ``name``; an architecture such as ``sm_90`` names the one that stands for it.
+
+    Raises ValueError for a name that is not in the table.
+    """
+    if name in KNOWN_DEVICES:
+        return KNOWN_DEVICES[name]
+    for device in KNOWN_DEVICES.values():
+        if device.arch == name or device.name.lower() == name.lower():
+            return device
+    raise ValueError(f"device: expected one of {', '.join(KNOWN_DEVICES)}, or an architecture, got {name!r}")
+
+
+def facts_of(device: LaunchDevice) -> DeviceFacts:
+    """The facts of the GPU of a launch: what the driver says, and from the table what only a data sheet says.
+
+    A GPU that the table does not have stands as the one that represents its architecture, without bandwidth and peak.
+    """
+    known = KNOWN_DEVICES.get(device.name)
+    if known is None and device.name == device.arch:
+        known = next((other for other in KNOWN_DEVICES.values() if other.arch == device.arch), None)
+    if known is None or known.arch != device.arch:
+        return DeviceFacts(device.name or device.arch, device.arch, device.num_sms, device.shared_memory)
+    return replace(known, num_sms=device.num_sms, shared_memory=device.shared_memory)
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's: ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:64] or "unnamed"
+
+
+def distance(ours: DeviceFacts, theirs: DeviceFacts) -> float:
+    """How different two GPUs are, in doublings; infinite between architectures with different matrix instructions.
+
+    Multiprocessors, shared memory and bandwidth count fully, the L2 cache a quarter; what is unknown of one counts 1.
+    """
+    if ours.name == theirs.name and ours.arch == theirs.arch:
+        return 0.0
+    total = 0.0
+    if ours.arch != theirs.arch:
+        if _instructions(ours.arch) != _instructions(theirs.arch):
+            return math.inf
+        total += 0.5
+    for name, weight in (("num_sms", 1.0), ("shared_memory", 1.0), ("bandwidth", 1.0), ("l2", 0.25)):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        total += weight * (abs(math.log2(a / b)) if a and b else float(a != b))
+    return total
+
+
+def _instructions(arch: str) -> str:
+    """Architectures that share their matrix instructions: sm_80, sm_86 and sm_89 do."""
+    return "sm_8x" if arch in ("sm_80", "sm_86", "sm_89") else arch

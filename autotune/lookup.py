@@ -1,0 +1,309 @@
+"""Choosing a launch configuration: a dictionary look-up at every launch, and what stands behind its first time.
+
+Nothing is ever tuned here. The order: an override, then records of this device (exact, same bucket, nearest shape), of this
+device under another Triton or older sources, of the nearest GPU, then the heuristic, then the first candidate that can
+run. Whatever is borrowed has been checked against this device's limits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from kvops.autotune.devices import MAX_DEVICE_DISTANCE, DeviceFacts, LaunchDevice, by_name, distance, facts_of
+from kvops.autotune.feasibility import Verdict, current_source, judge
+from kvops.autotune.families import FAMILIES
+from kvops.autotune.records import Record
+from kvops.autotune.spec import Config, OpSpec, Problem, words
+from kvops.autotune.store import Journal, Store
+
+# Shapes that are remembered; a service that never sees the same shape twice starts over now and then.
+_MAX_CHOSEN = 16_384
+# The sizes that stand for all others where a choice may not depend on them.
+_CANONICAL = 4096
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration and where it comes from.
+
+    ``origin`` is one of override, exact, bucket, nearest, other-version, other-device, heuristic, safe; ``distance`` is in
+    doublings; ``refused`` says of every nearer record why it was not taken.
+    """
+
+    spec: OpSpec
+    problem: Problem
+    device: DeviceFacts
+    config: Config
+    origin: str
+    reason: str
+    distance: float = 0.0
+    record: Record | None = None
+    refused: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """What compiling without a GPU has proved of it."""
+        return judge(self.spec, self.config, self.problem, self.device)
+
+
+_specs: dict[str, OpSpec] = {spec.name: spec for spec in FAMILIES}
+_overrides: dict[str, Config] = {}
+_watchers: list[list[Choice]] = []
+_store: Store | None = None
+_journal: Journal | None = None
+_invariant = False
+_chosen: dict[tuple[str, LaunchDevice, tuple[int, ...]], Config] = {}
+
+
+def choose(op: str, device: LaunchDevice, *problem: int) -> Any:
+    """The configuration of ``op`` for ``problem``, its key and sizes in the order of its spec. Never blocks, never tunes.
+
+    Raises KeyError for an operator that is not registered.
+    """
+    config = _chosen.get((op, device, problem))
+    return _choose_first(op, device, problem) if config is None else config
+
+
+def _choose_first(op: str, device: LaunchDevice, values: tuple[int, ...]) -> Config:
+    spec = _specs[op]
+    choice = resolve(spec, dict(zip(spec.fields, values, strict=True)), facts_of(device))
+    if choice.origin in ("other-version", "other-device", "heuristic", "safe") and device.arch != "interpreter":
+        journal = _open_journal()
+        if journal is not None:
+            journal.add(op, choice.problem, choice.device.name)
+    for watcher in _watchers:
+        watcher.append(choice)
+    if not _watchers:  # whoever watches wants to see every call
+        if len(_chosen) >= _MAX_CHOSEN:
+            _chosen.clear()
+        _chosen[op, device, values] = choice.config
+    return choice.config
+
+
+def _open_store() -> Store:
+    global _store
+    if _store is None:
+        _store = Store()
+    return _store
+
+
+def _open_journal() -> Journal | None:
+    global _journal
+    if _journal is None:
+        layer = _open_store().writable
+        _journal = Journal(layer.folder) if layer is not None else None
+    return _journal
+
+
+def resolve(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Choice:
+    """The whole order, without remembering anything."""
+    if spec.name in _overrides:
+        return Choice(spec, problem, device, _overrides[spec.name], "override", "an override is active")
+    must: Callable[[Config], bool]
+    if _is_invariant():
+        default = spec.heuristic({**problem, **dict.fromkeys(spec.sizes, _CANONICAL)}, device)
+        numerics = spec.numerics(default)
+        why = "batch-invariant: one numerics class for all sizes"
+
+        def must(config: Config) -> bool:
+            return spec.numerics(config) == numerics
+
+    else:
+        default = spec.heuristic(problem, device)
+        why = ""
+
+        def must(config: Config) -> bool:
+            return True
+
+    refused: list[str] = []
+    if device.arch != "interpreter":
+        for origin, apart, record in _ranked(spec, problem, device):
+            config = spec.config(**record.config)
+            reason = _refusal(spec, config, problem, device, origin) if must(config) else "another numerics class"
+            if reason is None:
+                place = f"{record.time.p50:.1f} µs for {words(record.shape)} on {record.device.name}, {record.date[:10]}"
+                return Choice(spec, problem, device, config, origin, place, apart, record, tuple(refused))
+            refused.append(f"{origin} {words(record.shape)} on {record.device.name}: {words(record.config)}: {reason}")
+    told = tuple(refused)
+    refusal = spec.refuse(default, problem, device)
+    if refusal is None:
+        return Choice(
+            spec, problem, device, default, "heuristic", why or spec.reason(problem, device, default), refused=told
+        )
+    for config in spec.candidates(problem, device):
+        if must(config):
+            return Choice(spec, problem, device, config, "safe", f"the heuristic's choice {refusal}", refused=told)
+    return Choice(
+        spec, problem, device, default, "heuristic", f"nothing else fits either, and this {refusal}", refused=told
+    )
+
+
+def _ranked(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Iterator[tuple[str, float, Record]]:
+    """(origin, distance, record) of all that may be borrowed, best first, in an order that no tie leaves open."""
+    store = _open_store()
+    records = store.records(spec)
+    if not records:
+        return
+    from triton import __version__ as triton
+
+    key, bucket, source = spec.key_of(problem), spec.bucket_of(problem), current_source(spec)
+    ranked = []
+    for layer, record in records:
+        if record.key != key:
+            continue
+        far = distance(device, record.device)
+        apart = spec.distance(problem, record.problem)
+        same_bucket = spec.bucket_of(record.problem) == bucket
+        if far > MAX_DEVICE_DISTANCE or (apart > spec.max_distance and not same_bucket):
+            continue
+        if far:
+            origin, rank = "other-device", 5
+        elif store.layers and store.layers[layer].name == "override":
+            origin, rank = "override", 0
+        elif record.source != source or record.triton != triton:
+            origin, rank = "other-version", 4
+        elif not apart:
+            origin, rank = "exact", 1
+        elif same_bucket:
+            origin, rank = "bucket", 2
+        else:
+            origin, rank = "nearest", 3
+        order = (rank, far, apart, -layer, json.dumps(record.config, sort_keys=True), record.date)
+        ranked.append((order, origin, far + apart, record))
+    ranked.sort(key=lambda entry: entry[0])
+    yield from ((origin, apart, record) for _, origin, apart, record in ranked)
+
+
+def _refusal(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, origin: str) -> str | None:
+    """Why a record's configuration cannot be used here. What ran on this very device may spill; what is borrowed from
+    another must have been proved for this one."""
+    verdict = judge(spec, config, problem, device)
+    if verdict.status == "impossible" or (origin == "other-device" and verdict.status != "proven"):
+        return verdict.reason
+    return None
+
+
+def specs() -> Mapping[str, OpSpec]:
+    """Every registered family by name."""
+    return _specs
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Bring a kernel under the store: ``choose(spec.name, device, *numbers)`` answers from then on.
+
+    Registered again, the last one holds. Raises ValueError for a name of kvops' own families.
+    """
+    if spec.name in {family.name for family in FAMILIES}:
+        raise ValueError(f"name: expected one that kvops does not use itself, got {spec.name!r}")
+    _specs[spec.name] = spec
+    _chosen.clear()
+    return spec
+
+
+def forget() -> None:
+    """Drop what was chosen and read: files are read again at the next look-up, the environment too."""
+    global _store, _journal
+    if _journal is not None:
+        _journal.flush()
+    _store = _journal = None
+    _chosen.clear()
+
+
+@contextmanager
+def override(op: str, config: Config) -> Iterator[None]:
+    """Every launch of ``op`` in this process takes ``config``, whatever its shape; entered again, the innermost holds.
+
+    Raises TypeError for a configuration of another family.
+    """
+    spec = _specs[op]
+    if type(config) is not spec.config:
+        raise TypeError(f"config: expected {spec.config.__name__}, got {type(config).__name__}")
+    before = _overrides.get(op)
+    _overrides[op] = config
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[op]
+        else:
+            _overrides[op] = before
+        _chosen.clear()
+
+
+@contextmanager
+def invariant() -> Iterator[None]:
+    """Choices of one numerics class, whatever the sizes: a row gets the same bits in any batch.
+
+    ``KVOPS_BATCH_INVARIANT=1`` does so for a whole process.
+    """
+    global _invariant
+    before, _invariant = _invariant, True
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _invariant = before
+        _chosen.clear()
+
+
+def _is_invariant() -> bool:
+    return _invariant or os.environ.get("KVOPS_BATCH_INVARIANT") == "1"
+
+
+@contextmanager
+def watch() -> Iterator[list[Choice]]:
+    """Collect every choice that launches make: ``with watch() as choices: kvops.flash_attention(...)``."""
+    choices: list[Choice] = []
+    _watchers.append(choices)
+    _chosen.clear()
+    try:
+        yield choices
+    finally:
+        _watchers.remove(choices)
+        _chosen.clear()
+
+
+@contextmanager
+def using(store: Store) -> Iterator[None]:
+    """Look-ups answer from ``store`` alone and write no journal."""
+    global _store, _journal
+    before = _store, _journal
+    _store, _journal = store, None
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _store, _journal = before
+        _chosen.clear()
+
+
+def use(store: Store) -> None:
+    """From now on look-ups answer from ``store`` alone, whose layers are then never read again."""
+    global _store, _journal
+    _store, _journal = store, None
+    _chosen.clear()
+
+
+def explain(op: str, problem: Problem | None = None, device: str | DeviceFacts | LaunchDevice | None = None) -> list[Choice]:
+    """What each family behind ``op`` (a family, or an operator of ``torch.ops.kvops``) would be launched with, and why.
+
+    Without a problem: for the family's realistic ones. ``device`` is a name from the built-in table or an architecture; no
+    GPU is needed. Raises ValueError for an unknown operator or device, or a problem of other fields.
+    """
+    families = [spec for spec in _specs.values() if op == spec.name or op in spec.operators]
+    if not families:
+        raise ValueError(f"op: expected one of {', '.join(_specs)}, or an operator that launches one, got {op!r}")
+    if device is None:
+        raise ValueError("device: expected a name such as 'NVIDIA H100 80GB HBM3', got None")
+    facts = by_name(device) if isinstance(device, str) else device if isinstance(device, DeviceFacts) else facts_of(device)
+    choices = []
+    for spec in families:
+        problems: Sequence[Problem] = spec.problems if problem is None else [spec.check_problem(problem)]
+        choices += [resolve(spec, each, facts) for each in problems]
+    return choices

@@ -1,0 +1,141 @@
+"""What a kernel family is to the store: its configurations, the problems it is launched for, and how to try one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvops.autotune.devices import DeviceFacts
+
+Config = Any  # a frozen dataclass of integers and booleans, one type for each family
+Problem = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call to try configurations with.
+
+    ``run`` takes nothing, launches what the operator launches and returns its outputs (tensors, in-place results
+    included), the same for every call. ``exact`` returns what they should be, or None where only the default
+    configuration's outputs are there to compare with.
+    """
+
+    run: Callable[[], tuple[Any, ...]]
+    exact: Callable[[], tuple[Any, ...]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class OpSpec:
+    """A kernel family under the store.
+
+    Attributes:
+        name: letters, digits and underscores; files are named by it.
+        config: the frozen dataclass of its configurations; every field an int or a bool.
+        key: names of the numbers that must be equal for a configuration to be borrowed (dtype widths, head sizes, masks).
+        sizes: names of the numbers that may differ by a bounded factor (lengths, batches). ``choose`` takes both, in
+            this order.
+        heuristic: (problem, device) -> config, at once and without looking anywhere.
+        reason: (problem, device, config) -> one line: why the heuristic chooses what it chooses.
+        space: (problem, device) -> the candidates, in the order in which ties are decided. The heuristic's choice is
+            always one.
+        refuse: the one validity predicate, (config, problem, device) -> None, or why it cannot run. Pruner, tuner
+            and look-up share it.
+        numerics: config -> its class: configurations of one class give the same bits. The default sets every
+            configuration apart.
+        kernels: JIT functions whose sources (and what they call) a measurement depends on: ``"module:name"``, or the
+            functions.
+        workload: (problem, device string, small) -> Workload, or ``"module:name"`` of one. ``small`` asks for sizes that
+            a reference can afford, with the same key.
+        problems: realistic problems: what ``tune`` and ``prune`` cover when nothing else is asked for.
+        proof_key: problem -> the key whose compiled kernel proves it, where it is not its own.
+        operators: names in ``torch.ops.kvops`` that launch this family.
+        max_distance: how far, in doublings summed over the sizes, a shape may be to lend its configuration.
+    """
+
+    name: str
+    config: type
+    key: tuple[str, ...]
+    sizes: tuple[str, ...]
+    heuristic: Callable[[Problem, DeviceFacts], Config]
+    space: Callable[[Problem, DeviceFacts], Iterable[Config]]
+    kernels: tuple[Any, ...]
+    workload: Callable[[Problem, str, bool], Workload] | str | None = None
+    reason: Callable[[Problem, DeviceFacts, Config], str] = lambda problem, device, config: "the author's default"
+    refuse: Callable[[Config, Problem, DeviceFacts], str | None] = lambda config, problem, device: None
+    numerics: Callable[[Config], Hashable] = lambda config: config
+    problems: tuple[Problem, ...] = ()
+    proof_key: Callable[[Problem], Problem] | None = None
+    operators: tuple[str, ...] = ()
+    max_distance: float = 4.0
+    fields: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or not self.name.isascii():
+            raise ValueError(f"name: expected ASCII letters, digits and underscores, got {self.name!r}")
+        if not (dataclasses.is_dataclass(self.config) and self.config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+            raise TypeError(f"config: expected a frozen dataclass, got {self.config!r}")
+        object.__setattr__(self, "fields", (*self.key, *self.sizes))
+        if len(set(self.fields)) != len(self.fields):
+            raise ValueError(f"sizes: expected names that differ from each other and from the key, got {self.fields}")
+        for problem in self.problems:
+            self.check_problem(problem)
+
+    def check_problem(self, problem: Mapping[str, Any]) -> Problem:
+        """The problem with its fields in order. Raises ValueError for a missing, unknown or negative one."""
+        if set(problem) != set(self.fields):
+            raise ValueError(
+                f"problem: expected the fields {', '.join(self.fields)} of {self.name}, got {', '.join(map(str, problem))}"
+            )
+        for name, value in problem.items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:
+                raise ValueError(f"problem.{name}: expected an integer from 0 to 2^48, got {value!r:.100}")
+        return {name: problem[name] for name in self.fields}
+
+    def key_of(self, problem: Problem) -> dict[str, int]:
+        return {name: problem[name] for name in self.key}
+
+    def sizes_of(self, problem: Problem) -> dict[str, int]:
+        return {name: problem[name] for name in self.sizes}
+
+    def bucket_of(self, problem: Problem) -> tuple[int, ...]:
+        """Sizes by doublings: 1, 2, 3..4, 5..8, ..."""
+        return tuple(max(problem[name] - 1, 0).bit_length() for name in self.sizes)
+
+    def distance(self, problem: Problem, other: Problem) -> float:
+        """Between the sizes of two problems, in doublings."""
+        return sum(abs(math.log2(max(problem[name], 1) / max(other[name], 1))) for name in self.sizes)
+
+    def proof_of(self, problem: Problem) -> dict[str, int]:
+        """The key under which the feasibility table has the proof for this problem."""
+        return self.key_of(self.proof_key(problem) if self.proof_key else problem)
+
+    def candidates(self, problem: Problem, device: DeviceFacts) -> list[Config]:
+        """The heuristic's choice and the space behind it, each once, without what ``refuse`` rules out."""
+        ordered = dict.fromkeys([self.heuristic(problem, device), *self.space(problem, device)])
+        return [config for config in ordered if self.refuse(config, problem, device) is None]
+
+    def config_from_json(self, value: object) -> Config:
+        """Raises ValueError for anything but a dictionary with exactly the fields, each of its own type and sane."""
+        fields = {field.name: field for field in dataclasses.fields(self.config)}
+        if not isinstance(value, Mapping) or set(value) != set(fields):
+            raise ValueError(f"config: expected the fields {', '.join(fields)}, got {value!r:.200}")
+        for name, number in value.items():
+            kind = fields[name].type
+            if kind in ("bool", bool):
+                if not isinstance(number, bool):
+                    raise ValueError(f"config.{name}: expected true or false, got {number!r:.100}")
+            elif not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 31:
+                raise ValueError(f"config.{name}: expected an integer from 0 to 2^31, got {number!r:.100}")
+        return self.config(**value)
+
+
+def config_to_json(config: Config) -> dict[str, int | bool]:
+    return dataclasses.asdict(config)
+
+
+def words(values: Mapping[str, Any]) -> str:
+    """``width=128 itemsize=2``: how problems and configurations are written for people."""
+    return " ".join(f"{name}={value}" for name, value in values.items())

@@ -1,0 +1,288 @@
+"""Where records live: layers of folders, each file replaced whole, so that any number of processes may share them.
+
+Later layers win: shipped in the wheel, then the site's, then the user's, then what ``KVOPS_AUTOTUNE_OVERRIDE`` names. A
+record has a file of its own, written beside it and renamed over it: no writer can tear or lose another's, and no lock is
+needed (8 processes that insert 40 records each leave 320 files). A file that cannot be read as records is a miss: it is
+set aside where the folder is ours to change, and told once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvops.autotune.records import ForeignFileError, Record, dump, load, read_text
+from kvops.autotune.spec import OpSpec, Problem
+
+LOGGER = logging.getLogger("kvops.autotune")
+SHIPPED = Path(__file__).parent / "configs" / "tuned"
+QUARANTINE = "quarantine"
+JOURNAL = "misses.jsonl"
+# A folder with more files than this is not a store, and a journal longer than this says nothing new.
+_MAX_FILES = 20_000
+_MAX_JOURNAL = 1 << 20
+# Misses of a burst (the first pass through a model) are written together, after the burst.
+_JOURNAL_DELAY = 2.0
+
+_told: set[str] = set()
+
+
+def tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        LOGGER.warning(message)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A folder of record files. ``name`` is what people are told; only a ``writable`` one is ever changed."""
+
+    name: str
+    folder: Path
+    writable: bool = False
+
+    def paths(self, op: str) -> list[str]:
+        """Files of one operator, sorted; none where the folder is missing or cannot be read."""
+        try:
+            with os.scandir(self.folder) as entries:
+                names = [entry.name for entry, _ in zip(entries, range(_MAX_FILES), strict=False)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            tell_once(f"the {self.name} store {self.folder} cannot be read ({error.strerror}) and counts as empty")
+            return []
+        prefix = f"{op}."
+        return [
+            os.path.join(self.folder, name) for name in sorted(names) if name.startswith(prefix) and name.endswith(".json")
+        ]
+
+    def read(self, spec: OpSpec) -> list[Record]:
+        """Every valid record of an operator. Never raises: what is damaged is a miss."""
+        found = []
+        for path in self.paths(spec.name):
+            try:
+                found += load(read_text(path), spec)
+            except FileNotFoundError:
+                continue  # replaced or collected since the folder was listed
+            except ForeignFileError as error:
+                tell_once(f"{path} is another version's and left alone: {error}")
+            except OSError as error:
+                tell_once(f"{path} cannot be read ({error.strerror}) and counts as missing")
+            except ValueError as error:
+                self._set_aside(path, str(error))
+        return found
+
+    def _set_aside(self, path: str, reason: str) -> None:
+        moved = ""
+        if self.writable:
+            try:
+                (self.folder / QUARANTINE).mkdir(exist_ok=True)
+                os.replace(path, self.folder / QUARANTINE / os.path.basename(path))
+                moved = f" and was moved to {self.folder / QUARANTINE}"
+            except OSError:
+                pass  # it stays where it is and is skipped again next time
+        tell_once(f"{path} is damaged{moved}: {reason}")
+
+    def insert(self, record: Record) -> bool:
+        """Write one record; False, with the reason told once, where the folder cannot take it."""
+        return self.write(record.filename, dump([record]))
+
+    def write(self, name: str, text: str) -> bool:
+        """Replace a file whole, on disk before it has its name; False, with the reason told once, where that fails."""
+        temporary = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=self.folder)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, self.folder / name)
+            return True
+        except OSError as error:
+            if temporary is not None:
+                try:
+                    os.unlink(temporary)
+                except OSError:
+                    pass
+            more = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+            tell_once(
+                f"the {self.name} store {self.folder} cannot be written ({error.strerror}){more}, or name another with "
+                "KVOPS_CACHE_DIR: nothing is kept meanwhile"
+            )
+            return False
+
+
+def user_folder() -> Path | None:
+    """``KVOPS_CACHE_DIR``, or kvops below the XDG cache; None for a user without a home."""
+    named = os.environ.get("KVOPS_CACHE_DIR")
+    if named:
+        return Path(named) / "autotune"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "kvops" / "autotune" if os.path.isabs(cache) else None
+
+
+def default_layers() -> list[Layer]:
+    """The layers that the environment names, weakest first.
+
+    ``KVOPS_SITE_DIR`` is a folder that a fleet shares, ``KVOPS_AUTOTUNE_OVERRIDE`` one whose records beat all others.
+    """
+    layers = [Layer("shipped", SHIPPED)]
+    site, override = os.environ.get("KVOPS_SITE_DIR"), os.environ.get("KVOPS_AUTOTUNE_OVERRIDE")
+    if site:
+        layers.append(Layer("site", Path(site)))
+    user = user_folder()
+    if user is not None:
+        layers.append(Layer("user", user, writable=True))
+    if override:
+        layers.append(Layer("override", Path(override)))
+    return layers
+
+
+class Store:
+    """Layers read together. Records of an operator are read once, at its first look-up, and kept."""
+
+    def __init__(self, layers: Sequence[Layer] | None = None) -> None:
+        self.layers = default_layers() if layers is None else list(layers)
+        self._records: dict[str, list[tuple[int, Record]]] = {}
+
+    def records(self, spec: OpSpec) -> list[tuple[int, Record]]:
+        """(layer number, record); of the same identity only the last layer's newest."""
+        found = self._records.get(spec.name)
+        if found is None:
+            best: dict[tuple[Any, ...], tuple[int, Record]] = {}
+            for number, layer in enumerate(self.layers):
+                for record in sorted(layer.read(spec), key=lambda record: record.date):
+                    best[record.identity] = (number, record)
+            found = self._records[spec.name] = list(best.values())
+        return found
+
+    @property
+    def writable(self) -> Layer | None:
+        return next((layer for layer in reversed(self.layers) if layer.writable), None)
+
+    def insert(self, record: Record) -> bool:
+        """Into the writable layer; False where there is none or it cannot be written."""
+        layer = self.writable
+        self._records.pop(record.op, None)
+        if layer is None:
+            tell_once("there is no folder to keep configurations in: set KVOPS_CACHE_DIR")
+            return False
+        return layer.insert(record)
+
+
+class Journal:
+    """Problems that no record answered, one JSON line each: what ``tune --from-misses`` tunes.
+
+    A launch only adds to a set; a thread writes the lines together a little later, and the end of the process what is
+    left. Nothing is written twice, and nothing once the file is long.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL
+        self._lock = threading.Lock()
+        self._seen: set[str] = set()
+        self._waiting: list[str] = []
+        self._thread: threading.Thread | None = None
+
+    def add(self, op: str, problem: Problem, device: str) -> None:
+        line = json.dumps({"op": op, "problem": dict(problem), "device": device}, sort_keys=True)
+        with self._lock:
+            if line in self._seen:
+                return
+            self._seen.add(line)
+            self._waiting.append(line)
+            if self._thread is None or not self._thread.is_alive():
+                if self._thread is None:
+                    atexit.register(self.flush)
+                self._thread = threading.Thread(target=self._later, name="kvops-misses", daemon=True)
+                self._thread.start()
+
+    def _later(self) -> None:
+        time.sleep(_JOURNAL_DELAY)
+        self.flush()
+
+    def flush(self) -> None:
+        """Append what waits; one write of whole lines, so that processes do not tear each other's."""
+        with self._lock:
+            lines, self._waiting = self._waiting, []
+        if not lines:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and self.path.stat().st_size > _MAX_JOURNAL:
+                return
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(descriptor, "".join(f"{line}\n" for line in lines).encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            tell_once(f"misses are not written to {self.path}: {error.strerror}")
+
+
+def read_problems(path: Path, specs: dict[str, OpSpec]) -> list[tuple[OpSpec, Problem]]:
+    """Problems of a file of JSON lines, the journal's own form, each once; lines that are none are told and skipped.
+
+    Raises FileNotFoundError without the file.
+    """
+    found: dict[str, tuple[OpSpec, Problem]] = {}
+    for number, line in enumerate(read_text(str(path)).splitlines(), 1):
+        try:
+            value = json.loads(line)
+            spec = specs[value["op"]]
+            problem = spec.check_problem(value["problem"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            tell_once(f"{path}:{number} is no problem and is skipped: {error}")
+            continue
+        found[json.dumps([spec.name, problem])] = (spec, problem)
+    return list(found.values())
+
+
+def collect_garbage(layer: Layer, specs: Iterable[OpSpec], current: dict[str, str], *, dry_run: bool) -> list[str]:
+    """Remove what no look-up needs from a writable layer: damaged files set aside, temporary files of dead writers (an hour
+    old), and records of older sources that a record of the current ones replaces. Returns the paths."""
+    doomed = [str(path) for path in sorted((layer.folder / QUARANTINE).glob("*"))]
+    for path in sorted(layer.folder.glob(".tmp-*")):
+        try:
+            if time.time() - path.stat().st_mtime > 3600:
+                doomed.append(str(path))
+        except FileNotFoundError:
+            continue
+    for spec in specs:
+        by_path = {}
+        for path in layer.paths(spec.name):
+            try:
+                by_path[path] = load(read_text(path), spec)
+            except (OSError, ValueError):
+                continue
+        fresh = {
+            (record.device.name, repr(record.problem))
+            for records in by_path.values()
+            for record in records
+            if record.source == current[spec.name]
+        }
+        for path, records in by_path.items():
+            if records and all(
+                record.source != current[spec.name] and (record.device.name, repr(record.problem)) in fresh
+                for record in records
+            ):
+                doomed.append(path)
+    if not dry_run:
+        for name in doomed:
+            try:
+                os.unlink(name)
+            except FileNotFoundError:
+                pass
+    return doomed
