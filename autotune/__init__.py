@@ -1,7 +1,7 @@
 """Which configuration a kernel is launched with: chosen at once, explained on request, tuned only when asked for.
 
-``register`` brings a kernel of yours under the store, ``choose`` answers at a launch; ``explain``, ``override``, ``watch`` and
-``invariant`` look into it and steer it. ``python -m kvops.autotune`` is its command line.
+``register`` brings a kernel of yours under the store, ``choose`` answers at a launch; ``explain``, ``override``,
+``watch`` and ``invariant`` look into it and steer it. ``python -m kvops.autotune`` is its command line.
 """
 
 from kvops.autotune.devices import DeviceFacts

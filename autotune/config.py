@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+# Masks of dense attention, as far as they change its loops: a bound on both sides, or on the left, is a window.
+FULL, CAUSAL, WINDOW = 0, 1, 2
+
 
 @dataclass(frozen=True)
 class VerifyConfig:

@@ -1,8 +1,8 @@
 """What is known about GPUs by name, and how far one is from another.
 
 A device is a record, not a hash: a configuration measured on one GPU may be borrowed by a near one, and H100, H200 and
-H20, which share an architecture, stay apart. Figures are the vendors' data sheets'; matrix peaks are dense bfloat16 with
-float32 accumulation.
+H20, which share an architecture, stay apart. Figures are the vendors' data sheets'; matrix peaks are dense bfloat16
+with float32 accumulation.
 """
 
 from __future__ import annotations

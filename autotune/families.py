@@ -1,7 +1,7 @@
 """The kernel families of kvops: keys, sizes, spaces, validity, reasons and realistic problems.
 
-Spaces are small on purpose: every candidate is compiled for every target by ``prune``. They hold what the published kernels
-use and what compiled without spills somewhere; ties are decided in their order.
+Spaces are small on purpose: every candidate is compiled for every target by ``prune``. They hold what the published
+kernels use and what compiled without spills somewhere; ties are decided in their order.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 
 from kvops.autotune.config import (
+    CAUSAL,
+    FULL,
+    WINDOW,
     AttentionConfig,
     CompactConfig,
     LookupConfig,
@@ -31,9 +34,6 @@ from kvops.autotune.config import (
 )
 from kvops.autotune.devices import DeviceFacts
 from kvops.autotune.spec import Config, OpSpec, Problem
-
-# Masks of dense attention as keys have them.
-FULL, CAUSAL, WINDOW = 0, 1, 2
 
 _MAX_WARPS = 16
 _MAX_STAGES = 8
@@ -312,12 +312,20 @@ def _compact_space(problem: Problem, device: DeviceFacts) -> Iterable[CompactCon
 def _refuse_compact(config: CompactConfig, problem: Problem, device: DeviceFacts) -> str | None:
     reason = _refuse_launch(config, device, "block_n", "block_w")
     if reason is None and config.block_n * config.block_w * problem["itemsize"] > 128 * 32 * 4 * config.num_warps:
-        return f"needs more registers than {config.num_warps} warps have for {config.block_n} x {config.block_w} elements"
+        return (
+            f"needs more registers than {config.num_warps} warps have for {config.block_n} x {config.block_w} elements"
+        )
     return reason
 
 
 def _verify_space(problem: Problem, device: DeviceFacts) -> Iterable[VerifyConfig]:
-    for block, race_block, warps in ((4096, 4096, 8), (2048, 2048, 4), (4096, 2048, 8), (8192, 4096, 16), (1024, 1024, 4)):
+    for block, race_block, warps in (
+        (4096, 4096, 8),
+        (2048, 2048, 4),
+        (4096, 2048, 8),
+        (8192, 4096, 16),
+        (1024, 1024, 4),
+    ):
         if block < 2 * problem["vocab"]:
             yield VerifyConfig(block, race_block, warps)
 
@@ -468,7 +476,9 @@ FAMILIES: tuple[OpSpec, ...] = (
             "kvops.kernels.verify_tree:tree_race_kernel",
         ),
         workload="kvops.workloads:verify",
-        problems=tuple({"itemsize": itemsize, "vocab": vocab} for itemsize in (2, 4) for vocab in (128256, 49152, 262144)),
+        problems=tuple(
+            {"itemsize": itemsize, "vocab": vocab} for itemsize in (2, 4) for vocab in (128256, 49152, 262144)
+        ),
         operators=("verify_draft", "verify_tree"),
         # A vocabulary is a model's: half or twice of it is already another.
         max_distance=1.0,

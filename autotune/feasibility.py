@@ -1,7 +1,8 @@
 """What compiling without a GPU has proved of each configuration, and reading it back.
 
-A table for each operator, written by ``prune``: registers, spills, shared memory and matrix instructions of every candidate on
-every target, under the hash of the sources that were compiled. What the table has of other sources proves nothing.
+A table for each operator, written by ``prune``: registers, spills, shared memory and matrix instructions of every
+candidate on every target, under the hash of the sources that were compiled. What the table has of other sources proves
+nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Proof:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``status``: ``proven`` (compiles, fits, spills nothing), ``spills``, ``impossible``, or ``unproven`` (never compiled
-    from these sources)."""
+    """``status``: ``proven`` (compiles, fits, spills nothing), ``spills``, ``impossible``, or ``unproven`` (never
+    compiled from these sources)."""
 
     status: str
     reason: str
@@ -126,7 +127,7 @@ def load_table(spec: OpSpec, folder: Path = FOLDER) -> Table:
 
 
 def judge(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, table: Table | None = None) -> Verdict:
-    """Whether ``config`` can run this problem on this device: the predicate first, then what was proved by compiling."""
+    """Whether ``config`` can run this problem on this device: the predicate first, then what compiling has proved."""
     refusal = spec.refuse(config, problem, device)
     if refusal is not None:
         return Verdict("impossible", refusal)

@@ -1,8 +1,8 @@
 """Choosing a launch configuration: a dictionary look-up at every launch, and what stands behind its first time.
 
-Nothing is ever tuned here. The order: an override, then records of this device (exact, same bucket, nearest shape), of this
-device under another Triton or older sources, of the nearest GPU, then the heuristic, then the first candidate that can
-run. Whatever is borrowed has been checked against this device's limits.
+Nothing is ever tuned here. The order: an override, then records of this device (exact, same bucket, nearest shape), of
+this device under another Triton or older sources, of the nearest GPU, then the heuristic, then the first candidate that
+can run. Whatever is borrowed has been checked against this device's limits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvops.autotune.devices import MAX_DEVICE_DISTANCE, DeviceFacts, LaunchDevice, by_name, distance, facts_of
-from kvops.autotune.feasibility import Verdict, current_source, judge
 from kvops.autotune.families import FAMILIES
+from kvops.autotune.feasibility import Verdict, current_source, judge
 from kvops.autotune.records import Record
 from kvops.autotune.spec import Config, OpSpec, Problem, words
 from kvops.autotune.store import Journal, Store
@@ -31,8 +31,8 @@ _CANONICAL = 4096
 class Choice:
     """A configuration and where it comes from.
 
-    ``origin`` is one of override, exact, bucket, nearest, other-version, other-device, heuristic, safe; ``distance`` is in
-    doublings; ``refused`` says of every nearer record why it was not taken.
+    ``origin`` is one of override, exact, bucket, nearest, other-version, other-device, heuristic, safe; ``distance`` is
+    in doublings; ``refused`` says of every nearer record why it was not taken.
     """
 
     spec: OpSpec
@@ -61,7 +61,8 @@ _chosen: dict[tuple[str, LaunchDevice, tuple[int, ...]], Config] = {}
 
 
 def choose(op: str, device: LaunchDevice, *problem: int) -> Any:
-    """The configuration of ``op`` for ``problem``, its key and sizes in the order of its spec. Never blocks, never tunes.
+    """The configuration of ``op`` for ``problem``, its key and sizes in the order of its spec. Never blocks, never
+    tunes.
 
     Raises KeyError for an operator that is not registered.
     """
@@ -126,7 +127,9 @@ def resolve(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Choice:
             config = spec.config(**record.config)
             reason = _refusal(spec, config, problem, device, origin) if must(config) else "another numerics class"
             if reason is None:
-                place = f"{record.time.p50:.1f} µs for {words(record.shape)} on {record.device.name}, {record.date[:10]}"
+                place = (
+                    f"{record.time.p50:.1f} µs for {words(record.shape)} on {record.device.name}, {record.date[:10]}"
+                )
                 return Choice(spec, problem, device, config, origin, place, apart, record, tuple(refused))
             refused.append(f"{origin} {words(record.shape)} on {record.device.name}: {words(record.config)}: {reason}")
     told = tuple(refused)
@@ -290,18 +293,22 @@ def use(store: Store) -> None:
     _chosen.clear()
 
 
-def explain(op: str, problem: Problem | None = None, device: str | DeviceFacts | LaunchDevice | None = None) -> list[Choice]:
+def explain(
+    op: str, problem: Problem | None = None, device: str | DeviceFacts | LaunchDevice | None = None
+) -> list[Choice]:
     """What each family behind ``op`` (a family, or an operator of ``torch.ops.kvops``) would be launched with, and why.
 
-    Without a problem: for the family's realistic ones. ``device`` is a name from the built-in table or an architecture; no
-    GPU is needed. Raises ValueError for an unknown operator or device, or a problem of other fields.
+    Without a problem: for the family's realistic ones. ``device`` is a name from the built-in table or an architecture;
+    no GPU is needed. Raises ValueError for an unknown operator or device, or a problem of other fields.
     """
     families = [spec for spec in _specs.values() if op == spec.name or op in spec.operators]
     if not families:
         raise ValueError(f"op: expected one of {', '.join(_specs)}, or an operator that launches one, got {op!r}")
     if device is None:
         raise ValueError("device: expected a name such as 'NVIDIA H100 80GB HBM3', got None")
-    facts = by_name(device) if isinstance(device, str) else device if isinstance(device, DeviceFacts) else facts_of(device)
+    facts = (
+        by_name(device) if isinstance(device, str) else device if isinstance(device, DeviceFacts) else facts_of(device)
+    )
     choices = []
     for spec in families:
         problems: Sequence[Problem] = spec.problems if problem is None else [spec.check_problem(problem)]

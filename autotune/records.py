@@ -141,7 +141,10 @@ def _finite(name: str, value: object) -> None:
 def dump(records: list[Record]) -> str:
     """The text of a file: sorted and indented, so that a diff shows what changed."""
     ordered = sorted(records, key=lambda record: repr(record.identity))
-    return json.dumps({"format": FORMAT, "records": [record.as_json() for record in ordered]}, indent=1, sort_keys=True) + "\n"
+    return (
+        json.dumps({"format": FORMAT, "records": [record.as_json() for record in ordered]}, indent=1, sort_keys=True)
+        + "\n"
+    )
 
 
 def load(text: str, spec: OpSpec) -> list[Record]:

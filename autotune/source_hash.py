@@ -22,7 +22,7 @@ class SourceError(ValueError):
 
 @cache
 def _module(name: str) -> tuple[dict[str, list[ast.stmt]], dict[str, tuple[str, str]]]:
-    """Definitions and ``from x import y`` of a module: by name, the statements; and where an imported name comes from."""
+    """The statements that define each name of a module, and where each imported name comes from."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -57,7 +57,11 @@ def _text(node: Any) -> Iterator[str]:
         for name, value in ast.iter_fields(node):
             if name in ("type_comment", "kind", "type_params", "ctx"):
                 continue
-            if name == "body" and isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            if (
+                name == "body"
+                and isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                and ast.get_docstring(node) is not None
+            ):
                 value = value[1:]
             if value is not None and value != []:
                 yield f" {name}="

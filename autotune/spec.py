@@ -34,7 +34,8 @@ class OpSpec:
     Attributes:
         name: letters, digits and underscores; files are named by it.
         config: the frozen dataclass of its configurations; every field an int or a bool.
-        key: names of the numbers that must be equal for a configuration to be borrowed (dtype widths, head sizes, masks).
+        key: names of the numbers that must be equal for a configuration to be borrowed (dtype widths, head sizes,
+        masks).
         sizes: names of the numbers that may differ by a bounded factor (lengths, batches). ``choose`` takes both, in
             this order.
         heuristic: (problem, device) -> config, at once and without looking anywhere.
@@ -47,8 +48,8 @@ class OpSpec:
             configuration apart.
         kernels: JIT functions whose sources (and what they call) a measurement depends on: ``"module:name"``, or the
             functions.
-        workload: (problem, device string, small) -> Workload, or ``"module:name"`` of one. ``small`` asks for sizes that
-            a reference can afford, with the same key.
+        workload: (problem, device string, small) -> Workload, or ``"module:name"`` of one. ``small`` asks for sizes
+            that a reference can afford, with the same key.
         problems: realistic problems: what ``tune`` and ``prune`` cover when nothing else is asked for.
         proof_key: problem -> the key whose compiled kernel proves it, where it is not its own.
         operators: names in ``torch.ops.kvops`` that launch this family.
@@ -87,7 +88,8 @@ class OpSpec:
         """The problem with its fields in order. Raises ValueError for a missing, unknown or negative one."""
         if set(problem) != set(self.fields):
             raise ValueError(
-                f"problem: expected the fields {', '.join(self.fields)} of {self.name}, got {', '.join(map(str, problem))}"
+                f"problem: expected the fields {', '.join(self.fields)} of {self.name}, "
+                f"got {', '.join(map(str, problem)) or 'none'}"
             )
         for name, value in problem.items():
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:

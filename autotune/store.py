@@ -1,14 +1,15 @@
 """Where records live: layers of folders, each file replaced whole, so that any number of processes may share them.
 
 Later layers win: shipped in the wheel, then the site's, then the user's, then what ``KVOPS_AUTOTUNE_OVERRIDE`` names. A
-record has a file of its own, written beside it and renamed over it: no writer can tear or lose another's, and no lock is
-needed (8 processes that insert 40 records each leave 320 files). A file that cannot be read as records is a miss: it is
-set aside where the folder is ours to change, and told once.
+record has a file of its own, written beside it and renamed over it: no writer can tear or lose another's, and no lock
+is needed (8 processes that insert 40 records each leave 320 files). A file that cannot be read as records is a miss: it
+is set aside where the folder is ours to change, and told once.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import json
 import logging
@@ -63,7 +64,9 @@ class Layer:
             return []
         prefix = f"{op}."
         return [
-            os.path.join(self.folder, name) for name in sorted(names) if name.startswith(prefix) and name.endswith(".json")
+            os.path.join(self.folder, name)
+            for name in sorted(names)
+            if name.startswith(prefix) and name.endswith(".json")
         ]
 
     def read(self, spec: OpSpec) -> list[Record]:
@@ -112,10 +115,8 @@ class Layer:
             return True
         except OSError as error:
             if temporary is not None:
-                try:
+                with contextlib.suppress(OSError):
                     os.unlink(temporary)
-                except OSError:
-                    pass
             more = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
             tell_once(
                 f"the {self.name} store {self.folder} cannot be written ({error.strerror}){more}, or name another with "
@@ -251,15 +252,13 @@ def read_problems(path: Path, specs: dict[str, OpSpec]) -> list[tuple[OpSpec, Pr
 
 
 def collect_garbage(layer: Layer, specs: Iterable[OpSpec], current: dict[str, str], *, dry_run: bool) -> list[str]:
-    """Remove what no look-up needs from a writable layer: damaged files set aside, temporary files of dead writers (an hour
-    old), and records of older sources that a record of the current ones replaces. Returns the paths."""
+    """Remove what no look-up needs from a writable layer: damaged files set aside, temporary files of dead writers (an
+    hour old), and records of older sources that a record of the current ones replaces. Returns the paths."""
     doomed = [str(path) for path in sorted((layer.folder / QUARANTINE).glob("*"))]
-    for path in sorted(layer.folder.glob(".tmp-*")):
-        try:
-            if time.time() - path.stat().st_mtime > 3600:
-                doomed.append(str(path))
-        except FileNotFoundError:
-            continue
+    for temporary in sorted(layer.folder.glob(".tmp-*")):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - temporary.stat().st_mtime > 3600:
+                doomed.append(str(temporary))
     for spec in specs:
         by_path = {}
         for path in layer.paths(spec.name):
@@ -281,8 +280,6 @@ def collect_garbage(layer: Layer, specs: Iterable[OpSpec], current: dict[str, st
                 doomed.append(path)
     if not dry_run:
         for name in doomed:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
-            except FileNotFoundError:
-                pass
     return doomed

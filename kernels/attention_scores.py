@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import attention_scores_config
-from kvops.kernels.dense import padded, row_strides, slope_stride, token_strides
+from kvops.autotune.lookup import choose
+from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import LOG2_E, dot, in_window, load_rows, log2_scores, window_blocks
 
@@ -247,12 +247,15 @@ def _launch(
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     block_d = padded(head_dim)
-    config = attention_scores_config(block_d, q.element_size(), current_device().arch)
+    if causal:
+        window_right = 0
+    mask = mask_kind(window_left, window_right)
+    config = choose(
+        "attention_scores", current_device(), block_d, q.element_size(), mask, batch * heads, seqlen_q, seqlen_k
+    )
     programs = triton.cdiv(seqlen_k, config.block_n) * kv_heads * batch
     if programs == 0:
         return
-    if causal:
-        window_right = 0
     bounded_right = window_right >= 0
     if skip_recent > 0:
         # A key that must stand so far behind the query is a window that ends before the query.

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvops.autotune.config import compact_config
+from kvops.autotune.lookup import choose
+from kvops.kernels.device import current_device
 
 # Bytes are moved, whatever they mean: float8 and NaN payloads included.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,7 +83,7 @@ def _move(side: Tensor, block_tables: Tensor, seq_lens: Tensor, target: Tensor) 
     batch, heads, slots = target.shape
     itemsize = side.element_size()
     width = side.shape[2]
-    config = compact_config(width, itemsize)
+    config = choose("compact", current_device(), itemsize, width, slots, batch * heads)
     move_slots_kernel[(batch * heads, triton.cdiv(width, config.block_w))](
         side.view(INTEGERS[itemsize]),
         block_tables,

@@ -3,6 +3,8 @@
 import torch
 import triton
 
+from kvops.autotune.config import CAUSAL, FULL, WINDOW
+
 
 def padded(head_dim: int) -> int:
     """The width of a tile that holds ``head_dim``: a power of two that a matrix product accepts."""
@@ -22,3 +24,10 @@ def row_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 def slope_stride(alibi_slopes: torch.Tensor | None) -> int:
     """Batch stride of ALiBi slopes [heads] or [batch, heads]."""
     return alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
+
+
+def mask_kind(window_left: int, window_right: int) -> int:
+    """What the bounds of a mask are to a configuration; a causal mask has ``window_right`` 0."""
+    if window_left >= 0 or window_right > 0:
+        return WINDOW
+    return CAUSAL if window_right == 0 else FULL

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from triton import knobs
 from triton.runtime import driver
 
@@ -10,8 +11,10 @@ _INTERPRETED = bool(knobs.runtime.interpret)
 
 
 class Device(NamedTuple):
-    """A launch target. ``arch`` reads ``"sm_90"`` or ``"gfx942"``, and ``"interpreter"`` in Triton's interpreter."""
+    """A launch target. ``arch`` reads ``"sm_90"`` or ``"gfx942"``, and ``"interpreter"`` in Triton's interpreter;
+    ``name`` is what the driver calls the GPU, or the architecture where nothing is there to ask."""
 
+    name: str
     backend: str
     arch: str
     warp_size: int
@@ -19,7 +22,7 @@ class Device(NamedTuple):
     shared_memory: int
 
 
-_INTERPRETER = Device("cpu", "interpreter", warp_size=1, num_sms=4, shared_memory=232448)
+_INTERPRETER = Device("interpreter", "cpu", "interpreter", warp_size=1, num_sms=4, shared_memory=232448)
 _devices: dict[tuple[int, object], Device] = {}
 
 
@@ -37,9 +40,11 @@ def current_device() -> Device:
     if device is None:
         target = active.get_current_target()
         properties = active.utils.get_device_properties(index)
+        arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
         device = Device(
+            torch.cuda.get_device_name(index) if isinstance(index, int) else arch,
             target.backend,
-            f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0],
+            arch,
             target.warp_size,
             properties["multiprocessor_count"],
             properties["max_shared_mem"],

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import flash_backward_keys_config, flash_backward_queries_config
-from kvops.kernels.dense import padded, row_strides, slope_stride, token_strides
+from kvops.autotune.lookup import choose
+from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import LOG2_E, dot, in_window, load_rows, log2_scores, store_rows, window_blocks
 
@@ -542,8 +542,9 @@ def _launch(
         softcap > 0,
     )
     scalars = (seqlen_q, seqlen_k, window_left, window_right, head_dim**-0.5 if scale is None else scale, softcap)
-    width, arch = max(block_d, block_dv), current_device().arch
-    config = flash_backward_keys_config(width, q.element_size(), arch)
+    width, mask = max(block_d, block_dv), mask_kind(window_left, window_right)
+    problem = (current_device(), width, q.element_size(), mask, batch * heads, seqlen_q, seqlen_k)
+    config = choose("flash_backward_keys", *problem)
     programs = triton.cdiv(seqlen_k, config.block_n) * kv_heads * batch
     if programs > 0:
         flash_backward_keys_kernel[(programs,)](
@@ -576,7 +577,7 @@ def _launch(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    config = flash_backward_queries_config(width, q.element_size(), seqlen_q, arch)
+    config = choose("flash_backward_queries", *problem)
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     if programs > 0:
         flash_backward_queries_kernel[(programs,)](

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import flash_forward_config
-from kvops.kernels.dense import padded, row_strides, slope_stride, token_strides
+from kvops.autotune.lookup import choose
+from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import (
     LN_2,
@@ -270,12 +270,22 @@ def _launch(
     heads, head_dim = q.shape[-2:]
     head_dim_v = v.shape[-1]
     block_d, block_dv = padded(head_dim), padded(head_dim_v)
-    config = flash_forward_config(max(block_d, block_dv), q.element_size(), seqlen_q, current_device().arch)
+    if causal:
+        window_right = 0
+    mask = mask_kind(window_left, window_right)
+    config = choose(
+        "flash_forward",
+        current_device(),
+        max(block_d, block_dv),
+        q.element_size(),
+        mask,
+        batch * heads,
+        seqlen_q,
+        seqlen_k,
+    )
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     if programs == 0:
         return
-    if causal:
-        window_right = 0
     scale = head_dim**-0.5 if scale is None else scale
     flash_forward_kernel[(programs,)](
         q,

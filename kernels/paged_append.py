@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import paged_append_config
+from kvops.autotune.lookup import choose
+from kvops.kernels.device import current_device
 from kvops.kernels.paged import as_bytes, list_strides, padded, slot_strides
 from kvops.kernels.primitives import float32_to_e4m3, page_address
 
@@ -129,7 +130,9 @@ def paged_append(
     batch, num_tokens, heads, head_dim = k.shape
     value_dim = v.shape[-1]
     block_d, block_dv = padded(head_dim), padded(value_dim)
-    config = paged_append_config(max(block_d, block_dv), num_tokens)
+    config = choose(
+        "paged_append", current_device(), max(block_d, block_dv), k.element_size(), num_tokens, batch * heads
+    )
     programs = triton.cdiv(num_tokens, config.block_t) * batch * heads
     if programs == 0:
         return

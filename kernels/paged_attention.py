@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import paged_attention_config
+from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.paged import as_bytes, list_strides, padded, slot_strides
 from kvops.kernels.paged_schedule import paged_schedule, schedule_unit
@@ -353,7 +353,10 @@ def paged_attention(
     lists = batch * list_heads
     rows = num_tokens * (query_heads // heads)
     block_d, block_dv = padded(head_dim), padded(value_dim)
-    config = paged_attention_config(max(block_d, block_dv), q.element_size(), rows, current_device().arch)
+    config = choose(
+        "paged_attention", current_device(), max(block_d, block_dv), q.element_size(), k_cache.element_size(),
+        block_size, rows, lists * axis_heads, block_tables.shape[-1] * block_size,
+    )  # fmt: skip
     row_tiles = triton.cdiv(rows, config.block_m)
     shares = schedule.shape[0] - lists - 2
     split = row_tiles == 1 or (row_tiles * lists * axis_heads < shares and not batch_invariant)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import lookup_config
+from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 
 
@@ -75,7 +75,7 @@ def prompt_lookup(
     if B == 0:
         return draft_tokens, draft_lens
     lens = lens.contiguous()
-    config = lookup_config(max(L, 1), current_device().arch)
+    config = choose("prompt_lookup", current_device(), L)
     splits = triton.cdiv(max(L - 1, 1), config.block)
     best = tokens.new_empty((B, splits))
     match_kernel[(B, splits)](

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvops.autotune.config import select_blocks_config
+from kvops.autotune.lookup import choose
+from kvops.kernels.device import current_device
 from kvops.kernels.radix import (
     ABSENT,
     PROTECTED,
@@ -252,7 +253,7 @@ def select_blocks(
     keep = torch.empty(batch, heads, slots, dtype=torch.bool, device=device)
     if batch * heads == 0 or slots == 0:
         return new_lens.zero_(), keep
-    config = select_blocks_config()
+    config = choose("select_blocks", current_device(), slots, batch * heads)
     # Sorting goes through two more buffers: the keys in list order are needed afterwards.
     keys = torch.empty(1 if scope == "head" else 3, batch, heads, slots, dtype=torch.int32, device=device)
     least, most, shares = torch.empty(3, batch, heads, dtype=torch.int32, device=device)

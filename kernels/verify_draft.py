@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import verify_config
+from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import philox_words, uniform_from_bits
 from kvops.kernels.verification import (
@@ -193,7 +193,7 @@ def verify_draft(
     num_accepted = draft_tokens.new_empty(B, dtype=torch.int32)
     if B == 0:
         return tokens, num_accepted
-    config = verify_config(V, target_logits.element_size(), current_device().arch)
+    config = choose("verify", current_device(), target_logits.element_size(), V)
     splits = triton.cdiv(V, config.block)
     BLOCK_S = triton.next_power_of_2(splits)
     BLOCK_T = min(triton.next_power_of_2(rows), max(1, 1024 // BLOCK_S))

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.config import verify_config
+from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import philox_words, uniform_from_bits
 from kvops.kernels.verification import (
@@ -319,7 +319,7 @@ def verify_tree(
     num_accepted = parents.new_empty(B)
     if B == 0:
         return path, tokens, num_accepted
-    config = verify_config(V, target_logits.element_size(), current_device().arch)
+    config = choose("verify", current_device(), target_logits.element_size(), V)
     splits = triton.cdiv(V, config.block)
     BLOCK_S, BLOCK_N = triton.next_power_of_2(splits), triton.next_power_of_2(N)
     temperature, seed, step = (None if value is None else value.contiguous() for value in (temperature, seed, step))

@@ -23,7 +23,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.checks": ({"torch"}, set()),
     "kvops.eager": ({"torch", "kvops.eager", "kvops.checks"}, set()),
     "kvops.autotune": ({"torch", "triton", "numpy", "kvops.autotune"}, {"tabulate", "tqdm"}),
-    "kvops.kernels": ({"torch", "triton", "kvops.kernels", "kvops.autotune.config"}, set()),
+    "kvops.kernels": (
+        {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup"},
+        set(),
+    ),
     "kvops.ops": (
         {"torch", "kvops.ops", "kvops.checks", "kvops.eager"},
         {"triton", "kvops.kernels", "kvops.autotune"},
