@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvops.ops.scores import attention_scores
@@ -57,6 +59,20 @@ class Prefill:
             query_start=start,
             reduce=reduce,
             group=group,
+        )
+
+    def pool(self, scores: Tensor, width: int, *, last: int, kind: Literal["max", "mean"] = "max") -> Tensor:
+        """``scores`` [B, Hkv, S] pooled over ``width`` (odd) neighbours, apart from the ``last`` keys.
+
+        The last keys received the observing queries' attention to themselves and to each other: they neither share it
+        with the keys before them nor need a neighbour's.
+        """
+        before = max(0, scores.shape[-1] - last)
+        pool = F.max_pool1d if kind == "max" else F.avg_pool1d
+        if before == 0:
+            return scores
+        return torch.cat(
+            (pool(scores[..., :before], width, stride=1, padding=width // 2), scores[..., before:]), dim=-1
         )
 
 

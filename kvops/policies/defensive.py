@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvops.policies.base import Policy, Prefill
@@ -38,7 +37,7 @@ class DefensiveKV(Policy):
 
     def score(self, seen: Prefill) -> Tensor:
         risk = seen.attention(last=self.observe, reduce="max", group="max")
-        risk = F.max_pool1d(risk, self.pool, stride=1, padding=self.pool // 2)
+        risk = seen.pool(risk, self.pool, last=self.observe)
         risk = torch.maximum(risk, risk.mean(-1, keepdim=True))
         weight = torch.linalg.vector_norm(seen.v, 1, dim=-1, dtype=torch.float32).transpose(1, 2)
         return risk * weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvops.policies.base import Policy, Prefill
@@ -12,7 +12,7 @@ from kvops.policies.base import Policy, Prefill
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Attention from the last queries, max-pooled along the keys (Li et al. 2024, arXiv 2404.14469).
+    """Attention from the last queries, max-pooled along the keys before them (Li et al. 2024, arXiv 2404.14469).
 
     With ``scope="head"`` this is SnapKV as published, with ``scope="layer"`` the heads of a layer compete as in AdaKV
     (Feng et al. 2024, arXiv 2407.11550), with ``scope="sequence"`` those of all layers.
@@ -20,15 +20,16 @@ class SnapKV(Policy):
     Attributes:
         observe: how many of the last queries are looked at.
         pool: width of the pooling window, odd: neighbours of a key that matters are kept with it.
+        pooling: over that window, ``"max"`` or ``"mean"``; the observed tokens themselves are left out of it.
     """
 
     observe: int = 32
     pool: int = 7
+    pooling: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
 
     def score(self, seen: Prefill) -> Tensor:
-        scores = seen.attention(last=self.observe)
-        return F.max_pool1d(scores, self.pool, stride=1, padding=self.pool // 2)
+        return seen.pool(seen.attention(last=self.observe), self.pool, last=self.observe, kind=self.pooling)
