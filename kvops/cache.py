@@ -222,6 +222,7 @@ class PagedKVCache:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         scale: float | None = None,
+        tree_mask: Tensor | None = None,
         accumulate: str | None = None,
         decay: float = 1.0,
     ) -> Tensor:
@@ -229,7 +230,8 @@ class PagedKVCache:
 
         ``accumulate`` ("sum", "sumsq" or "max") folds the attention that each slot receives into ``scores``, after
         multiplying them by ``decay``. A window is measured in original positions; ``query_positions`` int32
-        ``[B', T]`` are those that :meth:`extend` returned unless given.
+        ``[B', T]`` are those that :meth:`extend` returned unless given. ``tree_mask`` bool ``[B', T, T]`` tells which
+        of the T tokens each of them sees, in place of causality (:func:`kvops.tree_mask`).
         """
         tables, lens = self._layer(layer, rows)
         windowed = window_left >= 0
@@ -250,6 +252,7 @@ class PagedKVCache:
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            tree_mask=tree_mask,
             scores=None if accumulate is None else self.scores,
             score_reduce=accumulate or "sum",
             score_decay=decay,
@@ -345,6 +348,52 @@ class PagedKVCache:
             )
         self.seq_lens[:, index] = new_lens.clamp_(min=0)
         self.next_positions[index] = (self.next_positions[index] - num_tokens).clamp_(min=0)
+
+    def retain(self, keep: Tensor, *, q_lens: Tensor | None = None, rows: Rows = slice(None)) -> None:
+        """Of the last T tokens of every list of ``rows`` keep those that ``keep``, bool ``[B', T]``, marks.
+
+        They move together in their order, with their positions and scores, byte for byte and without synchronising;
+        the others are taken back as :meth:`rollback` does. With ``q_lens`` int32 ``[B']`` only the last ``q_lens[b]``
+        tokens of a row are meant, and the first ``q_lens[b]`` columns of its ``keep``. This is how the accepted path of
+        a tree of drafts stays and its other branches go.
+        """
+        index, numbers = self._resolve(rows)
+        checks.expect_tensor("keep", keep)
+        checks.expect_dtype("keep", keep, torch.bool)
+        checks.expect_shape("keep", keep, "[rows, tokens]", len(numbers), None)
+        num_tokens, size = keep.shape[1], self.block_size
+        lens = self.seq_lens[:, index]
+        if q_lens is None:
+            count = torch.full((len(numbers),), num_tokens, dtype=torch.int32, device=self.device)
+        else:
+            self._expect_per_row("q_lens", q_lens, len(numbers))
+            count = q_lens
+        if num_tokens == 0 or lens.numel() == 0:
+            return
+        start = lens - count[:, None]
+        if self._pool.exact or checks.debug():
+            checks.expect_data("q_lens", f"numbers from 0 to {num_tokens}", (count >= 0) & (count <= num_tokens))
+            checks.expect_data("keep", "at most as many tokens as the shortest list has", start >= 0)
+        # The blocks that the T tokens may lie in are compacted as lists of their own, so that the cost is theirs.
+        first = start // size
+        width = min((num_tokens + size - 2) // size + 1, self.max_blocks)
+        columns = first[..., None] + torch.arange(width, device=self.device)
+        tables = self.block_tables[:, index].gather(3, columns.clamp_(max=self.max_blocks - 1))
+        token = torch.arange(width * size, dtype=torch.int32, device=self.device) - (start - first * size)[..., None]
+        marked = keep[:, None].expand(*lens.shape, num_tokens).gather(3, token.clamp(0, num_tokens - 1).long())
+        new_lens = (lens - first * size).flatten(0, 1)
+        compact(
+            self.k_cache,
+            self.v_cache,
+            tables.flatten(0, 1),
+            new_lens,
+            (marked | (token < 0)).flatten(0, 1),
+            positions=self.positions,
+            scores=self.scores,
+        )
+        self.seq_lens[:, index] = first * size + new_lens.view_as(lens)
+        real = torch.arange(num_tokens, device=self.device) < count[:, None]
+        self.next_positions[index] -= (real & ~keep).sum(1, dtype=torch.int32)
 
     def free(self, rows: Rows = slice(None)) -> None:
         """Empty ``rows``: all their blocks go back to the pool, their lengths and positions to zero."""
