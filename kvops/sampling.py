@@ -26,6 +26,7 @@ def process_logits(
     context: Tensor | None = None,
     prompt_lens: Tensor | None = None,
     draft_tokens: Tensor | None = None,
+    parents: Tensor | None = None,
     bad_words: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Logits whose softmax is the distribution to draw from, with -inf where nothing may be drawn.
@@ -49,6 +50,8 @@ def process_logits(
         context: int64 ``[B, L]``: the tokens so far, padded with -1 on the right. None: empty.
         prompt_lens: int32 or int64 ``[B]``: how many tokens of the context are prompt. None: 0.
         draft_tokens: int64 ``[B, T - 1]`` or wider: the drafts that row t stands behind are the first t; -1 pads.
+        parents: int32 ``[B, T]``, for trees of drafts as :func:`verify_tree` takes them: ``draft_tokens`` is then
+            ``[B, T]``, node 0 the root (the context's last token), and row t stands behind node t and its ancestors.
         bad_words: token sequences that may not be completed, for all requests.
 
     Returns:
@@ -70,8 +73,7 @@ def process_logits(
     repetition = number.floats("repetition_penalty", repetition_penalty, 1e-6, math.inf)
     presence = number.floats("presence_penalty", presence_penalty, -math.inf, math.inf)
     frequency = number.floats("frequency_penalty", frequency_penalty, -math.inf, math.inf)
-    drafts = _drafts(draft_tokens, logits)
-    text = _context(context, logits)
+    line = _Line(_context(context, logits), *_drafts(draft_tokens, parents, logits))
     if prompt_lens is not None:
         checks.expect_dtype("prompt_lens", prompt_lens, torch.int32, torch.int64)
         checks.expect_shape("prompt_lens", prompt_lens, "[batch]", B)
@@ -82,20 +84,16 @@ def process_logits(
     if V == 0 or B * T == 0:
         return x
     if repetition is not None:
-        seen = _counts(text, drafts, T, V) > 0
+        seen = line.counts(V) > 0
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
     if presence is not None or frequency is not None:
-        generated = text
-        if prompt_lens is not None:
-            place = torch.arange(text.shape[1], device=x.device)
-            generated = text.masked_fill(place < prompt_lens[:, None], -1)
-        count = _counts(generated, drafts, T, V)
+        count = line.counts(V, skip=prompt_lens)
         if presence is not None:
             x = x - presence * (count > 0)
         if frequency is not None:
             x = x - frequency * count
     if bad_words:
-        _forbid(x, text, drafts, bad_words)
+        _forbid(x, line, bad_words)
     if heat is not None:
         # The largest becomes 0, so that no temperature overflows upwards; a temperature of 1e-30 is as good as 0.
         largest = x.amax(-1, keepdim=True)
@@ -151,44 +149,72 @@ def _context(context: Tensor | None, logits: Tensor) -> Tensor:
     return context
 
 
-def _drafts(draft_tokens: Tensor | None, logits: Tensor) -> Tensor:
-    """The drafts before the last row, [B, T - 1]."""
+def _drafts(draft_tokens: Tensor | None, parents: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The token that each row after the first ends with, int64 [B, T - 1], and the row it follows (None: the last)."""
     B, T, _ = logits.shape
     rows = max(T - 1, 0)
+    if parents is not None:
+        checks.expect_dtype("parents", parents, torch.int32, torch.int64)
+        checks.expect_shape("parents", parents, "[batch, rows]", B, T)
+        checks.expect_same_device("parents", parents, "logits", logits)
+        if draft_tokens is None:
+            raise ValueError("draft_tokens: expected int64 [batch, rows] along with parents, got None")
+        checks.expect_shape("draft_tokens", draft_tokens, "[batch, rows]", B, T)
     if draft_tokens is None:
-        return torch.full((B, rows), -1, dtype=torch.int64, device=logits.device)
+        return torch.full((B, rows), -1, dtype=torch.int64, device=logits.device), None
     checks.expect_dtype("draft_tokens", draft_tokens, torch.int64)
     checks.expect_shape("draft_tokens", draft_tokens, "[batch, rows - 1 or more]", B, None)
     checks.expect_at_least("draft_tokens.shape[1]", draft_tokens.shape[1], rows)
     checks.expect_same_device("draft_tokens", draft_tokens, "logits", logits)
-    return draft_tokens[:, :rows]
+    if parents is None:
+        return draft_tokens[:, :rows], None
+    return draft_tokens[:, 1:], parents.long().clamp_min(0)
 
 
-def _counts(text: Tensor, drafts: Tensor, T: int, V: int) -> Tensor:
-    """float32 [B, T, V]: how often each token stands in the text and the first t drafts; others do not count."""
-    count = torch.zeros((text.shape[0], T, V), device=text.device)
-    for row in range(T):
-        tokens = text if row == 0 else drafts[:, row - 1 : row]
-        if row:
-            count[:, row] = count[:, row - 1]
-        inside = (tokens >= 0) & (tokens < V)
-        count[:, row].scatter_add_(1, tokens.clamp(0, V - 1), inside.float())
-    return count
+class _Line:
+    """What stands before each row: the text, then the drafts on the way to it."""
+
+    def __init__(self, text: Tensor, drafts: Tensor, parents: Tensor | None) -> None:
+        self.text, self.drafts, self.parents = text, drafts, parents
+
+    def counts(self, V: int, *, skip: Tensor | None = None) -> Tensor:
+        """float32 [B, T, V]: how often each token stands there, the first ``skip`` [B] of the text left out."""
+        text = self.text
+        if skip is not None:
+            text = text.masked_fill(torch.arange(text.shape[1], device=text.device) < skip[:, None], -1)
+        B, T = self.drafts.shape[0], self.drafts.shape[1] + 1
+        count = torch.zeros((B, T, V), device=text.device)
+        each = torch.arange(B, device=text.device)
+        for row in range(T):
+            tokens = self.drafts[:, row - 1 : row] if row else text
+            if row:
+                count[:, row] = count[:, row - 1] if self.parents is None else count[each, self.parents[:, row]]
+            inside = (tokens >= 0) & (tokens < V)
+            count[:, row].scatter_add_(1, tokens.clamp(0, V - 1), inside.float())
+        return count
+
+    def endings(self, length: int) -> Tensor:
+        """int64 [B, T, length]: the last tokens before each row, the nearest first; -1 where there is none."""
+        B, T = self.drafts.shape[0], self.drafts.shape[1] + 1
+        device = self.text.device
+        end = (self.text >= 0).sum(1, keepdim=True)
+        place = end - 1 - torch.arange(length, device=device)
+        padded = torch.nn.functional.pad(self.text, (0, 1), value=-1)
+        before = padded.gather(1, place.clamp(0, self.text.shape[1])).masked_fill(place < 0, -1)
+        ending = before[:, None].repeat(1, T, 1)
+        each = torch.arange(B, device=device)
+        for row in range(1, T):
+            above = ending[:, row - 1] if self.parents is None else ending[each, self.parents[:, row]]
+            ending[:, row] = torch.cat((self.drafts[:, row - 1 : row], above[:, :-1]), 1)
+        return ending
 
 
-def _forbid(x: Tensor, text: Tensor, drafts: Tensor, bad_words: Sequence[Sequence[int]]) -> None:
-    T = x.shape[1]
-    reach = max(map(len, bad_words)) - 1
-    # The last tokens of each text, right-aligned, and the drafts: row t ends before column reach + t.
-    end = (text >= 0).sum(1, keepdim=True)
-    place = end - reach + torch.arange(reach, device=x.device)
-    padded = torch.nn.functional.pad(text, (0, 1), value=-1)
-    before = padded.gather(1, place.clamp(0, text.shape[1])).masked_fill(place < 0, -1)
-    line = torch.cat((before, drafts), 1)
+def _forbid(x: Tensor, line: _Line, bad_words: Sequence[Sequence[int]]) -> None:
+    ending = line.endings(max(1, max(map(len, bad_words)) - 1))
     for *head, last in bad_words:
         matches = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        for back, token in enumerate(reversed(head), start=1):
-            matches &= line[:, reach - back : reach - back + T] == token
+        for back, token in enumerate(reversed(head)):
+            matches &= ending[..., back] == token
         x[:, :, last].masked_fill_(matches, -math.inf)
 
 
