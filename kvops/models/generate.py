@@ -10,16 +10,18 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
-from kvops.models.llama import Llama, rope_frequencies
-from kvops.ops.attention import flash_attention
-from kvops.ops.verify import prompt_lookup, verify_draft
-from kvops.policies import Policy, Prefill, SnapKV, share_out
+from kvops.models.llama import Llama
+from kvops.models.passes import add_scores, decode, new_cache, prefill
+from kvops.models.sampler import Sampler
+from kvops.models.speculation import Drafter, Drafts, Verdict, keep_accepted, make_drafter, verify
+from kvops.models.stats import GenerationStats
+from kvops.policies import Policy, SnapKV, share_out
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Compression:
         policy: what a key is worth.
         protect_first: the sinks: that many first tokens are never evicted.
         protect_last: the recent window: that many last tokens are never evicted.
-        every: 0: once, after the prefill. N: also after every N decoded tokens, to the same ratio of the tokens seen.
+        every: 0: once, after the prefill. N: also after every N tokens that a sequence decodes, to the same ratio of
+            the tokens seen. Drafts end before that point and only those that stand score what they see: they change
+            nothing. Where the policy accumulates scores that takes a second pass of attention in each step.
     """
 
     ratio: float = 4.0
@@ -46,7 +50,7 @@ class Compression:
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
 
-    def apply(self, cache: PagedKVCache, num_tokens: Sequence[int], rows: slice = slice(None)) -> None:
+    def apply(self, cache: PagedKVCache, num_tokens: Sequence[int], rows: slice | Sequence[int] = slice(None)) -> None:
         """Evict from each of ``rows``, whose sequences have seen ``num_tokens`` tokens, down to its budget."""
         protected = self.protect_first + self.protect_last
         layers = cache.num_layers
@@ -77,119 +81,12 @@ class Compression:
         )
 
 
-@dataclass
-class GenerationStats:
-    """What a generation did, over all its prompts.
-
-    Attributes:
-        prompt_tokens, new_tokens: tokens read and emitted.
-        decoded_tokens: those emitted after each prompt's first, which the prefill gives.
-        steps, sequence_steps: passes of the model after the prefill, and these times the sequences that took part.
-        drafted, accepted: draft tokens verified, and found to be what the model would have said.
-        first_token_seconds: prefill, compression and the first token of every prompt.
-        decode_seconds: everything after.
-        blocks_in_use, bytes_in_use: the most that the cache held, looked at when a sequence ended.
-        tokens_per_second: ``decoded_tokens / decode_seconds``.
-        accepted_per_step: ``accepted / sequence_steps``.
-    """
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    decoded_tokens: int = 0
-    steps: int = 0
-    sequence_steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    first_token_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    blocks_in_use: int = 0
-    bytes_in_use: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    @property
-    def accepted_per_step(self) -> float:
-        return self.accepted / self.sequence_steps if self.sequence_steps else 0.0
-
-
 @dataclass(frozen=True)
 class Generation:
     """The new tokens of each prompt (a stop token, where one ended it, included) and what it took."""
 
     tokens: list[list[int]]
     stats: GenerationStats
-
-
-def new_cache(model: Llama, *, max_batch: int, max_tokens: int, block_size: int = 16) -> PagedKVCache:
-    """A cache with room for ``max_batch`` uncompressed sequences of ``max_tokens`` tokens of this model."""
-    config = model.config
-    blocks_per_list = -(-max_tokens // block_size)
-    weight = model.embedding.weight
-    return PagedKVCache(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        num_blocks=config.num_layers * config.num_kv_heads * max_batch * blocks_per_list,
-        max_batch=max_batch,
-        max_tokens=max_tokens,
-        block_size=block_size,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
-
-
-def window_left(model: Llama) -> int:
-    """The model's sliding window as the operators count it: positions before the query's own, -1 without limit."""
-    return -1 if model.config.sliding_window is None else model.config.sliding_window - 1
-
-
-def prefill(model: Llama, cache: PagedKVCache, tokens: Tensor, row: int, policy: Policy | None = None) -> Tensor:
-    """Run a prompt, int64 [1, S], into the empty ``row`` of the cache; returns the hidden states [1, S, hidden].
-
-    With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction.
-    """
-    rows = slice(row, row + 1)
-    window = window_left(model)
-    rope = None if policy is None else rope_frequencies(model.config).to(tokens.device)
-    positions = cache.extend(tokens.shape[1], rows=rows)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.append(layer, k, v, positions, rows=rows)
-        out, lse = flash_attention(q, k, v, causal=True, window_left=window)
-        if policy is not None:
-            seen = Prefill(q, k, v, lse, window, layer, model.config.num_layers, rope)
-            cache.set_scores(layer, policy.score(seen), rows=rows)
-        return out
-
-    return model(tokens, positions, attend)
-
-
-def decode(
-    model: Llama,
-    cache: PagedKVCache,
-    tokens: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    rows: slice = slice(None),
-    accumulate: Literal["sum", "sumsq", "max"] | None = None,
-) -> Tensor:
-    """Run tokens, int64 [B, T], on top of what the cache's ``rows`` hold; returns the hidden states [B, T, hidden].
-
-    The first ``q_lens[b]`` (int32 [B]) tokens of a row are real, all of them where None. ``accumulate`` adds the
-    attention that the cached keys receive to their scores.
-    """
-    window = window_left(model)
-    positions = cache.extend(tokens.shape[1], q_lens=q_lens, rows=rows)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.append(layer, k, v, positions, q_lens=q_lens, rows=rows)
-        return cache.attend(
-            layer, q, q_lens=q_lens, rows=rows, query_positions=positions, window_left=window, accumulate=accumulate
-        )
-
-    return model(tokens, positions, attend)
 
 
 @torch.no_grad()
@@ -200,10 +97,19 @@ def stream(
     max_new_tokens: int = 128,
     temperature: float | Sequence[float] = 0.0,
     seed: int | Sequence[int] = 0,
+    top_k: int | Sequence[int] | None = None,
+    top_p: float | Sequence[float] | None = None,
+    min_p: float | Sequence[float] | None = None,
+    repetition_penalty: float | Sequence[float] | None = None,
+    presence_penalty: float | Sequence[float] | None = None,
+    frequency_penalty: float | Sequence[float] | None = None,
+    bad_words: Sequence[Sequence[int]] = (),
     stop_tokens: Sequence[int] = (),
     compression: Compression | None = None,
-    draft: Literal["prompt_lookup"] | None = None,
+    draft: Literal["prompt_lookup"] | Llama | None = None,
     num_draft: int = 7,
+    tree: int = 1,
+    verification: Literal["token", "block"] = "token",
     min_ngram: int = 2,
     max_ngram: int = 4,
     cache: PagedKVCache | None = None,
@@ -218,126 +124,84 @@ def stream(
         temperature: 0 decodes greedily; one number, or one for each prompt.
         seed: of the random numbers; an int gives prompt i the seed ``seed + i``. A prompt's tokens depend on its own
             seed and not on the batch it is in.
+        top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, bad_words: as
+            :func:`kvops.process_logits` has them; one number, or one for each prompt, and bad words for all. They
+            hold for a drafting model and for every position of a draft as they would without drafts.
         stop_tokens: a prompt ends behind any of them.
         compression: of the cache; None keeps all of it.
-        draft: ``"prompt_lookup"`` guesses up to ``num_draft`` tokens a step from earlier occurrences of the last
-            ``max_ngram`` to ``min_ngram`` tokens and verifies them in one pass: the emitted tokens are distributed
-            exactly as without drafts. A prompt whose drafts are refused gets shorter ones.
-        cache: an empty cache to use; None makes one that holds all prompts uncompressed.
+        draft: who guesses up to ``num_draft`` tokens ahead, which one pass then verifies: the emitted tokens are
+            distributed exactly as without drafts, greedy ones are the same. ``"prompt_lookup"`` takes what followed
+            earlier occurrences of the last ``max_ngram`` to ``min_ngram`` tokens; a smaller :class:`Llama` of the same
+            vocabulary and device decodes ahead, in a cache of its own. A prompt whose drafts are refused gets shorter
+            ones.
+        tree: at most so many drafts beside one another at each position: more than 1 makes the drafts trees, of the
+            best earlier occurrences, or of the drafting model's most probable continuations.
+        verification: of chains: ``"token"`` by token, or ``"block"``, which accepts at least as much where tokens are
+            sampled (:func:`kvops.verify_draft`).
+        cache: an empty cache to use, with room for ``tree * num_draft`` tokens beyond each sequence; None makes one
+            that holds all prompts uncompressed.
         stats: filled in as the generation goes.
 
     Raises:
-        ValueError: an argument out of range, by its name.
+        ValueError, TypeError: an argument out of range or of the wrong type, by its name.
         kvops.OutOfBlocksError: a given cache is too small.
     """
     batch = len(prompts)
     if batch == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: expected at least one prompt, each with at least one token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if draft not in (None, "prompt_lookup"):
-        raise ValueError(f"draft: expected None or 'prompt_lookup', got {draft!r}")
-    temperatures = _one_each("temperature", temperature, batch, 0)
-    seeds = _one_each("seed", seed, batch, 1)
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_draft", num_draft), ("tree", tree)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > model.config.max_positions:
         raise ValueError(
             f"prompts: expected prompt and new tokens within the model's {model.config.max_positions} positions, "
             f"got {longest}"
         )
-    draft_room = num_draft if draft else 0
-    cache = cache or new_cache(model, max_batch=batch, max_tokens=longest + draft_room)
-    stats = stats if stats is not None else GenerationStats()
     device = model.embedding.weight.device
-    policy = compression.policy if compression else None
-    accumulate = compression.policy.accumulate if compression and compression.every else None
-    stop = frozenset(stop_tokens)
-
-    started = time.perf_counter()
-    sampling: dict[str, Any] = {
-        "temperature": torch.tensor(temperatures, dtype=torch.float32, device=device),
-        "seed": torch.tensor(seeds, dtype=torch.int64, device=device),
-    }
-    history = torch.full((batch, longest + draft_room), -1, dtype=torch.int64, device=device)
-    last_hidden = []
-    for row, prompt in enumerate(prompts):
-        history[row, : len(prompt)] = torch.tensor(prompt, device=device)
-        last_hidden.append(prefill(model, cache, history[row : row + 1, : len(prompt)], row, policy)[:, -1:])
-        if compression:
-            compression.apply(cache, [len(prompt)], slice(row, row + 1))
-    lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
-    limit = torch.full_like(lens, num_draft)  # a draft may be about twice as long as what was last accepted
-    no_draft = torch.empty((batch, 0), dtype=torch.int64, device=device)
-    tokens, _ = verify_draft(model.logits(torch.cat(last_hidden)), no_draft, step=lens.long(), **sampling)
-    history.scatter_(1, lens[:, None].long(), tokens)
-    lens += 1
-    new = [[token] for (token,) in tokens.tolist()]
-    stats.prompt_tokens += sum(map(len, prompts))
-    stats.first_token_seconds += time.perf_counter() - started
-    started = time.perf_counter()
-    counts = [1] * batch
-    active = [not (stop & set(tokens)) and max_new_tokens > 1 for tokens in new]
-    since_eviction = 0
-    while True:
-        stats.new_tokens += sum(map(len, new))
-        ended = [row for row in range(batch) if new[row] and not active[row]]
-        if ended:
-            held = cache.stats()
-            stats.blocks_in_use = max(stats.blocks_in_use, held.blocks_in_use)
-            stats.bytes_in_use = max(stats.bytes_in_use, held.bytes_in_use)
-        for row in ended:
-            cache.free(slice(row, row + 1))
-        stats.decode_seconds += time.perf_counter() - started
-        yield new
-        started = time.perf_counter()
-        if not any(active):
-            return
-
-        running = torch.tensor(active, dtype=torch.int32, device=device)
-        drafts, draft_lens, q_lens = no_draft, None, running
-        if draft:
-            drafts, draft_lens = prompt_lookup(
-                history, lens, num_draft=num_draft, min_ngram=min_ngram, max_ngram=max_ngram
-            )
-            left = torch.tensor([max_new_tokens - count - 1 for count in counts], dtype=torch.int32, device=device)
-            draft_lens = torch.minimum(torch.minimum(draft_lens, limit), left.clamp_min(0)) * running
-            if device.type == "cpu":  # reading a length costs nothing here; on a GPU every step has the same shape
-                drafts = drafts[:, : int(draft_lens.max())]
-            q_lens = running + draft_lens
-        feed = torch.cat((history.gather(1, lens[:, None].long() - 1), drafts.clamp_min(0)), dim=1)
-        hidden = decode(model, cache, feed, q_lens=q_lens, accumulate=accumulate)
-        tokens, accepted = verify_draft(
-            model.logits(hidden), drafts, draft_lens=draft_lens, step=lens.long(), **sampling
+    sampler = Sampler(
+        batch,
+        model.config.vocab_size,
+        device,
+        prompt_lens=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device),
+        temperature=temperature,
+        seed=seed,
+        bad_words=bad_words,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+    )
+    drafter = None
+    if draft is not None:
+        drafter = make_drafter(
+            draft,
+            model,
+            sampler,
+            num_draft=num_draft,
+            width=tree,
+            min_ngram=min_ngram,
+            max_ngram=max_ngram,
+            max_batch=batch,
+            max_tokens=longest,
         )
-        emitted = (accepted + 1) * running
-        if draft_lens is not None:
-            cache.rollback((draft_lens - accepted) * running)
-            limit = torch.where(draft_lens > 0, (2 * accepted + 1).clamp_max(num_draft), limit)
-        columns = lens[:, None].long() + torch.arange(tokens.shape[1], device=device)
-        history.scatter_(1, columns.clamp_max(history.shape[1] - 1), tokens)
-        lens += emitted
-
-        stats.steps += 1
-        new = [[] for _ in prompts]
-        for row, (row_tokens, row_drafts) in enumerate(
-            zip(tokens.tolist(), [0] * batch if draft_lens is None else draft_lens.tolist(), strict=True)
-        ):
-            if not active[row]:
-                continue
-            row_tokens = [token for token in row_tokens if token >= 0]
-            stats.drafted += row_drafts
-            stats.accepted += len(row_tokens) - 1
-            stats.sequence_steps += 1
-            end = next((i + 1 for i, token in enumerate(row_tokens) if token in stop), len(row_tokens))
-            new[row] = row_tokens[:end]
-            stats.decoded_tokens += end
-            counts[row] += end
-            active[row] = row_tokens[end - 1] not in stop and counts[row] < max_new_tokens
-        since_eviction += max(map(len, new))
-        if compression and compression.every and since_eviction >= compression.every and any(active):
-            since_eviction = 0
-            seen = [len(prompt) + count - 1 for prompt, count in zip(prompts, counts, strict=True)]
-            compression.apply(cache, seen)
+    run = _Run(
+        model,
+        cache or new_cache(model, max_batch=batch, max_tokens=longest + (drafter.room if drafter else 0)),
+        sampler,
+        drafter,
+        compression,
+        frozenset(stop_tokens),
+        max_new_tokens,
+        num_draft,
+        verification,
+        stats if stats is not None else GenerationStats(),
+    )
+    yield run.read(prompts)
+    while any(run.active):
+        yield run.step()
 
 
 def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: object) -> Generation:
@@ -350,10 +214,144 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: object) 
     return Generation(tokens, stats)
 
 
-def _one_each(name: str, value: object, batch: int, stride: int) -> list:
-    """``value`` as one for each prompt; a single number grows by ``stride`` from prompt to prompt."""
-    if isinstance(value, Sequence):
-        if len(value) != batch:
-            raise ValueError(f"{name}: expected one number or {batch}, one for each prompt, got {len(value)}")
-        return list(value)
-    return [value + stride * row for row in range(batch)]  # type: ignore[operator]
+@dataclass
+class _Run:
+    """A batch on its way. ``text`` int64 [B, L] holds the first ``lens`` int32 [B] tokens of each sequence and -1 from
+    there on; all but the last of them are in the cache. ``counts`` are the tokens emitted, ``limits`` how far ahead it
+    pays to draft."""
+
+    model: Llama
+    cache: PagedKVCache
+    sampler: Sampler
+    drafter: Drafter | None
+    compression: Compression | None
+    stop_tokens: frozenset[int]
+    max_new_tokens: int
+    num_draft: int
+    verification: str
+    stats: GenerationStats
+
+    def __post_init__(self) -> None:
+        self.policy = self.compression.policy if self.compression else None
+        self.every = self.compression.every if self.compression else 0
+        self.accumulate = self.policy.accumulate if self.policy and self.every else None
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Prefill all prompts; their first tokens."""
+        started = time.perf_counter()
+        batch, device = len(prompts), self.model.embedding.weight.device
+        self.prompt_lens = [len(prompt) for prompt in prompts]
+        self.lens = torch.tensor(self.prompt_lens, dtype=torch.int32, device=device)
+        room = self.drafter.room if self.drafter else 0
+        width = max(self.prompt_lens) + self.max_new_tokens + room + 1  # behind the last token, all that was drafted
+        self.text = torch.full((batch, width), -1, dtype=torch.int64, device=device)
+        last_hidden = []
+        for row, prompt in enumerate(prompts):
+            self.text[row, : len(prompt)] = torch.tensor(prompt, device=device)
+            tokens = self.text[row : row + 1, : len(prompt)]
+            last_hidden.append(prefill(self.model, self.cache, tokens, row, self.policy)[:, -1:])
+            if self.compression:
+                self.compression.apply(self.cache, [len(prompt)], slice(row, row + 1))
+            if self.drafter:
+                self.drafter.begin(row, tokens)
+        self.no_drafts = Drafts(self.text[:, :0], torch.zeros_like(self.lens))
+        self.counts, self.limits, self.active = [0] * batch, [self.num_draft] * batch, [True] * batch
+        logits = self.model.logits(torch.cat(last_hidden))
+        verdict = verify(self.no_drafts, logits, self.text, self.lens, self.sampler, "token")
+        new = self._emit(self.no_drafts, verdict, torch.ones_like(self.lens))
+        self.stats.prompt_tokens += sum(self.prompt_lens)
+        self.stats.first_token_seconds += time.perf_counter() - started
+        return new
+
+    def step(self) -> list[list[int]]:
+        """Draft, run, verify; the new tokens."""
+        started = time.perf_counter()
+        before = max(self.counts)
+        running = torch.tensor(self.active, dtype=torch.int32, device=self.lens.device)
+        drafts = self.no_drafts
+        if self.drafter:
+            wanted = [self._wanted(row) if active else 0 for row, active in enumerate(self.active)]
+            drafts = self.drafter.propose(self.text, self.lens, running, wanted)
+            self.stats.draft_seconds += time.perf_counter() - started
+        last = self.text.gather(1, self.lens[:, None].long() - 1)
+        later = self.accumulate if self.drafter else None
+        queries: list[Tensor] = []
+        hidden = decode(
+            self.model,
+            self.cache,
+            torch.cat((last, drafts.tokens), 1).clamp_min_(0),
+            q_lens=running + drafts.lens,
+            parents=drafts.parents,
+            accumulate=None if later else self.accumulate,
+            queries=queries if later else None,
+        )
+        verdict = verify(drafts, self.model.logits(hidden), self.text, self.lens, self.sampler, self.verification)
+        if self.drafter:
+            self.drafter.settle(verdict)
+            keep_accepted(self.cache, drafts, verdict, running)
+        if later:
+            add_scores(self.model, self.cache, queries, (verdict.accepted + 1) * running, verdict.path, later)
+        drafted = self.stats.drafted
+        self.stats.sequence_steps += sum(self.active)
+        new = self._emit(drafts, verdict, running)
+        if self.compression and self.every:
+            self._evict(self.compression)
+        seconds = time.perf_counter() - started
+        self.stats.steps += 1
+        self.stats.decoded_tokens += sum(map(len, new))
+        self.stats.plain_steps += max(self.counts) - before
+        self.stats.decode_seconds += seconds
+        if self.stats.drafted == drafted:
+            self.stats.undrafted_steps += 1
+            self.stats.undrafted_seconds += seconds
+        return new
+
+    def _wanted(self, row: int) -> int:
+        """How far ahead to draft: never past the last token or the next eviction, which come when they would."""
+        count = self.counts[row]
+        ahead = min(self.limits[row], self.max_new_tokens - count - 1)
+        return min(ahead, self.every - (count - 1) % self.every - 1) if self.every else ahead
+
+    def _emit(self, drafts: Drafts, verdict: Verdict, running: Tensor) -> list[list[int]]:
+        """Write the verified tokens behind the texts and hand them out; a sequence that ends gives its blocks back."""
+        at = self.lens[:, None].long() + torch.arange(verdict.tokens.shape[1], device=self.lens.device)
+        self.text.scatter_(1, at, verdict.tokens)
+        self.lens += (verdict.accepted + 1) * running
+        new: list[list[int]] = [[] for _ in self.active]
+        ended = []
+        numbers = torch.cat((drafts.lens[:, None], verdict.accepted[:, None], verdict.tokens), 1).tolist()
+        for row, (drafted, accepted, *tokens) in enumerate(numbers):
+            if not self.active[row]:
+                continue
+            self.stats.drafted += drafted
+            self.stats.accepted += accepted
+            if drafted:  # a draft may be about twice as long as what was last accepted
+                self.limits[row] = min(2 * accepted + 1, self.num_draft)
+            refused = tokens[accepted] < 0
+            tokens = tokens[: accepted + (not refused)]
+            end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))
+            new[row] = tokens[:end]
+            self.counts[row] += end
+            self.stats.new_tokens += end
+            self.stats.refused += refused
+            stopped = end > 0 and tokens[end - 1] in self.stop_tokens
+            if stopped or refused or self.counts[row] >= self.max_new_tokens:
+                self.active[row] = False
+                ended.append(row)
+        if ended:
+            held = self.cache.stats()
+            self.stats.blocks_in_use = max(self.stats.blocks_in_use, held.blocks_in_use)
+            self.stats.bytes_in_use = max(self.stats.bytes_in_use, held.bytes_in_use)
+        for row in ended:
+            self.cache.free(slice(row, row + 1))
+            if self.drafter:
+                self.drafter.end(row)
+        return new
+
+    def _evict(self, compression: Compression) -> None:
+        """Compress the sequences that have decoded another ``every`` tokens, each at its own time."""
+        due = [row for row, count in enumerate(self.counts) if self.active[row] and (count - 1) % self.every == 0]
+        # A policy's floor is one number for all rows of a call: it must not depend on who is in the batch.
+        for rows in [[row] for row in due] if compression.policy.floor or not due else [due]:
+            seen = [self.prompt_lens[row] + self.counts[row] - 1 for row in rows]
+            compression.apply(self.cache, seen, rows)

@@ -1,0 +1,121 @@
+"""The model's passes over a paged cache: a prompt, tokens on top of it, and drafts, in chains or trees."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvops.cache import PagedKVCache
+from kvops.models.llama import Llama, rope_frequencies
+from kvops.ops.attention import flash_attention
+from kvops.ops.verify_tree import tree_mask
+from kvops.policies import Policy, Prefill
+
+Reduction = Literal["sum", "sumsq", "max"]
+
+
+def new_cache(model: Llama, *, max_batch: int, max_tokens: int, block_size: int = 16) -> PagedKVCache:
+    """A cache with room for ``max_batch`` uncompressed sequences of ``max_tokens`` tokens of this model."""
+    config = model.config
+    blocks_per_list = -(-max_tokens // block_size)
+    weight = model.embedding.weight
+    return PagedKVCache(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_blocks=config.num_layers * config.num_kv_heads * max_batch * blocks_per_list,
+        max_batch=max_batch,
+        max_tokens=max_tokens,
+        block_size=block_size,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+def window_left(model: Llama) -> int:
+    """The model's sliding window as the operators count it: positions before the query's own, -1 without limit."""
+    return -1 if model.config.sliding_window is None else model.config.sliding_window - 1
+
+
+def prefill(model: Llama, cache: PagedKVCache, tokens: Tensor, row: int, policy: Policy | None = None) -> Tensor:
+    """Run a prompt, int64 [1, S], into the empty ``row`` of the cache; returns the hidden states [1, S, hidden].
+
+    With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction.
+    """
+    rows = slice(row, row + 1)
+    window = window_left(model)
+    rope = None if policy is None else rope_frequencies(model.config).to(tokens.device)
+    positions = cache.extend(tokens.shape[1], rows=rows)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(layer, k, v, positions, rows=rows)
+        out, lse = flash_attention(q, k, v, causal=True, window_left=window)
+        if policy is not None:
+            seen = Prefill(q, k, v, lse, window, layer, model.config.num_layers, rope)
+            cache.set_scores(layer, policy.score(seen), rows=rows)
+        return out
+
+    return model(tokens, positions, attend)
+
+
+def decode(
+    model: Llama,
+    cache: PagedKVCache,
+    tokens: Tensor,
+    *,
+    q_lens: Tensor | None = None,
+    rows: slice = slice(None),
+    parents: Tensor | None = None,
+    accumulate: Reduction | None = None,
+    queries: list[Tensor] | None = None,
+) -> Tensor:
+    """Run tokens, int64 [B, T], on top of what the cache's ``rows`` hold; returns the hidden states [B, T, hidden].
+
+    Args:
+        q_lens: int32 [B]: the first ``q_lens[b]`` tokens of a row are real, all of them where None.
+        parents: int32 [B, T], for trees, as :func:`kvops.verify_tree` takes them: a token sees itself and its
+            ancestors, and its position is that of its depth. None: a chain.
+        accumulate: adds the attention that the cached keys receive to their scores.
+        queries: takes each layer's queries, for :func:`add_scores` once it is known which of the tokens stay.
+    """
+    window = window_left(model)
+    positions = cache.extend(tokens.shape[1], q_lens=q_lens, rows=rows)
+    mask = None
+    if parents is not None:
+        mask = tree_mask(parents)
+        positions = positions[:, :1] + mask.sum(-1, dtype=torch.int32) - 1
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if queries is not None:
+            queries.append(q)
+        cache.append(layer, k, v, positions, q_lens=q_lens, rows=rows)
+        return cache.attend(
+            layer,
+            q,
+            q_lens=q_lens,
+            rows=rows,
+            query_positions=positions,
+            window_left=window,
+            tree_mask=mask,
+            accumulate=accumulate,
+        )
+
+    return model(tokens, positions, attend)
+
+
+def add_scores(
+    model: Llama, cache: PagedKVCache, queries: list[Tensor], q_lens: Tensor, path: Tensor | None, accumulate: Reduction
+) -> None:
+    """Add to the scores what the tokens that stayed, ``q_lens`` int32 [B] of each row, attend to, and nothing else.
+
+    It is a second pass of attention, behind the verification: during the first one nobody knows which drafts will
+    stand, and float sums cannot be taken back exactly. ``path`` int [B, T] names their places among the queries
+    where these are a tree's.
+    """
+    window = window_left(model)
+    for layer, q in enumerate(queries):
+        if path is not None:
+            q = q.gather(1, path.clamp_min(0).long()[..., None, None].expand(-1, -1, *q.shape[2:]))
+        cache.attend(layer, q, q_lens=q_lens, window_left=window, accumulate=accumulate)

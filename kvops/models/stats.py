@@ -1,0 +1,68 @@
+"""What a generation did, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class GenerationStats:
+    """What a generation did, over all its prompts.
+
+    Attributes:
+        prompt_tokens, new_tokens: tokens read and emitted.
+        decoded_tokens: those emitted after each prompt's first, which the prefill gives.
+        steps, sequence_steps: passes of the model after the prefill, and these times the sequences that took part.
+        plain_steps: passes that would have been needed without drafts: the most tokens that any prompt decoded.
+        drafted, accepted: draft tokens verified, and found to be what the model would have said.
+        refused: prompts that ended early, at logits with a NaN, a +inf or nothing above -inf (all tokens forbidden).
+        first_token_seconds: prefill, compression and the first token of every prompt.
+        decode_seconds: everything after; ``draft_seconds`` of it went to drafting.
+        undrafted_steps, undrafted_seconds: the passes that had no drafts to verify, and their time.
+        blocks_in_use, bytes_in_use: the most that the cache held, looked at when a sequence ended.
+        tokens_per_second: ``decoded_tokens / decode_seconds``.
+        accepted_per_step: ``accepted / sequence_steps``.
+        tokens_per_pass: ``decoded_tokens / sequence_steps``, 1 without drafts.
+        seconds_saved: an estimate: ``plain_steps`` passes at the mean time of those without drafts, less
+            ``decode_seconds``. Where every pass had drafts it is an upper bound, for then their mean, drafting left
+            out, stands for that of a pass without.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    decoded_tokens: int = 0
+    steps: int = 0
+    sequence_steps: int = 0
+    plain_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    refused: int = 0
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    undrafted_steps: int = 0
+    undrafted_seconds: float = 0.0
+    blocks_in_use: int = 0
+    bytes_in_use: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def accepted_per_step(self) -> float:
+        return self.accepted / self.sequence_steps if self.sequence_steps else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.decoded_tokens / self.sequence_steps if self.sequence_steps else 0.0
+
+    @property
+    def seconds_saved(self) -> float:
+        if not self.steps or not self.drafted:
+            return 0.0
+        if self.undrafted_steps:
+            pass_seconds = self.undrafted_seconds / self.undrafted_steps
+        else:
+            pass_seconds = (self.decode_seconds - self.draft_seconds) / self.steps
+        return self.plain_steps * pass_seconds - self.decode_seconds
