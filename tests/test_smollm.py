@@ -110,6 +110,26 @@ def test_64_greedy_tokens_are_those_of_transformers_alone_and_in_a_ragged_batch(
         assert alone.stats.accepted_per_step > 1  # a quotation is looked up
 
 
+def test_transformers_with_kvops_gives_64_greedy_tokens_alone_and_in_a_padded_batch(
+    transformers_model, prompts, greedy
+):
+    import kvops.integrations.transformers as kvops_transformers
+
+    usual = transformers_model.config._attn_implementation
+    transformers_model.set_attn_implementation(kvops_transformers.enable())
+    try:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+        together = transformers_model.generate(ids, attention_mask=mask, **options)
+        alone = transformers_model.generate(torch.tensor(prompts[:1]), **options)
+    finally:
+        transformers_model.set_attn_implementation(usual)
+    assert together[:, longest:].tolist() == greedy
+    assert alone[0, -64:].tolist() == greedy[0]
+
+
 def test_drafts_do_not_change_what_a_compressed_cache_says(model, prompts):
     compression = Compression(ratio=2, protect_last=16)
     plain = generate(model, prompts[2:], max_new_tokens=32, compression=compression)
