@@ -11,7 +11,7 @@ from kvops.integrations.transformers import KVOpsCache
 from kvops.models.config import LlamaConfig
 from kvops.models.generate import Compression, generate
 from kvops.models.llama import Llama
-from kvops.policies import H2O, KVCompress, SnapKV, Streaming
+from kvops.policies import AdaKV, ExpectedAttention, SnapKV
 
 LENGTHS = (70, 41, 64)
 
@@ -50,7 +50,7 @@ def test_without_compression_the_tokens_are_those_of_the_dynamic_cache(family):
 
 
 @pytest.mark.parametrize(
-    ("policy", "every"), [(SnapKV(observe=8), 0), (H2O(), 4), (KVCompress(scope="head"), 0), (Streaming(), 4)]
+    ("policy", "every"), [(SnapKV(observe=8), 4), (ExpectedAttention(scope="head"), 0), (AdaKV(observe=8), 0)]
 )
 def test_compressed_tokens_are_those_of_the_reference_model(policy, every):
     """Two ways to the same lists: transformers with this cache, and the loop of kvops.models."""

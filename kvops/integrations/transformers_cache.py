@@ -12,6 +12,7 @@ from kvops.cache import CacheStats, PagedKVCache
 from kvops.integrations.transformers_masks import Mask
 from kvops.models.generate import Compression
 from kvops.ops.attention import flash_attention
+from kvops.policies.base import Prefill
 
 
 class NewTokens:
@@ -76,6 +77,11 @@ class KVOpsCache(Cache):
         self.paged: PagedKVCache | None = None
         self._length = 0  # of the rows, padding included: what transformers counts
         self._since_eviction = 0
+        rope = getattr(text, "rope_parameters", None) or {}
+        self._rope: Tensor | None = None  # frequencies, which some policies judge by
+        if rope.get("rope_type") == "default":
+            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            self._rope = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         self._recording = False  # tokens may be taken back: evict behind crop()
         self._due = False
         self._step: _Step | None = None
@@ -121,7 +127,7 @@ class KVOpsCache(Cache):
         paged = self._pool()
         if self._step is None:
             self._evict()
-            self._step = _Step(paged, mask, q.shape[1], empty=self._length == 0)
+            self._step = _Step(paged, mask, q.shape[1], self._rope, empty=self._length == 0)
         step = self._step
         out = step.attend(layer, (q, k, v), mask.window_left, options, self.compression)
         if layer == self.num_layers - 1:
@@ -136,7 +142,11 @@ class KVOpsCache(Cache):
 
     def _evict(self) -> None:
         if self._due and self.compression is not None:
-            self.compression.apply(self._pool(), self._pool().next_positions.tolist())
+            seen = self._pool().next_positions.tolist()
+            # A policy's floor is one number for all rows of a call, and no row's may depend on the others.
+            parts = [[row] for row in range(len(seen))] if self.compression.policy.floor else [range(len(seen))]
+            for rows in parts:
+                self.compression.apply(self._pool(), [seen[row] for row in rows], rows)
             self._since_eviction = 0
         self._due = False
 
@@ -215,8 +225,8 @@ class KVOpsCache(Cache):
 class _Step:
     """One pass of the model: the positions of its tokens, and where its padding is."""
 
-    def __init__(self, paged: PagedKVCache, mask: Mask, num_tokens: int, empty: bool) -> None:
-        self.paged, self.empty = paged, empty
+    def __init__(self, paged: PagedKVCache, mask: Mask, num_tokens: int, rope: Tensor | None, empty: bool) -> None:
+        self.paged, self.rope, self.empty = paged, rope, empty
         self.q_lens: Tensor | None = None
         self.place: Tensor | None = None  # where the t-th real token of each row stands among the tokens
         packing = mask.packing
@@ -281,6 +291,7 @@ class _Step:
         for rows, length in parts:
             own = q[rows, :length], k[rows, :length], v[rows, :length]
             out[rows, :length], lse = flash_attention(*own, causal=True, window_left=window_left, **options)
-            scores = compression.policy.score(*own, lse, window_left=window_left)
-            self.paged.set_scores(layer, scores, rows=rows)
+            rope = None if self.rope is None else self.rope.to(q.device)
+            seen = Prefill(*own, lse, window_left, layer, self.paged.num_layers, rope)
+            self.paged.set_scores(layer, compression.policy.score(seen), rows=rows)
         return out
