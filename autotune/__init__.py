@@ -5,6 +5,7 @@
 """
 
 from kvops.autotune.devices import DeviceFacts
+from kvops.autotune.distributed import load_snapshot, share_snapshot, snapshot
 from kvops.autotune.lookup import Choice, choose, explain, forget, invariant, override, register, specs, watch
 from kvops.autotune.spec import OpSpec, Workload
 
@@ -17,8 +18,11 @@ __all__ = [
     "explain",
     "forget",
     "invariant",
+    "load_snapshot",
     "override",
     "register",
+    "share_snapshot",
+    "snapshot",
     "specs",
     "watch",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvops.autotune inspect``."""
+"""The command line: ``python -m kvops.autotune COMMAND``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvops.autotune.environments import UnreachableIndexError, environment, newest_triton
+from kvops.autotune.commands import add as add_commands
+from kvops.autotune.environments import environment, newest_triton
 from kvops.autotune.gates import CaseResult, load_cases, run_cases
 from kvops.autotune.inspect import TARGETS
 
@@ -113,10 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", type=Path, metavar="PATH", help="also write everything as JSON")
     command.set_defaults(run=inspect)
+    add_commands(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, FileNotFoundError, UnreachableIndexError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"kvops.autotune: {error}", file=sys.stderr)
         return 2
 

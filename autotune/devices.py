@@ -136,6 +136,24 @@ def facts_of(device: LaunchDevice) -> DeviceFacts:
     return replace(known, num_sms=device.num_sms, shared_memory=device.shared_memory)
 
 
+def this_gpu() -> DeviceFacts:
+    """The current CUDA or ROCm device, asked through torch. Raises RuntimeError without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("no GPU: name one with --device, or an architecture; tuning needs the GPU itself")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    arch = getattr(properties, "gcnArchName", "").split(":")[0]
+    if not arch.startswith("gfx"):
+        arch = f"sm_{properties.major}{properties.minor}"
+    known = next((device for device in KNOWN_DEVICES.values() if device.arch == arch), None)
+    # AMD's runtime does not tell: 64 KiB is the least that there is.
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or (known.shared_memory if known else 65_536)
+    return facts_of(
+        DeviceFacts(properties.name, arch, properties.multi_processor_count, shared, memory=properties.total_memory)
+    )
+
+
 def slug(name: str) -> str:
     """A device's name as part of a file's: ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:64] or "unnamed"

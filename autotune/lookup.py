@@ -73,7 +73,8 @@ def choose(op: str, device: LaunchDevice, *problem: int) -> Any:
 def _choose_first(op: str, device: LaunchDevice, values: tuple[int, ...]) -> Config:
     spec = _specs[op]
     choice = resolve(spec, dict(zip(spec.fields, values, strict=True)), facts_of(device))
-    if choice.origin in ("other-version", "other-device", "heuristic", "safe") and device.arch != "interpreter":
+    if choice.origin in ("other-version", "other-device", "heuristic", "safe") and device.name != device.arch:
+        # Where nothing runs (compiling for a GPU, the interpreter) a device has its architecture's name.
         journal = _open_journal()
         if journal is not None:
             journal.add(op, choice.problem, choice.device.name)

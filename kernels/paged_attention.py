@@ -355,7 +355,7 @@ def paged_attention(
     block_d, block_dv = padded(head_dim), padded(value_dim)
     config = choose(
         "paged_attention", current_device(), max(block_d, block_dv), q.element_size(), k_cache.element_size(),
-        block_size, rows, lists * axis_heads, block_tables.shape[-1] * block_size,
+        block_size, rows, *((0, 0) if batch_invariant else (lists * axis_heads, block_tables.shape[-1] * block_size)),
     )  # fmt: skip
     row_tiles = triton.cdiv(rows, config.block_m)
     shares = schedule.shape[0] - lists - 2

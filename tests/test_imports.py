@@ -28,7 +28,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     # module prefix: (at import time, lazily)
     "kvops.checks": ({"torch"}, set()),
     "kvops.eager": ({"torch", "kvops.eager", "kvops.checks"}, set()),
-    "kvops.autotune": ({"torch", "triton", "numpy", "kvops.autotune"}, {"tabulate", "tqdm"}),
+    # What a family is tried with stands above the kernels; it is named, and imported where candidates are compiled or
+    # run.
+    "kvops.autotune": ({"torch", "triton", "numpy", "kvops.autotune"}, {"tabulate", "tqdm", "kvops.workloads"}),
+    "kvops.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
         {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup"},
         set(),
@@ -110,8 +113,12 @@ def imports(name: str, tree: ast.Module) -> list[tuple[str, bool, int]]:
             for argument in node.args[:1]:
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                     found.append((argument.value, id(node) in lazy, node.lineno))
-        elif isinstance(node, ast.keyword) and node.arg == "kernel" and isinstance(node.value, ast.Constant):
-            # `kernel="module:function"` of the registry is an import at the first launch.
+        elif (
+            isinstance(node, ast.keyword)
+            and node.arg in ("kernel", "workload")
+            and isinstance(node.value, ast.Constant)
+        ):
+            # "module:function" of the registry, and of a family under the store, is an import at its first call.
             found.append((str(node.value.value).partition(":")[0], True, node.value.lineno))
     return found
 

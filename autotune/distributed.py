@@ -1,0 +1,82 @@
+"""One set of configurations for all ranks: what rank 0 reads, frozen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvops.autotune import lookup
+from kvops.autotune.feasibility import current_source
+from kvops.autotune.records import FORMAT, Record
+from kvops.autotune.spec import OpSpec
+from kvops.autotune.store import Layer, Store
+
+
+class FrozenStore(Store):
+    """Records in memory: nothing is read again and nothing is written."""
+
+    def __init__(self, records: dict[str, list[Record]]) -> None:
+        super().__init__([Layer("snapshot", Path())])
+        self._frozen = records
+
+    def records(self, spec: OpSpec) -> list[tuple[int, Record]]:
+        return [(0, record) for record in self._frozen.get(spec.name, [])]
+
+
+def snapshot() -> str:
+    """Everything that look-ups of this process may answer from, as JSON, with the sources and the Triton it is for."""
+    from triton import __version__ as triton
+
+    store = Store()
+    specs = lookup.specs().values()
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "triton": triton,
+            "sources": {spec.name: current_source(spec) for spec in specs},
+            "records": {spec.name: [record.as_json() for _, record in store.records(spec)] for spec in specs},
+        },
+        sort_keys=True,
+    )
+
+
+def load_snapshot(text: str) -> FrozenStore:
+    """Raises ValueError for anything but a snapshot of these very sources and this Triton: ranks would choose
+    differently."""
+    from triton import __version__ as triton
+
+    value = json.loads(text)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise ValueError(f"snapshot: expected format {FORMAT}, got {text[:60]!r}")
+    specs = lookup.specs()
+    ours = {"triton": triton, "sources": {name: current_source(spec) for name, spec in specs.items()}}
+    for name, mine in ours.items():
+        if value.get(name) != mine:
+            raise ValueError(f"snapshot: expected {name} {mine}, got {value.get(name)}: install the same on every rank")
+    records = {
+        name: [Record.from_json(record, specs[name]) for record in found] for name, found in value["records"].items()
+    }
+    return FrozenStore(records)
+
+
+def share_snapshot(group: Any = None) -> None:
+    """Call it on every rank of ``torch.distributed`` after initialising it: from then on all choose from what rank 0
+    reads now.
+
+    ``group`` is a process group (default: all ranks); its first rank is the one. Nothing executable is exchanged: the
+    records travel as JSON. Raises ValueError where a rank has other sources or another Triton.
+    """
+    import torch
+    import torch.distributed as dist
+
+    source = dist.get_global_rank(group, 0) if group is not None else 0
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    text = snapshot().encode() if dist.get_rank() == source else b""
+    length = torch.tensor([len(text)], device=device)
+    dist.broadcast(length, source, group=group)
+    data = torch.empty(int(length), dtype=torch.uint8, device=device)
+    if text:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, source, group=group)
+    lookup.use(load_snapshot(bytes(data.cpu().tolist()).decode()))

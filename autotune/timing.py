@@ -1,0 +1,145 @@
+"""Trying one candidate on this GPU: is it right, and how long does it take. Runs in a worker's process.
+
+What counts is told apart from what does not: clocks are warmed up, the L2 cache is cold at every launch, candidates
+take turns, and every output is filled with NaN before a kernel may write it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from kvops.autotune.devices import this_gpu
+from kvops.autotune.lookup import override, specs
+from kvops.autotune.prune import build_workload
+from kvops.autotune.spec import Config, Workload
+
+# Far more than any L2 cache; writing it takes 0.3 ms at 3 TB/s, in which the host queues the launch that follows: what
+# is timed is the GPU's work and not the host's.
+_FLUSH_BYTES = 1 << 30
+_WARM_UP_SECONDS = 0.5
+# A default further off than this has not the error of rounding: the reference or the kernel is broken.
+_HOPELESS = 0.05
+
+
+def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The largest over the outputs of |actual - expected| / |expected|, in float64; infinite for a NaN, for a shape
+    that differs and for any wrong integer."""
+    if len(actual) != len(expected):
+        return float("inf")
+    worst = 0.0
+    for ours, theirs in zip(actual, expected, strict=True):
+        if ours.shape != theirs.shape:
+            return float("inf")
+        if not ours.is_floating_point():
+            if not torch.equal(ours, theirs.to(ours.device, ours.dtype)):
+                return float("inf")
+            continue
+        a, e = ours.double(), theirs.to(ours.device).double()
+        same = a == e  # infinities that agree, the lse of empty rows
+        difference = torch.where(same, 0.0, a - e)
+        size = torch.where(e.isfinite(), e, 0.0).norm()
+        error = (difference.norm() / size if size > 0 else difference.norm()).item()
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated inside holds NaN (integers: their largest number) until somebody writes it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fill
+
+
+def _outputs(op: str, config: Config, workload: Workload) -> tuple[Any, ...]:
+    with override(op, config), poisoned():
+        outputs = workload.run()
+    torch.cuda.synchronize()
+    return tuple(outputs)
+
+
+class _Trial:
+    """A problem on the GPU, and what its default configuration gives."""
+
+    def __init__(self, op: str, values: tuple[int, ...]) -> None:
+        self.op, self.spec = op, specs()[op]
+        problem = dict(zip(self.spec.fields, values, strict=True))
+        self.large = build_workload(self.spec, problem, "cuda", False)
+        self.small = build_workload(self.spec, problem, "cuda", True)
+        default = self.spec.heuristic(problem, this_gpu())
+        outputs = _outputs(op, default, self.small)
+        self.exact = outputs if self.small.exact is None else tuple(self.small.exact())
+        rounding = max((torch.finfo(out.dtype).eps for out in outputs if out.is_floating_point()), default=0.0)
+        error = relative_error(outputs, self.exact)
+        if error > _HOPELESS:
+            raise ValueError(f"{op}: the default configuration {default} is off by {error:.3g} from the reference")
+        # The same arithmetic in another order: as large again as the default's own error, or one rounding.
+        self.limit = 2 * max(error, rounding)
+        self.expected = _outputs(op, default, self.large)
+
+    def check(self, config: Config) -> dict[str, float]:
+        error = relative_error(_outputs(self.op, config, self.small), self.exact)
+        if error <= self.limit:
+            # Neither is exact here, so their errors add up.
+            error = max(error, relative_error(_outputs(self.op, config, self.large), self.expected) / 2)
+        return {"error": error, "limit": self.limit}
+
+
+@cache
+def _trial(op: str, values: tuple[int, ...]) -> _Trial:
+    return _Trial(op, values)
+
+
+def _trial_of(op: str, problem: dict[str, int]) -> _Trial:
+    return _trial(op, tuple(problem[name] for name in specs()[op].fields))
+
+
+def check(op: str, problem: dict[str, int], config: dict[str, Any]) -> dict[str, float]:
+    """``{"error", "limit"}`` of one configuration: it is right where the error is within the limit."""
+    trial = _trial_of(op, problem)
+    return trial.check(trial.spec.config_from_json(config))
+
+
+@cache
+def _scratch() -> torch.Tensor:
+    """Also warms up the clocks, once for each process."""
+    scratch = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    until = time.perf_counter() + _WARM_UP_SECONDS
+    while time.perf_counter() < until:
+        scratch.zero_()
+        torch.cuda.synchronize()
+    return scratch
+
+
+def measure(op: str, problem: dict[str, int], configs: Sequence[dict[str, Any]], rounds: int) -> list[list[float]]:
+    """Microseconds of every configuration, once a round, each round beginning with another one."""
+    trial = _trial_of(op, problem)
+    chosen = [trial.spec.config_from_json(config) for config in configs]
+    scratch = _scratch()
+    samples: list[list[float]] = [[] for _ in chosen]
+    for turn in range(-2, rounds):
+        for step in range(len(chosen)):
+            place = (step + turn) % len(chosen)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            with override(op, chosen[place]):
+                scratch.zero_()
+                start.record()
+                trial.large.run()
+                end.record()
+            end.synchronize()
+            if turn >= 0:
+                samples[place].append(1e3 * start.elapsed_time(end))
+    return samples

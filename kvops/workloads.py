@@ -1,0 +1,246 @@
+"""One call of each kernel family, for any problem of its store: what pruner and tuner try configurations with.
+
+``small`` shrinks the sizes to what a reference on the CPU can afford and what compiling needs; the key stays.
+References are the eager operators on the same inputs in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvops.autotune.config import WINDOW
+from kvops.autotune.spec import Problem, Workload
+from kvops.eager import attention as eager_attention
+from kvops.eager import eviction as eager_eviction
+from kvops.eager import paged as eager_paged
+from kvops.eager import scores as eager_scores
+from kvops.eager import verify as eager_verify
+from kvops.eager import verify_tree as eager_verify_tree
+
+_DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
+_GROUP = 4  # query heads to a KV head, as most models have
+
+
+def _random(*shape: int, itemsize: int, device: str, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=device).to(_DTYPES[itemsize])
+
+
+def _double(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.double().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors)
+
+
+def _dense(problem: Problem, device: str, small: bool) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    heads, seqlen_q, seqlen_k = problem["heads"], problem["seqlen_q"], problem["seqlen_k"]
+    if small:
+        heads, seqlen_q, seqlen_k = min(heads, 4), min(seqlen_q, 256), min(seqlen_k, 256)
+    group = _GROUP if heads % _GROUP == 0 else 1
+    width, itemsize = problem["width"], problem["itemsize"]
+    q = _random(1, seqlen_q, heads, width, itemsize=itemsize, device=device, seed=1)
+    k = _random(1, seqlen_k, heads // group, width, itemsize=itemsize, device=device, seed=2)
+    v = _random(1, seqlen_k, heads // group, width, itemsize=itemsize, device=device, seed=3)
+    options: dict[str, Any] = {"causal": problem["mask"] != 0}
+    if problem["mask"] == WINDOW:
+        options["window_left"] = 64 if small else 1024
+    return (q, k, v), options
+
+
+def flash_forward(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.flash_forward import flash_forward as launch
+
+    tensors, options = _dense(problem, device, small)
+    return Workload(
+        run=lambda: launch(*tensors, **options),
+        exact=lambda: eager_attention.flash_attention(*_double(tensors), **options),
+    )
+
+
+def flash_backward(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.flash_backward import flash_backward as launch
+
+    (q, k, v), options = _dense(problem, device, small)
+    dout = _random(*q.shape, itemsize=problem["itemsize"], device=device, seed=4)
+    if device == "cpu":
+        out, lse = q, torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    else:
+        from kvops.kernels.flash_forward import flash_forward as forward
+
+        out, lse = forward(q, k, v, **options)
+    return Workload(
+        run=lambda: launch(dout, q, k, v, out, lse, **options)[:3],
+        exact=lambda: eager_attention.flash_attention_backward(*_double((dout, q, k, v, out, lse)), **options)[:3],
+    )
+
+
+flash_backward_keys = flash_backward_queries = flash_backward
+
+
+def attention_scores(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.attention_scores import attention_scores as launch
+
+    (q, k, _), options = _dense(problem, device, small)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), 3.0, device=device)
+    return Workload(
+        run=lambda: (launch(q, k, lse, **options),),
+        exact=lambda: (eager_scores.attention_scores(*_double((q, k, lse)), **options),),
+    )
+
+
+def _cache(problem: Problem, device: str, small: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """K and V pools, tables and ragged lengths (half to all of the capacity), and the number of lists."""
+    lists, capacity, size = problem["lists"], problem["capacity"], problem["block_size"]
+    if small:
+        lists, capacity = min(lists, 16), min(capacity, 32 * size)
+    blocks = capacity // size
+    shape = lists * blocks, size, problem["width"]
+    k = _random(*shape, itemsize=problem["cache_itemsize"], device=device, seed=1)
+    v = _random(*shape, itemsize=problem["cache_itemsize"], device=device, seed=2)
+    generator = torch.Generator(device).manual_seed(3)
+    tables = torch.randperm(lists * blocks, generator=generator, device=device).to(torch.int32)
+    lens = torch.linspace(capacity / 2, capacity, lists, device=device).to(torch.int32)
+    heads = 8 if lists % 8 == 0 else 1
+    return k, v, tables.view(lists // heads, heads, blocks), lens.view(lists // heads, heads), heads
+
+
+def paged_attention(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.paged_attention import paged_attention as launch
+
+    k, v, tables, lens, heads = _cache(problem, device, small)
+    rows = problem["rows"]
+    group = rows if rows < 2 * _GROUP else _GROUP
+    q = _random(
+        lens.shape[0],
+        max(1, rows // group),
+        group * heads,
+        problem["width"],
+        itemsize=problem["itemsize"],
+        device=device,
+        seed=4,
+    )
+    return Workload(
+        run=lambda: launch(q, k, v, tables, lens),
+        exact=lambda: eager_paged.paged_attention(*_double((q, k, v, tables, lens))),
+    )
+
+
+def paged_append(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.paged_append import paged_append as launch
+
+    tokens = min(problem["tokens"], 64) if small else problem["tokens"]
+    cache = {
+        **problem,
+        "capacity": max(64, tokens + -tokens % 16),
+        "block_size": 16,
+        "cache_itemsize": problem["itemsize"],
+    }
+    k, v, tables, lens, heads = _cache(cache, device, small)
+    lens = lens.fill_(tokens)  # lengths count the new tokens
+    new_k, new_v = (
+        _random(lens.shape[0], tokens, heads, problem["width"], itemsize=problem["itemsize"], device=device, seed=seed)
+        for seed in (4, 5)
+    )
+
+    def run() -> tuple[Tensor, ...]:
+        launch(new_k, new_v, k, v, tables, lens)
+        return k, v
+
+    def exact() -> tuple[Tensor, ...]:
+        copied_k, copied_v = k.cpu().clone(), v.cpu().clone()
+        eager_paged.paged_append(new_k.cpu(), new_v.cpu(), copied_k, copied_v, tables.cpu(), lens.cpu())
+        return copied_k, copied_v
+
+    return Workload(run, exact)
+
+
+def select_blocks(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.select_blocks import select_blocks as launch
+
+    cache = {**problem, "capacity": problem["slots"], "block_size": 16, "cache_itemsize": 4, "width": 1}
+    scores, _, tables, lens, _ = _cache(cache, device, small)
+    scores = scores[..., 0]
+    budget = lens.sum(1, dtype=torch.int32) // 64
+    options: dict[str, Any] = {"protect_first": 4, "protect_last": 32, "scope": "sequence"}
+    return Workload(
+        run=lambda: launch(scores, tables, lens, budget, **options),
+        exact=lambda: eager_eviction.select_blocks(*_on_cpu(scores, tables, lens, budget), **options),
+    )
+
+
+def _on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.cpu() for tensor in tensors)
+
+
+def compact(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.compact import compact as launch
+
+    cache = {**problem, "capacity": problem["slots"], "block_size": 16, "cache_itemsize": problem["itemsize"]}
+    k, v, tables, lens, _ = _cache(cache, device, small)
+    keep = _random(*lens.shape, tables.shape[-1] * 16, itemsize=4, device=device, seed=5) > 0.5
+
+    def on(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """In place, so on copies: every call must find the same. Copying costs each candidate alike."""
+        k, v, tables, lens, keep = (tensor.clone() for tensor in tensors)
+        freed = function(k, v, tables, lens, keep)
+        slot = torch.arange(keep.shape[-1], device=lens.device)
+        used = (slot < lens[..., None]).view(*tables.shape, 16)
+        kept = [torch.where(used[..., None], side[tables.long()].float(), 0.0) for side in (k, v)]
+        return freed, lens, *kept
+
+    tensors = k, v, tables, lens, keep
+    return Workload(run=lambda: on(launch, tensors), exact=lambda: on(eager_eviction.compact, _on_cpu(*tensors)))
+
+
+def verify(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.verify_draft import verify_draft as launch_draft
+    from kvops.kernels.verify_tree import verify_tree as launch_tree
+
+    batch = 2 if small else 16
+    logits = _random(batch, 6, problem["vocab"], itemsize=problem["itemsize"], device=device, seed=1)
+    drafts = logits[:, :-1].argmax(-1)
+    # A chain with one sibling: the second draft is offered after the first is refused.
+    parents = torch.tensor([-1, 0, 0, 1, 3, 4], dtype=torch.int32, device=device).expand(batch, -1).contiguous()
+    nodes = torch.cat([drafts[:, :1], drafts], 1)
+    seed = torch.arange(batch, device=device)
+    temperature = torch.full((batch,), 0.7, device=device)
+
+    def on(draft: Callable[..., Any], tree: Callable[..., Any], move: Callable[..., Any]) -> tuple[Tensor, ...]:
+        arguments = move(logits, drafts, nodes, parents, temperature, seed)
+        logits_, drafts_, nodes_, parents_, temperature_, seed_ = arguments
+        options = {"temperature": temperature_, "seed": seed_, "step": seed_}
+        tokens, accepted = draft(logits_, drafts_, **options)
+        path, tree_tokens, tree_accepted = tree(logits_, nodes_, parents_, **options)
+        columns = torch.arange(6, device=tokens.device)
+        return (
+            tokens.masked_fill(columns > accepted[:, None], -1),
+            accepted,
+            path.masked_fill(columns > tree_accepted[:, None], -1),
+            tree_tokens.masked_fill(columns > tree_accepted[:, None], -1),
+            tree_accepted,
+        )
+
+    return Workload(
+        run=lambda: on(launch_draft, launch_tree, lambda *tensors: tensors),
+        exact=lambda: on(eager_verify.verify_draft, eager_verify_tree.verify_tree, _on_cpu),
+    )
+
+
+def prompt_lookup(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.prompt_lookup import prompt_lookup as launch
+
+    batch = 2 if small else 16
+    generator = torch.Generator(device).manual_seed(1)
+    tokens = torch.randint(0, 50, (batch, problem["length"]), generator=generator, device=device)
+    lens = torch.full((batch,), problem["length"], dtype=torch.int32, device=device)
+
+    def on(function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        draft, count = function(*tensors, num_draft=8)
+        return draft.masked_fill(torch.arange(8, device=draft.device) >= count[:, None], -1), count
+
+    return Workload(
+        run=lambda: on(launch, tokens, lens),
+        exact=lambda: on(eager_verify.prompt_lookup, *_on_cpu(tokens, lens)),
+    )
