@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvops.autotune import timing
 from kvops.autotune.ledger import Ledger
 from kvops.autotune.records import Times
 from kvops.autotune.spec import Config, OpSpec, Problem, config_to_json
@@ -46,11 +47,11 @@ class WorkerBench:
 
     def check(self, config: Config) -> dict[str, float]:
         arguments = self._name, self._problem, config_to_json(config)
-        return self._worker.call("kvops.autotune.timing:check", *arguments, limit=self._limit)
+        return self._worker.call(f"{timing.__name__}:check", *arguments, limit=self._limit)
 
     def measure(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:
         arguments = self._name, self._problem, [config_to_json(config) for config in configs], rounds
-        return self._worker.call("kvops.autotune.timing:measure", *arguments, limit=self._limit)
+        return self._worker.call(f"{timing.__name__}:measure", *arguments, limit=self._limit)
 
 
 @dataclass(frozen=True)
