@@ -4,6 +4,7 @@
 #   VENV=$VIRTUAL_ENV SETUP=    use an environment of your own, complete as it is
 #   PYTEST="tests/test_x.py"    arguments for pytest in place of the whole suite
 #   ARGS="--quick"              arguments for the demo
+#   OUT=folder                  where `make bench` writes its results (bench/results/cpu)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -26,11 +27,13 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 WORKERS ?= 2
 PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: help setup test demo bench lint format clean
+OUT ?= bench/results/cpu
+
+.PHONY: help setup test demo bench bench-report lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(SETUP)  ## the virtual environment with everything that tests and demo need
 
@@ -60,8 +63,14 @@ test: $(SETUP)  ## every test; PYTEST="..." for a part
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)
 
-bench: $(SETUP)  ## generation beside transformers' on this CPU, in one run; ARGS="--json PATH"
-	$(BIN)/python bench/generate_cpu.py $(ARGS)
+bench: $(SETUP)  ## every operator beside its peers, growth, generation: on this CPU: JSON, BENCHMARKS.md and plots
+	$(BIN)/python -m bench run --device cpu --json $(OUT)/operators.json
+	$(BIN)/python -m bench growth --device cpu --json $(OUT)/growth.json || echo "growth is not as theory: see the table"
+	$(BIN)/python bench/generate_cpu.py --rounds 3 --json $(OUT)/generate.json
+	$(BIN)/python -m bench report
+
+bench-report: $(SETUP)  ## BENCHMARKS.md and its plots from the results in bench/results alone
+	$(BIN)/python -m bench report
 
 lint: $(SETUP)  ## ruff and mypy
 	$(BIN)/ruff check .

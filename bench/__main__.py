@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from bench import results, table
+from bench import compare, growth, results, table
 from bench.case import SCALES, Scale, scale_for
 from bench.cases import all_cases, select
 from bench.measure import KVOPS, measure
@@ -44,11 +44,15 @@ def _scale(arguments: argparse.Namespace, device: torch.device) -> Scale:
     return SCALES[arguments.scale] if arguments.scale else scale_for(device)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _prepare(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     device = _device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype: torch.dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    return device, getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device, dtype = _prepare(arguments)
     scale = _scale(arguments, device)
     cases = select(all_cases(scale), arguments.ops, arguments.shapes)
     clock = Clock(device)
@@ -86,6 +90,51 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def grow(arguments: argparse.Namespace) -> int:
+    from bench.report import growth_table
+
+    device, dtype = _prepare(arguments)
+    sweeps = growth.sweeps(device.type == "cuda")
+    wanted = [sweep for sweep in sweeps if arguments.sweeps is None or any(w in sweep.name for w in arguments.sweeps)]
+    if not wanted:
+        names = ", ".join(sorted({sweep.name for sweep in sweeps}))
+        raise ValueError(f"--sweeps: expected part of one of {names}; got {', '.join(arguments.sweeps)}")
+    clock = Clock(device)
+    measure_roofline(clock, dtype)  # warms the clocks
+    facts = setting(device) | {"dtype": str(dtype).removeprefix("torch."), "rounds": arguments.rounds}
+    rows: list[dict] = []
+    for sweep in progress(wanted, "sweep"):
+        rows += growth.run(sweep, clock, dtype, rounds=arguments.rounds, seconds=arguments.seconds)
+        if arguments.json:
+            results.save(arguments.json, "growth", facts, rows)
+    print(f"{growth_table(rows, 'simple')}\n\n{table.setting_text(facts)}")
+    return 0 if all(fit.as_theory for fit in growth.fits(rows)) else 1
+
+
+def compare_results(arguments: argparse.Namespace) -> int:
+    before, after = results.load(arguments.before), results.load(arguments.after)
+    text, worse = compare.report(before, after, arguments.margin)
+    print(text)
+    return 1 if worse else 0
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    from bench import plots
+
+    for path in arguments.results:
+        written = plots.draw(results.load(path), (arguments.out or path.parent) / path.stem)
+        print("\n".join(map(str, written)) or f"{path}: nothing to draw")
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from bench.report import render
+
+    for path in render(arguments.results, arguments.page):
+        print(path)
+    return 0
+
+
 def list_cases(arguments: argparse.Namespace) -> int:
     for case in select(all_cases(_scale(arguments, _device(arguments.device))), arguments.ops, arguments.shapes):
         print(case.name)
@@ -99,6 +148,16 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, help="default: full on a GPU, cpu on a CPU")
 
 
+def _measuring(parser: argparse.ArgumentParser, *, rounds: int, seconds: float, each: str) -> None:
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float32 on a CPU"
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help="at most (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"for each {each} (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch has it)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help=f"write the results here, {each} by {each}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of every operator and its peers.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -106,12 +165,32 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("run", help="check and time operators beside their peers")
     _selection(one)
     one.add_argument("--peers", nargs="*", metavar="TEXT", help="peers whose name contains one of these (default: all)")
-    one.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float32 on a CPU")
-    one.add_argument("--rounds", type=int, default=20)
-    one.add_argument("--seconds", type=float, default=2.0, help="for each case (default: %(default)s)")
-    one.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch has it)")
-    one.add_argument("--json", type=Path, metavar="PATH", help="write the results here, case by case")
+    _measuring(one, rounds=20, seconds=2.0, each="case")
     one.set_defaults(function=run)
+
+    more = commands.add_parser(
+        "growth", help="how time and memory grow with context, batch and heads", description=growth.__doc__
+    )
+    more.add_argument("--sweeps", nargs="+", metavar="TEXT", help="sweeps whose name contains one of these")
+    more.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
+    _measuring(more, rounds=11, seconds=6.0, each="sweep")
+    more.set_defaults(function=grow)
+
+    two = commands.add_parser("compare", help="what a run does worse than another, by more than a margin")
+    two.add_argument("before", type=Path, help="the result file to hold to, such as a committed one")
+    two.add_argument("after", type=Path)
+    two.add_argument("--margin", type=float, default=0.1, help="how much worse is allowed (default: %(default)s)")
+    two.set_defaults(function=compare_results)
+
+    drawn = commands.add_parser("plot", help="pictures of result files, as PNG")
+    drawn.add_argument("results", type=Path, nargs="+")
+    drawn.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside each file")
+    drawn.set_defaults(function=plot)
+
+    page = commands.add_parser("report", help="BENCHMARKS.md and its pictures, from the committed results")
+    page.add_argument("--results", type=Path, default=results.RESULTS, metavar="FOLDER")
+    page.add_argument("--page", type=Path, default=results.RESULTS.parent.parent / "BENCHMARKS.md", metavar="PATH")
+    page.set_defaults(function=report)
 
     names = commands.add_parser("list", help="the names of the cases")
     _selection(names)

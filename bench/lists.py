@@ -40,7 +40,7 @@ def make_lists(
         "k_cache": cache(),
         "v_cache": cache(),
         "block_tables": tables.to(device),
-        "seq_lens": lens.to(device),
+        "seq_lens": lens.to(device, copy=True),  # compaction shortens them
         "positions": torch.arange(num_blocks * BLOCK_SIZE, dtype=torch.int32, device=device).view(-1, BLOCK_SIZE),
         "scores": torch.rand(num_blocks, BLOCK_SIZE, device=device, generator=generator),
     }

@@ -97,6 +97,15 @@ def build(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -
     return case.make_inputs(device, dtype, torch.Generator(device).manual_seed(seed))
 
 
+def complaint(case: Case, inputs: Inputs, dtype: torch.dtype, call: Callable[[], Outputs] | None = None) -> str:
+    """What is wrong with the outputs of ``call`` (None: of the operator), empty where nothing is."""
+    reset(case, inputs)
+    with torch.no_grad():
+        exact, similar = case.oracle(inputs, torch.float64), case.oracle(inputs, dtype)
+    reset(case, inputs)
+    return compare(case, inputs, case.run(inputs) if call is None else call(), exact, similar)[2]
+
+
 def compare(case: Case, inputs: Inputs, outputs: Outputs, exact: Outputs, similar: Outputs) -> tuple[float, float, str]:
     """(error, allowed, complaint) of the output that is nearest to its limit.
 
@@ -152,18 +161,22 @@ def _contender(case: Case, dtype: torch.dtype, peer: Peer | None) -> _Contender:
 
 def _check_all(case: Case, inputs: Inputs, dtype: torch.dtype, contenders: Sequence[_Contender]) -> None:
     """Prepares and checks every contender; who fails keeps no call, and a note that says why."""
-    _reset(case, inputs)
+    reset(case, inputs)
     with torch.no_grad():
         exact, similar = case.oracle(inputs, torch.float64), case.oracle(inputs, dtype)
     for contender in contenders:
         try:
             call = contender.prepare(inputs)
-            _reset(case, inputs)
-            error, allowed, complaint = compare(case, inputs, call(), exact, similar)
+            reset(case, inputs)
+            outputs = call()
+            error, allowed, complaint = compare(case, inputs, outputs, exact, similar)
         except Exception as failure:  # whatever keeps a contender from running becomes its row
             contender.row.note = reason(failure)
             continue
         contender.row.error, contender.row.allowed = error, allowed
+        if all(output is None for output in outputs):
+            contender.row.error = contender.row.allowed = None
+            contender.row.note = "not checked: its result is another by design"
         if complaint:
             contender.row.note = f"wrong: {complaint}"
         else:
@@ -177,15 +190,15 @@ def _capture(case: Case, inputs: Inputs, contender: _Contender, clock: Clock) ->
         return
     probes = []
     for _ in range(3):
-        _reset(case, inputs)
+        reset(case, inputs)
         probes.append(clock.once(call))
     if min(probes) > _GRAPH_BELOW_MS:
         return
     try:
-        _reset(case, inputs)
+        reset(case, inputs)
         expected = [None if x is None else x.detach().clone() for x in call()]
         replay = clock.captured(call)
-        _reset(case, inputs)
+        reset(case, inputs)
         same = all(a is None or b is None or torch.equal(a, b) for a, b in zip(replay(), expected, strict=True))
     except Exception as failure:  # a peer that synchronises cannot be captured; it is timed as it is
         contender.row.note = f"no graph: {reason(failure)}"
@@ -208,7 +221,7 @@ def _time(
 ) -> None:
     ready = {contender.row.contender: contender for contender in contenders if contender.call is not None}
     calls = {name: contender.call for name, contender in ready.items() if contender.call is not None}
-    samples = clock.interleaved(calls, rounds, seconds=seconds, reset=lambda: _reset(case, inputs))
+    samples = clock.interleaved(calls, rounds, seconds=seconds, reset=lambda name: reset(case, inputs))
     for name, found in samples.items():
         row = ready[name].row
         row.rounds = len(found)
@@ -221,7 +234,7 @@ def _time(
             row.p20_ratio, row.ratio, row.p80_ratio = quantiles(ratios)
 
 
-def _reset(case: Case, inputs: Inputs) -> None:
+def reset(case: Case, inputs: Inputs) -> None:
     if case.reset is not None:
         case.reset(inputs)
 

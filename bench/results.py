@@ -1,4 +1,7 @@
-"""Result files: ``{"kind": ..., "setting": {...}, "rows": [...]}``, rows flat, under ``bench/results/<device>/``."""
+"""Result files: ``{"kind": ..., "setting": {...}, "rows": [...]}``, rows flat, under ``bench/results/<device>/``.
+
+A file without ``kind`` is of the kind of its name; without ``setting``, what stands beside its rows is that.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,10 @@ def load(path: Path) -> Result:
         result = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a result file, got {error}") from None
-    if not isinstance(result, dict) or not isinstance(result.get("rows"), list) or "setting" not in result:
-        raise ValueError(f"{path}: expected a result file with 'setting' and 'rows'")
+    if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
+        raise ValueError(f"{path}: expected a result file with 'rows'")
+    if "setting" not in result:
+        result["setting"] = {name: value for name, value in result.items() if name not in ("kind", "rows")}
     return result
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -30,9 +31,9 @@ def significant(value: float | None, digits: int = 3) -> str:
         return ""
     if value == 0:
         return "0"
-    from math import floor, log10
-
-    return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def ratio_cell(row: Row | None) -> str:
@@ -92,5 +93,11 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def setting_text(setting: dict[str, Any]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in setting.items() if value is not None)
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """One line; the device and torch stand in ``runs`` already."""
+    known = {"device", "torch"} if "runs" in setting else set()
+    facts = {name: value for name, value in setting.items() if value is not None and name not in known}
+    return ", ".join(
+        f"{name.replace('_', ' ')}: {significant(value) if isinstance(value, float) else value}"
+        for name, value in facts.items()
+    )

@@ -67,12 +67,12 @@ class Clock:
         rounds: int,
         *,
         seconds: float = float("inf"),
-        reset: Callable[[], object] = lambda: None,
+        reset: Callable[[str], object] = lambda name: None,
     ) -> dict[str, list[float]]:
         """Milliseconds by contender: every contender once a round, each round starting with another one.
 
         Two rounds of warm-up come first. When ``seconds`` are over no round begins, but five are always completed.
-        ``reset`` runs before every call and is not timed.
+        ``reset`` is given the contender's name before every call and is not timed.
         """
         names = list(contenders)
         samples: dict[str, list[float]] = {name: [] for name in names}
@@ -82,7 +82,7 @@ class Clock:
                 break
             first = turn % len(names) if names else 0
             for name in names[first:] + names[:first]:
-                reset()
+                reset(name)
                 milliseconds = self.once(contenders[name])
                 if turn >= 0:
                     samples[name].append(milliseconds)

@@ -49,7 +49,8 @@ def attention(
     """One KV head: q [Sq, group, D], k and v [Sk, D] -> out [Sq, group, D], lse [group, Sq].
 
     Operands in ``dtype``, softmax and results in at least float32. With ``dout`` [Sq, group, D] also dq, dk and dv;
-    with ``score_from`` also scores [Sk], p of the queries from there on, reduced over them and added over the group.
+    with ``score_from`` also scores [Sk], p of the queries from there on, reduced over them and added over the group;
+    the other queries are left out then.
     """
     work = torch.promote_types(dtype, torch.float32)
     num_queries, group, D = q.shape
@@ -63,7 +64,7 @@ def attention(
         return (a.to(dtype) @ b.to(dtype)).to(work)
 
     step = max(1, _TILE_ELEMENTS // max(1, num_keys))
-    for start in range(0, num_queries, step):
+    for start in range(score_from or 0, num_queries, step):
         rows = torch.arange(start, min(num_queries, start + step), device=q.device)
         seen = visible(rows, num_queries, num_keys, causal, window)
         for h in range(group):
@@ -75,9 +76,6 @@ def attention(
             p = s.softmax(-1).masked_fill(~seen, 0.0)
             out[rows, h] = product(p, v)
             if score_from is not None:
-                p = p[rows >= score_from]
-                if not len(p):
-                    continue
                 if score_reduce == "sumsq":
                     p = p * p
                 scores[h] = torch.maximum(scores[h], p.amax(0)) if score_reduce == "max" else scores[h] + p.sum(0)

@@ -77,13 +77,16 @@ def scores(model: Model, batch: int, tokens: int, *, last: int = 0, reduce: str 
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         inputs = make_dense(device, dtype, generator) | {"query_start": -last if last else 0, "reduce": reduce}
-        inputs["lse"] = kvops.flash_attention(inputs["q"], inputs["k"], inputs["v"], **dense.options(inputs))[1]
+        q, k, v = (inputs[name] for name in ("q", "k", "v"))
+        inputs["lse"] = q.new_full((batch, model.heads, tokens), float("nan"), dtype=torch.float32)
+        inputs["lse"][:, :, first:] = kvops.flash_attention(q[:, first:], k, v, **dense.options(inputs))[1]
         return inputs
 
     return Case(
         op="attention_scores",
         model=model.name,
-        shape=dense.shape(model, batch, tokens, True) | {"queries": f"last {last}" if last else "all", "by": reduce},
+        shape=dense.shape(model, batch, tokens, True)
+        | {"queries": f"last {last} queries" if last else "all queries", "by": f"by {reduce}"},
         make_inputs=make,
         run=_run,
         oracle=_truth,

@@ -1,0 +1,153 @@
+"""BENCHMARKS.md and its pictures, made from the committed results alone: nothing in them is typed by hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import growth, plots, results, table
+from bench.measure import KVOPS
+from bench.results import Result, Row
+
+_HEAD = """# Benchmarks
+
+Made by `python -m bench report` from the result files under [`bench/results`](bench/results); nothing here is typed by
+hand. `make bench` measures again; `python -m bench --help` says what else there is.
+
+- Every contender's output is held to float64 in the same run before it is timed: at most twice the error of plain torch
+  in the tested precision plus one rounding; whole numbers must be equal. Who is wrong gets no figure, and says so.
+- Contenders take turns, each round beginning with another one; a ratio is the median over the rounds, ± half the
+  distance from the 20th to the 80th percentile. Inputs are random and made outside the timing.
+- On a GPU: CUDA events, the L2 cache flushed before every call, warm clocks, calls below 0.2 ms as replays of a graph.
+  On a CPU: threads fixed, caches warm, and ratios only, as only those carry over to another machine.
+- **× PEER** is how many times as fast kvops is: above 1 kvops is faster, below 1 the peer is. **of roofline** is the
+  least time that the copy bandwidth and the matrix peak measured on that device allow, over kvops' time.
+"""
+
+
+def render(folder: Path, page: Path) -> list[Path]:
+    """Writes ``page`` and the pictures beside the results; returns what was written. ValueError without any result."""
+    devices = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    sections, written = [], [page]
+    for device in devices:
+        found = list(results.under(device))
+        if not found:
+            continue
+        parts = [f"## {device.name}"]
+        for kind, group in _by_kind(found).items():
+            paths = [path for path, _ in group]
+            result = _joined([result for _, result in group])
+            pictures = plots.draw(result, device / kind)
+            written += pictures
+            pictures = pictures or [path.with_suffix(".png") for path in paths if path.with_suffix(".png").exists()]
+            parts.append(_section(kind, result, paths, pictures, page.parent))
+        sections.append("\n\n".join(parts))
+    if not sections:
+        raise ValueError(f"{folder}: expected result files in folders named after devices, got none; first: make bench")
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text(_HEAD + "\n" + "\n\n".join(sections) + "\n")
+    os.replace(partial, page)
+    return written
+
+
+def _by_kind(found: Sequence[tuple[Path, Result]]) -> dict[str, list[tuple[Path, Result]]]:
+    """Files of the same kind, such as a GPU run's one for each operator, make one section; others one each."""
+    kinds: dict[str, list[tuple[Path, Result]]] = {}
+    for path, result in found:
+        kinds.setdefault(result.get("kind") or path.stem, []).append((path, result))
+    first = [kind for kind in ("operators", "growth") if kind in kinds]
+    return {kind: kinds[kind] for kind in [*first, *sorted(set(kinds) - set(first))]}
+
+
+def _joined(group: Sequence[Result]) -> Result:
+    return dict(group[0]) | {"rows": [row for result in group for row in result["rows"]]}
+
+
+def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequence[Path], root: Path) -> str:
+    titles = {"operators": "Operators", "growth": "Growth", "generate": "Generation"}
+    title = titles.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
+    sources = ", ".join(f"[`{path.name}`]({_link(path, root)})" for path in paths[:1])
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    body: dict[str, Callable[[Result], str]] = {"operators": _operators, "growth": _growth}
+    parts = [f"### {title}", f"{table.setting_text(result['setting'])} ({sources}{more})"]
+    parts += [f"![{title}: {path.stem}]({_link(path, root)})" for path in pictures]
+    return "\n\n".join([*parts, body.get(kind, _generic)(result)])
+
+
+def _link(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _operators(result: Result) -> str:
+    times = "cuda" in result["setting"]
+    parts = [
+        f"#### {op}\n\n{table.operator_table(rows, 'pipe', times=times)}"
+        for op, rows in table.by_operator(result["rows"])
+    ]
+    return "\n\n".join([_summary(result["rows"]), *parts])
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """A line for each operator: how many shapes, and the median ratio to each peer that ran."""
+    lines = []
+    for op, found in table.by_operator(rows):
+        ratios: dict[str, list[float]] = {}
+        for row in found:
+            if row["contender"] != KVOPS and row["ratio"]:
+                ratios.setdefault(row["contender"], []).append(row["ratio"])
+        shapes = len({row["case"] for row in found})
+        middle = ", ".join(f"{sorted(many)[len(many) // 2]:.2f} × {peer}" for peer, many in ratios.items())
+        lines.append([f"`{op}`", middle, str(shapes)])
+    headers = ["operator", "median over the shapes: how many times as fast kvops is", "shapes"]
+    return table.render(lines, headers, "pipe", left=2)
+
+
+def growth_table(rows: Sequence[Row], style: str) -> str:
+    cells = []
+    for fit, points in zip(growth.fits(rows), growth.by_sweep(rows), strict=True):
+        span = f"{fit.axis} {points[0]['value']} to {points[-1]['value']}"
+        memory = "" if fit.memory_theory is None else f"at most {fit.memory_theory:g}"
+        verdict = "as theory" if fit.as_theory else "**not as theory**"
+        slopes = f"{fit.time:.2f}", f"{fit.time_theory:g}", f"{fit.memory:.2f}", memory
+        cells.append([fit.sweep, fit.op, span, *slopes, verdict])
+    headers = ["what", "operator", "from, to", "time grows with", "theory", "memory of the call", "theory", ""]
+    return table.render(cells, headers, style, left=3)
+
+
+def _growth(result: Result) -> str:
+    text = (
+        "Powers fitted to the upper half of each ladder. Memory is what one call allocates beyond its inputs, outputs "
+        f"included. Within {growth.TOLERANCE} of theory counts as theory's."
+    )
+    return f"{text}\n\n{growth_table(result['rows'], 'pipe')}"
+
+
+def _generic(result: Result) -> str:
+    """Every column of flat rows that is not the same throughout; what is the same stands above."""
+    rows = [row for row in result["rows"] if isinstance(row, dict)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    same = (
+        {}
+        if len(rows) < 2
+        else {name: rows[0].get(name) for name in names if all(row.get(name) == rows[0].get(name) for row in rows)}
+    )
+    shown = [name for name in names if name not in same]
+    cells = [[_cell(row.get(name)) for name in shown] for row in rows]
+    left = next((place for place, name in enumerate(shown) if not isinstance(rows[0].get(name), str)), len(shown))
+    text = ", ".join(f"{name.replace('_', ' ')}: {_cell(value)}" for name, value in same.items())
+    body = table.render(cells, [name.replace("_", " ") for name in shown], "pipe", left=left) if rows else "No rows."
+    return f"{text}\n\n{body}" if text else body
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "" if value is None else ("yes" if value else "no")
+    if isinstance(value, float):
+        return table.significant(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")
