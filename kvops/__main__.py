@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import kvops
 
@@ -32,7 +32,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--compression", type=float, default=1.0, metavar="R", help="keep 1/R of the cache's blocks")
     generate.add_argument("--policy", default="snapkv", help="what to keep: h2o, kv-compress, snapkv or streaming")
     generate.add_argument("--compress-every", type=int, default=0, metavar="N", help="again after every N new tokens")
-    generate.add_argument("--drafts", action="store_true", help="guess ahead by prompt lookup and verify")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    generate.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that reach P")
+    generate.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens of P times the largest probability"
+    )
+    generate.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: say less of it twice")
+    generate.add_argument(
+        *("--draft", "--drafts"),
+        nargs="?",
+        const="lookup",
+        default="none",
+        metavar="lookup|none|PATH",
+        help="guess ahead and verify, by prompt lookup (also without a value) or by a smaller model's files",
+    )
+    generate.add_argument("--tree", type=int, default=1, metavar="N", help="drafts beside one another at each position")
 
     for command in (demo, generate):
         command.add_argument(
@@ -70,6 +84,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     loaded = load(arguments.model, dtype=dtype, device=device)
     model, tokenizer = Llama(loaded.config, loaded.weights), loaded.tokenizer
+    draft: Literal["prompt_lookup"] | Llama | None = "prompt_lookup" if arguments.draft == "lookup" else None
+    if arguments.draft not in ("lookup", "none"):
+        smaller = load(arguments.draft, dtype=dtype, device=device)
+        draft = Llama(smaller.config, smaller.weights)
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not arguments.raw:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
@@ -83,7 +101,12 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop_tokens=tokenizer.eos_token_ids,
         compression=compression,
-        draft="prompt_lookup" if arguments.drafts else None,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        draft=draft,
+        tree=arguments.tree,
         stats=stats,
     )
     for (tokens,) in steps:
@@ -94,7 +117,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(
         f"\n{stats.prompt_tokens} tokens read, the first word after {stats.first_token_seconds:.2f} s, "
         f"{stats.new_tokens} written at {stats.tokens_per_second:.1f} tokens/s, "
-        f"{stats.accepted_per_step:.2f} drafts accepted a step, "
+        f"{stats.tokens_per_pass:.2f} tokens a pass, "
         f"cache {stats.bytes_in_use / 2**20:.1f} MiB in {stats.blocks_in_use} blocks",
         file=sys.stderr,
     )

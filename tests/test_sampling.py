@@ -137,6 +137,35 @@ def test_a_row_stands_behind_its_drafts():
             assert torch.equal(together[b, t], alone[0, 0]), (b, t)
 
 
+def test_a_node_of_a_tree_stands_behind_its_ancestors():
+    """Each row equals the last one of the chain of its ancestors; node 0 is the context's last token."""
+    x = logits_batch(5)
+    parents = torch.tensor([[-1, 0, 0, 1, 2], [-1, 0, 1, 2, 3], [-1, 0, 0, 0, -1]], dtype=torch.int32)
+    drafts = torch.tensor([[2, 30, 2, 2, 11], [3, 2, 30, 2, 4], [8, 8, 9, 8, -1]])
+    arguments = {
+        "repetition_penalty": 1.4,
+        "frequency_penalty": 0.3,
+        "bad_words": [[2, 30], [30, 2, 4], [8, 1], [3, 2, 7], [2, 11, 5], [9, 2, 2, 30, 6]],
+        "prompt_lens": torch.tensor([1, 2, 0]),
+    }
+    together = kvops.process_logits(x, context=CONTEXT, draft_tokens=drafts, parents=parents, **arguments)
+    for b in range(3):
+        own = {**arguments, "prompt_lens": arguments["prompt_lens"][b : b + 1]}
+        for node in range(5):
+            way, at = [], node
+            while parents[b, at] >= 0:
+                way.insert(0, int(drafts[b, at]))
+                at = int(parents[b, at])
+            chain = torch.tensor([way], dtype=torch.int64).reshape(1, -1)
+            rows = x[b : b + 1, node : node + 1].expand(1, len(way) + 1, V)
+            alone = kvops.process_logits(rows, context=CONTEXT[b : b + 1], draft_tokens=chain, **own)
+            if node and parents[b, node] < 0:
+                continue  # padding
+            assert torch.equal(together[b, node], alone[0, -1]), (b, node)
+    with pytest.raises(ValueError, match=r"^draft_tokens: expected int64 \[batch, rows\] along with parents"):
+        kvops.process_logits(x, parents=parents)
+
+
 def test_logits_are_not_changed_in_place():
     x = logits_batch()
     before = x.clone()

@@ -10,7 +10,7 @@ from kvops.models import generate as generation
 from kvops.models import sampler, speculation
 from kvops.models.generate import Compression, generate
 from kvops.models.llama import Llama
-from kvops.models.passes import decode
+from kvops.models.passes import decode, new_cache
 from kvops.policies import POLICIES
 
 PHRASE = prompts_of(12)[0]
@@ -70,6 +70,195 @@ def test_kernels_draft_and_verify_the_same_trees(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert generate(model, prompts_of(9, 3), temperature=[0.0, 1.0], **options).tokens == eager.tokens
     assert eager.stats.accepted > 0
+
+
+def lists_of(cache):
+    """Keys, values, positions and scores of every list, in order."""
+    found = []
+    for layer in range(cache.num_layers):
+        for row in range(cache.max_batch):
+            for head in range(cache.num_kv_heads):
+                slot = torch.arange(int(cache.seq_lens[layer, row, head]))
+                block = cache.block_tables[layer, row, head].cpu()[slot // cache.block_size].long()
+                sides = (cache.k_cache, cache.v_cache, cache.positions, cache.scores)
+                found.append([side.cpu()[block, slot % cache.block_size] for side in sides])
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 6, 11])
+def test_retained_tokens_move_together_and_the_others_go(backend, device, tokens):
+    """Ragged heads, a path across block boundaries, one row with fewer real tokens and one with none."""
+    cache = kvops.PagedKVCache(
+        num_layers=2, num_kv_heads=2, head_dim=3, num_blocks=80, max_batch=3, max_tokens=24, block_size=4, device=device
+    )
+    torch.manual_seed(0)
+    for new in ([9, 6, 3], [tokens, max(tokens - 2, 0), 0]):
+        q_lens = torch.tensor(new, dtype=torch.int32, device=device)
+        positions = cache.extend(max(new), q_lens=q_lens)
+        for layer in range(2):
+            k = torch.randn(3, max(new), 2, 3, device=device)
+            cache.append(layer, k, -k, positions, q_lens=q_lens)
+        if new[0] == 9:
+            scores = torch.rand(3, 2, 9, device=device)
+            for layer in range(2):
+                cache.set_scores(layer, scores + 0.3 * layer)
+            cache.evict([9, 5, 3])  # heads and layers now differ in length
+    cache.scores += torch.rand(cache.scores.shape, device=device)
+    before, lens, positions = lists_of(cache), cache.seq_lens.clone(), cache.next_positions.clone()
+    assert lens.unique().numel() >= 4
+    keep = torch.rand(3, tokens) < 0.5
+    cache.retain(keep.to(device), q_lens=q_lens)
+    stay = []
+    for row, count in enumerate(q_lens.tolist()):
+        stay.append(keep[row, :count])
+        assert int(cache.next_positions[row]) == int(positions[row]) - int((~stay[row]).sum())
+    for number, (sides, old) in enumerate(zip(lists_of(cache), before, strict=True)):
+        row = number // 2 % 3
+        new = stay[row]
+        kept = torch.cat((torch.ones(len(old[0]) - len(new), dtype=torch.bool), new))
+        for side, was in zip(sides, old, strict=True):
+            assert torch.equal(side, was[kept])
+
+
+def test_retain_names_bad_input():
+    cache = new_cache(tiny_model(), max_batch=2, max_tokens=32)
+    cache.extend(3)
+    keep = torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"^keep: expected dtype bool"):
+        cache.retain(keep.int())
+    with pytest.raises(ValueError, match=r"^keep: expected shape"):
+        cache.retain(keep[:1])
+    with pytest.raises(ValueError, match=r"^keep: expected at most as many tokens as the shortest list"):
+        cache.retain(keep)
+    with pytest.raises(ValueError, match=r"^q_lens: expected numbers from 0 to 4"):
+        cache.retain(keep, q_lens=torch.tensor([5, 0], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("tree", [1, 3])
+@pytest.mark.parametrize("window", [None, 9])
+def test_refused_drafts_leave_no_scores_behind(tree, window):
+    """Every slot is left with the score that it has after decoding the same tokens one by one."""
+    model = tiny_model(sliding_window=window)
+    compression = Compression(ratio=1, policy=POLICIES["h2o"](), every=100)
+    scores = []
+    for options in ({}, {"draft": drafter_of(model), "tree": tree, "num_draft": 4}):
+        cache = new_cache(model, max_batch=2, max_tokens=80)
+        held = {}
+
+        def keep_scores(rows, cache=cache, held=held):
+            lists = lists_of(cache)  # by layer, row and head
+            held[rows.start] = [lists[4 * layer + 2 * rows.start + head][3] for layer in range(2) for head in range(2)]
+
+        cache.free = keep_scores
+        generate(model, prompts_of(20, 20), max_new_tokens=12, compression=compression, cache=cache, **options)
+        scores.append(torch.cat(held[0] + held[1]))
+        assert len(held[0][0]) == 31
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_whose_tokens_are_all_forbidden_ends_and_the_others_go_on():
+    model = tiny_model()
+    prompts = prompts_of(9, 12)
+    plain = generate(model, prompts, max_new_tokens=8).tokens
+    # What the second prompt says third may come only behind something else: everything is forbidden there.
+    bad = [[plain[1][1], token] for token in range(model.config.vocab_size)]
+    assert plain[1][1] not in plain[0]
+    result = generate(model, prompts, max_new_tokens=8, bad_words=bad, draft=drafter_of(model))
+    assert result.tokens == [plain[0], plain[1][:2]]
+    assert result.stats.refused == 1
+    everything = [[token] for token in range(model.config.vocab_size)]
+    nothing = generate(model, prompts, max_new_tokens=8, bad_words=everything)
+    assert (nothing.tokens, nothing.stats.refused) == ([[], []], 2)
+
+
+def test_filters_hold_for_each_prompt_as_they_would_alone_and_reach_every_position():
+    model = tiny_model()
+    prompts = prompts_of(14, 9)
+    plain = generate(model, prompts, max_new_tokens=10).tokens
+    given = {"repetition_penalty": [1.0, 3.0], "top_k": 5, "presence_penalty": [0.0, 2.0], "bad_words": [[plain[0][4]]]}
+    filtered = generate(model, prompts, max_new_tokens=10, **given)
+    assert plain[0][4] not in filtered.tokens[0]
+    assert filtered.tokens[0][:4] == plain[0][:4]
+    assert filtered.tokens[1] != plain[1]
+    for tree in (1, 2):
+        for draft in (drafter_of(model), "prompt_lookup"):
+            options = {"draft": draft, "tree": tree, "num_draft": 4, "min_ngram": 1}
+            assert generate(model, prompts, max_new_tokens=10, **given, **options).tokens == filtered.tokens
+
+
+def test_branches_are_the_best_occurrences_that_go_on_differently():
+    text = [1, 2, 3, 7, 1, 2, 4, 8, 2, 5, 6, 1, 2, 3, 9, 1, 2]
+    rows = torch.full((2, 24), -1)
+    rows[0, : len(text)] = torch.tensor(text)
+    rows[1, :3] = torch.tensor([4, 5, 6])
+    lens = torch.tensor([len(text), 3], dtype=torch.int32)
+    drafter = speculation.LookupDrafter(3, 3, min_ngram=1, max_ngram=3)
+    drafts = drafter.propose(rows, lens, torch.ones_like(lens), [2, 2])
+    # [1, 2] came last at 11, then at 4; [2] alone at 8; all drafts are cut to two tokens, and the row without a match
+    # has none.
+    assert drafts.tokens.tolist() == [[3, 9, 4, 8, 5, 6], [-1] * 6]
+    assert drafts.lens.tolist() == [6, 0]
+    assert drafts.parents.tolist() == [[-1, 0, 1, 0, 3, 0, 5], [-1] * 7]
+    chain = speculation.LookupDrafter(3, 1, min_ngram=1, max_ngram=3)
+    assert chain.propose(rows, lens, torch.ones_like(lens), [2, 2]).tokens.tolist() == [[3, 9], [-1, -1]]
+
+
+def test_a_model_s_tree_has_the_most_probable_continuations():
+    """Against every pair of tokens, ranked by joint probability among those below the best first tokens."""
+    model = tiny_model(vocab_size=11)
+    prompt, width = [3, 1, 4, 1, 5], 3
+    draw = sampler.Sampler(1, 11, torch.device("cpu"), prompt_lens=torch.tensor([4]), temperature=0.0, seed=0)
+    drafter = speculation.ModelDrafter(model, draw, 2, width, max_batch=1, max_tokens=16)
+    with torch.no_grad():
+        drafter.begin(0, torch.tensor([prompt[:-1]]))
+        text = torch.tensor([prompt + [-1] * 8])
+        one = torch.ones(1, dtype=torch.int32)
+        drafts = drafter.propose(text, 5 * one, one, [2])
+    first = torch.log_softmax(reference_logits(model, prompt)[-1], -1)
+    best = first.argsort(descending=True)[:width]
+    pairs = {
+        (int(a), b): float(first[a] + value)
+        for a in best
+        for b, value in enumerate(torch.log_softmax(reference_logits(model, [*prompt, int(a)])[-1], -1))
+    }
+    second = sorted(pairs, key=pairs.get, reverse=True)[:width]
+    assert drafts.tokens[0].tolist() == [*best.tolist(), *[b for _, b in second]]
+    assert drafts.parents[0].tolist() == [-1, 0, 0, 0, *[1 + best.tolist().index(a) for a, _ in second]]
+
+
+def test_statistics_of_drafts_add_up():
+    model = tiny_model()
+    stats = generate(model, PROMPTS, max_new_tokens=20, draft=drafter_of(model), num_draft=3).stats
+    assert stats.plain_steps == 19
+    assert stats.decoded_tokens == stats.accepted + stats.sequence_steps == 4 * 19
+    assert stats.tokens_per_pass == pytest.approx(1 + stats.accepted_per_step)
+    assert 0 < stats.draft_seconds < stats.decode_seconds
+    per_pass = (stats.decode_seconds - stats.draft_seconds) / stats.steps
+    if stats.undrafted_steps:
+        per_pass = stats.undrafted_seconds / stats.undrafted_steps
+    assert stats.seconds_saved == pytest.approx(19 * per_pass - stats.decode_seconds)
+    assert generate(model, PROMPTS, max_new_tokens=3).stats.seconds_saved == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft": tiny_model(vocab_size=50)}, "draft: expected a model with the vocabulary of 97 tokens .* 50"),
+        ({"draft": tiny_model(max_positions=8)}, "draft: expected a model of at least 19 positions"),
+        ({"draft": tiny_model(), "tree": 0}, "tree: expected at least 1, got 0"),
+        ({"draft": tiny_model(), "tree": 98}, "tree: expected at most the vocabulary of 97 tokens, got 98"),
+        ({"num_draft": 0}, "num_draft: expected at least 1, got 0"),
+        ({"verification": "all"}, "verification: expected one of"),
+        ({"top_p": 1.5}, "top_p: expected a number from 0.0 to 1.0"),
+        ({"top_k": [5, -1, 3]}, "top_k: expected one number or 1, one for each prompt, got 3"),
+        ({"min_p": [-1.0]}, "min_p: expected a number"),
+        ({"temperature": -1.0}, "temperature: expected finite numbers of at least 0"),
+        ({"bad_words": [[97]]}, "bad_words: expected sequences of tokens inside the vocabulary of 97"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        generate(tiny_model(), [[1, 2, 3]], max_new_tokens=16, **changes)
 
 
 # The distribution: three tokens of a model with a vocabulary of five, many requests at once.

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvops import checks
 from kvops.cache import PagedKVCache
 from kvops.models.llama import Llama
 from kvops.models.passes import add_scores, decode, new_cache, prefill
@@ -152,6 +153,7 @@ def stream(
     for name, value in (("max_new_tokens", max_new_tokens), ("num_draft", num_draft), ("tree", tree)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    checks.expect_choice("verification", verification, ("token", "block"))
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > model.config.max_positions:
         raise ValueError(

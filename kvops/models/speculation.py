@@ -291,6 +291,8 @@ def make_drafter(
             f"draft: expected a model of at least {max_tokens} positions, as many as prompt and new tokens take, "
             f"got one of {theirs.max_positions}"
         )
+    if width > ours.vocab_size:
+        raise ValueError(f"tree: expected at most the vocabulary of {ours.vocab_size} tokens, got {width}")
     device = model.embedding.weight.device
     if draft.embedding.weight.device != device:
         raise ValueError(f"draft: expected a model on {device}, got one on {draft.embedding.weight.device}")
