@@ -44,6 +44,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),
     "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.pool"}, set()),
     "kvops.rotary": ({"torch"}, set()),
+    "kvops.parallel": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.rotary"}, set()),
     "kvops.nn": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, set()),
     "kvops.models": (

@@ -1,0 +1,139 @@
+"""Context and tensor parallelism: two and four gloo processes compute what one process computes."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from oracle import assert_accurate, attention_mask
+from oracle import attention as exact_attention
+from parallel_scenarios import ATTENTION, CONFIG, PAIR, PROMPTS, WORLD, inputs, model_weights, run
+
+from kvops.models.generate import Compression, generate
+from kvops.models.llama import Llama
+from kvops.policies import SnapKV
+
+SIZES = [len(PAIR), WORLD]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By (processes, scenario): what each process came to, in the order of their ranks."""
+    folder = tmp_path_factory.mktemp("parallel")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(run, (port, folder), nprocs=WORLD, start_method="spawn")
+    by_rank = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    ranks = {len(PAIR): PAIR, WORLD: range(WORLD)}
+    return {(size, name): [by_rank[rank][size, name] for rank in ranks[size]] for size, name in by_rank[PAIR[0]]}
+
+
+def whole(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """The sequence put together from every process's chunks: rank r holds numbers r and 2 P - 1 - r."""
+    chunks = [part.chunk(2, dim) for part in parts]
+    return torch.cat([first for first, _ in chunks] + [second for _, second in reversed(chunks)], dim)
+
+
+def oracle(case: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    options = {key: value for key, value in ATTENTION[case].items() if key != "method"}
+    x = {name: value.to(dtype) for name, value in inputs(sinks=options.pop("sinks", False)).items()}
+    leaves = {name: x[name].requires_grad_() for name in ("q", "k", "v", "sinks") if name in x}
+    mask = attention_mask(48, 48, causal=options.pop("causal", True), window_left=options.pop("window_left", -1))
+    out, lse, _ = exact_attention(
+        leaves["q"], leaves["k"], leaves["v"], mask=mask, sinks=leaves.get("sinks"), dtype=dtype, **options
+    )
+    ((out * x["dout"]).sum() + (lse * x["dlse"]).sum()).backward()
+    return {"out": out.detach(), "lse": lse.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_over_processes_is_attention(results, size, case):
+    exact, same = oracle(case, torch.float64), oracle(case, torch.float32)
+    parts = results[size, case]
+    assert set(parts[0]) == set(exact)
+    for name in exact:
+        if name == "dsinks":
+            actual = parts[0][name]
+        else:
+            actual = whole([part[name] for part in parts], 2 if name == "lse" else 1)
+        assert_accurate(actual, exact[name], same[name], name)
+
+
+def model_alone(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Llama]:
+    """The model on one process in ``dtype`` with the oracle's attention: hidden states, logits, loss, gradients."""
+    model = Llama(CONFIG, {name: weight.to(dtype) for name, weight in model_weights().items()})
+    tokens = torch.tensor(PROMPTS[:1])
+    length = tokens.shape[1]
+
+    def attend(layer, q, k, v):
+        return exact_attention(q, k, v, mask=attention_mask(length, length, causal=True), dtype=dtype)[0]
+
+    hidden = model(tokens, torch.arange(length)[None], attend)
+    logits = model.logits(hidden)
+    targets = tokens.roll(-1, 1).flatten()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    return {"hidden": hidden.detach(), "logits": logits.detach(), "loss": loss.detach()} | gradients, model
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return model_alone(torch.float64)[0], model_alone(torch.float32)[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sequence_spread_over_processes_trains_as_on_one(results, alone, size):
+    exact, same = alone
+    for part in results[size, "training"]:
+        assert set(part) == set(exact) - {"logits"}
+        for name, actual in part.items():
+            assert_accurate(actual, exact[name], same[name], name)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_model_split_by_heads_gives_the_logits_and_gradients_of_the_whole(results, alone, size):
+    exact, same = alone
+    parts = results[size, "tensor parallel"]
+    for part in parts:
+        assert part["kv_heads"] == CONFIG.num_kv_heads // size
+        assert_accurate(part["logits"], exact["logits"], same["logits"], "logits")
+    for name in parts[0]["gradients"]:
+        shards = [part["gradients"][name] for part in parts]
+        expected, arithmetic = exact[name], same[name]
+        if ".qkv." in name or ".gate_up." in name:  # q, k, v (gate, up) of each process lie one behind the other
+            widths = [CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads] if "qkv" in name else [1, 1]
+            rows = [shards[0].shape[0] * width // sum(widths) for width in widths]
+            split = [shard.split(rows) for shard in shards]
+            actual = torch.cat([torch.cat(part) for part in zip(*split, strict=True)])
+        elif name.endswith((".out.weight", ".down.weight")):
+            actual = torch.cat(shards, 1)
+        else:
+            assert all(torch.equal(shard, shards[0]) for shard in shards), f"{name}: differs between processes"
+            actual = shards[0]
+        assert_accurate(actual, expected, arithmetic, name)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_model_split_by_heads_generates_the_tokens_of_the_whole(results, size):
+    model = Llama(CONFIG, model_weights())
+    plain = generate(model, PROMPTS, max_new_tokens=12).tokens
+    compression = Compression(ratio=3, policy=SnapKV(scope="head"), protect_first=1, protect_last=4)
+    compressed = generate(model, PROMPTS, max_new_tokens=12, compression=compression)
+    assert compressed.tokens != plain, "compression changes nothing here, so the test shows nothing"
+    for part in results[size, "tensor parallel"]:
+        assert part["tokens"] == plain
+        assert part["drafted"] == plain
+        assert part["compressed"] == compressed.tokens
+        assert part["blocks"] * size == compressed.stats.blocks_in_use
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_does_not_divide_is_named(results, size):
+    for messages in results[size, "refusals"]:
+        assert messages["shard"].startswith(f"x: expected a multiple of {2 * size} along dimension 1")
+        assert messages["heads"].startswith(f"num_kv_heads: expected a multiple of the mesh's {size} processes, got 3")
+        assert messages["window"].startswith("window_left: expected -1 without causal")
+        assert messages["lengths"].startswith("k: expected the 4 tokens that q has")
