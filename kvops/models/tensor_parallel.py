@@ -28,8 +28,8 @@ def tensor_parallel(config: LlamaConfig, weights: Mapping[str, Tensor], mesh: De
     """The part of a model that belongs to this process of a one-dimensional ``mesh``.
 
     ``weights`` are the whole model's, as :class:`~kvops.models.llama.Llama` takes them, the same on every process and
-    on the mesh's kind of device. The model that comes back has this process's heads in its ``config``; its hidden states
-    and logits are complete, and the same on every process. It trains: the gradients of split weights are this
+    on the mesh's kind of device. The model that comes back has this process's heads in its ``config``; its hidden
+    states and logits are complete, and the same on every process. It trains: the gradients of split weights are this
     process's, those of norms and embeddings are the same everywhere.
 
     Raises:
