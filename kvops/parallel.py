@@ -28,6 +28,13 @@ from kvops.ops.merge import merge_attention
 __all__ = ["gather_attention", "ring_attention", "shard", "unshard"]
 
 
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    whole = group or dist.group.WORLD
+    if whole is None:
+        raise RuntimeError("group: expected torch.distributed to be initialised: call init_process_group() first")
+    return whole
+
+
 def _order(size: int) -> list[int]:
     """The chunks of the sequence in the order in which the processes hold them, two each."""
     return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
@@ -52,7 +59,7 @@ def shard(x: Tensor, group: dist.ProcessGroup | None = None, *, dim: int = 1) ->
 def unshard(x: Tensor, group: dist.ProcessGroup | None = None, *, dim: int = 1) -> Tensor:
     """The whole of what :func:`shard` split, on every process of ``group``; differentiable."""
     size = dist.get_world_size(group)
-    mesh = DeviceMesh.from_group(group or dist.group.WORLD, x.device.type)
+    mesh = DeviceMesh.from_group(_group(group), x.device.type)
     parts = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False).redistribute(placements=[Replicate()])
     # Every process has a gradient of its own for the whole: the owner's is their sum.
     chunks = parts.to_local(grad_placements=[Partial()]).chunk(2 * size, dim)
@@ -173,7 +180,7 @@ class _Exchange:
 
     def __init__(self, tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        world = group or dist.group.WORLD
+        world = _group(group)
         towards = dist.get_global_rank(world, (rank + 1) % size)
         behind = dist.get_global_rank(world, (rank - 1) % size)
         self.sent = [tensor.contiguous() for tensor in tensors]
@@ -238,10 +245,12 @@ class _Ring(torch.autograd.Function):
         for step in range(size):
             exchange = _Exchange(held, group) if step + 1 < size else None
             rows, columns, diagonal = _visible(step, rank, ctx.causal, half)
-            part_dq, *parts, part_dsinks = flash_attention_backward(
+            keys, values = (x[:, columns] for x in held)
+            part_dq, part_dk, part_dv, part_dsinks = flash_attention_backward(
                 dout[:, rows],
                 q[:, rows],
-                *(x[:, columns] for x in held),
+                keys,
+                values,
                 out[:, rows],
                 lse[:, :, rows],
                 causal=diagonal,
@@ -252,7 +261,7 @@ class _Ring(torch.autograd.Function):
             if step == 0 and sinks is not None:
                 dsinks = part_dsinks
             dq[:, rows] += part_dq
-            for gradient, part in zip(gradients, parts, strict=True):
+            for gradient, part in zip(gradients, (part_dk, part_dv), strict=True):
                 gradient[:, columns] += part
             if size > 1:
                 gradients = _Exchange(gradients, group).wait()

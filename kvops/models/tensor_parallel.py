@@ -17,10 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from kvops.models.config import LlamaConfig
-from kvops.models.llama import Llama
+from kvops.models.llama import Llama, LlamaLayer
 
-_BY_ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-_BY_ROWS += ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+_BY_ROWS = (
+    *("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"),
+    *("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+)
 _BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 
@@ -48,11 +50,12 @@ def tensor_parallel(config: LlamaConfig, weights: Mapping[str, Tensor], mesh: De
         intermediate_size=config.intermediate_size // size,
     )
     model = Llama(local, {name: _part(name, weight, mesh) for name, weight in weights.items()})
-    for layer in model.layers:
-        for entry in (layer.qkv, layer.gate_up):
-            entry.register_forward_pre_hook(_enter(mesh))
-        for end in (layer.out, layer.down):
-            end.register_forward_hook(_leave(mesh))
+    for layer in model.modules():
+        if isinstance(layer, LlamaLayer):
+            for entry in (layer.qkv, layer.gate_up):
+                entry.register_forward_pre_hook(_enter(mesh))
+            for end in (layer.out, layer.down):
+                end.register_forward_hook(_leave(mesh))
     return model
 
 
