@@ -16,7 +16,7 @@ from kvops.kernels import gluon_flash_forward as module
 from kvops.kernels.device import Device
 from kvops.kernels.gluon_flash_forward import gluon_flash_forward, key_tiles, launchable, work_item
 
-HOPPER = Device("cuda", "sm_90", warp_size=32, num_sms=3, shared_memory=232_448)
+HOPPER = Device("NVIDIA H100 80GB HBM3", "cuda", "sm_90", warp_size=32, num_sms=3, shared_memory=232_448)
 
 
 @pytest.fixture

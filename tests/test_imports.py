@@ -187,7 +187,7 @@ def test_nothing_imports_tests_or_bench():
 UNSELECTED = {"kvops.kernels.gluon_flash_forward"}
 
 # What users import by name.
-ON_REQUEST = {"kvops.integrations.transformers"}
+ON_REQUEST = {"kvops.integrations.transformers", "kvops.models.tensor_parallel", "kvops.parallel"}
 
 
 def test_every_module_is_used():
