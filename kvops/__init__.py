@@ -16,6 +16,7 @@ from kvops.ops.varlen import flash_attention_varlen, flash_attention_varlen_back
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import tree_mask, verify_tree
 from kvops.sampling import process_logits
+from kvops.sdpa import scaled_dot_product_attention
 
 try:
     __version__ = version("kvops")
@@ -42,6 +43,7 @@ __all__ = [
     "paged_schedule",
     "process_logits",
     "prompt_lookup",
+    "scaled_dot_product_attention",
     "select_blocks",
     "tree_mask",
     "verify_draft",

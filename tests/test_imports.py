@@ -19,7 +19,7 @@ COMMAND = (
 # Adapters stand above the library and bring in what they adapt to.
 INTEGRATIONS = {
     *("torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.models", "kvops.nn"),
-    "kvops.integrations",
+    *("kvops.rotary", "kvops.integrations"),
 }
 
 # What a file may import: prefixes of module names, ``kvops...`` and third parties alike. The standard library is free.
@@ -45,6 +45,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.pool"}, set()),
     "kvops.rotary": ({"torch"}, set()),
     "kvops.parallel": ({"torch", "kvops.ops", "kvops.checks"}, set()),
+    "kvops.sdpa": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.rotary"}, set()),
     "kvops.nn": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, set()),
     "kvops.models": (
@@ -58,7 +59,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     # Derives from a class of transformers.
     "kvops.integrations.transformers_cache": (INTEGRATIONS | {"transformers"}, set()),
     "kvops": (
-        {"torch", "kvops.ops", "kvops.cache", "kvops.pool", "kvops.policies", "kvops.sampling", "kvops.nn"},
+        {"torch", "kvops.ops", "kvops.cache", "kvops.pool", "kvops.policies", "kvops.sampling", "kvops.sdpa"},
         set(),
     ),
     "kvops.__main__": COMMAND,
@@ -187,7 +188,13 @@ def test_nothing_imports_tests_or_bench():
 UNSELECTED = {"kvops.kernels.gluon_flash_forward"}
 
 # What users import by name.
-ON_REQUEST = {"kvops.integrations.transformers", "kvops.models.tensor_parallel", "kvops.parallel"}
+ON_REQUEST = {
+    "kvops.integrations.flash_attn",
+    "kvops.integrations.sdpa",
+    "kvops.integrations.transformers",
+    "kvops.models.tensor_parallel",
+    "kvops.parallel",
+}
 
 
 def test_every_module_is_used():

@@ -1,0 +1,323 @@
+"""flash-attn's functions on kvops: the same names, arguments, defaults and layouts, on any device that kvops runs on.
+
+    from kvops.integrations.flash_attn import flash_attn_func  # or:
+    kvops.integrations.flash_attn.install()  # and `import flash_attn` finds them where the package is absent
+
+They follow flash-attn 2.8. Differences: ``dropout_p`` must be 0; a row that sees no key has an lse of -inf; everything
+is deterministic whatever ``deterministic`` says; the matrix of probabilities, which flash-attn returns for its tests
+alone, is None.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvops.ops.attention import flash_attention
+from kvops.ops.paged import paged_append, paged_attention
+from kvops.ops.varlen import flash_attention_varlen
+from kvops.rotary import rotate
+
+VERSION = "2.8.3"
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+
+
+def install() -> bool:
+    """Let ``import flash_attn`` and ``flash_attn.flash_attn_interface`` find these functions, in this process.
+
+    Does nothing where the real package is installed. Returns whether the functions found are now these.
+    """
+    present = sys.modules.get("flash_attn")
+    if present is not None:
+        return getattr(present, "flash_attn_func", None) is flash_attn_func
+    if importlib.util.find_spec("flash_attn") is not None:
+        return False
+    package, interface = ModuleType("flash_attn", __doc__), ModuleType("flash_attn.flash_attn_interface", __doc__)
+    for module in (package, interface):
+        module.__spec__ = ModuleSpec(module.__name__, None, is_package=module is package)
+        for name in __all__:
+            setattr(module, name, globals()[name])
+        sys.modules[module.__name__] = module
+    package.__version__ = VERSION  # type: ignore[attr-defined]
+    package.__path__ = []
+    package.flash_attn_interface = interface  # type: ignore[attr-defined]
+    return True
+
+
+def _options(
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> dict[str, Any]:
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p: expected 0, got {dropout_p}: kvops has no dropout")
+    return {
+        "scale": softmax_scale,
+        "causal": causal,
+        "window_left": window_size[0],
+        "window_right": window_size[1],
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
+
+
+def _result(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """q ``[B, Sq, Hq, D]``, k and v ``[B, Sk, Hkv, D]`` -> ``[B, Sq, Hq, D]``; see :func:`kvops.flash_attention`.
+
+    With ``return_attn_probs`` also lse, float32 ``[B, Hq, Sq]``, and None.
+    """
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _result(*flash_attention(q, k, v, **options), return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_func` of q ``[B, Sq, Hq, D]`` and kv ``[B, Sk, 2, Hkv, D]``."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _result(*flash_attention(q, *kv.unbind(2), **options), return_attn_probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_func` of qkv ``[B, S, 3, H, D]``."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _result(*flash_attention(*qkv.unbind(2), **options), return_attn_probs)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """q ``[Tq, Hq, D]``, k and v ``[Tk, Hkv, D]`` -> ``[Tq, Hq, D]``; see :func:`kvops.flash_attention_varlen`.
+
+    With a ``block_table``, int32 ``[B, max_blocks]``, k and v are pages ``[num_blocks, page_size, Hkv, D]`` and
+    ``cu_seqlens_k`` says how much of them each sequence has. With ``return_attn_probs`` also lse, float32 ``[Hq, Tq]``,
+    and None.
+    """
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    if block_table is None:
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return _result(*flash_attention_varlen(q, k, v, *lengths, **options), return_attn_probs)
+    # The paged operator takes the queries of each sequence in a row of their own.
+    q_lens = cu_seqlens_q.diff()
+    token = torch.arange(max_seqlen_q, device=q.device)
+    place = (cu_seqlens_q[:-1, None] + token).clamp(max=max(len(q) - 1, 0))
+    out, lse = _paged(q[place], k, v, block_table, cu_seqlens_k.diff(), q_lens, options)
+    packed_out, packed_lse = q.new_zeros(*q.shape[:2], out.shape[-1]), lse.new_full((q.shape[1], len(q)), -torch.inf)
+    real = token < q_lens[:, None]
+    packed_out[place[real]] = out[real]
+    packed_lse[:, place[real]] = lse.transpose(0, 1)[:, real]
+    return _result(packed_out, packed_lse, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_varlen_func` of q ``[Tq, Hq, D]`` and kv ``[Tk, 2, Hkv, D]``."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    k, v = kv.unbind(1)
+    out, lse = flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    return _result(out, lse, return_attn_probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """:func:`flash_attn_varlen_func` of qkv ``[T, 3, H, D]``."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    q, k, v = qkv.unbind(1)
+    out, lse = flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return _result(out, lse, return_attn_probs)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest tokens over a cache, which takes in new keys and values first; no gradient.
+
+    Args:
+        q: ``[B, T, Hq, D]``.
+        k_cache, v_cache: ``[B_cache, S, Hkv, D]``, or pages ``[num_blocks, page_size, Hkv, D]`` with a ``block_table``.
+        k, v: ``[B, T_new, Hkv, D]``, written in place behind ``cache_seqlens``.
+        rotary_cos, rotary_sin: ``[S_rotary, R / 2]``: the first R dimensions of k, and of q, are rotated, k (and q, if
+            causal or in a window) by the positions from ``cache_seqlens`` on, else all of q by ``cache_seqlens``.
+        cache_seqlens: how much each row holds before this call: a number or int32 ``[B]``; not updated. None: all of S.
+        cache_batch_idx: ``[B]``, the rows of the cache that the rows of q stand for.
+        block_table: int32 ``[B, max_blocks]``.
+        rotary_interleaved: pairs of neighbours are rotated (GPT-J), else halves (GPT-NeoX).
+        num_splits: the kernels choose for themselves.
+
+    Returns ``[B, T, Hq, D]``, with ``return_softmax_lse`` also lse, float32 ``[B, Hq, T]``.
+
+    Raises ValueError for ``alibi_slopes``, ``cache_leftpad`` and a window to the right of several queries that are not
+    causal, which :func:`kvops.paged_attention` has not.
+    """
+    if cache_leftpad is not None:
+        raise ValueError("cache_leftpad: expected None, kvops keeps no padding in a cache: move rows to its beginning")
+    if (k is None) != (v is None):
+        raise ValueError(f"v: expected along with k, got {'only k' if v is None else 'only v'}")
+    batch, tokens = q.shape[:2]
+    if cache_seqlens is None:
+        if block_table is not None or k is not None:
+            raise ValueError("cache_seqlens: expected a number or int32 [batch] with new keys or pages, got None")
+        cache_seqlens = k_cache.shape[1]
+    if not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if block_table is None:  # a row of the cache is one long page
+        rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
+        block_table = rows.to(torch.int32)[:, None]
+    elif cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx: expected None along with a block_table, which names the pages")
+    seq_lens = cache_seqlens
+    if k is not None and v is not None:
+        seq_lens = cache_seqlens + k.shape[1]
+        if rotary_cos is not None and rotary_sin is not None:
+            new = cache_seqlens[:, None] + torch.arange(k.shape[1], device=q.device)
+            moving = causal or max(window_size) >= 0
+            own = cache_seqlens[:, None] + torch.arange(tokens, device=q.device) * moving
+            k = _rotate(k, rotary_cos, rotary_sin, new, rotary_interleaved)
+            q = _rotate(q, rotary_cos, rotary_sin, own, rotary_interleaved)
+        paged_append(k, v, k_cache, v_cache, block_table, seq_lens)
+    elif rotary_cos is not None:
+        raise ValueError("rotary_cos: expected None without new keys k and v, which are what is rotated")
+    options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    out, lse = _paged(q, k_cache, v_cache, block_table, seq_lens, None, options)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    q_lens: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    if options.pop("alibi_slopes") is not None:
+        raise ValueError("alibi_slopes: expected None, paged attention has no ALiBi: use flash_attn_func")
+    right = options.pop("window_right")
+    if right >= 0 and not options["causal"] and q.shape[1] > 1:
+        raise ValueError(f"window_size: expected no limit to the right over a cache unless causal, got {right}")
+    return paged_attention(q, k_cache, v_cache, block_table, seq_lens, q_lens=q_lens, **options)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """x ``[B, T, H, D]`` with its first dimensions rotated by ``positions`` ``[B, T]`` of the tables ``[S, R / 2]``."""
+    width = 2 * cos.shape[1]
+    turning, rest = x[..., :width], x[..., width:]
+    angles = (table[positions.long()].unsqueeze(2).to(x.dtype) for table in (cos, sin))
+    if not interleaved:
+        return torch.cat((rotate(turning, *angles), rest), dim=-1)
+    halves = rotate(turning.unflatten(-1, (-1, 2)).mT.flatten(-2), *angles)
+    return torch.cat((halves.unflatten(-1, (2, -1)).mT.flatten(-2), rest), dim=-1)

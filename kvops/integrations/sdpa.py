@@ -1,0 +1,191 @@
+"""Unmodified models on kvops: the flash attention behind ``F.scaled_dot_product_attention`` on a GPU.
+
+    import kvops.integrations.sdpa
+
+    kvops.integrations.sdpa.enable()
+
+torch lets a library take the place of its flash attention on CUDA devices (``torch.nn.attention``'s
+``register_flash_attention_impl``): wherever torch would choose flash attention, kvops runs, forward and backward. What
+torch sends elsewhere (a dense mask, float32, the CPU) stays there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvops.ops.attention import flash_attention, flash_attention_backward
+from kvops.ops.gradients import last_contiguous
+from kvops.ops.varlen import flash_attention_varlen, flash_attention_varlen_backward
+
+NAME = "kvops"
+
+
+def enable() -> None:
+    """Register kvops with torch and let it serve flash attention from now on, in this process.
+
+    ``torch.nn.attention.restore_flash_attention_impl()`` takes it back.
+
+    Raises RuntimeError for a torch without that registry.
+    """
+    attention = torch.nn.attention
+    if not hasattr(attention, "register_flash_attention_impl"):
+        raise RuntimeError(
+            "torch: expected a version with torch.nn.attention.register_flash_attention_impl, "
+            f"got {torch.__version__}: upgrade torch, or call kvops.scaled_dot_product_attention"
+        )
+    attention.register_flash_attention_impl(NAME, register_fn=lambda: Registration("CUDA"))
+    attention.activate_flash_attention_impl(NAME)
+
+
+class Registration:
+    """kvops in the place of torch's flash attention operators for one dispatch key, until :meth:`remove`."""
+
+    def __init__(self, key: str) -> None:
+        self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL", key)
+        for name, implementation in (
+            ("_scaled_dot_product_flash_attention", _sdpa_forward),
+            ("_scaled_dot_product_flash_attention_backward", _sdpa_backward),
+            ("_flash_attention_forward", _forward),
+            ("_flash_attention_backward", _backward),
+        ):
+            self.library.impl(name, implementation, key)
+
+    def remove(self) -> None:
+        if self.library is not None:
+            self.library._destroy()
+        self.library = None
+
+
+def _refuse(dropout_p: float, return_debug_mask: bool, **unsupported: Any) -> None:
+    if dropout_p != 0:
+        raise RuntimeError(f"dropout_p: expected 0, got {dropout_p}: kvops has no dropout")
+    if return_debug_mask:
+        raise RuntimeError("return_debug_mask: expected False, kvops never has the probabilities in memory")
+    for name, value in unsupported.items():
+        if value is not None:
+            raise RuntimeError(f"{name}: expected None, kvops does not take it here")
+
+
+def _window(size: int | None) -> int:
+    return -1 if size is None else size
+
+
+def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The state of a random number generator that was not used, and no matrix of probabilities."""
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    return state, torch.zeros((), dtype=torch.uint64, device=query.device), query.new_empty(0)
+
+
+def _sdpa_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    _refuse(dropout_p, return_debug_mask)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = flash_attention(q, k, v, causal=is_causal, scale=scale)
+    # Compiled graphs count on torch's layout of the result, that of the query.
+    layout = torch.empty_like(query, device="meta").stride()
+    result = out.transpose(1, 2)
+    if result.stride() != layout:
+        result = torch.empty_like(query).copy_(result)
+    return result, lse, None, None, query.shape[2], key.shape[2], *_nothing(query)
+
+
+def _sdpa_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (last_contiguous(grad_out), query, key, value, out))
+    dq, dk, dv, _ = flash_attention_backward(dout, q, k, v, out, logsumexp, causal=is_causal, scale=scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Any, ...]:
+    """What ``torch.nn.attention.varlen`` and nested tensors call: tokens before heads, packed or dense."""
+    # torch's backward knows nothing of slopes, so that a gradient would be wrong.
+    _refuse(dropout_p, return_debug_mask, seqused_k=seqused_k, alibi_slopes=alibi_slopes, block_table=block_table)
+    options: dict[str, Any] = {
+        "causal": is_causal,
+        "scale": scale,
+        "window_left": _window(window_size_left),
+        "window_right": _window(window_size_right),
+    }
+    if cum_seq_q is None or cum_seq_k is None:
+        out, lse = flash_attention(query, key, value, **options)
+    else:
+        out, lse = flash_attention_varlen(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, **options)
+    return out, lse, *_nothing(query)
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options: dict[str, Any] = {
+        "causal": is_causal,
+        "scale": scale,
+        "window_left": _window(window_size_left),
+        "window_right": _window(window_size_right),
+    }
+    saved = last_contiguous(grad_out), query, key, value, out, logsumexp
+    if cum_seq_q is None or cum_seq_k is None:
+        return flash_attention_backward(*saved, **options)[:3]
+    return flash_attention_varlen_backward(*saved, cum_seq_q, cum_seq_k, max_q, max_k, **options)[:3]

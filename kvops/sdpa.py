@@ -1,0 +1,114 @@
+"""torch's own attention signature on top of the operators."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvops import checks
+from kvops.ops.attention import flash_attention
+from kvops.ops.varlen import flash_attention_varlen
+
+_LAYOUT = "[batch, heads, seqlen, head_dim]"
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.scaled_dot_product_attention` on :func:`kvops.flash_attention`, differentiable.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, or ``[B, Sq, D]`` for one head.
+        key: ``[B, Hkv, Sk, D]``.
+        value: ``[B, Hkv, Sk, Dv]``.
+        attn_mask: what can be said without a matrix: padding of keys, bool ``[B or 1, 1, 1, Sk]`` (True takes part),
+            at the ends of each row, which the host looks at; or ``torch.nn.attention.bias`` 's
+            ``causal_upper_left`` and ``causal_lower_right``.
+        dropout_p: 0.
+        is_causal: aligned to the **top left** where lengths differ, as torch does: query i sees keys 0 to i.
+            (:func:`kvops.flash_attention` aligns to the bottom right.)
+        scale: None for ``D ** -0.5``.
+        enable_gqa: allow fewer heads of keys and values than of queries.
+
+    Returns:
+        ``[B, Hq, Sq, Dv]``; a query that sees no key gives 0.
+
+    Raises:
+        ValueError: a mask that would need the matrix of scores, dropout, shapes that do not fit.
+        TypeError: dtypes that do not fit.
+    """
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p: expected 0, got {dropout_p}: kvops has no dropout, pass 0.0 if not self.training")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.expect_tensor(name, tensor)
+        if tensor.dim() != query.dim() or tensor.dim() not in (3, 4):
+            raise ValueError(f"{name}: expected 4 dimensions {_LAYOUT} or 3 without heads, got {list(tensor.shape)}")
+    if query.dim() == 3:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale).squeeze(1)
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError(f"key: expected {query.shape[1]} heads as query has, got {key.shape[1]}: set enable_gqa=True")
+    q, k, v = (_last_contiguous(x).transpose(1, 2) for x in (query, key, value))
+    if attn_mask is None:
+        out = _top_left(q, k, v, scale) if is_causal else flash_attention(q, k, v, scale=scale)[0]
+        return out.transpose(1, 2)
+    if is_causal:
+        raise ValueError("attn_mask: expected None along with is_causal=True, got a mask")
+    if hasattr(attn_mask, "variant"):  # torch.nn.attention.bias.CausalBias
+        if attn_mask.variant.name == "UPPER_LEFT":
+            return _top_left(q, k, v, scale).transpose(1, 2)
+        return flash_attention(q, k, v, causal=True, scale=scale)[0].transpose(1, 2)
+    return _padded(q, k, v, attn_mask, scale).transpose(1, 2)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _top_left(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    Sq, Sk = q.shape[1], k.shape[1]
+    if Sk >= Sq:  # nobody sees the keys from Sq on
+        return flash_attention(q, k[:, :Sq], v[:, :Sq], causal=True, scale=scale)[0]
+    return flash_attention(q, k, v, window_right=Sq - Sk, scale=scale)[0]
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention to the real keys of each row: what lies around them becomes sequences without queries."""
+    B, Sq, _, _ = q.shape
+    Sk = k.shape[1]
+    if mask.dtype != torch.bool or mask.shape[-1:] != (Sk,) or mask.numel() not in (Sk, B * Sk) or mask.dim() > 4:
+        raise ValueError(
+            f"attn_mask: expected bool [batch or 1, 1, 1, seqlen] = [{B}, 1, 1, {Sk}], got {mask.dtype} "
+            f"{list(mask.shape)}: a full matrix is what kvops never holds, use "
+            "torch.nn.functional.scaled_dot_product_attention with it"
+        )
+    if mask.dim() == 4:
+        checks.expect_shape("attn_mask", mask, "[batch, 1, 1, seqlen]", None, 1, 1, Sk)
+    real = mask.reshape(-1, Sk).expand(B, Sk)
+    place = torch.arange(Sk, device=mask.device)
+    first = torch.where(real, place, Sk).amin(1)
+    end = torch.where(real, place + 1, 0).amax(1)
+    first = torch.minimum(first, end)
+    gapless = (real.sum(1) == end - first).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(gapless, "attn_mask: expected padding at the ends of each row only")
+    elif not gapless:
+        raise ValueError(
+            "attn_mask: expected padding at the ends of each row only, got padding between tokens: use "
+            "torch.nn.functional.scaled_dot_product_attention with it"
+        )
+    rows = torch.arange(B, device=mask.device)[:, None]
+    cu_q = rows * Sq + torch.tensor([0, Sq, Sq], device=mask.device)
+    cu_k = rows * Sk + torch.stack([first, end, torch.full_like(end, Sk)], 1)
+    cu_seqlens_q, cu_seqlens_k = (F.pad(cu.flatten(), (1, 0)).to(torch.int32) for cu in (cu_q, cu_k))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out, _ = flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, Sq, Sk, scale=scale)
+    return out.unflatten(0, (B, Sq))

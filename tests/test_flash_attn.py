@@ -1,0 +1,222 @@
+"""flash-attn's functions, from its documentation: layouts, defaults, alignment, caches written in place."""
+
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+
+from kvops.integrations.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+def test_causal_is_aligned_to_the_bottom_right():
+    # The documentation's own example: 2 queries and 5 keys.
+    q, k, v = randn(1, 2, 1, 8), randn(1, 5, 1, 8), randn(1, 5, 1, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    torch.testing.assert_close(flash_attn_func(q, k, v, causal=True), oracle.attention(q, k, v, mask=mask)[0].float())
+    # 5 queries and 2 keys: a row that sees nothing gives 0.
+    q, k, v = randn(1, 5, 1, 8), randn(1, 2, 1, 8), randn(1, 2, 1, 8)
+    mask = torch.tensor([[0, 0], [0, 0], [0, 0], [1, 0], [1, 1]]).bool()
+    out = flash_attn_func(q, k, v, causal=True)
+    torch.testing.assert_close(out, oracle.attention(q, k, v, mask=mask)[0].float())
+    assert not out[:, :3].any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"softmax_scale": 0.2},
+        {"window_size": (2, 1)},
+        {"window_size": (3, -1), "causal": True},
+        {"softcap": 1.5},
+        {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])},
+        {"alibi_slopes": torch.rand(2, 4), "causal": True},
+    ],
+)
+def test_dense_packed_and_ragged_forms_agree(options):
+    q, k, v = randn(2, 6, 4, 8), randn(2, 6, 4, 8), randn(2, 6, 4, 8)
+    window = options.get("window_size", (-1, -1))
+    mask = oracle.attention_mask(
+        6, 6, causal=options.get("causal", False), window_left=window[0], window_right=window[1]
+    )
+    exact, exact_lse, _ = oracle.attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=options.get("softmax_scale"),
+        softcap=options.get("softcap", 0.0),
+        alibi_slopes=options.get("alibi_slopes"),
+    )
+    out, lse, probabilities = flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    torch.testing.assert_close(out, exact.float())
+    torch.testing.assert_close(lse, exact_lse.float())
+    assert probabilities is None
+    cu = torch.tensor([0, 6, 12], dtype=torch.int32)
+    kv, qkv = torch.stack([k, v], 2), torch.stack([q, k, v], 2)
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    assert torch.equal(flash_attn_func(q, k, v, **options), out)
+    assert torch.equal(flash_attn_kvpacked_func(q, kv, **options), out)
+    assert torch.equal(flash_attn_qkvpacked_func(qkv, **options), out)
+    ragged = [
+        flash_attn_varlen_func(flat_q, flat_k, flat_v, cu, cu, 6, 6, **options),
+        flash_attn_varlen_kvpacked_func(flat_q, kv.flatten(0, 1), cu, cu, 6, 6, **options),
+        flash_attn_varlen_qkvpacked_func(qkv.flatten(0, 1), cu, 6, **options),
+    ]
+    for other in ragged:
+        torch.testing.assert_close(other, out.flatten(0, 1))
+    _, lse, _ = flash_attn_varlen_func(flat_q, flat_k, flat_v, cu, cu, 6, 6, **options, return_attn_probs=True)
+    torch.testing.assert_close(lse, exact_lse.float().transpose(0, 1).flatten(1))
+
+
+def test_packed_forms_give_gradients():
+    qkv = randn(1, 5, 3, 2, 8).requires_grad_()
+    flash_attn_qkvpacked_func(qkv, causal=True).square().sum().backward()
+    whole = qkv.grad.clone()
+    qkv.grad = None
+    flash_attn_func(*qkv.unbind(2), causal=True).square().sum().backward()
+    assert torch.equal(whole, qkv.grad)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first: int, interleaved: bool) -> torch.Tensor:
+    """One row [T, H, D], element by element."""
+    out, half = x.clone(), cos.shape[1]
+    for t in range(len(x)):
+        for i in range(half):
+            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+            c, s = cos[first + t, i], sin[first + t, i]
+            out[t, :, a] = x[t, :, a] * c - x[t, :, b] * s
+            out[t, :, b] = x[t, :, a] * s + x[t, :, b] * c
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [True, False, None])
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_cache_takes_in_new_tokens_and_is_attended_to(paged, interleaved, backend, device):
+    lens, new = [3, 9], 2
+    q, k, v = (torch.randn(2, new, heads, 8, device=device) for heads in (4, 2, 2))
+    rows = torch.randn(2, 2, 16, 2, 8, device=device)  # keys and values of two rows
+    options = {"causal": True, "window_size": (4, -1), "softcap": 3.0, "softmax_scale": 0.4}
+    if paged:
+        table = torch.tensor([[5, 0, 2, 7], [1, 6, 3, 4]], dtype=torch.int32, device=device)
+        caches = [torch.full((8, 4, 2, 8), torch.nan, device=device) for _ in range(2)]
+        for cache, content in zip(caches, rows, strict=True):
+            cache[table.long()] = content.unflatten(1, (4, 4))
+        options["block_table"] = table
+    else:
+        caches = [torch.cat([content, torch.randn_like(content[:1])]).clone() for content in rows]
+        options["cache_batch_idx"] = torch.tensor([1, 0], device=device)
+        rows = rows.flip(1)
+    if interleaved is not None:
+        angles = torch.rand(16, 3, device=device)  # of the first 6 of 8 dimensions
+        options |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": interleaved}
+    cache_seqlens = torch.tensor(lens, dtype=torch.int32, device=device)
+    out, lse = flash_attn_with_kvcache(
+        q, *caches, k, v, cache_seqlens=cache_seqlens, return_softmax_lse=True, **options
+    )
+    assert cache_seqlens.tolist() == lens  # not updated
+    for row, length in enumerate(lens):
+        own_q, own_k, own_v = q[row], k[row], v[row]
+        if interleaved is not None:
+            turn = options["rotary_cos"], options["rotary_sin"], length, interleaved
+            own_q, own_k = rotated(own_q, *turn), rotated(own_k, *turn)
+        keys, values = (torch.cat([old[row, :length], fresh]) for old, fresh in zip(rows, (own_k, own_v), strict=True))
+        mask = oracle.attention_mask(new, length + new, causal=True, window_left=4)
+        exact, exact_lse, _ = oracle.attention(
+            *(x[None].cpu() for x in (own_q, keys, values)), mask=mask, scale=0.4, softcap=3.0
+        )
+        torch.testing.assert_close(out[row].cpu(), exact[0].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse[row].cpu(), exact_lse[0].float(), rtol=1e-5, atol=1e-5)
+        for cache, whole in zip(caches, (keys, values), strict=True):
+            kept = cache[options["block_table"][row].long()].flatten(0, 1) if paged else cache[1 - row]
+            torch.testing.assert_close(kept[: length + new], whole)
+
+
+def test_a_cache_without_new_tokens_and_without_causality():
+    q, k_cache, v_cache = randn(2, 3, 4, 8), randn(2, 7, 4, 8), randn(2, 7, 4, 8)
+    torch.testing.assert_close(flash_attn_with_kvcache(q, k_cache, v_cache), flash_attn_func(q, k_cache, v_cache))
+    torch.testing.assert_close(
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=5),
+        flash_attn_func(q, k_cache[:, :5], v_cache[:, :5]),
+    )
+    # Neither causal nor in a window: all queries are rotated by the same position.
+    angles, k, v = torch.rand(16, 4), randn(2, 3, 4, 8), randn(2, 3, 4, 8)
+    cos, sin = angles.cos(), angles.sin()
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cos, sin, cache_seqlens=4)
+    own_q = torch.stack([torch.cat([rotated(token[None], cos, sin, 4, True) for token in row]) for row in q])
+    own_k = torch.stack([rotated(row, cos, sin, 4, True) for row in k])
+    torch.testing.assert_close(k_cache[:, 4:], own_k)
+    torch.testing.assert_close(out, flash_attn_func(own_q, k_cache, v_cache))
+
+
+def test_ragged_queries_over_pages():
+    lens_q, lens_k = [1, 0, 3], [6, 2, 5]
+    cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).to(torch.int32) for lens in (lens_q, lens_k))
+    q, k, v = randn(4, 4, 8), randn(13, 2, 8), randn(13, 2, 8)
+    table = torch.tensor([[3, 1], [0, 0], [2, 4]], dtype=torch.int32)
+    pages = [torch.full((5, 4, 2, 8), torch.nan) for _ in range(2)]
+    for cache, content in zip(pages, (k, v), strict=True):
+        for row, length in enumerate(lens_k):
+            for t in range(length):
+                cache[table[row, t // 4], t % 4] = content[cu_k[row] + t]
+    options = {"causal": True, "return_attn_probs": True}
+    expected = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 3, 6, **options)
+    out = flash_attn_varlen_func(q, *pages, cu_q, cu_k, 3, 6, block_table=table, **options)
+    torch.testing.assert_close(out[0], expected[0])
+    torch.testing.assert_close(out[1], expected[1])
+
+
+def test_what_is_not_there_is_said():
+    q = randn(1, 2, 2, 8)
+    with pytest.raises(ValueError, match=r"dropout_p: expected 0, got 0\.1"):
+        flash_attn_func(q, q, q, dropout_p=0.1)
+    with pytest.raises(ValueError, match="alibi_slopes: expected None, paged attention has no ALiBi"):
+        flash_attn_with_kvcache(q, q, q, alibi_slopes=torch.ones(2))
+    with pytest.raises(ValueError, match="cache_leftpad: expected None"):
+        flash_attn_with_kvcache(q, q, q, cache_leftpad=torch.zeros(1))
+    with pytest.raises(ValueError, match="window_size: expected no limit to the right over a cache unless causal"):
+        flash_attn_with_kvcache(q, q, q, window_size=(1, 1))
+    with pytest.raises(ValueError, match="cache_seqlens: expected a number"):
+        flash_attn_with_kvcache(q, q, q, q, q)
+    with pytest.raises(ValueError, match="v: expected along with k, got only k"):
+        flash_attn_with_kvcache(q, q, q, q)
+    with pytest.raises(ValueError, match="rotary_cos: expected None without new keys"):
+        flash_attn_with_kvcache(q, q, q, rotary_cos=torch.ones(4, 2), rotary_sin=torch.ones(4, 2))
+
+
+def test_import_flash_attn_finds_it_once_asked():
+    code = """
+import importlib.util, sys
+assert importlib.util.find_spec("flash_attn") is None
+import kvops
+assert "flash_attn" not in sys.modules
+from kvops.integrations.flash_attn import flash_attn_func, install
+assert install() and install()
+import flash_attn
+from flash_attn import flash_attn_varlen_func
+from flash_attn.flash_attn_interface import flash_attn_with_kvcache
+assert flash_attn.flash_attn_func is flash_attn_func
+assert importlib.util.find_spec("flash_attn") is not None
+print(flash_attn.__version__)
+import types
+sys.modules["flash_attn"] = types.ModuleType("flash_attn")
+assert not install()  # somebody else's stays
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(".")[0] == "2"

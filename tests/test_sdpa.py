@@ -1,0 +1,157 @@
+"""torch's attention signature on kvops, and kvops in the place of torch's flash attention."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_accurate
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+import kvops
+from kvops.integrations import sdpa
+
+SHAPES = [((2, 4, 7, 8), (2, 4, 7, 8)), ((1, 6, 5, 8), (1, 2, 9, 8)), ((2, 3, 9, 5), (2, 1, 4, 5))]
+
+
+def inputs(shape_q, shape_k, device, dtype=torch.float32):
+    return tuple(torch.randn(shape, device=device, dtype=dtype) for shape in (shape_q, shape_k, shape_k))
+
+
+def assert_like_torch(q, k, v, **options):
+    gqa = q.dim() == 4 and q.shape[1] != k.shape[1]
+    ours = kvops.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **options)
+    theirs = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **options)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=gqa, **options)
+    assert_accurate(ours, exact, theirs)
+
+
+@pytest.mark.parametrize(("shape_q", "shape_k"), SHAPES)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}])
+def test_it_computes_what_torch_computes_causal_from_the_top_left(shape_q, shape_k, options, backend, device):
+    assert_like_torch(*inputs(shape_q, shape_k, device), **options)
+
+
+def test_one_head_may_have_no_dimension(device):
+    assert_like_torch(*inputs((2, 5, 8), (2, 6, 8), device), is_causal=True)
+
+
+def test_padding_of_keys(backend, device):
+    q, k, v = inputs((3, 4, 5, 8), (3, 2, 6, 8), device)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]], device=device).bool()
+    k[~mask[:, None].expand(3, 2, 6)] = float("nan")
+    ours = kvops.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], enable_gqa=True)
+    clean = k.nan_to_num()
+    torch.testing.assert_close(
+        ours, F.scaled_dot_product_attention(q, clean, v, attn_mask=mask[:, None, None], enable_gqa=True)
+    )
+    assert_like_torch(q, clean, v, attn_mask=mask[:1, None, None])
+    nobody = kvops.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(3, 1, 1, 6).bool(), enable_gqa=True)
+    assert not nobody.any()
+
+
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_the_biases_of_torch_say_where_causality_begins(bias, device):
+    q, k, v = inputs((1, 2, 4, 8), (1, 2, 7, 8), device)
+    ours = kvops.scaled_dot_product_attention(q, k, v, attn_mask=bias(4, 7))
+    mask = torch.ones(4, 7, dtype=torch.bool, device=device).tril(0 if bias is causal_upper_left else 3)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def test_gradients(device):
+    q, k, v = (x.requires_grad_() for x in inputs((1, 4, 5, 8), (1, 2, 3, 8), device))
+    weight = torch.randn(1, 4, 5, 8, device=device)
+    gradients = [
+        torch.autograd.grad((call(q, k, v, is_causal=True, enable_gqa=True) * weight).sum(), (q, k, v))
+        for call in (kvops.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_cannot_be_done_is_refused(device):
+    q, k, v = inputs((1, 2, 3, 8), (1, 2, 4, 8), device)
+
+    def call(**options):
+        return kvops.scaled_dot_product_attention(q, k, v, **options)
+
+    with pytest.raises(ValueError, match=r"dropout_p: expected 0, got 0\.1"):
+        call(dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"attn_mask: expected bool \[batch or 1, 1, 1, seqlen\] .* \[3, 4\]"):
+        call(attn_mask=torch.ones(3, 4, device=device).bool())
+    with pytest.raises(ValueError, match=r"attn_mask: expected bool .* got torch.float32 \[1, 1, 1, 4\]"):
+        call(attn_mask=torch.ones(1, 1, 1, 4, device=device))
+    with pytest.raises(ValueError, match="attn_mask: expected padding at the ends of each row only"):
+        call(attn_mask=torch.tensor([[[[1, 0, 1, 1]]]], device=device).bool())
+    with pytest.raises(ValueError, match="attn_mask: expected None along with is_causal=True"):
+        call(attn_mask=torch.ones(1, 1, 1, 4, device=device).bool(), is_causal=True)
+    with pytest.raises(ValueError, match="key: expected 2 heads as query has, got 1: set enable_gqa=True"):
+        kvops.scaled_dot_product_attention(q, k[:, :1], v[:, :1])
+    with pytest.raises(ValueError, match=r"value: expected 4 dimensions"):
+        kvops.scaled_dot_product_attention(q, k, v[0])
+
+
+@pytest.fixture
+def registered(device):
+    """On the CPU torch chooses another flash attention: the operators are registered there and called by name."""
+    registration = sdpa.Registration("CUDA" if device.type == "cuda" else "CPU")
+    yield
+    registration.remove()
+
+
+def test_the_operators_of_torch_run_kvops_forward_and_backward(registered, device):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (x.requires_grad_() for x in inputs((2, 4, 6, 8), (2, 4, 6, 8), device, dtype))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    assert out.stride() == torch.empty_like(q).stride()
+    weight = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    own = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = kvops.flash_attention(*own, causal=True)
+    own_gradients = torch.autograd.grad((expected * weight.transpose(1, 2)).sum(), own)
+    assert torch.equal(out, expected.transpose(1, 2))
+    assert torch.equal(lse, expected_lse)
+    for gradient, own_gradient in zip(gradients, own_gradients, strict=True):
+        assert torch.equal(gradient, own_gradient.transpose(1, 2))
+    with pytest.raises(RuntimeError, match=r"dropout_p: expected 0, got 0\.5"):
+        torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.5, True)
+
+
+def test_the_packed_operators_of_torch_run_kvops(registered, device):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (x.requires_grad_() for x in inputs((9, 4, 8), (9, 2, 8), device, dtype))
+    cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu, cu, 5, 5, 0.0, True, False, window_size_left=2, window_size_right=0
+    )
+    options = {"causal": True, "window_left": 2, "window_right": 0}
+    expected, expected_lse = kvops.flash_attention_varlen(q, k, v, cu, cu, 5, 5, **options)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    weight = torch.randn_like(out)
+    ours, own = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
+    for gradient, own_gradient in zip(ours, own, strict=True):
+        assert torch.equal(gradient, own_gradient)
+
+
+def test_enabling_takes_the_place_of_torchs_flash_attention_and_gives_it_back():
+    code = """
+import torch, warnings
+warnings.simplefilter("ignore")
+import kvops.integrations.sdpa as sdpa
+from torch.nn import attention
+sdpa.enable()
+assert attention.current_flash_attention_impl() == "kvops"
+dump = torch._C._dispatch_dump("aten::_scaled_dot_product_flash_attention")
+assert "integrations/sdpa.py" in dump, dump
+attention.restore_flash_attention_impl()
+assert attention.current_flash_attention_impl() is None
+del attention.register_flash_attention_impl
+try:
+    sdpa.enable()
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch: expected a version with torch.nn.attention.register_flash_attention_impl" in done.stdout
