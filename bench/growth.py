@@ -60,7 +60,7 @@ def sweeps(gpu: bool) -> list[Sweep]:
     long = tuple(value for value in prompts if value >= 4 * window) or prompts[-2:]
 
     def with_vocabulary(vocab: int) -> Case:
-        return verification.chain(replace(model, vocab=vocab), 4, 7, sampled=True, probs=True)
+        return verification.chain(replace(model, vocab=vocab), 32, 7)
 
     return [
         Sweep("prompt", "tokens", prompts, lambda n: dense.forward(model, 1, n), 2, 1),
@@ -73,7 +73,7 @@ def sweeps(gpu: bool) -> list[Sweep]:
         Sweep("decoding", "KV heads", heads, lambda n: paged.attention(with_heads(n), 8, context), 1, None),
         Sweep("selecting blocks", "context", contexts, lambda n: eviction.select(model, 1, n, scope="sequence"), 1, 1),
         Sweep("compacting", "context", contexts, lambda n: eviction.compact(model, 1, n), 1, None),
-        Sweep("verifying sampled drafts", "vocabulary", ladder(16384, 131072), with_vocabulary, 1, 1),
+        Sweep("verifying greedy drafts", "vocabulary", ladder(16384, 262144), with_vocabulary, 1, 1),
     ]
 
 
