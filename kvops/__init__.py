@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
 from kvops.ops.attention import flash_attention, flash_attention_backward
+from kvops.ops.blocks import copy_blocks
 from kvops.ops.eviction import compact, select_blocks
 from kvops.ops.merge import merge_attention, merge_attention_backward
 from kvops.ops.paged import paged_append, paged_attention, paged_schedule
@@ -32,6 +33,7 @@ __all__ = [
     "attention_scores_varlen",
     "backend",
     "compact",
+    "copy_blocks",
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_varlen",

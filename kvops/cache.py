@@ -9,72 +9,28 @@ bound of what is in use and reads the exact number only where the bound says tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvops import checks
+from kvops.cache_stats import CacheStats
+from kvops.ops.blocks import copy_blocks
 from kvops.ops.eviction import compact, select_blocks
-from kvops.ops.paged import paged_append, paged_attention
+from kvops.ops.paged import paged_append, paged_attention, paged_schedule
+from kvops.ops.registry import backend
 from kvops.pool import BlockPool, OutOfBlocksError
 
 __all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache"]
 
 Rows = slice | int | Sequence[int] | Tensor
 
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What a :class:`PagedKVCache` holds at one moment; ``str()`` reads like a report.
-
-    ``bytes_per_block`` counts K and V; ``side_bytes_per_block`` counts what is kept beside them for each slot
-    (original positions and scores). ``bytes_in_use`` and ``bytes_reserved`` count K and V of the blocks in use and of
-    the whole pool. ``lengths`` is int32 ``[num_layers, max_batch, num_kv_heads]`` on the CPU, in slots.
-    """
-
-    blocks_total: int
-    blocks_in_use: int
-    block_size: int
-    bytes_per_block: int
-    side_bytes_per_block: int
-    lengths: Tensor
-
-    @property
-    def blocks_free(self) -> int:
-        return self.blocks_total - self.blocks_in_use
-
-    @property
-    def bytes_in_use(self) -> int:
-        return self.blocks_in_use * self.bytes_per_block
-
-    @property
-    def bytes_reserved(self) -> int:
-        return self.blocks_total * self.bytes_per_block
-
-    @property
-    def slots_in_use(self) -> int:
-        return int(self.lengths.sum())
-
-    def __str__(self) -> str:
-        mib = 1 / 2**20
-        share = 100 * self.blocks_in_use / max(self.blocks_total, 1)
-        room = self.blocks_in_use * self.block_size
-        filled = 100 * self.slots_in_use / max(room, 1)
-        lines = [
-            f"{self.blocks_in_use} of {self.blocks_total} blocks in use ({share:.1f}%), {self.blocks_free} free",
-            f"{self.bytes_in_use * mib:.2f} of {self.bytes_reserved * mib:.2f} MiB of keys and values in use, "
-            f"{self.bytes_per_block} bytes a block (and {self.side_bytes_per_block} of positions and scores)",
-            f"{self.slots_in_use} tokens in {room} slots of {self.block_size} a block ({filled:.1f}% filled)",
-        ]
-        for row in range(self.lengths.shape[1]):
-            lists = self.lengths[:, row].flatten()
-            if int(lists.sum()):
-                lines.append(
-                    f"row {row}: {int(lists.sum())} tokens in {lists.numel()} lists, "
-                    f"shortest {int(lists.min())}, longest {int(lists.max())}"
-                )
-        return "\n".join(lines)
+# Row numbers: a range where an index by a slice will do.
+Numbers = range | tuple[int, ...]
+# Tables and lengths, one of each for every layer.
+_Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+# Selections of rows whose indices, views and schedules are kept.
+_MAX_SELECTIONS = 64
 
 
 class PagedKVCache:
@@ -95,10 +51,26 @@ class PagedKVCache:
         block_tables: int32 ``[num_layers, max_batch, num_kv_heads, max_blocks]``.
         seq_lens: int32 ``[num_layers, max_batch, num_kv_heads]``, slots in use of each list.
         next_positions: int32 ``[max_batch]``, the true length of each sequence, which eviction does not change.
+        compressed: for each row, whether :meth:`evict` has run on it since it was empty.
 
     ``rows`` names the rows that a method works on: a slice, one row, a sequence of row numbers or an int64 tensor
     (which the host has to read). A step of decoding is one :meth:`extend`, then :meth:`append` and :meth:`attend` for
-    each layer. A row is empty at first and after :meth:`free`.
+    each layer. A row is empty at first and after :meth:`free`; sequences join and leave between any two steps.
+
+    **Sharing.** :meth:`fork` lets rows share blocks, whole, with their positions and scores. A shared block is never
+    written: who would write it, gets a copy first. That is the partly filled last block when tokens are appended, the
+    blocks into which :meth:`evict` moves slots, and, as every slot may be scored, all blocks of a row before
+    :meth:`set_scores` and before the first :meth:`attend` that accumulates. So a row always holds what it would hold
+    if it shared nothing. Copies need free blocks: where there are too few, :class:`OutOfBlocksError` comes before
+    anything is changed.
+
+    **CUDA graphs.** :meth:`extend`, :meth:`append`, :meth:`attend` and :meth:`rollback` of rows given as a slice can be
+    captured as they are. What the host decides (is there room? who shares a block?) is not part of a graph: call
+    :meth:`prepare` before each replay, and :meth:`unshare` once after a fork if the graph accumulates scores.
+
+    The host reads numbers from the device only where its upper bounds say that a request might not fit. They count
+    tokens that were rolled back until the next reading, so leave room for a few hundred of those in ``num_blocks`` and
+    ``max_tokens``; with ``num_blocks >= max_batch * blocks_for(max_tokens)`` only the longest list ever has to be read.
     """
 
     def __init__(
@@ -147,9 +119,12 @@ class PagedKVCache:
         self._pool = BlockPool(lists, num_blocks, self.max_blocks, block_size, device)
         self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
         self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
-        # Views of every layer, made once: a step asks for each of them twice.
-        self._layer_tables = tuple(self.block_tables)
-        self._layer_lens = tuple(self.seq_lens)
+        self.compressed = [False] * max_batch
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        # Tables and lengths of every layer, and their schedules, by selection of rows: a step asks for them often.
+        self._views: dict[range, _Views] = {}
+        self._gathered: dict[tuple[int, ...], _Views] = {}  # rows picked by number: copies, true for one step
+        self._schedules: dict[tuple[Numbers, bool], tuple[Tensor, ...]] = {}
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that one row of ``tokens`` tokens takes with nothing evicted, over all layers and heads."""
@@ -178,12 +153,24 @@ class PagedKVCache:
                 within = (q_lens >= 0) & (q_lens <= num_tokens)
                 checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
             new_lens = lens + q_lens[:, None]
-        self._pool.reserve(index, numbers, new_lens, num_tokens)
+        self._copy(self._pool.reserve(index, numbers, new_lens, num_tokens))
+        self._changed()
         self.seq_lens[:, index] = new_lens
         first = self.next_positions[index]
         token_positions = first[:, None] + torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         self.next_positions[index] = first + (num_tokens if q_lens is None else q_lens)
         return token_positions
+
+    def prepare(self, num_tokens: int, *, rows: Rows = slice(None)) -> None:
+        """The host's part of an :meth:`extend` by up to ``num_tokens`` that a CUDA graph is about to replay.
+
+        Counts the tokens in, and copies shared blocks that they would be written to. Raises as :meth:`extend` does,
+        before anything is changed; may read numbers from the device, so it belongs outside the graph.
+        """
+        checks.expect_at_least("num_tokens", num_tokens, 0)
+        index, numbers = self._resolve(rows)
+        self._copy(self._pool.prepare(index, numbers, num_tokens))
+        self._changed()
 
     def append(
         self,
@@ -229,10 +216,13 @@ class PagedKVCache:
         """Attention of q ``[B', T, Hq, D]``, the newest T tokens, over one layer's lists: out ``[B', T, Hq, Dv]``.
 
         ``accumulate`` ("sum", "sumsq" or "max") folds the attention that each slot receives into ``scores``, after
-        multiplying them by ``decay``. A window is measured in original positions; ``query_positions`` int32
-        ``[B', T]`` are those that :meth:`extend` returned unless given. ``tree_mask`` bool ``[B', T, T]`` tells which
-        of the T tokens each of them sees, in place of causality (:func:`kvops.tree_mask`).
+        multiplying them by ``decay``. Rows that share blocks are unshared for that, in all layers at once. A window is
+        measured in original positions; ``query_positions`` int32 ``[B', T]`` are those that :meth:`extend` returned
+        unless given. ``tree_mask`` bool ``[B', T, T]`` tells which of the T tokens each of them sees, in place of
+        causality (:func:`kvops.tree_mask`).
         """
+        if accumulate is not None and self._pool.bound.sharing and not self._pool.capturing():
+            self.unshare(rows)
         tables, lens = self._layer(layer, rows)
         windowed = window_left >= 0
         if windowed and query_positions is None:
@@ -256,13 +246,14 @@ class PagedKVCache:
             scores=None if accumulate is None else self.scores,
             score_reduce=accumulate or "sum",
             score_decay=decay,
+            schedule=self._schedule(layer, rows),
         )
         return out
 
     def set_scores(self, layer: int, scores: Tensor, *, rows: Rows = slice(None)) -> None:
         """Store float32 ``[B', Hkv, S]`` in list order as the scores of the first S slots of each list of a layer.
 
-        Entries past a list's length are ignored.
+        Entries past a list's length are ignored. Rows that share blocks are unshared.
         """
         tables, lens = self._layer(layer, rows)
         capacity = self.max_blocks * self.block_size
@@ -270,6 +261,9 @@ class PagedKVCache:
         checks.expect_shape("scores", scores, "[B', Hkv, S]", *lens.shape, None)
         if scores.shape[-1] > capacity:
             raise ValueError(f"scores: expected at most {capacity} slots (max_tokens), got {scores.shape[-1]}")
+        if self._pool.bound.sharing:
+            self.unshare(rows)
+            tables, lens = self._layer(layer, rows)
         slot = torch.arange(scores.shape[-1], device=self.device)
         block = tables[..., slot // self.block_size].long()
         flat = torch.where(slot < lens[..., None], block, self.num_blocks) * self.block_size + slot % self.block_size
@@ -287,14 +281,15 @@ class PagedKVCache:
     ) -> None:
         """Reduce each of ``rows`` to ``budget`` blocks over all its layers and heads, keeping the best by ``scores``.
 
-        What survives is in the order it had; the blocks given up are free at once. ``budget`` is one number or one for
-        each row (int32 ``[B']``), or one for each layer of each row (``[B', num_layers]``): layers then keep to their
-        own budgets, and only the heads of a layer share or compete. The other arguments are those of
-        :func:`kvops.select_blocks`, with protection measured in original positions. A row that holds less than its
-        budget keeps everything.
+        What survives is in the order it had; the blocks given up are free at once, unless another row shares them.
+        ``budget`` is one number or one for each row (int32 ``[B']``), or one for each layer of each row
+        (``[B', num_layers]``): layers then keep to their own budgets, and only the heads of a layer share or compete.
+        The other arguments are those of :func:`kvops.select_blocks`, with protection measured in original positions. A
+        row that holds less than its budget keeps everything.
 
         Raises ValueError, before anything is changed, when protection and floor alone take more than the budget. A
-        budget that lies on a GPU is read by the host for that; numbers are not.
+        budget that lies on a GPU is read by the host for that; numbers are not. Rows that share blocks may need free
+        ones for copies of those that slots are moved into: :class:`OutOfBlocksError`, before anything is changed.
         """
         index, numbers = self._resolve(rows)
         budgets = self._budgets(budget, len(numbers))
@@ -303,7 +298,11 @@ class PagedKVCache:
         lists = self.num_layers * self.num_kv_heads // groups
         parts = len(numbers) * groups
         budgets = budgets.flatten().to(self.device)
-        tables = self.block_tables[:, index].transpose(0, 1).reshape(parts, lists, self.max_blocks)
+
+        def flat_tables() -> Tensor:
+            return self.block_tables[:, index].transpose(0, 1).reshape(parts, lists, self.max_blocks)
+
+        tables = flat_tables()
         # A copy, as compact() writes into it: of one row, reshape would be a view of what is assigned below.
         lens = self.seq_lens[:, index].transpose(0, 1).reshape(parts, lists).clone()
         new_lens, keep = select_blocks(
@@ -322,18 +321,26 @@ class PagedKVCache:
         floors = [lists * -(-min(bound.longest[row], floor) // self.block_size) for row in numbers]
         if known is None or any(least > min(most) for least, most in zip(floors, known, strict=True)):
             self._refuse_floor(new_lens, budgets, "row" if groups == 1 else "layer")
+        if self._pool.shares(numbers):
+            first, stop = map(self._by_layer, self._written_by_compaction(lens, new_lens, keep))
+            self._copy(self._pool.own(index, numbers, first, stop, self.max_blocks))
+            tables = flat_tables()
         compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
-        lens = lens.view(len(numbers), self.num_layers, self.num_kv_heads).transpose(0, 1)
+        lens = self._by_layer(lens)
+        self._changed()
         self.seq_lens[:, index] = lens
-        self._pool.give_back(index, self._pool.blocks_of(lens))
-        for row, most in zip(numbers, known or (), strict=known is not None):
-            bound.limit(row, sum(most))
+        self._pool.give_back(index, numbers, self._pool.blocks_of(lens))
+        for i, row in enumerate(numbers):
+            if known is not None:
+                bound.limit(row, sum(known[i]))
+            self.compressed[row] = True
 
     def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
         """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
 
         Their blocks stay with the lists, for the next :meth:`extend`; what their queries added to the scores of older
-        slots stays too. Only tokens that came in after the last :meth:`evict` can be taken back.
+        slots stays too. Only tokens that came in after the last :meth:`evict` can be taken back; where a row was
+        forked makes no difference.
         """
         index, numbers = self._resolve(rows)
         if isinstance(num_tokens, Tensor):
@@ -346,6 +353,8 @@ class PagedKVCache:
             raise ValueError(
                 f"num_tokens: expected at most the length of the shortest list, got {-int(new_lens.amin())} more"
             )
+        self._changed()
+        self._pool.bound.rewind(numbers)
         self.seq_lens[:, index] = new_lens.clamp_(min=0)
         self.next_positions[index] = (self.next_positions[index] - num_tokens).clamp_(min=0)
 
@@ -376,7 +385,11 @@ class PagedKVCache:
             checks.expect_data("keep", "at most as many tokens as the shortest list has", start >= 0)
         # The blocks that the T tokens may lie in are compacted as lists of their own, so that the cost is theirs.
         first = start // size
+        self._changed()
+        self._pool.bound.rewind(numbers)
         width = min((num_tokens + size - 2) // size + 1, self.max_blocks)
+        if self._pool.shares(numbers) and not self._pool.capturing():
+            self._copy(self._pool.own(index, numbers, first, self._pool.blocks_of(lens), width))
         columns = first[..., None] + torch.arange(width, device=self.device)
         tables = self.block_tables[:, index].gather(3, columns.clamp_(max=self.max_blocks - 1))
         token = torch.arange(width * size, dtype=torch.int32, device=self.device) - (start - first * size)[..., None]
@@ -396,13 +409,59 @@ class PagedKVCache:
         self.next_positions[index] -= (real & ~keep).sum(1, dtype=torch.int32)
 
     def free(self, rows: Rows = slice(None)) -> None:
-        """Empty ``rows``: all their blocks go back to the pool, their lengths and positions to zero."""
+        """Empty ``rows``: the blocks that no other row shares go back to the pool, lengths and positions to zero."""
         index, numbers = self._resolve(rows)
-        self._pool.give_back(index, torch.zeros_like(self.seq_lens[:, index]))
+        self._changed()
+        self._pool.give_back(index, numbers, torch.zeros_like(self.seq_lens[:, index]))
         self.seq_lens[:, index] = 0
         self.next_positions[index] = 0
         for row in numbers:
             self._pool.bound.limit(row, 0)
+            self.compressed[row] = False
+
+    def fork(self, row: int, into: Rows, *, num_tokens: int | None = None) -> None:
+        """Let the rows ``into`` go on from what ``row`` holds: they share its blocks until one of them writes.
+
+        Takes no blocks and copies nothing but tables; what each row then does never shows in another. What ``into``
+        held before is freed.
+
+        Args:
+            row: the row to go on from.
+            into: other rows.
+            num_tokens: share only the first so many tokens; of a row that has not been compressed.
+
+        Raises:
+            ValueError: ``row`` among ``into`` or out of range; ``num_tokens`` given for a compressed row, or more than
+                the row has (looked at on the CPU and with ``KVOPS_DEBUG=1``; otherwise all that it has are shared).
+        """
+        _, (source,) = self._resolve(row)
+        index, numbers = self._resolve(into)
+        if source in numbers:
+            raise ValueError(f"into: expected rows other than {source} itself, got {list(numbers)}")
+        lens, position = self.seq_lens[:, source], self.next_positions[source].clone()
+        if num_tokens is not None:
+            checks.expect_at_least("num_tokens", num_tokens, 0)
+            if self.compressed[source]:
+                raise ValueError(f"num_tokens: expected None, as row {source} is compressed, got {num_tokens}")
+            if (self._pool.exact or checks.debug()) and num_tokens > int(position):
+                raise ValueError(f"num_tokens: expected at most the {int(position)} of row {source}, got {num_tokens}")
+            lens, position = lens.clamp(max=num_tokens), position.clamp(max=num_tokens)
+        self.free(into)
+        self._pool.fork(source, index, numbers, lens)
+        self.next_positions[index] = position
+        for new in numbers:
+            self.compressed[new] = self.compressed[source]
+
+    def unshare(self, rows: Rows = slice(None)) -> None:
+        """Give ``rows`` copies of their own of all blocks that they share.
+
+        Raises :class:`OutOfBlocksError`, before anything is changed, when the pool is too small for that.
+        """
+        index, numbers = self._resolve(rows)
+        if self._pool.shares(numbers):
+            held = self._pool.held[:, index]
+            self._copy(self._pool.own(index, numbers, torch.zeros_like(held), held, self.max_blocks))
+            self._pool.bound.part(numbers)
 
     def gather(self, layer: int, row: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises."""
@@ -421,10 +480,12 @@ class PagedKVCache:
             block_size=self.block_size,
             bytes_per_block=self.block_size * slot,
             side_bytes_per_block=self.block_size * side,
+            blocks_shared=int((self._pool.sharers > 0).sum()),
+            blocks_saved=int(self._pool.sharers.sum()),
             lengths=self.seq_lens.cpu().clone(),
         )
 
-    def _resolve(self, rows: Rows) -> tuple[slice | Tensor, Sequence[int]]:
+    def _resolve(self, rows: Rows) -> tuple[slice | Tensor, Numbers]:
         """``rows`` as an index for tensors (a slice where possible, which copies nothing) and as numbers."""
         if isinstance(rows, slice):
             covered = range(*rows.indices(self.max_batch))
@@ -433,21 +494,60 @@ class PagedKVCache:
             rows = covered
         if isinstance(rows, Tensor):
             rows = rows.tolist()
-        numbers = [rows] if isinstance(rows, int) else list(rows)
+        numbers = (rows,) if isinstance(rows, int) else tuple(rows)
         if len(set(numbers)) != len(numbers) or any(not 0 <= row < self.max_batch for row in numbers):
-            raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {numbers}")
-        if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
-            return slice(numbers[0], numbers[-1] + 1), numbers
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device), numbers
+            raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {list(numbers)}")
+        if numbers and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
+            return slice(numbers[0], numbers[-1] + 1), range(numbers[0], numbers[-1] + 1)
+        if numbers not in self._indices:
+            _make_room(self._indices)
+            self._indices[numbers] = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return self._indices[numbers], numbers
 
     def _layer(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
         """Block tables ``[B', Hkv, max_blocks]`` and lengths ``[B', Hkv]`` of one layer."""
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer: expected a number in 0..{self.num_layers - 1}, got {layer}")
-        if isinstance(rows, slice) and rows == slice(None):
-            return self._layer_tables[layer], self._layer_lens[layer]
-        index, _ = self._resolve(rows)
-        return self.block_tables[layer, index], self.seq_lens[layer, index]
+        index, numbers = self._resolve(rows)
+        kept: dict = self._views if isinstance(numbers, range) else self._gathered
+        if numbers not in kept:
+            _make_room(kept)
+            kept[numbers] = tuple(self.block_tables[:, index]), tuple(self.seq_lens[:, index])
+        tables, lens = kept[numbers]
+        return tables[layer], lens[layer]
+
+    def _schedule(self, layer: int, rows: Rows) -> Tensor | None:
+        """The layer's part of the schedule of this step, which is made once for all layers; the CPU needs none."""
+        if backend(self.device) == "eager":
+            return None
+        index, numbers = self._resolve(rows)
+        key = numbers, self._pool.capturing()  # what a graph computes is there only when it is replayed
+        if key not in self._schedules:
+            self._schedules[key] = tuple(paged_schedule(self.seq_lens[:, index], self.block_size))
+        return self._schedules[key][layer]
+
+    def _changed(self) -> None:
+        """Lengths or tables change: forget what was derived from them."""
+        self._schedules.clear()
+        self._gathered.clear()
+
+    def _copy(self, blocks: tuple[Tensor, Tensor] | None) -> None:
+        """Copy blocks that were shared, source and target, before they are written."""
+        if blocks is not None:
+            self._changed()
+            copy_blocks(self.k_cache, self.v_cache, *blocks, positions=self.positions, scores=self.scores)
+
+    def _by_layer(self, per_list: Tensor) -> Tensor:
+        """Lists row by row, layer by layer, as ``[layers, B', heads]``."""
+        rows = per_list.numel() // (self.num_layers * self.num_kv_heads)
+        return per_list.view(rows, self.num_layers, self.num_kv_heads).transpose(0, 1)
+
+    def _written_by_compaction(self, lens: Tensor, new_lens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """The first block of each list that kept slots are moved into, and the one behind the last."""
+        slot = torch.arange(keep.shape[-1], dtype=torch.int32, device=self.device)
+        evicted = ~keep & (slot < lens[..., None])
+        first = torch.where(evicted, slot, keep.shape[-1]).amin(-1)  # all slots before it stay where they are
+        return first // self.block_size, torch.where(first < new_lens, self._pool.blocks_of(new_lens), 0)
 
     def _expect_per_row(self, name: str, value: Tensor, batch: int) -> None:
         checks.expect_tensor(name, value)
@@ -488,3 +588,8 @@ class PagedKVCache:
                     f"budget: protect_first, protect_last and min_per_head alone take {least} blocks of a {part}, "
                     f"expected a budget of at least that, got {most}"
                 )
+
+
+def _make_room(kept: dict) -> None:
+    if len(kept) >= _MAX_SELECTIONS:
+        kept.clear()

@@ -1,11 +1,14 @@
-"""Lists of blocks over one pool: who holds which, handed out and taken back without asking the device."""
+"""Lists of blocks over one pool: who holds which, handed out, shared and taken back without asking the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kvops.bound import HostBound
 
 
 class OutOfBlocksError(RuntimeError):
@@ -14,55 +17,33 @@ class OutOfBlocksError(RuntimeError):
     Attributes: ``needed`` blocks for this request, ``free`` and ``total`` blocks of the pool.
     """
 
-    def __init__(self, needed: int, free: int, total: int) -> None:
+    def __init__(self, needed: int, free: int, total: int, argument: str = "num_tokens") -> None:
         self.needed, self.free, self.total = needed, free, total
+        what = "the request needs" if argument == "num_tokens" else "copies of shared blocks take"
         super().__init__(
-            f"num_tokens: the request needs {needed} more blocks, but {free} of {total} are free: evict() or free() "
+            f"{argument}: {what} {needed} more blocks, but {free} of {total} are free: evict() or free() "
             f"rows first, or build the cache with num_blocks >= {total - free + needed}"
         )
 
 
-class HostBound:
-    """Upper bounds, kept on the host, of what the device knows exactly: blocks held and the longest list of each row.
+class Copies(NamedTuple):
+    """Entries of tables whose block is to be copied before it is written: ``due`` tells which really are."""
 
-    A list that gains t tokens, in however many steps, gains at most ceil(t / block_size) blocks beyond those it held.
-    """
-
-    def __init__(self, rows: int, lists: int, block_size: int) -> None:
-        self.lists = lists
-        self.block_size = block_size
-        self.blocks = [0] * rows  # held at the last exact reading, or bounded by a budget
-        self.tokens = [0] * rows  # that came in since
-        self.longest = [0] * rows
-
-    def _gain(self, tokens: int) -> int:
-        return self.lists * -(-tokens // self.block_size)
-
-    def row_blocks(self, row: int) -> int:
-        return self.blocks[row] + self._gain(self.tokens[row])
-
-    def total(self, rows: Sequence[int] = (), more: int = 0) -> int:
-        """Blocks held by all rows, if ``rows`` gained ``more`` tokens each."""
-        held = sum(map(self.row_blocks, range(len(self.blocks))))
-        return held + sum(self._gain(self.tokens[row] + more) - self._gain(self.tokens[row]) for row in rows)
-
-    def add(self, rows: Sequence[int], tokens: int) -> None:
-        for row in rows:
-            self.tokens[row] += tokens
-            self.longest[row] += tokens
-
-    def limit(self, row: int, blocks: int) -> None:
-        """A row is known to hold at most ``blocks``."""
-        self.blocks[row] = min(self.row_blocks(row), blocks)
-        self.tokens[row] = 0
-        self.longest[row] = min(self.longest[row], self.blocks[row] * self.block_size)
+    entries: Tensor
+    blocks: Tensor
+    due: Tensor
 
 
 class BlockPool:
     """Tables, lengths and blocks held of ``[layers, rows, heads]`` lists, and the stack of the blocks that are free.
 
     Everything about blocks stays on the device: numbers are popped and pushed at places found by prefix sums. Only when
-    :class:`HostBound` says that a request might not fit are the exact numbers read.
+    :class:`~kvops.bound.HostBound` says that a request might not fit are the exact numbers read, and never while a CUDA
+    graph is captured: :meth:`prepare` does the host's part before each replay.
+
+    A block may stand in the tables of several lists (:meth:`fork`). Whoever is about to write it then is handed a copy
+    in its place: methods that do so return the blocks to copy, source and target, int32 ``[N]``, target -1 where there
+    is nothing to do. Where all that hold a block write it in one call, the first keeps it.
 
     ``index`` is a row index that tensors take (a slice, or int64 numbers on the device), ``rows`` the same rows as
     numbers on the host.
@@ -76,6 +57,8 @@ class BlockPool:
         self.lens = torch.zeros(lists, dtype=torch.int32, device=device)
         # At least the blocks that a list's length takes: tokens that are rolled back leave theirs behind.
         self.held = torch.zeros(lists, dtype=torch.int32, device=device)
+        # How many lists hold a block beside the first.
+        self.sharers = torch.zeros(num_blocks, dtype=torch.int32, device=device)
         # The first free_count entries are the free blocks, the last of them the next to go out. They descend, so that
         # what is popped ascends and one list's new blocks are neighbours. The entry past the pool is a dustbin.
         self.free = torch.arange(num_blocks - 1, -2, -1, dtype=torch.int32, device=device)
@@ -93,32 +76,100 @@ class BlockPool:
     def blocks_of(self, lens: Tensor) -> Tensor:
         return (lens + (self.block_size - 1)) // self.block_size
 
-    def reserve(self, index: slice | Tensor, rows: Sequence[int], new_lens: Tensor, num_tokens: int) -> None:
+    def shares(self, rows: Sequence[int]) -> bool:
+        """Whether any of ``rows`` may share blocks."""
+        return not self.bound.sharing.isdisjoint(rows)
+
+    def capturing(self) -> bool:
+        return self.lens.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def reserve(
+        self, index: slice | Tensor, rows: Sequence[int], new_lens: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor] | None:
         """Give the lists of ``rows`` the blocks that ``new_lens``, at most ``num_tokens`` more than now, take.
 
         Raises :class:`OutOfBlocksError` or, for a list longer than its table, ValueError; nothing is changed then.
         """
         held = self.held[:, index]
         grow = (self.blocks_of(new_lens) - held).clamp_(min=0)
-        self._refuse_too_long(rows, new_lens, num_tokens)
-        needed = self._refuse_too_many(rows, grow, num_tokens)
-        if needed != 0:
-            self._take(index, held, grow, min(-(-num_tokens // self.block_size), self.max_blocks))
-        self.bound.add(rows, num_tokens)
+        needed, copies = self._admit(index, rows, new_lens, num_tokens, grow)
+        if needed == 0:
+            return None
+        self._take(index, held, grow, min(-(-num_tokens // self.block_size), self.max_blocks))
+        return self._replace(copies)
 
-    def give_back(self, index: slice | Tensor, keep: Tensor) -> None:
-        """Push the blocks past the first ``keep`` of each list of the rows onto the stack."""
+    def prepare(self, index: slice | Tensor, rows: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor] | None:
+        """The host's part of :meth:`reserve`, and its copies: what is left is safe to capture and replay."""
+        new_lens = self.lens[:, index] + num_tokens
+        grow = (self.blocks_of(new_lens) - self.held[:, index]).clamp_(min=0)
+        _, copies = self._admit(index, rows, new_lens, num_tokens, grow)
+        self.bound.rewind(rows)  # the replay may end with one that the host does not see
+        return self._replace(copies)
+
+    def own(
+        self, index: slice | Tensor, rows: Sequence[int], first: Tensor, stop: Tensor, width: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Give the lists of ``rows`` copies of the blocks that they share, at most ``width`` of them from the ``first``
+        to before ``stop``."""
+        copies = self._shared(index, first, stop, width)
+        if self.exact or self.bound.total_if_copied(rows, width) > self.num_blocks:
+            self._refuse_too_many("rows", copies.due.sum())
+        self.bound.copied(rows, width)
+        return self._replace(copies)
+
+    def fork(self, row: int, index: slice | Tensor, rows: Sequence[int], lens: Tensor) -> None:
+        """Let the empty ``rows`` share the blocks that the first ``lens`` [layers, heads] slots of ``row`` take."""
+        table, held = self.tables[:, row], self.blocks_of(lens)
+        taken = (self._columns < held[..., None]).to(torch.int32)
+        self.sharers.scatter_add_(0, table.flatten().long(), (taken * len(rows)).flatten())
+        self.tables[:, index] = table[:, None]
+        self.held[:, index] = held[:, None]
+        self.lens[:, index] = lens[:, None]
+        self.bound.fork(row, rows)
+
+    def give_back(self, index: slice | Tensor, rows: Sequence[int], keep: Tensor) -> None:
+        """Take the blocks past the first ``keep`` of each list of ``rows`` from it; free are those that nobody holds
+        then."""
         held = self.held[:, index]
         given = (self._columns >= keep[..., None]) & (self._columns < held[..., None])
-        count = given.flatten().cumsum(0)
-        if not count.numel():
+        if not given.numel():
             return
+        tables, given = self.tables[:, index].flatten(), given.flatten()
+        if self.shares(rows):
+            count = torch.zeros_like(self.sharers).scatter_add_(0, tables.long(), given.to(torch.int32))
+            left = self.sharers - count
+            tables = torch.arange(self.num_blocks, dtype=torch.int32, device=left.device)
+            given = (count > 0) & (left < 0)
+            self.sharers.copy_(left.clamp_(min=0))
+        pushed = given.cumsum(0)
         # The first block is pushed last: whoever comes next gets them in the order they had.
-        place = torch.where(given.flatten(), self.free_count + count[-1] - count, self.num_blocks)
-        self.free.scatter_(0, place, self.tables[:, index].flatten())
-        self.free_count += count[-1]
+        place = torch.where(given, self.free_count + pushed[-1] - pushed, self.num_blocks)
+        self.free.scatter_(0, place, tables)
+        self.free_count += pushed[-1]
         self.held[:, index] = keep
         self.in_order = False
+
+    def _admit(
+        self, index: slice | Tensor, rows: Sequence[int], new_lens: Tensor, num_tokens: int, grow: Tensor
+    ) -> tuple[int | None, Copies | None]:
+        """Refuse what does not fit and count what does.
+
+        Returns how many blocks that takes, None where the host has no need to know, and the copies to make."""
+        if self.capturing():
+            return None, None
+        self._refuse_too_long(rows, new_lens, num_tokens)
+        needed, copies = None, None
+        if num_tokens and self.shares(rows):
+            lens = self.lens[:, index]
+            # Tokens that begin anywhere in a block reach at most one block further than as many from its start.
+            width = min(1 - (-(num_tokens - 1) // self.block_size), self.max_blocks)
+            stop = torch.where(new_lens > lens, self.blocks_of(new_lens), 0)
+            copies = self._shared(index, lens // self.block_size, stop, width)
+        if self.exact or self.bound.total(rows, num_tokens) > self.num_blocks:
+            total = grow.sum()
+            needed = self._refuse_too_many("num_tokens", total if copies is None else total + copies.due.sum())
+        self.bound.add(rows, num_tokens)
+        return needed, copies
 
     def _refuse_too_long(self, rows: Sequence[int], new_lens: Tensor, num_tokens: int) -> None:
         capacity = self.max_blocks * self.block_size
@@ -133,28 +184,35 @@ class BlockPool:
                 "first, or build the cache with a larger max_tokens"
             )
 
-    def _refuse_too_many(self, rows: Sequence[int], grow: Tensor, num_tokens: int) -> int | None:
-        """Returns the blocks needed, None where the host has no need to know."""
+    def _refuse_too_many(self, argument: str, needed: Tensor) -> int:
         if self.exact:
-            needed = int(grow.sum())
-            free = int(self.free_count) if needed else 0
-        elif self.bound.total(rows, num_tokens) <= self.num_blocks:
-            return None
+            blocks = int(needed)
+            free = int(self.free_count) if blocks else 0
         else:
-            needed, free = torch.stack([grow.sum(), self.free_count]).tolist()
-            for row, blocks in enumerate(self.held.sum((0, 2)).tolist()):
-                self.bound.blocks[row], self.bound.tokens[row] = blocks, 0
-        if needed > free:
-            raise OutOfBlocksError(needed, free, self.num_blocks)
-        return needed
+            blocks, free = self._read(needed)
+        if blocks > free:
+            raise OutOfBlocksError(blocks, free, self.num_blocks, argument)
+        return blocks
+
+    def _read(self, needed: Tensor) -> tuple[int, int]:
+        """Read the exact numbers into the bound, in one go; returns ``needed`` and the free blocks."""
+        held = self.held.sum((0, 2))
+        shares = torch.zeros_like(held)
+        if self.bound.sharing:
+            within = self._columns < self.held[..., None]
+            shares = ((self.sharers[self.tables.long()] > 0) & within).sum((0, 2, 3))
+        blocks, free, *rows = torch.cat([torch.stack([needed, self.free_count]), held, shares]).tolist()
+        batch = len(self.bound.blocks)
+        self.bound.read(rows[:batch], self.num_blocks - free, rows[batch:])
+        return blocks, free
 
     def _take(self, index: slice | Tensor, held: Tensor, grow: Tensor, width: int) -> None:
         """Append ``grow`` blocks (at most ``width``) from the stack to each list of the rows."""
-        if width > 1 and not self.in_order:
+        if not grow.numel() or not width:
+            return
+        if width > 1 and not self.in_order and not self.capturing():
             self._sort_free()
         last = grow.flatten().cumsum(0)
-        if not last.numel():
-            return
         first = (last.view(grow.shape) - grow)[..., None]
         # A window of columns inside the table that has room for `width` new blocks, wherever the list ends.
         columns = held.long().clamp(max=self.max_blocks - width)[..., None] + self._columns[:width]
@@ -167,7 +225,36 @@ class BlockPool:
         self.held[:, index] = held + grow
         self.free_count -= last[-1]
 
+    def _shared(self, index: slice | Tensor, first: Tensor, stop: Tensor, width: int) -> Copies:
+        """The blocks of columns ``first`` to ``stop`` [layers, rows, heads], at most ``width``, that have to be copied
+        before they are written."""
+        columns = first.long().clamp(0, self.max_blocks - width)[..., None] + self._columns[:width]
+        entries = (self._list_starts[:, index] + columns).flatten()
+        blocks = self.tables.view(-1)[entries].long()
+        within = (columns >= first[..., None]) & (columns < torch.minimum(stop, self.held[:, index])[..., None])
+        due = within.flatten() & (self.sharers[blocks] > 0)
+        writers = torch.zeros_like(self.sharers).scatter_add_(0, blocks, due.to(torch.int32))
+        order = torch.arange(len(entries), device=entries.device)
+        first_writer = torch.full_like(self.sharers, len(entries), dtype=torch.int64)
+        first_writer.scatter_reduce_(0, blocks, torch.where(due, order, len(entries)), "amin")
+        keeps = (writers > self.sharers)[blocks] & (first_writer[blocks] == order)
+        return Copies(entries, blocks, due & ~keeps)
+
+    def _replace(self, copies: Copies | None) -> tuple[Tensor, Tensor] | None:
+        """Put free blocks in the place of those that are due; returns source and target."""
+        if copies is None or not len(copies.entries):
+            return None
+        entries, blocks, due = copies
+        number = due.cumsum(0)
+        fresh = self.free[(self.free_count - number).clamp_(0, self.num_blocks)]
+        tables = self.tables.view(-1)
+        tables[entries] = torch.where(due, fresh, tables[entries])
+        self.sharers.scatter_add_(0, blocks, -due.to(torch.int32))
+        self.free_count -= number[-1]
+        return blocks.to(torch.int32), torch.where(due, fresh, -1)
+
     def _sort_free(self) -> None:
         place = torch.arange(self.num_blocks + 1, device=self.free.device)
-        self.free = torch.where(place < self.free_count, self.free, -1).sort(descending=True).values
+        # In place: a captured graph knows this memory.
+        self.free.copy_(torch.where(place < self.free_count, self.free, -1).sort(descending=True).values)
         self.in_order = True

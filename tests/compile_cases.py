@@ -171,9 +171,19 @@ def compact_bf16_and_float8():
     compact(cache, cache, tables, lens, keep)
 
 
+def copy_blocks_bf16():
+    from kvops.kernels.copy_blocks import copy_blocks
+
+    cache = torch.empty(1024, 16, 128, dtype=torch.bfloat16)
+    sides = torch.empty(1024, 16, dtype=torch.int32), torch.empty(1024, 16)
+    entries = torch.empty(64, dtype=torch.int32)
+    copy_blocks(cache, cache, entries, entries, positions=sides[0], scores=sides[1])
+
+
 CASES += [
     CompileCase("select-blocks", select_blocks_30_layers),
     CompileCase("compact", compact_bf16_and_float8),
+    CompileCase("copy-blocks", copy_blocks_bf16),
 ]
 
 

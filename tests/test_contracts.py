@@ -39,6 +39,7 @@ attention_scores_varlen(q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max
 select_blocks(scores, block_tables, seq_lens, budget, *, positions=None, protect_first=0, protect_last=0,
     min_per_head=0, scope="head") -> (new_lens, keep)
 compact(k_cache!, v_cache!, block_tables, seq_lens!, keep, *, positions=None!, scores=None!) -> (freed)
+copy_blocks(k_cache!, v_cache!, source, target, *, positions=None!, scores=None!) -> ()
 verify_draft(target_logits, draft_tokens, *, draft_lens=None, draft_probs=None, temperature=None, seed=None, step=None)
     -> (tokens, num_accepted)
 verify_tree(target_logits, draft_tokens, parents, *, draft_probs=None, temperature=None, seed=None, step=None)
@@ -193,6 +194,11 @@ def compact():
     return (*cache.values(), keep), side_arrays(cache)
 
 
+def copy_blocks():
+    cache = ragged()
+    return (cache["k_cache"], cache["v_cache"], int32(3, 0, 3), int32(1, -1, 2)), side_arrays(cache)
+
+
 def verify_draft():
     logits, drafts = torch.randn(B, T + 1, 11), torch.randint(0, 11, (B, T))
     keywords = {
@@ -233,6 +239,7 @@ SAMPLES = {
         paged_schedule,
         select_blocks,
         compact,
+        copy_blocks,
         verify_draft,
         verify_tree,
         prompt_lookup,

@@ -1,0 +1,27 @@
+"""Copies of whole blocks: the CPU implementation of :mod:`kvops.ops.blocks`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvops.eager.eviction import INTEGERS
+
+
+def copy_blocks(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    source: Tensor,
+    target: Tensor,
+    *,
+    positions: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> None:
+    entries = (target >= 0).nonzero().flatten()
+    if len(entries) == 0:
+        return
+    source, target = source[entries].long(), target[entries].long()
+    for side in (k_cache, v_cache, positions, scores):
+        if side is not None:
+            bits = side.view(INTEGERS[side.element_size()])
+            bits.index_copy_(0, target, torch.index_select(bits, 0, source))

@@ -1,0 +1,384 @@
+"""The paged cache against a plain Python model, in any order: no block lost, none held by more than it says, every byte
+where it belongs, and what is refused changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from cache_helpers import CAPACITY, HEADS, LAYERS, SIZE, blocks, feed, make_cache, name_of
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import kvops
+
+ROWS, BLOCKS = 4, 72
+LISTS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+Key = tuple[int, int, int]  # layer, row, head
+
+
+class Entry(NamedTuple):
+    position: int
+    name: float
+    score: float = 0.0
+
+
+class Block:
+    """Known by its identity: the lists that hold it share it."""
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences that join, grow, fork, are compressed, roll back and leave."""
+
+    exact = True
+
+    rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=ROWS, unique=True)
+
+    @initialize(data=st.data())
+    def start(self, data):
+        """Two sequences, and two that go on from the first: from nothing, chance seldom comes this far."""
+        self.cache = make_cache("cpu", max_batch=ROWS, num_blocks=BLOCKS)
+        self.cache._pool.exact = self.exact
+        keys = [(layer, row, head) for layer, head in LISTS for row in range(ROWS)]
+        self.lists: dict[Key, list[Entry]] = {key: [] for key in keys}
+        self.held: dict[Key, list[Block]] = {key: [] for key in keys}
+        self.next = [0] * ROWS
+        self.may_roll_back = [0] * ROWS
+        self.compressed = [False] * ROWS
+        self.steps = 0
+        for row, most in ((0, 30), (1, 14)):
+            self._grow([row], data.draw(st.integers(0, most)), None)
+        self._fork(0, data.draw(st.sampled_from([[2, 3], [3], []])), None)
+
+    @staticmethod
+    def of(*rows: int) -> list[Key]:
+        """The lists of the rows, in the order of the tables."""
+        return [(layer, row, head) for layer in range(LAYERS) for row in rows for head in range(HEADS)]
+
+    def holders(self) -> Counter[Block]:
+        return Counter(block for held in self.held.values() for block in held)
+
+    def free(self) -> int:
+        return BLOCKS - len(self.holders())
+
+    def copies(self, written: dict[Key, range]) -> list[tuple[Key, int]]:
+        """The places whose block must be copied before all of them are written: those that others hold too."""
+        holders = self.holders()
+        places = [(key, column) for key, columns in written.items() for column in columns]
+        places = [(key, column) for key, column in places if column < len(self.held[key])]
+        writers: dict[Block, list[tuple[Key, int]]] = {}
+        for key, column in places:
+            writers.setdefault(self.held[key][column], []).append((key, column))
+        return [
+            place
+            for block, those in writers.items()
+            if holders[block] > 1
+            for place in (those[1:] if len(those) == holders[block] else those)
+        ]
+
+    def replace(self, places: list[tuple[Key, int]]) -> None:
+        for key, column in places:
+            self.held[key][column] = Block()
+
+    def refused(self, needed: int, call) -> bool:
+        """Whether there are too few blocks; then the call must say so."""
+        free = self.free()
+        if needed <= free:
+            return False
+        with pytest.raises(kvops.OutOfBlocksError) as refusal:
+            call()
+        assert (refusal.value.needed, refusal.value.free, refusal.value.total) == (needed, free, BLOCKS)
+        return True
+
+    def growth(self, counts: dict[Key, int]) -> tuple[int, list[tuple[Key, int]]]:
+        """Blocks that so many more tokens take, and the places to copy first."""
+        ends = {key: len(self.lists[key]) + count for key, count in counts.items()}
+        grow = sum(max(blocks(end) - len(self.held[key]), 0) for key, end in ends.items())
+        written = {
+            key: range(len(self.lists[key]) // SIZE, blocks(ends[key])) for key, count in counts.items() if count
+        }
+        copies = self.copies(written)
+        return grow + len(copies), copies
+
+    @rule(rows=rows, new=st.integers(0, 14), data=st.data())
+    def grow(self, rows, new, data):
+        self._grow(
+            rows, new, data.draw(st.none() | st.lists(st.integers(0, new), min_size=len(rows), max_size=len(rows)))
+        )
+
+    def _grow(self, rows, new, q_lens):
+        lens = dict(zip(rows, [new] * len(rows) if q_lens is None else q_lens, strict=True))
+        counts = {key: lens[key[1]] for key in self.of(*rows)}
+        self.steps += 1
+        first = 100_000.0 * self.steps
+
+        def call():
+            return feed(self.cache, new, rows=rows, q_lens=q_lens, first=first)
+
+        if any(len(self.lists[key]) + count > CAPACITY for key, count in counts.items()):
+            with pytest.raises(ValueError, match="num_tokens: a list would hold"):
+                call()
+            return
+        needed, copies = self.growth(counts)
+        if self.refused(needed, call):
+            return
+        positions = call()
+        assert positions.tolist() == [[self.next[row] + t for t in range(new)] for row in rows]
+        self.replace(copies)
+        for key, count in counts.items():
+            places = range(self.next[key[1]], self.next[key[1]] + count)
+            self.lists[key] += [Entry(position, first + name_of(*key, position)) for position in places]
+            more = blocks(len(self.lists[key])) - len(self.held[key])
+            self.held[key] += [Block() for _ in range(more)]
+        for row, count in lens.items():
+            self.next[row] += count
+            self.may_roll_back[row] += count
+
+    @rule(rows=rows, new=st.integers(0, 9))
+    def prepare(self, rows, new):
+        """As before a graph is replayed: blocks that will be written are copied, nothing else changes."""
+        counts = dict.fromkeys(self.of(*rows), new)
+        if any(len(self.lists[key]) + new > CAPACITY for key in counts):
+            with pytest.raises(ValueError, match="num_tokens: a list would hold"):
+                self.cache.prepare(new, rows=rows)
+            return
+        needed, copies = self.growth(counts)
+        if not self.refused(needed, lambda: self.cache.prepare(new, rows=rows)):
+            self.cache.prepare(new, rows=rows)
+            self.replace(copies)
+
+    @precondition(lambda self: any(self.next))
+    @rule(data=st.data())
+    def fork(self, data):
+        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.next[row]]))
+        others = st.sampled_from([other for other in range(ROWS) if other != row])
+        into = data.draw(st.lists(others, min_size=1, max_size=ROWS - 1, unique=True))
+        self._fork(row, into, None if self.compressed[row] else data.draw(st.none() | st.integers(0, self.next[row])))
+
+    def _fork(self, row, into, most):
+        self.cache.fork(row, into, num_tokens=most)
+        for layer, head in LISTS:
+            entries, held = self.lists[layer, row, head][:most], self.held[layer, row, head]
+            for new in into:
+                self.lists[layer, new, head] = list(entries)
+                self.held[layer, new, head] = held[: blocks(len(entries))]
+        for new in into:
+            self.next[new] = self.next[row] if most is None else most
+            self.may_roll_back[new] = self.may_roll_back[row] if most is None else most
+            self.compressed[new] = self.compressed[row]
+
+    def own_all(self, rows, call) -> bool:
+        """``call`` gives the rows blocks of their own; False where there are too few."""
+        copies = self.copies({key: range(len(self.held[key])) for key in self.of(*rows)})
+        if self.refused(len(copies), call):
+            return False
+        call()
+        self.replace(copies)
+        return True
+
+    @rule(rows=rows)
+    def unshare(self, rows):
+        self.own_all(rows, lambda: self.cache.unshare(rows))
+
+    @rule(row=st.integers(0, ROWS - 1), layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 99))
+    def score(self, row, layer, seed):
+        new = torch.rand(1, HEADS, 24, generator=torch.Generator().manual_seed(seed))
+        if self.own_all([row], lambda: self.cache.set_scores(layer, new, rows=row)):
+            for head in range(HEADS):
+                entries = self.lists[layer, row, head]
+                for i, value in enumerate(new[0, head, : len(entries)].tolist()):
+                    entries[i] = entries[i]._replace(score=value)
+
+    @rule(rows=rows, layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 99))
+    def attend(self, rows, layer, seed):
+        q = torch.randn(len(rows), 1, HEADS, 3, generator=torch.Generator().manual_seed(seed)).mul_(1e-4)
+        if not self.own_all(rows, lambda: self.cache.attend(layer, q, rows=rows, accumulate="sum", decay=0.5)):
+            return
+        for i, row in enumerate(rows):
+            for head in range(HEADS):
+                key = layer, row, head
+                names = torch.tensor([[entry.name] * 3 for entry in self.lists[key]]).view(-1, 3)
+                given = (names.double() @ q[i, 0, head].double() * 3**-0.5).softmax(0).tolist()
+                scores = self.slots(self.cache.scores, key)
+                expected = [entry.score * 0.5 + p for entry, p in zip(self.lists[key], given, strict=True)]
+                assert scores == pytest.approx(expected, rel=1e-3, abs=1e-6)
+                pairs = zip(self.lists[key], scores, strict=True)
+                self.lists[key] = [entry._replace(score=score) for entry, score in pairs]
+
+    @precondition(lambda self: any(self.next))
+    @rule(rows=rows, protect=st.sampled_from([0, 1, 3, 5]), data=st.data())
+    def evict(self, rows, protect, data):
+        most = max(sum(blocks(len(self.lists[key])) for key in self.of(row)) for row in rows)
+        budget = data.draw(st.integers(0, most + 1))
+        scope = data.draw(st.sampled_from(["head", "sequence"]))
+        least_each = data.draw(st.sampled_from([0, 0, 3, 6]))
+        keywords = {"protect_last": protect, "min_per_head": least_each, "scope": scope}
+        recent = {
+            key: {
+                entry.position for entry in self.lists[key] if entry.position > self.lists[key][-1].position - protect
+            }
+            for key in self.of(*rows)
+        }
+
+        def call():
+            self.cache.evict(budget, rows=rows, **keywords)
+
+        for row in rows:
+            lens = [(max(len(recent[key]), min(least_each, len(self.lists[key])))) for key in self.of(row)]
+            if sum(map(blocks, lens)) > budget:
+                with pytest.raises(ValueError, match=f"budget: .* alone take {sum(map(blocks, lens))} blocks of a row"):
+                    call()
+                return
+        kept = self.selected(rows, budget, keywords)
+        stays = {key: next((i for i, keep in enumerate(kept[key]) if not keep), len(kept[key])) for key in kept}
+        lens = {key: sum(kept[key]) for key in kept}
+        copies = self.copies(
+            {key: range(stays[key] // SIZE, blocks(lens[key])) for key in kept if stays[key] < lens[key]}
+        )
+        if self.refused(len(copies), call):
+            return
+        call()
+        self.replace(copies)
+        for key, keep in kept.items():
+            old = self.lists[key]
+            self.lists[key] = [entry for entry, stay in zip(old, keep, strict=True) if stay]
+            lost = [entry.score for entry, stay in zip(old, keep, strict=True) if not stay]
+            assert {entry.position for entry in self.lists[key]} >= recent[key]
+            if lost:
+                assert len(self.lists[key]) % SIZE == 0
+                others = [entry.score for entry in self.lists[key] if entry.position not in recent[key]]
+                assert min(others, default=math.inf) >= max(lost)
+            del self.held[key][blocks(len(self.lists[key])) :]
+        for row in rows:
+            assert sum(len(self.held[key]) for key in self.of(row)) <= budget
+            self.may_roll_back[row], self.compressed[row] = 0, True
+
+    def selected(self, rows, budget, keywords) -> dict[Key, list[bool]]:
+        """Which slots the operator keeps of each list: which blocks are moved, and so copied, follows from it."""
+        cache, result = self.cache, {}
+        for row in rows:
+            keys = self.of(row)
+            tables = torch.stack([cache.block_tables[key] for key in keys])[None]
+            lens = torch.tensor([[len(self.lists[key]) for key in keys]], dtype=torch.int32)
+            _, keep = kvops.select_blocks(
+                cache.scores,
+                tables,
+                lens,
+                torch.tensor([budget], dtype=torch.int32),
+                positions=cache.positions,
+                **keywords,
+            )
+            for key, kept in zip(keys, keep[0].tolist(), strict=True):
+                result[key] = kept[: len(self.lists[key])]
+        return {key: result[key] for key in self.of(*rows)}
+
+    @precondition(lambda self: any(self.may_roll_back))
+    @rule(data=st.data())
+    def roll_back(self, data):
+        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.may_roll_back[row]]))
+        count = data.draw(st.integers(1, self.may_roll_back[row]))
+        as_tensor = data.draw(st.booleans())
+        self.cache.rollback(torch.tensor([count], dtype=torch.int32) if as_tensor else count, rows=[row])
+        for key in self.of(row):
+            del self.lists[key][-count:]
+        self.next[row] -= count
+        self.may_roll_back[row] -= count
+
+    @precondition(lambda self: any(self.may_roll_back))
+    @rule(data=st.data())
+    def retain(self, data):
+        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.may_roll_back[row]]))
+        keep = data.draw(st.lists(st.booleans(), min_size=1, max_size=min(9, self.may_roll_back[row])))
+        written = {
+            key: range((len(self.lists[key]) - len(keep)) // SIZE, blocks(len(self.lists[key]))) for key in self.of(row)
+        }
+        copies = self.copies(written)
+
+        def call():
+            self.cache.retain(torch.tensor([keep]), rows=[row])
+
+        if self.refused(len(copies), call):
+            return
+        call()
+        self.replace(copies)
+        for key in self.of(row):
+            last = [entry for entry, stay in zip(self.lists[key][-len(keep) :], keep, strict=True) if stay]
+            self.lists[key][-len(keep) :] = last
+        self.next[row] -= keep.count(False)
+        self.may_roll_back[row] = 0
+
+    @rule(rows=rows)
+    def leave(self, rows):
+        self.cache.free(rows)
+        for row in rows:
+            self.next[row] = self.may_roll_back[row] = 0
+            self.compressed[row] = False
+        for key in self.of(*rows):
+            self.lists[key], self.held[key] = [], []
+
+    def slots(self, side: torch.Tensor, key: Key) -> list:
+        table = self.cache.block_tables[key][: blocks(len(self.lists[key]))].long()
+        return side[table].flatten(0, 1)[: len(self.lists[key])].tolist()
+
+    @invariant()
+    def every_list_is_as_it_should_be(self):
+        cache = self.cache
+        assert cache.seq_lens.tolist() == [
+            [[len(self.lists[layer, row, head]) for head in range(HEADS)] for row in range(ROWS)]
+            for layer in range(LAYERS)
+        ]
+        for key, entries in self.lists.items():
+            assert self.slots(cache.positions, key) == [entry.position for entry in entries]
+            assert self.slots(cache.k_cache, key) == [[entry.name] * 3 for entry in entries]
+            assert self.slots(cache.v_cache, key) == [[-entry.name] * 2 for entry in entries]
+            assert self.slots(cache.scores, key) == [entry.score for entry in entries]
+        assert cache.next_positions.tolist() == self.next
+        assert cache.compressed == self.compressed
+
+    @invariant()
+    def every_block_is_free_or_held_by_as_many_as_it_says(self):
+        pool = self.cache._pool
+        number_of: dict[Block, int] = {}
+        for key, held in self.held.items():
+            assert int(pool.held[key]) == len(held)
+            for block, number in zip(held, pool.tables[key].tolist(), strict=False):
+                assert number_of.setdefault(block, number) == number
+        used = list(number_of.values())
+        assert sorted(used + pool.free[: int(pool.free_count)].tolist()) == list(range(BLOCKS))
+        sharers = [0] * BLOCKS
+        for block, holders in self.holders().items():
+            sharers[number_of[block]] = holders - 1
+        assert pool.sharers.tolist() == sharers
+        stats = self.cache.stats()
+        assert stats.blocks_in_use == len(used)
+        assert (stats.blocks_shared, stats.blocks_saved) == (sum(map(bool, sharers)), sum(sharers))
+
+    @invariant()
+    def the_host_never_believes_less_than_is_held(self):
+        bound = self.cache._pool.bound
+        holders = self.holders()
+        for row in range(ROWS):
+            held = [block for key in self.of(row) for block in self.held[key]]
+            assert bound.row_blocks(row) >= len(held)
+            assert bound.longest[row] >= max(len(self.lists[key]) for key in self.of(row))
+            assert row in bound.sharing or all(holders[block] == 1 for block in held)
+        assert bound.total() >= len(holders)
+
+
+class BoundedCacheMachine(CacheMachine):
+    """As on a GPU, where the host asks for numbers only when its bound says that a request might not fit."""
+
+    exact = False
+
+
+EFFORT = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+TestExactCache = CacheMachine.TestCase
+TestExactCache.settings = EFFORT
+TestBoundedCache = BoundedCacheMachine.TestCase
+TestBoundedCache.settings = EFFORT
