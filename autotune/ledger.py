@@ -22,6 +22,7 @@ class Ledger:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._separator = "\n"  # the last run's last line may be torn: ours stand apart from it
         self._starts: Counter[str] = Counter()
         self._checks: dict[str, dict[str, float]] = {}
         self._rejected: dict[str, str] = {}
@@ -63,10 +64,10 @@ class Ledger:
         if self.path is None:
             return
         with open(self.path, "a") as file:
-            # A line of its own even behind one that was torn.
-            file.write(("\n" if file.tell() else "") + json.dumps(event))
+            file.write(f"{self._separator}{json.dumps(event)}\n")
             file.flush()
             os.fsync(file.fileno())
+        self._separator = ""
 
     def start(self, config: Config) -> None:
         self._write({"event": "started", "config": config_to_json(config)})

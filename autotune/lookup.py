@@ -218,6 +218,12 @@ def forget() -> None:
     _chosen.clear()
 
 
+def forget_records() -> None:
+    """Read the files of the store in use again at the next look-up."""
+    _open_store().forget()
+    _chosen.clear()
+
+
 @contextmanager
 def override(op: str, config: Config) -> Iterator[None]:
     """Every launch of ``op`` in this process takes ``config``, whatever its shape; entered again, the innermost holds.
@@ -275,7 +281,7 @@ def watch() -> Iterator[list[Choice]]:
 
 @contextmanager
 def using(store: Store) -> Iterator[None]:
-    """Look-ups answer from ``store`` alone and write no journal."""
+    """Look-ups answer from ``store`` alone; misses go to its writable layer, if it has one."""
     global _store, _journal
     before = _store, _journal
     _store, _journal = store, None

@@ -169,6 +169,10 @@ class Store:
             found = self._records[spec.name] = list(best.values())
         return found
 
+    def forget(self) -> None:
+        """Read the files again at the next look-up."""
+        self._records.clear()
+
     @property
     def writable(self) -> Layer | None:
         return next((layer for layer in reversed(self.layers) if layer.writable), None)

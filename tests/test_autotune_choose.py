@@ -1,0 +1,276 @@
+"""What a launch gets: the order of look-up, its limits, and its reasons."""
+
+import os
+import random
+
+import pytest
+import torch
+from autotune_fakes import H100, H200, record, triton_version
+
+import kvops
+from kvops.autotune import choose, explain, feasibility, invariant, lookup, override, register, specs, watch
+from kvops.autotune.config import PagedAppendConfig
+from kvops.autotune.devices import KNOWN_DEVICES, by_name, distance, facts_of
+from kvops.autotune.feasibility import Group, Proof, Table, current_source, dump_table, judge, parse_table
+from kvops.autotune.inspect import TARGETS
+from kvops.autotune.store import Layer, Store, default_layers, user_folder
+from kvops.kernels.device import Device
+
+SPEC = specs()["paged_append"]
+PROBLEM = SPEC.problems[0]
+DEVICE = Device(H100.name, "cuda", "sm_90", 32, H100.num_sms, H100.shared_memory)
+FIRST, SECOND, THIRD = (PagedAppendConfig(block_t, 4) for block_t in (4, 16, 32))
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty store of layers ``site`` and ``user``; look-ups answer from it alone."""
+    layers = [Layer(name, tmp_path / name, writable=True) for name in ("site", "user")]
+    with lookup.using(Store(layers)):
+        yield layers
+
+
+def answer(**changes):
+    lookup.forget_records()
+    return lookup.resolve(SPEC, {**PROBLEM, **changes}, H100)
+
+
+def proved(monkeypatch, device, configs, proof):
+    table = Table()
+    table.put(device.arch, SPEC.proof_of(PROBLEM), Group(current_source(SPEC), "3.7.1", dict.fromkeys(configs, proof)))
+    monkeypatch.setattr(feasibility, "load_table", lambda spec: table)
+
+
+def test_nearer_records_win_one_after_the_other(store, monkeypatch):
+    assert answer(tokens=512).origin == "heuristic"
+    proved(monkeypatch, H100, [THIRD], Proof(registers=50))
+    store[1].insert(record(tokens=512, device=H200, config=THIRD))
+    assert (answer(tokens=512).origin, answer(tokens=512).config) == ("other-device", THIRD)
+    store[1].insert(record(tokens=512, triton="3.6.0", config=SECOND))
+    assert (answer(tokens=512).origin, answer(tokens=512).config) == ("other-version", SECOND)
+    store[1].insert(record(tokens=1024, config=FIRST))
+    assert (answer(tokens=512).origin, answer(tokens=512).distance) == ("nearest", 1.0)
+    store[1].insert(record(tokens=400, config=SECOND))
+    assert answer(tokens=512).origin == "bucket"
+    store[0].insert(record(tokens=512, config=THIRD))
+    assert (answer(tokens=512).origin, answer(tokens=512).config) == ("exact", THIRD)
+    store[1].insert(record(tokens=512, config=FIRST))
+    assert answer(tokens=512).config == FIRST  # the user's layer over the site's
+    with override("paged_append", SECOND):
+        assert (answer(tokens=512).origin, answer(tokens=512).config) == ("override", SECOND)
+    assert answer(tokens=512).config == FIRST
+
+
+def test_the_override_folder_beats_a_nearer_record_of_the_user(tmp_path):
+    user, named = Layer("user", tmp_path / "user", writable=True), Layer("override", tmp_path / "named", writable=True)
+    user.insert(record(tokens=512, config=FIRST))
+    named.insert(record(tokens=1024, config=SECOND))
+    with lookup.using(Store([user, named])):
+        assert (answer(tokens=512).origin, answer(tokens=512).config) == ("override", SECOND)
+
+
+def test_nothing_is_borrowed_from_too_far(store):
+    store[1].insert(record(tokens=1, config=THIRD))
+    assert answer(tokens=16).origin == "nearest"
+    assert answer(tokens=17).origin == "heuristic"  # 4.1 doublings
+    assert answer(tokens=1, width=64).origin == "heuristic"  # another key
+    store[1].insert(record(tokens=4096, device=by_name("NVIDIA A100-SXM4-80GB"), config=THIRD))
+    assert answer(tokens=4096).origin == "heuristic"
+
+
+def test_what_another_gpu_measured_runs_only_if_proved_for_this_one(store, monkeypatch):
+    store[1].insert(record(device=H200, config=THIRD))
+    for proof, reason in (
+        (None, "never compiled"),
+        (Proof(spills=2), "spill"),
+        (Proof(shared_memory=H100.shared_memory + 1), "shared memory"),
+        (Proof(problem="does not compile"), "does not compile"),
+    ):
+        proved(monkeypatch, H100, [THIRD] if proof else [], proof)
+        choice = answer()
+        assert choice.origin == "heuristic"
+        assert reason in choice.refused[0]
+    proved(monkeypatch, H100, [THIRD], Proof())
+    assert answer().origin == "other-device"
+    stale = Table()
+    stale.put("sm_90", SPEC.proof_of(PROBLEM), Group("older", "3.7.1", {THIRD: Proof()}))
+    monkeypatch.setattr(feasibility, "load_table", lambda spec: stale)
+    assert "other sources" in answer().refused[0]
+
+
+def test_a_record_that_cannot_run_is_refused_with_its_reason(store):
+    store[1].insert(record(config=PagedAppendConfig(3, 4)))
+    choice = answer()
+    assert choice.origin == "heuristic"
+    assert "power of two" in choice.refused[0]
+
+
+def test_a_heuristic_that_does_not_fit_gives_way_to_a_candidate_that_does():
+    small = by_name("sm_120")
+    tiny = type(small)("tiny", "sm_120", 8, 50_000)
+    spec = specs()["flash_forward"]
+    choice = lookup.resolve(spec, spec.problems[0], tiny)
+    assert choice.origin == "safe"
+    assert "shared memory" in choice.reason
+    assert spec.refuse(choice.config, choice.problem, tiny) is None
+
+
+def test_a_choice_is_made_once_and_remembered(store, monkeypatch):
+    values = tuple(PROBLEM.values())
+    first = choose("paged_append", DEVICE, *values)
+    monkeypatch.setattr(lookup, "resolve", None)
+    assert choose("paged_append", DEVICE, *values) is first
+    lookup.forget()
+
+
+def test_a_miss_reaches_the_journal_and_a_hit_does_not(store):
+    store[1].insert(record(config=FIRST))
+    values = {**PROBLEM, "tokens": 4096}
+    choose("paged_append", DEVICE, *PROBLEM.values())
+    choose("paged_append", DEVICE, *values.values())
+    lookup._open_journal().flush()
+    assert (store[1].folder / "misses.jsonl").read_text().count("\n") == 1
+
+
+def test_an_unknown_operator_or_device_is_named():
+    with pytest.raises(KeyError):
+        choose("no_such_kernel", DEVICE, 1)
+    with pytest.raises(ValueError, match=r"op: expected one of flash_forward.* got 'no_such"):
+        explain("no_such_kernel", None, "sm_90")
+    with pytest.raises(ValueError, match=r"device: expected one of NVIDIA A100"):
+        explain("compact", None, "GeForce 256")
+    with pytest.raises(ValueError, match=r"problem: expected the fields width"):
+        explain("paged_append", {"width": 128}, "sm_90")
+    with pytest.raises(TypeError, match="config: expected PagedAppendConfig"), override("paged_append", object()):
+        pass
+    with pytest.raises(ValueError, match="name: expected one that kvops does not use"):
+        register(SPEC)
+
+
+def test_the_interpreter_and_the_eager_path_never_touch_the_disk(monkeypatch, backend):
+    def refuse(*arguments):
+        raise AssertionError("a file was looked for")
+
+    lookup.forget()
+    monkeypatch.setattr(lookup, "_open_store", refuse)
+    monkeypatch.setattr(lookup, "_open_journal", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    kvops.flash_attention(*torch.randn(3, 1, 16, 2, 16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's choices")
+def test_an_override_reaches_the_kernel_and_watch_sees_it(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v = torch.randn(3, 1, 40, 2, 16)
+    config = specs()["flash_forward"].config(16, 16, 4, 1)
+    expected, _ = kvops.flash_attention(q, k, v, causal=True)
+    with watch() as choices, override("flash_forward", config):
+        out, _ = kvops.flash_attention(q, k, v, causal=True)
+    (choice,) = choices
+    assert (choice.config, choice.origin) == (config, "override")
+    assert dict(choice.problem) == {"width": 16, "itemsize": 4, "mask": 1, "heads": 2, "seqlen_q": 40, "seqlen_k": 40}
+    torch.testing.assert_close(out, expected)
+
+
+def test_batch_invariant_choices_are_of_one_class(store):
+    spec = specs()["flash_forward"]
+    problem = {**spec.problems[0], "seqlen_q": 1024, "seqlen_k": 1024}
+    sizes = [{**problem, "seqlen_q": length} for length in (1, 17, 100, 1024, 9000)]
+    default = spec.heuristic(spec.problems[0], H100)
+    config = spec.config(default.block_m, default.block_n, default.num_warps, default.num_stages + 1)
+    other = spec.config(64, 64, 4, 2)
+    store[1].insert(record("flash_forward", config=other, **problem))
+    assert len({spec.numerics(lookup.resolve(spec, each, H100).config) for each in sizes}) > 1
+    with invariant():
+        assert {lookup.resolve(spec, each, H100).config for each in sizes} == {default}
+        # Another number of stages gives the same bits and may be borrowed.
+        store[1].insert(record("flash_forward", config=config, **problem))
+        lookup.forget_records()
+        chosen = {lookup.resolve(spec, each, H100).config for each in sizes}
+        assert chosen == {default, config}
+        assert len({spec.numerics(each) for each in chosen}) == 1
+
+
+def test_layers_come_from_the_environment(monkeypatch, tmp_path):
+    for name in ("KVOPS_CACHE_DIR", "KVOPS_SITE_DIR", "KVOPS_AUTOTUNE_OVERRIDE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_folder() == tmp_path / ".cache" / "kvops" / "autotune"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert user_folder() == tmp_path / "xdg" / "kvops" / "autotune"
+    monkeypatch.setenv("KVOPS_SITE_DIR", str(tmp_path / "site"))
+    monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("KVOPS_AUTOTUNE_OVERRIDE", str(tmp_path / "named"))
+    assert [layer.name for layer in default_layers()] == ["shipped", "site", "user", "override"]
+    monkeypatch.delenv("KVOPS_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home at all
+    assert [layer.name for layer in default_layers()] == ["shipped", "site", "override"]
+
+
+def test_near_gpus_are_near_and_others_infinitely_far():
+    a100, h20, b200 = by_name("sm_80"), by_name("NVIDIA H20"), by_name("sm_100")
+    assert distance(H100, H100) == 0
+    assert distance(H100, H200) == pytest.approx(0.519, abs=0.01)  # bandwidth 3350 to 4800
+    assert distance(H100, H200) < distance(H100, h20) < 1.5
+    assert distance(H100, a100) == distance(H100, b200) == float("inf")
+    assert distance(by_name("NVIDIA A10"), a100) > 1.5
+    unknown = Device("NVIDIA H900", "cuda", "sm_90", 32, 132, 232_448)
+    assert facts_of(unknown).bandwidth == 0
+    assert facts_of(DEVICE) == H100
+    assert {device.arch for device in KNOWN_DEVICES.values()} == set(TARGETS)
+
+
+OPERATORS = sorted({operator for spec in specs().values() for operator in spec.operators})
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_is_explained_for_every_known_gpu_without_one(operator):
+    assert hasattr(torch.ops.kvops, operator)
+    for name, device in KNOWN_DEVICES.items():
+        for choice in explain(operator, None, name):
+            assert choice.device == device
+            assert choice.verdict.status != "impossible", choice
+            assert "\n" not in choice.reason
+            assert len(choice.reason) > 20
+            assert choice.spec.config_from_json(vars(choice.config)) == choice.config
+
+
+# What the keys and sizes of a family may be, far beyond what is realistic.
+KEYS = {
+    "width": [16, 32, 64, 128, 256, 512],
+    "itemsize": [2, 4],
+    "cache_itemsize": [1, 2, 4],
+    "mask": [0, 1, 2],
+    "block_size": [1, 16, 64, 256],
+}
+
+
+@pytest.mark.parametrize("name", sorted(spec for spec in specs() if specs()[spec].workload))
+def test_no_problem_ends_without_a_configuration_that_can_run(name):
+    spec, rng = specs()[name], random.Random(name)
+    for _ in range(150):
+        problem = {field: rng.choice(KEYS.get(field, [rng.choice([0, 1, 2 ** rng.randrange(20),
+                   rng.randrange(200_000)])])) for field in spec.fields}  # fmt: skip
+        if name == "compact":
+            problem["itemsize"] = rng.choice([1, 2, 4, 8])
+        if "cache_itemsize" in problem and problem["cache_itemsize"] > 1:
+            problem["cache_itemsize"] = problem["itemsize"]
+        for target in TARGETS:
+            device = by_name(target)
+            choice = lookup.resolve(spec, problem, device)
+            assert choice.origin in ("heuristic", "safe")
+            verdict = judge(spec, choice.config, problem, device)
+            assert verdict.status != "impossible", (problem, target, choice.config, verdict)
+
+
+def test_a_table_survives_the_way_to_disk_and_back_and_a_damaged_one_proves_nothing(tmp_path):
+    table = Table()
+    table.put("sm_90", SPEC.proof_of(PROBLEM), Group("abc", triton_version(), {FIRST: Proof(40, 0, 128, 0, "")}))
+    text = dump_table(SPEC, table)
+    assert parse_table(text, SPEC) == table
+    for damaged in (text[:80], "[]", text.replace("block_t", "block_x"), text.replace('"groups"', '"rows"')):
+        (tmp_path / "paged_append.json").write_text(damaged)
+        feasibility.load_table.cache_clear()
+        assert feasibility.load_table(SPEC, tmp_path) == Table()
+    feasibility.load_table.cache_clear()
