@@ -7,12 +7,13 @@
 from kvops.autotune.devices import DeviceFacts
 from kvops.autotune.distributed import load_snapshot, share_snapshot, snapshot
 from kvops.autotune.lookup import Choice, choose, explain, forget, invariant, override, register, specs, watch
-from kvops.autotune.spec import OpSpec, Workload
+from kvops.autotune.spec import OpSpec, Problem, Workload
 
 __all__ = [
     "Choice",
     "DeviceFacts",
     "OpSpec",
+    "Problem",
     "Workload",
     "choose",
     "explain",

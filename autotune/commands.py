@@ -300,7 +300,8 @@ def parse_problem(text: str) -> dict[str, int]:
 def explain(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     problem = parse_problem(arguments.problem) if arguments.problem else None
-    names = [arguments.op] if arguments.op else [spec.name for spec in _chosen_specs(arguments)]
+    chosen = _chosen_specs(arguments)
+    names = [arguments.op] if arguments.op else [spec.name for spec in chosen]
     with lookup.using(_store_of(arguments.store)):
         for name in names:
             for choice in lookup.explain(name, problem, device):
