@@ -5,6 +5,7 @@ Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Tr
 
 from importlib.metadata import PackageNotFoundError, version
 
+from kvops import nn
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
 from kvops.ops.attention import flash_attention, flash_attention_backward
 from kvops.ops.blocks import copy_blocks
@@ -40,6 +41,7 @@ __all__ = [
     "flash_attention_varlen_backward",
     "merge_attention",
     "merge_attention_backward",
+    "nn",
     "paged_append",
     "paged_attention",
     "paged_schedule",

@@ -49,7 +49,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.parallel": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.sdpa": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.rotary"}, set()),
-    "kvops.nn": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, set()),
+    "kvops.nn": (
+        {"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.rotary"},
+        {"kvops.policies", "kvops.integrations"},
+    ),
     "kvops.models": (
         {
             *("torch", "numpy", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.sampling"),
@@ -61,7 +64,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     # Derives from a class of transformers.
     "kvops.integrations.transformers_cache": (INTEGRATIONS | {"transformers"}, set()),
     "kvops": (
-        {"torch", "kvops.ops", "kvops.cache", "kvops.pool", "kvops.policies", "kvops.sampling", "kvops.sdpa"},
+        {
+            "torch",
+            "kvops.ops",
+            "kvops.cache",
+            "kvops.pool",
+            "kvops.policies",
+            "kvops.sampling",
+            "kvops.sdpa",
+            "kvops.nn",
+        },
         set(),
     ),
     "kvops.__main__": COMMAND,

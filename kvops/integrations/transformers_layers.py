@@ -1,0 +1,112 @@
+"""Attention layers of transformers' models as :class:`kvops.nn.Attention`; :func:`kvops.nn.replace` swaps them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvops.integrations.transformers import attention, enable
+from kvops.nn import Attention, Replacement, Swap
+
+# Layers of the same arithmetic: project, normalise per head where there are norms, rotate halves, attend, project.
+KNOWN = frozenset(
+    f"{family}Attention" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "GptOss")
+)
+
+
+def _obstacle(layer: torch.nn.Module) -> str:
+    """Why a layer cannot be swapped; empty where it can be."""
+    kind = type(layer)
+    if kind is torch.nn.MultiheadAttention:
+        return "takes query, key and value: build kvops.nn.Attention.from_torch and call it with x"
+    if kind.__name__ not in KNOWN or not kind.__module__.startswith("transformers."):
+        return "not one of " + ", ".join(sorted(KNOWN))
+    if getattr(layer, "attention_dropout", 0):
+        return f"attention_dropout is {layer.attention_dropout}, kvops has no dropout: set it to 0 in the config"
+    return ""
+
+
+def options_of(layer: Any) -> dict[str, Any]:
+    """Arguments of :class:`kvops.nn.Attention` for a layer of transformers; ValueError for one that it cannot be."""
+    obstacle = _obstacle(layer)
+    if obstacle:
+        raise ValueError(f"layer: expected an attention layer to take over, got {type(layer).__name__}: {obstacle}")
+    config = layer.config
+    # Mistral's layers ask the config, those of mixed models know their own.
+    window = layer.sliding_window if hasattr(layer, "sliding_window") else getattr(config, "sliding_window", None)
+    if type(layer).__name__ in ("LlamaAttention", "GemmaAttention"):
+        window = None
+    return {
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": layer.head_dim,
+        "causal": layer.is_causal,
+        "window": window,
+        "softcap": getattr(layer, "attn_logit_softcapping", None) or 0.0,
+        "scale": layer.scaling,
+        "layer": layer.layer_idx,
+    }
+
+
+class TransformersAttention(Attention):
+    """:class:`kvops.nn.Attention` as transformers' decoder layers call it."""
+
+    @property
+    def layer_idx(self) -> int:
+        return self.layer
+
+    @property
+    def is_causal(self) -> bool:
+        return self.causal
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states ``[B, T, hidden]`` and the positions' cos and sin -> ``[B, T, hidden]`` and None."""
+        cos, sin = (turn[..., : self.head_dim // 2] for turn in position_embeddings)
+        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, hidden_states, cos, sin))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer)
+        out, _ = attention(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            scaling=self.scale,
+            sliding_window=self.window,
+            softcap=self.softcap,
+            s_aux=self.sinks,
+            **kwargs,
+        )
+        return self.o_proj(out.flatten(-2)), None
+
+
+def replace_layers(model: torch.nn.Module) -> Replacement:
+    """See :func:`kvops.nn.replace`."""
+    implementation = enable()
+    owners = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    if not owners:
+        raise ValueError(f"model: expected a model of transformers, got {type(model).__name__}")
+    swaps = []
+    for name, layer in list(model.named_modules()):
+        kind = type(layer).__name__
+        if not kind.endswith("Attention") or isinstance(layer, Attention):
+            continue
+        obstacle = _obstacle(layer)
+        swaps.append(Swap(name, kind, obstacle))
+        if not obstacle:
+            swapped = TransformersAttention._around(layer, **options_of(layer))
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, swapped)
+    if any(swap.swapped for swap in swaps):
+        owners[0].set_attn_implementation(implementation)  # type: ignore[operator]
+    return Replacement(tuple(swaps))

@@ -1,0 +1,244 @@
+"""kvops.nn.Attention against attention written out in float64, torch's module and the layers of transformers."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from oracle import assert_accurate, attention_mask
+from oracle import attention as exact_attention
+from test_transformers import MODELS, TINY, assert_no_worse, make_model, padded, rows, train
+
+import kvops
+from kvops.integrations.transformers import KVOpsCache
+from kvops.nn import Attention
+from kvops.policies import SnapKV
+from kvops.rotary import rotate
+
+HIDDEN, HEADS, KV_HEADS = 24, 6, 2
+VARIANTS = {
+    "causal": {},
+    "bidirectional window": {"causal": False, "window": 3, "bias": True, "rope": None},
+    "window, softcap, sinks": {"window": 4, "softcap": 2.0, "sinks": True, "out_bias": True},
+    "norms, wide heads": {"qk_norm_eps": 1e-6, "head_dim": 10, "scale": 0.3},
+}
+
+
+def make(device="cpu", **options) -> Attention:
+    module = Attention(HIDDEN, HEADS, **{"num_kv_heads": KV_HEADS, "rope": 100.0, **options})
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module.to(device)
+
+
+def written_out(module: Attention, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output, and the gradients of its sum of squares, every step in ``dtype``."""
+    weights = {name: p.detach().cpu().to(dtype).requires_grad_() for name, p in module.named_parameters()}
+    x = x.detach().cpu().to(dtype)
+
+    def project(name, source):
+        bias = weights.get(f"{name}_proj.bias")
+        return torch.nn.functional.linear(source, weights[f"{name}_proj.weight"], bias)
+
+    q, k, v = (project(name, x).unflatten(-1, (-1, module.head_dim)) for name in "qkv")
+    if module.q_norm is not None:
+        q, k = (
+            torch.nn.functional.rms_norm(y, y.shape[-1:], weights[f"{name}_norm.weight"], 1e-6)
+            for name, y in (("q", q), ("k", k))
+        )
+    if module.rope is not None:
+        angles = torch.arange(x.shape[1])[:, None] * module.rope.cpu().to(dtype)
+        cos, sin = (turn[:, None].to(dtype) for turn in (angles.cos(), angles.sin()))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    left = -1 if module.window is None else module.window - 1
+    right = -1 if module.causal else left
+    mask = attention_mask(x.shape[1], x.shape[1], causal=module.causal, window_left=left, window_right=right)
+    out, _, _ = exact_attention(
+        q, k, v, mask=mask, scale=module.scale, softcap=module.softcap, sinks=weights.get("sinks"), dtype=dtype
+    )
+    out = project("o", out.flatten(2))
+    return out.detach(), list(torch.autograd.grad(out.square().sum(), list(weights.values())))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_gradients_are_those_of_attention_written_out(variant, backend, device):
+    module, x = make(device, **VARIANTS[variant]), torch.randn(2, 7, HIDDEN, device=device)
+    out = module(x)
+    gradients = torch.autograd.grad(out.square().sum(), list(module.parameters()))
+    (exact, exact_gradients), (same, same_gradients) = (written_out(module, x, d) for d in (torch.double, torch.float))
+    assert_accurate(out, exact, same)
+    for (name, _), got, truth, torch_own in zip(
+        module.named_parameters(), gradients, exact_gradients, same_gradients, strict=True
+    ):
+        error, own = (torch.linalg.vector_norm(run.cpu() - truth).item() for run in (got, torch_own))
+        rounding = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(truth).item()
+        assert error <= 2 * own + rounding, (name, error, own, rounding)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_projections_of_torchs_module_are_taken_over(causal, bias):
+    theirs = torch.nn.MultiheadAttention(HIDDEN, HEADS, bias=bias, batch_first=True).eval()
+    x = torch.randn(2, 5, HIDDEN)
+    mask = torch.ones(5, 5, dtype=torch.bool).triu(1) if causal else None
+    expected, _ = theirs(x, x, x, attn_mask=mask, need_weights=False)
+    torch.testing.assert_close(Attention.from_torch(theirs, causal=causal)(x), expected)
+    if not causal:
+        context = torch.randn(2, 3, HIDDEN)
+        expected, _ = theirs(x, context, context, need_weights=False)
+        torch.testing.assert_close(Attention.from_torch(theirs)(x, context=context), expected)
+
+
+FAMILIES = MODELS | {"Qwen3": ("Qwen3Config", {}), "Gemma": ("GemmaConfig", {})}
+
+
+def make_any(family: str, monkeypatch, **changes) -> torch.nn.Module:
+    monkeypatch.setitem(MODELS, family, FAMILIES[family])
+    model = make_model(family, **changes)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):  # ones or zeros hide a norm that was forgotten
+            torch.nn.init.normal_(weight, 1.0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2"])
+@torch.no_grad()
+def test_a_layer_of_transformers_is_taken_over(family, monkeypatch):
+    model = make_any(family, monkeypatch)
+    model.set_attn_implementation("eager")
+    seen = {}
+
+    def record(module, args, kwargs, output):
+        seen[module.layer_idx] = kwargs.get("hidden_states", args[0] if args else None), output[0]
+
+    layers = [layer.self_attn for layer in model.model.layers]
+    for layer in layers:
+        layer.register_forward_hook(record, with_kwargs=True)
+    model(torch.cat(rows()[:1]))
+    for index, layer in enumerate(layers):
+        own = Attention.from_transformers(layer)
+        assert own.q_proj is layer.q_proj
+        x, expected = seen[index]
+        torch.testing.assert_close(own(x), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaced_layers_give_the_models_logits_gradients_and_tokens(family, monkeypatch):
+    model, batch = make_any(family, monkeypatch), padded("left")
+    alone = [{"input_ids": row} for row in rows()]
+    reference, names = copy.deepcopy(model), list(model.state_dict())
+    report = kvops.nn.replace(model)
+    assert (report.swapped, str(report)) == (2, "2 of 2 attention layers run on kvops.nn.Attention")
+    assert list(model.state_dict()) == names
+    theirs = train(reference, "eager", alone)
+    assert_no_worse(train(model, "kvops", [batch]), theirs, train(reference.double(), "eager", alone))
+    prompt = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    cache = KVOpsCache(model.config, max_tokens=32, block_size=4)
+    replaced = model.generate(**prompt, **options, past_key_values=cache)
+    assert torch.equal(replaced, model.generate(**prompt, **options))
+
+
+def test_the_report_tells_what_was_left_and_why():
+    model = make_model("Llama")
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+
+    class OwnAttention(torch.nn.Module):
+        pass
+
+    model.first, model.second = torch.nn.MultiheadAttention(4, 2), OwnAttention()
+    report = kvops.nn.replace(model)
+    assert report.swapped == 1
+    assert str(report).splitlines() == [
+        "1 of 4 attention layers run on kvops.nn.Attention",
+        "  left: model.layers.0.self_attn (LlamaAttention): attention_dropout is 0.5, kvops has no dropout: set it to "
+        "0 in the config",
+        "  left: first (MultiheadAttention): takes query, key and value: build kvops.nn.Attention.from_torch and call "
+        "it with x",
+        "  left: second (OwnAttention): not one of Gemma2Attention, Gemma3Attention, GemmaAttention, GptOssAttention, "
+        "LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention",
+    ]
+    assert kvops.nn.replace(model).swapped == 0, "a layer is swapped once"
+
+
+def test_packed_sequences_attend_to_themselves(backend, device):
+    module, lengths = make(device, window=4), (5, 0, 1, 3)
+    x = torch.randn(sum(lengths), HIDDEN, device=device)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    packed = module(x, cu_seqlens=cu_seqlens, max_seqlen=5)
+    alone = [module(part[None])[0] for part in x.split(lengths)]
+    torch.testing.assert_close(packed, torch.cat(alone))
+
+
+def make_cache(layers=1, **options) -> kvops.PagedKVCache:
+    head_dim = HIDDEN // HEADS
+    options = {"num_blocks": 64, "max_batch": 2, "max_tokens": 32, "block_size": 2, **options}
+    return kvops.PagedKVCache(num_layers=layers, num_kv_heads=KV_HEADS, head_dim=head_dim, **options)
+
+
+@torch.no_grad()
+def test_prompts_and_steps_through_a_cache_are_the_dense_pass(backend, device):
+    module, x = make(device, window=6, softcap=3.0, sinks=True), torch.randn(2, 9, HIDDEN, device=device)
+    whole, cache = module(x), make_cache(device=device)
+    outs = [module(x[:, :5], cache.extend(5), cache=cache, prefill=True)]
+    q_lens = torch.tensor([2, 1], dtype=torch.int32, device=device)
+    outs.append(module(x[:, 5:7], cache.extend(2, q_lens=q_lens), cache=cache, q_lens=q_lens))
+    torch.testing.assert_close(torch.cat(outs, 1)[0], whole[0, :7])
+    torch.testing.assert_close(torch.cat(outs, 1)[1, :6], whole[1, :6])
+    last = module(x[1:, 6:7], cache.extend(1, rows=[1]), cache=cache, rows=[1])
+    torch.testing.assert_close(last, whole[1:, 6:7])
+
+
+@torch.no_grad()
+def test_a_policy_scores_prompts_and_what_decoding_sees():
+    policy, x = SnapKV(observe=3, pool=1), torch.randn(2, 12, HIDDEN)
+    module, cache = make(policy=policy, layer=1), make_cache(layers=2)
+    module(x[:, :11], cache.extend(11), cache=cache, prefill=True)
+    slots = cache.scores[cache.block_tables[1].long()].flatten(2)[..., :12]
+    q, k, _ = module.project(x[:, :11], x[:, :11], *module._turns(torch.arange(11)))
+    _, lse = kvops.flash_attention(q, k, k, causal=True)
+    prompt = kvops.attention_scores(q, k, lse, causal=True, query_start=8)
+    torch.testing.assert_close(slots[..., :11], prompt)
+    module(x[:, 11:], cache.extend(1), cache=cache)
+    slots = cache.scores[cache.block_tables[1].long()].flatten(2)[..., :12]
+    added = slots - torch.nn.functional.pad(prompt, (0, 1))
+    torch.testing.assert_close(added.sum(-1), torch.full((2, KV_HEADS), HEADS / KV_HEADS))  # probabilities of a group
+
+
+def test_misuse_is_told_apart():
+    module, x = make(), torch.randn(1, 4, HIDDEN)
+    cache = make_cache()
+    positions = cache.extend(4)
+    cases = [
+        (lambda: Attention(10, 3), r"hidden_size: expected a multiple of num_heads 3, got 10"),
+        (lambda: Attention(12, 3, num_kv_heads=2), r"num_kv_heads: expected a divisor of num_heads 3, got 2"),
+        (lambda: Attention(9, 3, rope=10.0), r"head_dim: expected an even size"),
+        (lambda: Attention(8, 2, rope=torch.ones(3)), r"rope: expected shape \[head_dim / 2\] = \[2\], got \[3\]"),
+        (lambda: module(x[0]), r"x: expected 3 dimensions"),
+        (lambda: module(x, prefill=True), r"cache: expected a PagedKVCache along with prefill"),
+        (lambda: module(x, max_seqlen=4), r"cu_seqlens: expected together with max_seqlen"),
+        (lambda: module(x, context=x), r"context: expected None in a module with rotary embedding"),
+        (lambda: module(x, cache=cache), r"positions: expected what cache.extend\(\) returned"),
+        (lambda: make(causal=False)(x, positions, cache=cache), r"cache: expected None for attention that is not"),
+        (
+            lambda: Attention.from_torch(torch.nn.MultiheadAttention(8, 2, dropout=0.1)),
+            r"module: expected dropout=0, got 0.1",
+        ),
+        (
+            lambda: Attention.from_torch(torch.nn.MultiheadAttention(8, 2, kdim=4)),
+            r"module: expected keys and values of width 8 .* kdim 4",
+        ),
+        (lambda: Attention.from_torch(torch.nn.MultiheadAttention(8, 2, add_zero_attn=True)), r"add_zero_attn off"),
+        (lambda: Attention.from_transformers(torch.nn.Linear(1, 1)), r"layer: .* got Linear: not one of Gemma2"),
+        (lambda: kvops.nn.replace(torch.nn.Linear(1, 1)), r"model: expected a model of transformers, got Linear"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"q_lens: expected None along with prefill"):
+        module(x.repeat(2, 1, 1), positions, cache=cache, prefill=True, q_lens=torch.ones(2, dtype=torch.int32))
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
+    layer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, rope_parameters=scaled)).model.layers[0]
+    with pytest.raises(ValueError, match=r"rope: expected the frequencies, .* rotary_emb.inv_freq"):
+        Attention.from_transformers(layer.self_attn)
+    assert Attention.from_transformers(layer.self_attn, rope=torch.ones(4)).rope.tolist() == [1.0] * 4
