@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Inputs, Outputs, Peer, UnavailableError
-from bench.timing import Clock, Roofline, quantiles, tflops
+from bench.timing import Clock, Roofline, captured, quantiles, tflops
 
 KVOPS = "kvops"
 # Below this many milliseconds a GPU's host and launches weigh in: such calls are timed as replays of a graph.
@@ -197,7 +197,7 @@ def _capture(case: Case, inputs: Inputs, contender: _Contender, clock: Clock) ->
     try:
         reset(case, inputs)
         expected = [None if x is None else x.detach().clone() for x in call()]
-        replay = clock.captured(call)
+        replay = captured(call, clock.device)
         reset(case, inputs)
         same = all(a is None or b is None or torch.equal(a, b) for a, b in zip(replay(), expected, strict=True))
     except Exception as failure:  # a peer that synchronises cannot be captured; it is timed as it is

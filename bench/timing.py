@@ -88,22 +88,26 @@ class Clock:
                     samples[name].append(milliseconds)
         return samples
 
-    def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """``run`` as the replay of a CUDA graph, which leaves out the host; raises where it cannot be captured."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = run()
 
-        def replay() -> Any:
-            graph.replay()
-            return outputs
+def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """``run``, which runs once before, as the replay of a CUDA graph; raises where it cannot be captured.
 
-        return replay
+    A replay writes to the outputs of the one before it.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 @dataclass(frozen=True)

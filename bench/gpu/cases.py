@@ -1,0 +1,131 @@
+"""Every benchmark case held to float64, twice: ``python -m bench.gpu.cases --help``.
+
+The outputs of the second call must have the bits of the first. ``--gluon`` holds the warp-specialised forward for Hopper
+to the same truth, in a process of its own: it serves nobody before it was found right on the GPU at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.case import SCALES, Case, Inputs, Outputs, Scale
+from bench.cases import all_cases, select
+from bench.cases.dense import options
+from bench.gpu.units import FAILED, PASSED, SKIPPED, report
+from bench.measure import build, compare, reason
+
+DTYPES = ("bfloat16", "float16", "float32")
+# Real heads and head sizes, several tiles and splits of each, and no more than a check needs.
+CHECK = dataclasses.replace(SCALES["full"], name="check", prompts=(1024, 4096), contexts=(4096, 32768), batches=(1, 16))
+
+
+def scale_named(name: str) -> Scale:
+    return CHECK if name == CHECK.name else SCALES[name]
+
+
+def gluon_case(case: Case) -> Case | None:
+    """A dense forward's case run by the Hopper kernel."""
+    if case.op != "flash_attention":
+        return None
+
+    def run(inputs: Inputs) -> Outputs:
+        from kvops.kernels.gluon_flash_forward import gluon_flash_forward
+
+        return gluon_flash_forward(inputs["q"], inputs["k"], inputs["v"], **options(inputs))
+
+    return dataclasses.replace(case, op="gluon_flash_forward", run=run)
+
+
+def refusal(case: Case, inputs: Inputs) -> str:
+    """Why the Hopper kernel cannot run a case."""
+    if case.op != "gluon_flash_forward":
+        return ""
+    if not inputs["q"].is_cuda:
+        return "GPU only"
+    from kvops.kernels.gluon_flash_forward import launchable
+
+    return launchable(inputs["q"], inputs["k"], inputs["v"]) or ""
+
+
+def copies(outputs: Outputs) -> list[Tensor | None]:
+    return [None if x is None else x.detach().clone() for x in outputs]
+
+
+def same_bits(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (first, second)))  # -0.0 and NaN are bits too
+
+
+def check(case: Case, device: torch.device, dtype: torch.dtype, *, exact: bool = True) -> tuple[str, str, dict[str, Any]]:
+    """(outcome, note, facts); without ``exact`` the two calls are only compared with each other."""
+    inputs = build(case, device, dtype)
+    refused = refusal(case, inputs)
+    if refused:
+        return SKIPPED, refused, {}
+
+    def call() -> Outputs:
+        if case.reset is not None:
+            case.reset(inputs)
+        return case.run(inputs)
+
+    first, second = copies(call()), copies(call())
+    if not all(map(same_bits, first, second)):
+        return FAILED, "the second call gave other bits than the first", {}
+    if not exact:
+        return PASSED, "", {}
+    if case.reset is not None:
+        case.reset(inputs)
+    with torch.no_grad():
+        truth, similar = case.oracle(inputs, torch.float64), case.oracle(inputs, dtype)
+    error, allowed, complaint = compare(case, inputs, tuple(second), truth, similar)
+    facts = {"error": error, "allowed": allowed} if math.isfinite(error) else {}
+    return (FAILED, complaint, facts) if complaint else (PASSED, "", facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.cases", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--scale", choices=[CHECK.name, *SCALES], default=CHECK.name)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--ops", nargs="+")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th case, from the I-th")
+    parser.add_argument("--gluon", action="store_true", help="the dense forward by the Hopper kernel, and nothing else")
+    parser.add_argument("--inexact", action="store_true", help="leave out the comparison with float64")
+    parser.add_argument("--rows", type=Path, required=True)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    cases = select(all_cases(scale_named(arguments.scale)), arguments.ops)
+    if arguments.gluon:
+        cases = [gluon for gluon in map(gluon_case, cases) if gluon is not None]
+    share, shares = map(int, arguments.share.split("/"))
+    work = [(case, name) for case in cases for name in arguments.dtypes][share::shares]
+    for case, name in work:
+        print(f"{case.name} {name}", flush=True)
+        try:
+            outcome, note, facts = check(case, device, getattr(torch, name), exact=not arguments.inexact)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError as error:
+            outcome, note, facts = SKIPPED, f"does not fit: {reason(error)}", {}
+        except Exception as error:  # whatever goes wrong is the case's row; a lost device ends the process below
+            traceback.print_exc()
+            outcome, note, facts = FAILED, reason(error), {}
+        if outcome != PASSED:
+            print(f"  {outcome}: {note}", flush=True)
+        report(arguments.rows, f"{case.name} {name}", outcome, note, **facts)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # raises for ever after an illegal access
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

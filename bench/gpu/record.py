@@ -1,0 +1,95 @@
+"""pytest plugin of the GPU run (``-p bench.gpu.record``): runs one share of the tests that need a device.
+
+Each result is a row in ``KVOPS_RECORD`` as soon as it is known; tests that have one are not run again. A test that
+takes the process down (a hang, a crash, an error after which CUDA answers nothing) is found by the file that names the
+test under way, and the next process goes on behind it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.gpu.units import FAILED, PASSED, SKIPPED, read_rows, report
+
+# Kernels compile within seconds; what is not back by then hangs.
+_SECONDS = float(os.environ.get("KVOPS_TEST_SECONDS", "120"))
+_POISONED = 70
+
+
+def _rows() -> Path:
+    return Path(os.environ["KVOPS_RECORD"])
+
+
+def _under_way() -> Path:
+    return _rows().with_suffix(".under-way")
+
+
+def needs_device(item: pytest.Item) -> bool:
+    return "device" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu") is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _rows().parent.mkdir(parents=True, exist_ok=True)
+    if _under_way().exists():
+        name = _under_way().read_text()
+        report(_rows(), name, FAILED, "took its process down: see the log")
+        _under_way().unlink()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share, shares = map(int, os.environ.get("KVOPS_SHARE", "0/1").split("/"))
+    known = {row["name"] for row in read_rows(_rows())}
+    mine = [item for item in items if needs_device(item)][share::shares]
+    items[:] = [item for item in mine if item.nodeid not in known]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+    _under_way().write_text(item.nodeid)
+    faulthandler.dump_traceback_later(_SECONDS, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        _under_way().unlink(missing_ok=True)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _failed(report)
+    elif report.skipped:
+        _report(report, SKIPPED, str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else "")
+    elif report.when == "call":
+        _report(report, PASSED)
+
+
+def _failed(result: pytest.TestReport) -> None:
+    last = next((line for line in reversed(result.longreprtext.splitlines()) if line.startswith("E ")), "")
+    _report(result, FAILED, f"{result.when}: {last[1:].strip()}"[:300])
+    print(f"\n{'=' * 20} {result.nodeid}\n{result.longreprtext}", file=sys.__stderr__, flush=True)
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # every later call of this process would fail with the same
+            print(f"CUDA answers nothing any more: {error}", file=sys.__stderr__, flush=True)
+            _under_way().unlink(missing_ok=True)
+            os._exit(_POISONED)
+
+
+def _report(result: pytest.TestReport, outcome: str, note: str = "") -> None:
+    report(_rows(), result.nodeid, outcome, note, seconds=round(result.duration, 3))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Failed tests are rows; what is left for the exit code is whether every test had its turn."""
+    if exitstatus in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.OK
