@@ -29,7 +29,7 @@ PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 OUT ?= bench/results/cpu
 
-.PHONY: help setup test demo bench bench-report lint format clean
+.PHONY: help setup test demo bench bench-report gpu lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -71,6 +71,10 @@ bench: $(SETUP)  ## every operator beside its peers, growth, generation: on this
 
 bench-report: $(SETUP)  ## BENCHMARKS.md and its plots from the results in bench/results alone
 	$(BIN)/python -m bench report
+
+# With the python3 of the machine: its torch fits its GPU. Nothing is installed.
+gpu:  ## on a machine with a GPU: correctness, tuning, benchmarks, throughput, graphs; ARGS="--phases check"
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(SETUP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shutil
 import statistics
@@ -158,7 +159,9 @@ def setting(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "kvops": kvops.__version__,
-        "commit": _command("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": os.environ.get("KVOPS_COMMIT")  # for a copy without its repository
+        or _command("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":

@@ -1,7 +1,7 @@
 """Every benchmark case held to float64, twice: ``python -m bench.gpu.cases --help``.
 
-The outputs of the second call must have the bits of the first. ``--gluon`` holds the warp-specialised forward for Hopper
-to the same truth, in a process of its own: it serves nobody before it was found right on the GPU at hand.
+The outputs of the second call must have the bits of the first. ``--gluon`` holds the warp-specialised forward for
+Hopper to the same truth, in a process of its own: it serves nobody before it was found right on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def same_bits(first: Tensor | None, second: Tensor | None) -> bool:
     return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (first, second)))  # -0.0 and NaN are bits too
 
 
-def check(case: Case, device: torch.device, dtype: torch.dtype, *, exact: bool = True) -> tuple[str, str, dict[str, Any]]:
+def check(
+    case: Case, device: torch.device, dtype: torch.dtype, *, exact: bool = True
+) -> tuple[str, str, dict[str, Any]]:
     """(outcome, note, facts); without ``exact`` the two calls are only compared with each other."""
     inputs = build(case, device, dtype)
     refused = refusal(case, inputs)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.case import SCALES
+from bench.cases import all_cases
 from bench.gpu.units import Unit
 
 # The longest that one test may take, compiling included, before its process is ended.
@@ -38,6 +40,10 @@ class Setup:
 
     def rows(self, phase: str, name: str) -> Path:
         return self.out / "logs" / phase / f"{name}.jsonl"
+
+    def part(self, phase: str, name: str) -> Path:
+        """A result file of one unit: the phase's own holds the rows of all."""
+        return self.out / "logs" / phase / f"{name}.part"
 
     def log(self, phase: str, name: str) -> Path:
         return self.out / "logs" / phase / f"{name}.log"
@@ -105,9 +111,7 @@ def _sanitized(setup: Setup) -> Iterator[Unit]:
                 *extra, seconds=240, environment=environment,
             )  # fmt: skip
             prefix = (sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20")
-            yield Unit(
-                unit.name, prefix + unit.command, unit.rows, unit.log, unit.seconds, unit.environment
-            )
+            yield Unit(unit.name, prefix + unit.command, unit.rows, unit.log, unit.seconds, unit.environment)
 
 
 def find_sanitizer() -> str | None:
@@ -118,30 +122,28 @@ def find_sanitizer() -> str | None:
 
 
 def bench(setup: Setup) -> Iterator[Step]:
-    """Kernels compile on all cores first; then one operator after another has the GPU for itself."""
-    module = "bench.gpu.operators"
+    """Kernels compile on all cores first, of shorter shapes: only whether a length can be divided by 16 is compiled in.
+    Then one operator after another has the GPU for itself."""
     if not setup.rehearsal:
         yield Step(
             [
-                setup.unit("bench", f"compile-{share}", module, "compile", "--share", f"{share}/{setup.cores}", seconds=150)
+                setup.unit(
+                    "bench", f"compile-{share}", "bench.gpu.cases", "--scale", "check", "--inexact",
+                    "--dtypes", "bfloat16", "--share", f"{share}/{setup.cores}", seconds=150,
+                )
                 for share in range(setup.cores)
             ],
             workers=setup.cores,
-        )
-    from bench.case import SCALES
-    from bench.cases import all_cases
-
+        )  # fmt: skip
     scale = "tiny" if setup.rehearsal else "full"
-    operators = dict.fromkeys(case.op for case in all_cases(SCALES[scale]))
-    if setup.rehearsal:
-        operators = {"paged_attention": None}
+    operators = list(dict.fromkeys(case.op for case in all_cases(SCALES[scale])))
     yield Step(
         [
             setup.unit(
-                "bench", op, module, "run", "--ops", op, "--scale", scale, "--json",
-                str(setup.out / "operators" / f"{op}.json"), seconds=240,
+                "bench", op, "bench.gpu.operators", op, "--scale", scale, "--json", str(setup.part("bench", op)),
+                seconds=180,
             )
-            for op in operators
+            for op in (operators[:1] if setup.rehearsal else operators)
         ]
     )  # fmt: skip
 
@@ -158,7 +160,7 @@ def throughput(setup: Setup) -> Iterator[Step]:
     """A process for each compression: each needs nearly all of the memory, and is kept when another fails."""
     shape = "tiny" if setup.rehearsal else "auto"
     for ratio in (1, 8, 64):
-        path = setup.out / "throughput" / f"{ratio}x.json"
+        path = setup.part("throughput", f"{ratio}x")
         yield Step(
             [
                 setup.unit(
