@@ -350,7 +350,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return render(cells, [*headers, "x, decoding", "x", "published x"], "simple", left=3)
 
 
-def main() -> None:
+def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -362,7 +362,11 @@ def main() -> None:
     parser.add_argument("--accept", type=float, default=0.5, help="probability of a draft, simulated (%(default)s)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=Path, help="of the GPU run: a line for each row")
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = arguments_of()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

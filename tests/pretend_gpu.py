@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch._dynamo  # dispatch modes ask for it, and it must not be imported while a GPU is pretended
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -100,16 +101,13 @@ def _run(function, args, kwargs):
     here_args, here_kwargs = tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, (args, kwargs))
     if _is_cuda(device):
         here_kwargs["device"] = torch.device("cpu")
-    found = function(*here_args, **here_kwargs)
-    if _state.graph is not None:
-        _state.graph.notes.append((function, here_args, here_kwargs, found))
+    if _state.graph is None:
+        found = function(*here_args, **here_kwargs)
+    else:
+        found = _state.graph.note(function, here_args, here_kwargs)
     if leaves:
         return found
-    return tree_map(lambda x: wrappers.get(id(x), OnGPU(x)) if isinstance(x, torch.Tensor) else x, _on_cpu(found))
-
-
-def _on_cpu(found):
-    return found
+    return tree_map(lambda x: wrappers.get(id(x), OnGPU(x)) if isinstance(x, torch.Tensor) else x, found)
 
 
 def _index_by_mask(function, args):
@@ -124,10 +122,24 @@ class Graph:
 
     def __init__(self):
         self.notes = []
-        self.replays = 0
+        self.overwritten = []
+
+    def note(self, function, args, kwargs):
+        """What it writes to is put back at the end of the capture: nothing runs while CUDA captures."""
+        for place, argument in enumerate(function._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write and value is not None:
+                self.overwritten.append((value, value.clone()))
+        found = function(*args, **kwargs)
+        self.notes.append((function, args, kwargs, found))
+        return found
+
+    def end_capture(self):
+        while self.overwritten:
+            tensor, before = self.overwritten.pop()
+            tensor.copy_(before)
 
     def replay(self):
-        self.replays += 1
         for function, args, kwargs, before in self.notes:
             again = function(*args, **kwargs)
             for old, new in zip(tree_flatten(before)[0], tree_flatten(again)[0], strict=True):
@@ -144,6 +156,7 @@ def _capture(graph):
         yield
     finally:
         _state.graph = None
+        graph.end_capture()
 
 
 class _Stream:
@@ -152,6 +165,11 @@ class _Stream:
 
     def wait_stream(self, other):
         pass
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
 
 
 def _set_sync_debug_mode(mode):
@@ -187,6 +205,7 @@ def pretend_gpu(monkeypatch):
     with monkeypatch.context() as patch, _Factories():
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch, "Generator", _Generator)
         if not before:
             # Torch without CUDA has nobody who switches to a GPU: the CPU's guard, which does nothing, stands in.
             guards[_CUDA] = guards[_CPU]

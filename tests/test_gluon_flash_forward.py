@@ -325,7 +325,10 @@ def _no_hopper() -> str:
     return "" if module.current_device().arch == "sm_90" else "the kernels were imported for the interpreter"
 
 
-on_hopper = pytest.mark.skipif(bool(_no_hopper()), reason=_no_hopper() or "runs")
+def on_hopper(test):
+    """Runs with the kernel itself."""
+    skip = pytest.mark.skipif(bool(_no_hopper()), reason=_no_hopper() or "runs")
+    return pytest.mark.gpu(skip(test))
 
 
 @on_hopper

@@ -5,8 +5,12 @@ import json
 import pydoc_data.topics
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("regex")
+pytest.importorskip("tokenizers")
+import hypothesis.strategies as st
 import regex
 from hypothesis import given, settings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors

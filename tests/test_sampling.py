@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from speculation import chi_square
+
+pytest.importorskip("transformers")
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,

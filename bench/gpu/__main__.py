@@ -109,7 +109,7 @@ def _kept(path: Path, facts: dict[str, Any]) -> set[str]:
 
 
 def _write(phase: str, setup: Setup, facts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """``<phase>.json``: rows of what failed or was skipped, counts of what passed; and the measurements of all units."""
+    """``<phase>.json``: rows of what failed or was skipped, counts of what passed; and what all units measured."""
     rows: list[dict[str, Any]] = []
     for outcome in outcomes:
         counts = outcome.counts()

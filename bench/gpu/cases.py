@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import math
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def check(
     return (FAILED, complaint, facts) if complaint else (PASSED, "", facts)
 
 
-def main() -> None:
+def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.cases", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", choices=[CHECK.name, *SCALES], default=CHECK.name)
@@ -103,7 +104,11 @@ def main() -> None:
     parser.add_argument("--gluon", action="store_true", help="the dense forward by the Hopper kernel, and nothing else")
     parser.add_argument("--inexact", action="store_true", help="leave out the comparison with float64")
     parser.add_argument("--rows", type=Path, required=True)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = arguments_of()
     device = torch.device(arguments.device)
     cases = select(all_cases(scale_named(arguments.scale)), arguments.ops)
     if arguments.gluon:

@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import itertools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from kvops.models.llama import Llama
 from kvops.ops.verify import prompt_lookup, verify_draft
 
 NUM_DRAFT = 3
+FOLLOWS_DATA = "its inputs' numbers follow the data: no replay with other data"
 
 
 @contextlib.contextmanager
@@ -76,7 +77,7 @@ def check_operator(case: Case, device: torch.device, dtype: torch.dtype) -> str:
     reset()
     replay = capture(lambda: case.run(inputs), device)
     if not _take_data(inputs, others):
-        return "its inputs' numbers follow the data: no replay with other data"
+        return FOLLOWS_DATA
     reset()
     replayed = copies(replay())
     reset()
@@ -205,7 +206,7 @@ def check_step(device: torch.device, dtype: torch.dtype, steps: int) -> str:
     return "" if accepted else "no draft was ever accepted: the test tests nothing"
 
 
-def main() -> None:
+def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.graphs", description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["operators", "step"])
     parser.add_argument("--device", default="cuda")
@@ -213,7 +214,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows", type=Path, required=True)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = arguments_of()
     device = torch.device(arguments.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

