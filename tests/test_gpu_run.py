@@ -1,5 +1,6 @@
 """The GPU run without a GPU: nothing hides anything, what is good is kept, and no phase falls over a typing error."""
 
+import argparse
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from bench.gpu import cases, graphs, greedy, phases, record
 from bench.gpu.phases import PHASES, Setup, Step
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import FAILED, PASSED, SKIPPED, Outcome, Unit, read_rows, report, run_unit, run_units
+from kvops.autotune import commands
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -263,11 +265,12 @@ def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_unit_of_every_phase_is_started_with_words_that_it_takes(phase, device, tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     units = [unit for step in PHASES[phase](Setup(device, tmp_path, 480, 8)) for unit in step.units]
     assert len({unit.name for unit in units}) == len(units)
     assert all(0 < unit.seconds <= 480 for unit in units)
     for unit in units:
-        words = list(unit.command)
+        words, parser = list(unit.command), argparse.ArgumentParser()
         if words[0] == "/opt/compute-sanitizer":
             words = words[words.index(sys.executable) :]
         assert words[:2] == [sys.executable, "-m"]
@@ -275,10 +278,13 @@ def test_every_unit_of_every_phase_is_started_with_words_that_it_takes(phase, de
             assert unit.resumes
             continue
         module = importlib.import_module(words[2])
-        if hasattr(module, "arguments_of"):
-            arguments = module.arguments_of(words[3:])
-            assert arguments.rows == unit.rows
-            assert arguments.device == device
+        if words[2] == "kvops.autotune":
+            commands.add(parser.add_subparsers())
+            parser.parse_args(words[3:])
+            continue
+        arguments = module.arguments_of(words[3:])
+        assert arguments.rows == unit.rows
+        assert arguments.device == device
     if (phase, device) == ("check", "cuda"):
         assert sum(unit.name.startswith("tests-") for unit in units) == 8
         assert {"gluon", "greedy", "memcheck", "racecheck-gluon", "shapes-0", "shapes-1"} <= {u.name for u in units}

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bench.case import SCALES
 from bench.cases import all_cases
 from bench.gpu.units import Unit
@@ -121,6 +123,33 @@ def find_sanitizer() -> str | None:
     return found or shutil.which("compute-sanitizer", path=f"{home}/compute-sanitizer")
 
 
+def tune(setup: Setup) -> Iterator[Step]:
+    """Into a store of its own beside the results, to be looked at before it is shipped.
+
+    Every candidate compiles on all cores first, without launching: the tuner, which has the GPU for itself, then finds
+    the binaries in Triton's cache.
+    """
+    store = setup.out / "tuned"
+    if setup.rehearsal:
+        yield Step([setup.unit("tune", "compile", "bench.gpu.tune", "--store", str(store), seconds=120)])
+        return
+    tables = setup.part("tune", "feasible")
+    words = ("kvops.autotune", "prune", "--targets", device_target(), "--output", str(tables))
+    limit = setup.seconds / 3
+    command = (sys.executable, "-m", *words, "--jobs", str(setup.cores), "--limit-seconds", str(limit))
+    yield Step([Unit("compile", command, setup.rows("tune", "compile"), setup.log("tune", "compile"), limit + 60)])
+    budget = str(setup.seconds / 2)
+    yield Step(
+        [setup.unit("tune", "tune", "bench.gpu.tune", "--store", str(store), "--budget", budget, seconds=setup.seconds)]
+    )
+
+
+def device_target() -> str:
+    """``sm_90``: what kernels are compiled for here."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{10 * major + minor}"
+
+
 def bench(setup: Setup) -> Iterator[Step]:
     """Kernels compile on all cores first, of shorter shapes: only whether a length can be divided by 16 is compiled in.
     Then one operator after another has the GPU for itself."""
@@ -173,6 +202,7 @@ def throughput(setup: Setup) -> Iterator[Step]:
 
 PHASES: dict[str, Callable[[Setup], Iterator[Step]]] = {
     "check": check,
+    "tune": tune,
     "bench": bench,
     "throughput": throughput,
     "graphs": graphs,
