@@ -4,9 +4,11 @@
 interpreter on a machine without a GPU and as compiled kernels where ``KVOPS_TEST_DEVICE=cuda``.
 """
 
+import contextlib
 import importlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ if DEVICE == "cpu":
     for _path in sorted((pathlib.Path(__file__).parent.parent / "kernels").glob("[!_]*.py")):
         importlib.import_module(f"kvops.kernels.{_path.stem}")
     del os.environ["TRITON_INTERPRET"]
+else:
+    # Tests that ask for deterministic algorithms multiply matrices, too: cuBLAS wants this by then.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
@@ -26,13 +31,18 @@ def device() -> torch.device:
 
 
 @pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch) -> str:
-    """The implementation under test; on a GPU only the kernels exist."""
+def backend(request, monkeypatch) -> Iterator[str]:
+    """The implementation under test; on a GPU only the kernels exist. Where a test names no ``device``, tensors are
+    made on the one under test."""
+    where = contextlib.nullcontext()
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1" if request.param == "triton" else "0")
     elif request.param == "eager":
         pytest.skip("the eager implementation serves CPU tensors")
-    return request.param
+    elif "device" not in request.fixturenames:
+        where = torch.device(DEVICE)
+    with where:
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

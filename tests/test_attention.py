@@ -18,8 +18,8 @@ def _poisoned_memory():
 
 def check(q, k, v, mask=None, window=None, **scoring):
     out, lse = kvops.flash_attention(q, k, v, **(window or {}), **scoring)
-    exact = attention(q.cpu(), k.cpu(), v.cpu(), mask=mask, **scoring)
-    same = attention(q.cpu(), k.cpu(), v.cpu(), mask=mask, dtype=q.dtype, **scoring)
+    exact = attention(q, k, v, mask=mask, **scoring)
+    same = attention(q, k, v, mask=mask, dtype=q.dtype, **scoring)
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
     assert_accurate(out, exact[0], same[0], "out")

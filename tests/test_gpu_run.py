@@ -149,7 +149,7 @@ def test_tests_that_fail_hang_or_kill_the_process_each_become_a_row(tmp_path):
     )
     rows = tmp_path / "rows.jsonl"
     command = (sys.executable, "-m", "pytest", "-p", "bench.gpu.record", "-p", "no:cacheprovider", "-q")
-    environment = {"KVOPS_RECORD": str(rows), "KVOPS_SHARE": "0/1", "KVOPS_TEST_SECONDS": "3"}
+    environment = {"KVOPS_RECORD": str(rows), "KVOPS_SHARE": "0/1", "KVOPS_TEST_SECONDS": "2"}
     options = ("--capture=sys", "-c", os.devnull, str(tmp_path))
     unit = Unit("tests", (*command, *options), rows, tmp_path / "log", 120, environment, resumes=True)
     outcome = run_unit(unit)

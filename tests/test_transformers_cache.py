@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
 import transformers
 from test_transformers import make_model
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.gpu.units import FAILED, PASSED, SKIPPED, read_rows, report
 
@@ -32,7 +31,8 @@ def _under_way() -> Path:
 
 
 def needs_device(item: pytest.Item) -> bool:
-    return "device" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu") is not None
+    fixtures = getattr(item, "fixturenames", ())
+    return "device" in fixtures or "backend" in fixtures or item.get_closest_marker("gpu") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +75,8 @@ def _failed(result: pytest.TestReport) -> None:
     last = next((line for line in reversed(result.longreprtext.splitlines()) if line.startswith("E ")), "")
     _report(result, FAILED, f"{result.when}: {last[1:].strip()}"[:300])
     print(f"\n{'=' * 20} {result.nodeid}\n{result.longreprtext}", file=sys.__stderr__, flush=True)
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:  # every later call of this process would fail with the same

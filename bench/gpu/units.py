@@ -64,7 +64,8 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        return self.complete and not self.counts()[FAILED]
+        """A process that ended well and found nothing tested nothing."""
+        return self.complete and bool(self.rows) and not self.counts()[FAILED]
 
 
 def report(path: Path, name: str, outcome: str, note: str = "", **facts: Any) -> None:
