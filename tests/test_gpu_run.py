@@ -147,15 +147,19 @@ def test_tests_that_fail_hang_or_kill_the_process_each_become_a_row(tmp_path):
         def test_last(): pass
         """)
     )
+    (tmp_path / "test_else.py").write_text("import no_such.package\ndef test_nothing(device): pass")
+    (tmp_path / "test_odd.py").write_text("import bench.no_such_part\ndef test_nothing(device): pass")
     rows = tmp_path / "rows.jsonl"
     command = (sys.executable, "-m", "pytest", "-p", "bench.gpu.record", "-p", "no:cacheprovider", "-q")
     environment = {"KVOPS_RECORD": str(rows), "KVOPS_SHARE": "0/1", "KVOPS_TEST_SECONDS": "2"}
-    options = ("--capture=sys", "-c", os.devnull, str(tmp_path))
+    options = ("--capture=sys", "--continue-on-collection-errors", "-c", os.devnull, str(tmp_path))
     unit = Unit("tests", (*command, *options), rows, tmp_path / "log", 120, environment, resumes=True)
     outcome = run_unit(unit)
     assert outcome.status == "finished", (tmp_path / "log").read_text()
-    found = {row["name"].split("::")[1]: row["outcome"] for row in outcome.rows}
+    found = {row["name"].split("::")[-1]: row["outcome"] for row in outcome.rows}
     assert found == {
+        "test_else.py": SKIPPED,
+        "test_odd.py": FAILED,
         "test_passes": PASSED,
         "test_fails": FAILED,
         "test_dies": FAILED,
@@ -184,19 +188,26 @@ def test_the_tests_of_the_hopper_kernel_are_among_those_that_need_a_device():
     assert not record.needs_device(Item(tests.test_a_single_stage_is_refused))
 
 
-def test_tests_are_collected_where_nothing_but_torch_triton_numpy_and_pytest_is_installed():
+def test_tests_are_collected_where_nothing_but_torch_triton_numpy_and_pytest_is_installed(tmp_path):
     absent = [
         *("hypothesis", "scipy", "transformers", "gguf", "regex", "tokenizers", "safetensors", "jinja2", "tqdm"),
         *("psutil", "matplotlib", "xdist", "accelerate", "kernels"),
     ]
     source = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
-        "import pytest\nsys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:xdist', 'tests']))"
+        "import pytest\nwords = '-p bench.gpu.record --collect-only --continue-on-collection-errors -q tests'\n"
+        "sys.exit(pytest.main(words.split()))"
     )
+    rows = tmp_path / "rows.jsonl"
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "KVOPS_TEST_DEVICE": "cpu"}
+    environment["KVOPS_RECORD"] = str(rows)
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", source], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+    found = read_rows(rows)
+    assert all(row["outcome"] == SKIPPED and row["note"].split(":")[0] in absent for row in found), found
+    files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert files >= {f"tests/test_{family}.py" for family in ("attention", "paged", "eviction", "merge", "verify")}
 
 
 # Phases

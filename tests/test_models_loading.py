@@ -6,12 +6,10 @@ import re
 import struct
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("gguf")
-import gguf
 
 from kvops.models import extras, loading
 from kvops.models.config import Llama3RopeScaling, LlamaConfig

@@ -5,12 +5,8 @@ import json
 import pydoc_data.topics
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("hypothesis")
-pytest.importorskip("regex")
-pytest.importorskip("tokenizers")
 import hypothesis.strategies as st
+import pytest
 import regex
 from hypothesis import given, settings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors

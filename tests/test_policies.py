@@ -6,8 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-
-pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import attention, attention_mask

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from speculation import chi_square
-
-pytest.importorskip("transformers")
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,

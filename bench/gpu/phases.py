@@ -69,7 +69,7 @@ def _tests(setup: Setup) -> list[Unit]:
         rows = setup.rows("check", name)
         # Only sys-level capture: whoever dies may still write to the log.
         command = (sys.executable, "-m", "pytest", "-p", "bench.gpu.record", "-p", "no:cacheprovider", "-q")
-        command += ("--capture=sys", "--tb=short", *families)
+        command += ("--capture=sys", "--tb=short", "--continue-on-collection-errors", *families)
         environment = {
             "KVOPS_TEST_DEVICE": setup.device,
             "KVOPS_RECORD": str(rows),

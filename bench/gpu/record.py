@@ -2,7 +2,8 @@
 
 Each result is a row in ``KVOPS_RECORD`` as soon as it is known; tests that have one are not run again. A test that
 takes the process down (a hang, a crash, an error after which CUDA answers nothing) is found by the file that names the
-test under way, and the next process goes on behind it.
+test under way, and the next process goes on behind it. A file of tests that cannot be imported is a row of share 0:
+skipped where a package is missing that nothing but these tests need, failed otherwise; the other files run.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.gpu.units import FAILED, PASSED, SKIPPED, read_rows, report
+from bench.gpu.units import FAILED, PASSED, SKIPPED, read_rows
+from bench.gpu.units import report as add
 
 # Kernels compile within seconds; what is not back by then hangs.
 _SECONDS = float(os.environ.get("KVOPS_TEST_SECONDS", "120"))
@@ -30,6 +33,12 @@ def _under_way() -> Path:
     return _rows().with_suffix(".under-way")
 
 
+def _share() -> tuple[int, int]:
+    """(which, of how many)"""
+    share, shares = os.environ.get("KVOPS_SHARE", "0/1").split("/")
+    return int(share), int(shares)
+
+
 def needs_device(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     return "device" in fixtures or "backend" in fixtures or item.get_closest_marker("gpu") is not None
@@ -39,16 +48,31 @@ def pytest_configure(config: pytest.Config) -> None:
     _rows().parent.mkdir(parents=True, exist_ok=True)
     if _under_way().exists():
         name = _under_way().read_text()
-        report(_rows(), name, FAILED, "took its process down: see the log")
+        add(_rows(), name, FAILED, "took its process down: see the log")
         _under_way().unlink()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    share, shares = map(int, os.environ.get("KVOPS_SHARE", "0/1").split("/"))
+    share, shares = _share()
     known = {row["name"] for row in read_rows(_rows())}
     mine = [item for item in items if needs_device(item)][share::shares]
     items[:] = [item for item in mine if item.nodeid not in known]
+
+
+def pytest_exception_interact(node: pytest.Collector, call: pytest.CallInfo, report: pytest.CollectReport) -> None:
+    if not isinstance(node, pytest.Collector) or call.excinfo is None:
+        return
+    cause = call.excinfo.value.__cause__
+    package = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+    missing = package if package and find_spec(package) is None else ""  # a module of ours is never just absent
+    note = f"{missing}: not installed" if missing else f"cannot be imported: {cause or call.excinfo.value}"
+    if _share()[0] == 0 and node.nodeid not in {row["name"] for row in read_rows(_rows())}:
+        add(_rows(), node.nodeid, SKIPPED if missing else FAILED, note[:300])
+    if missing:
+        report.outcome, report.longrepr = "skipped", (str(node.path), 0, note)
+    else:
+        print(f"\n{'=' * 20} {node.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -86,7 +110,7 @@ def _failed(result: pytest.TestReport) -> None:
 
 
 def _report(result: pytest.TestReport, outcome: str, note: str = "") -> None:
-    report(_rows(), result.nodeid, outcome, note, seconds=round(result.duration, 3))
+    add(_rows(), result.nodeid, outcome, note, seconds=round(result.duration, 3))
 
 
 @pytest.hookimpl(trylast=True)
