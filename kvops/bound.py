@@ -100,16 +100,23 @@ class HostBound:
         self.sharing.update(into)
         self._unwritten.update((row, *into))
 
+    def join(self, row: int, other: int, blocks: int) -> None:
+        """``other`` gets ``blocks`` that ``row`` has, all of them full, beside its own."""
+        strangers = {row, other} - self.sharing
+        different = self._different() + sum(map(self.row_blocks, strangers))
+        self._settle(different, self.sharing | {row, other}, at_least=1)
+        self.blocks[other] += blocks
+
     def part(self, rows: Sequence[int]) -> None:
         """``rows`` share nothing any more."""
         self._settle(self._different(), self.sharing.difference(rows))
 
     def read(self, held: Sequence[int], in_use: int, shares: Sequence[int]) -> None:
-        """The exact numbers: blocks held by each row, by all, and whether each row shares any."""
+        """The exact numbers: blocks held by each row, by all, and whether each row may share any."""
         self.blocks[:], self.tokens[:] = held, [0] * len(held)
-        sharing = {row for row in self.sharing if shares[row]}
+        sharing = {row for row, some in enumerate(shares) if some}
         alone = sum(blocks for row, blocks in enumerate(held) if row not in sharing)
-        self._settle(in_use - alone, sharing)
+        self._settle(in_use - alone, sharing, at_least=1)
         self._unwritten |= self.sharing
 
     def _different(self) -> int:

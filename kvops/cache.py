@@ -8,32 +8,25 @@ bound of what is in use and reads the exact number only where the bound says tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kvops import checks
 from kvops.cache_stats import CacheStats
-from kvops.ops.blocks import copy_blocks
+from kvops.cache_storage import CacheStorage, Rows
 from kvops.ops.eviction import compact, select_blocks
-from kvops.ops.paged import paged_append, paged_attention, paged_schedule
-from kvops.ops.registry import backend
-from kvops.pool import BlockPool, OutOfBlocksError
+from kvops.ops.paged import paged_append, paged_attention
+from kvops.pool import OutOfBlocksError
 
 __all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache"]
 
-Rows = slice | int | Sequence[int] | Tensor
-
-# Row numbers: a range where an index by a slice will do.
-Numbers = range | tuple[int, ...]
-# Tables and lengths, one of each for every layer.
-_Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-# Selections of rows whose indices, views and schedules are kept.
-_MAX_SELECTIONS = 64
+_T = TypeVar("_T")
 
 
-class PagedKVCache:
+class PagedKVCache(CacheStorage):
     """Keys and values of ``max_batch`` sequences in one pool of blocks, each head of each layer with its own length.
 
     Args:
@@ -42,7 +35,9 @@ class PagedKVCache:
         max_batch: rows, that is sequences that can live in the cache at once.
         max_tokens: slots that one list can have at most (rounded up to whole blocks).
         block_size: slots in a block.
-        dtype, device: of keys and values.
+        dtype, device: of keys and values. A float8_e4m3fn cache takes and gives other dtypes and rounds what it stores.
+        k_scale, v_scale: of a float8 cache, a float or float32 ``[num_layers, num_kv_heads]``: ``k / k_scale`` is what
+            it stores.
 
     Attributes:
         k_cache, v_cache: ``[num_blocks, block_size, head_dim]`` and ``[..., v_head_dim]``, not initialised.
@@ -64,6 +59,10 @@ class PagedKVCache:
     if it shared nothing. Copies need free blocks: where there are too few, :class:`OutOfBlocksError` comes before
     anything is changed.
 
+    **Prefixes.** :meth:`remember` keeps the full blocks of a prompt for rows to come, whatever becomes of the row, and
+    :meth:`recall` begins a row with the longest prefix of its tokens that is remembered. Remembered blocks are shared
+    like those of a fork. Those that no row uses are given back, least recently used first, as soon as room is needed.
+
     **CUDA graphs.** :meth:`extend`, :meth:`append`, :meth:`attend` and :meth:`rollback` of rows given as a slice can be
     captured as they are. What the host decides (is there room? who shares a block?) is not part of a graph: call
     :meth:`prepare` before each replay, and :meth:`unshare` once after a fork if the graph accumulates scores.
@@ -72,63 +71,6 @@ class PagedKVCache:
     tokens that were rolled back until the next reading, so leave room for a few hundred of those in ``num_blocks`` and
     ``max_tokens``; with ``num_blocks >= max_batch * blocks_for(max_tokens)`` only the longest list ever has to be read.
     """
-
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_blocks: int,
-        max_batch: int,
-        max_tokens: int,
-        block_size: int = 16,
-        v_head_dim: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        sizes = {
-            "num_layers": num_layers,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "v_head_dim": v_head_dim,
-            "num_blocks": num_blocks,
-            "max_batch": max_batch,
-            "max_tokens": max_tokens,
-            "block_size": block_size,
-        }
-        for name, value in sizes.items():
-            checks.expect_at_least(name, value, 1)
-        if num_blocks >= 2**31:
-            raise ValueError(f"num_blocks: expected less than 2**31 (tables are int32), got {num_blocks}")
-        self.num_layers, self.num_kv_heads, self.num_blocks = num_layers, num_kv_heads, num_blocks
-        self.max_batch, self.block_size = max_batch, block_size
-        self.max_blocks = -(-max_tokens // block_size)
-        self.device = device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            self.device = device = torch.device("cuda", torch.cuda.current_device())
-
-        self.k_cache = torch.empty(num_blocks, block_size, head_dim, dtype=dtype, device=device)
-        self.v_cache = torch.empty(num_blocks, block_size, v_head_dim, dtype=dtype, device=device)
-        self.positions = torch.zeros(num_blocks, block_size, dtype=torch.int32, device=device)
-        # One block more than the pool has takes what set_scores must not write anywhere.
-        self._scores = torch.zeros(num_blocks + 1, block_size, dtype=torch.float32, device=device)
-        self.scores = self._scores[:num_blocks]
-        lists = (num_layers, max_batch, num_kv_heads)
-        self._pool = BlockPool(lists, num_blocks, self.max_blocks, block_size, device)
-        self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
-        self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
-        self.compressed = [False] * max_batch
-        self._indices: dict[tuple[int, ...], Tensor] = {}
-        # Tables and lengths of every layer, and their schedules, by selection of rows: a step asks for them often.
-        self._views: dict[range, _Views] = {}
-        self._gathered: dict[tuple[int, ...], _Views] = {}  # rows picked by number: copies, true for one step
-        self._schedules: dict[tuple[Numbers, bool], tuple[Tensor, ...]] = {}
-
-    def blocks_for(self, tokens: int) -> int:
-        """Blocks that one row of ``tokens`` tokens takes with nothing evicted, over all layers and heads."""
-        return self.num_layers * self.num_kv_heads * -(-tokens // self.block_size)
 
     def extend(self, num_tokens: int, *, q_lens: Tensor | None = None, rows: Rows = slice(None)) -> Tensor:
         """Make room for ``num_tokens`` more tokens in every list of ``rows`` and count them in.
@@ -153,7 +95,7 @@ class PagedKVCache:
                 within = (q_lens >= 0) & (q_lens <= num_tokens)
                 checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
             new_lens = lens + q_lens[:, None]
-        self._copy(self._pool.reserve(index, numbers, new_lens, num_tokens))
+        self._copy(self._making_room(lambda: self._pool.reserve(index, numbers, new_lens, num_tokens)))
         self._changed()
         self.seq_lens[:, index] = new_lens
         first = self.next_positions[index]
@@ -169,7 +111,7 @@ class PagedKVCache:
         """
         checks.expect_at_least("num_tokens", num_tokens, 0)
         index, numbers = self._resolve(rows)
-        self._copy(self._pool.prepare(index, numbers, num_tokens))
+        self._copy(self._making_room(lambda: self._pool.prepare(index, numbers, num_tokens)))
         self._changed()
 
     def append(
@@ -195,6 +137,8 @@ class PagedKVCache:
             positions=self.positions,
             token_positions=token_positions,
             scores=self.scores,
+            k_scale=None if self.k_scale is None else self.k_scale[layer],
+            v_scale=None if self.v_scale is None else self.v_scale[layer],
         )
 
     def attend(
@@ -243,6 +187,8 @@ class PagedKVCache:
             softcap=softcap,
             sinks=sinks,
             tree_mask=tree_mask,
+            k_scale=None if self.k_scale is None else self.k_scale[layer],
+            v_scale=None if self.v_scale is None else self.v_scale[layer],
             scores=None if accumulate is None else self.scores,
             score_reduce=accumulate or "sum",
             score_decay=decay,
@@ -321,9 +267,9 @@ class PagedKVCache:
         floors = [lists * -(-min(bound.longest[row], floor) // self.block_size) for row in numbers]
         if known is None or any(least > min(most) for least, most in zip(floors, known, strict=True)):
             self._refuse_floor(new_lens, budgets, "row" if groups == 1 else "layer")
-        if self._pool.shares(numbers):
+        if self._pool.shares(numbers) and not self._pool.capturing():
             first, stop = map(self._by_layer, self._written_by_compaction(lens, new_lens, keep))
-            self._copy(self._pool.own(index, numbers, first, stop, self.max_blocks))
+            self._own(index, numbers, first, stop, self.max_blocks)
             tables = flat_tables()
         compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
         lens = self._by_layer(lens)
@@ -389,7 +335,7 @@ class PagedKVCache:
         self._pool.bound.rewind(numbers)
         width = min((num_tokens + size - 2) // size + 1, self.max_blocks)
         if self._pool.shares(numbers) and not self._pool.capturing():
-            self._copy(self._pool.own(index, numbers, first, self._pool.blocks_of(lens), width))
+            self._own(index, numbers, first, self._pool.blocks_of(lens), width)
         columns = first[..., None] + torch.arange(width, device=self.device)
         tables = self.block_tables[:, index].gather(3, columns.clamp_(max=self.max_blocks - 1))
         token = torch.arange(width * size, dtype=torch.int32, device=self.device) - (start - first * size)[..., None]
@@ -460,82 +406,65 @@ class PagedKVCache:
         index, numbers = self._resolve(rows)
         if self._pool.shares(numbers):
             held = self._pool.held[:, index]
-            self._copy(self._pool.own(index, numbers, torch.zeros_like(held), held, self.max_blocks))
+            self._own(index, numbers, torch.zeros_like(held), held, self.max_blocks)
             self._pool.bound.part(numbers)
 
-    def gather(self, layer: int, row: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises."""
-        length = int(self.seq_lens[layer, row, head])
-        blocks = self.block_tables[layer, row, head, : -(-length // self.block_size)].long()
-        k, v, positions = (side[blocks].flatten(0, 1)[:length] for side in (self.k_cache, self.v_cache, self.positions))
-        return k, v, positions
+    def remember(self, row: int, tokens: Sequence[int] | Tensor, *, salt: str = "") -> int:
+        """Keep the blocks of ``row`` that hold the longest part of its ``tokens`` that fills whole blocks.
 
-    def stats(self) -> CacheStats:
-        """Blocks, bytes and lengths at this moment. Synchronises."""
-        slot = (self.k_cache.shape[-1] + self.v_cache.shape[-1]) * self.k_cache.element_size()
-        side = self.positions.element_size() + self.scores.element_size()
-        return CacheStats(
-            blocks_total=self.num_blocks,
-            blocks_in_use=self._pool.blocks_in_use(),
-            block_size=self.block_size,
-            bytes_per_block=self.block_size * slot,
-            side_bytes_per_block=self.block_size * side,
-            blocks_shared=int((self._pool.sharers > 0).sum()),
-            blocks_saved=int(self._pool.sharers.sum()),
-            lengths=self.seq_lens.cpu().clone(),
-        )
+        They stay when the row goes on, is compressed or leaves, with the scores they have now, for :meth:`recall`.
+        Takes no blocks and copies nothing.
 
-    def _resolve(self, rows: Rows) -> tuple[slice | Tensor, Numbers]:
-        """``rows`` as an index for tensors (a slice where possible, which copies nothing) and as numbers."""
-        if isinstance(rows, slice):
-            covered = range(*rows.indices(self.max_batch))
-            if covered.step > 0:
-                return rows, covered
-            rows = covered
-        if isinstance(rows, Tensor):
-            rows = rows.tolist()
-        numbers = (rows,) if isinstance(rows, int) else tuple(rows)
-        if len(set(numbers)) != len(numbers) or any(not 0 <= row < self.max_batch for row in numbers):
-            raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {list(numbers)}")
-        if numbers and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
-            return slice(numbers[0], numbers[-1] + 1), range(numbers[0], numbers[-1] + 1)
-        if numbers not in self._indices:
-            _make_room(self._indices)
-            self._indices[numbers] = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        return self._indices[numbers], numbers
+        Args:
+            row: a row that has not been compressed.
+            tokens: the tokens whose keys and values ``row`` holds, from its first on; more may follow in the row.
+            salt: what else the keys and values follow from (an adapter, the tenant): only equal salts meet.
 
-    def _layer(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Block tables ``[B', Hkv, max_blocks]`` and lengths ``[B', Hkv]`` of one layer."""
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer: expected a number in 0..{self.num_layers - 1}, got {layer}")
-        index, numbers = self._resolve(rows)
-        kept: dict = self._views if isinstance(numbers, range) else self._gathered
-        if numbers not in kept:
-            _make_room(kept)
-            kept[numbers] = tuple(self.block_tables[:, index]), tuple(self.seq_lens[:, index])
-        tables, lens = kept[numbers]
-        return tables[layer], lens[layer]
+        Returns: how many tokens are remembered, those remembered before included.
 
-    def _schedule(self, layer: int, rows: Rows) -> Tensor | None:
-        """The layer's part of the schedule of this step, which is made once for all layers; the CPU needs none."""
-        if backend(self.device) == "eager":
-            return None
-        index, numbers = self._resolve(rows)
-        key = numbers, self._pool.capturing()  # what a graph computes is there only when it is replayed
-        if key not in self._schedules:
-            self._schedules[key] = tuple(paged_schedule(self.seq_lens[:, index], self.block_size))
-        return self._schedules[key][layer]
+        Raises ValueError for a compressed row, or more tokens than the row has (which is read from the device).
+        """
+        _, (source,) = self._resolve(row)
+        tokens, held = _numbers_of(tokens), int(self.next_positions[source])
+        if self.compressed[source]:
+            raise ValueError(f"row: expected one that has not been compressed, got {source}, which evict() ran on")
+        if len(tokens) > held:
+            raise ValueError(f"tokens: expected at most the {held} of row {source}, got {len(tokens)}")
+        return self._prefixes.remember(source, tokens, salt)
 
-    def _changed(self) -> None:
-        """Lengths or tables change: forget what was derived from them."""
-        self._schedules.clear()
-        self._gathered.clear()
+    def recall(self, row: int, tokens: Sequence[int] | Tensor, *, salt: str = "") -> int:
+        """Begin ``row`` with the longest remembered prefix of ``tokens``; what it held before is freed.
 
-    def _copy(self, blocks: tuple[Tensor, Tensor] | None) -> None:
-        """Copy blocks that were shared, source and target, before they are written."""
-        if blocks is not None:
-            self._changed()
-            copy_blocks(self.k_cache, self.v_cache, *blocks, positions=self.positions, scores=self.scores)
+        Returns how many tokens it then has: whole blocks, and never the last token, whose logits are still to come. Go
+        on with ``tokens`` from there. What the row does then never shows in another. The order of use that decides
+        what is given back first is that of calls to this method and to :meth:`remember`.
+        """
+        _, (target,) = self._resolve(row)
+        found = self._prefixes.find(_numbers_of(tokens)[:-1], salt)
+        self.free(target)
+        if found is None:
+            return 0
+        self._changed()
+        self._pool.share(found, target)
+        self.next_positions[target] = len(found) * self.block_size
+        return len(found) * self.block_size
+
+    def forget(self) -> None:
+        """Give all remembered prefixes up. Rows that use their blocks keep them."""
+        self._prefixes.clear()
+
+    def _making_room(self, request: Callable[[], _T], *, for_copies: bool = False) -> _T:
+        """``request``, which raises before it changes anything, with remembered prefixes given up where it must be."""
+        while True:
+            try:
+                return request()
+            except OutOfBlocksError as error:
+                if not self._prefixes.give_up(error.needed - error.free, in_use=for_copies):
+                    raise
+
+    def _own(self, index: slice | Tensor, numbers: Sequence[int], first: Tensor, stop: Tensor, width: int) -> None:
+        """Copy the shared blocks from the ``first`` to before ``stop`` of each list, at most ``width``."""
+        self._copy(self._making_room(lambda: self._pool.own(index, numbers, first, stop, width), for_copies=True))
 
     def _by_layer(self, per_list: Tensor) -> Tensor:
         """Lists row by row, layer by layer, as ``[layers, B', heads]``."""
@@ -548,11 +477,6 @@ class PagedKVCache:
         evicted = ~keep & (slot < lens[..., None])
         first = torch.where(evicted, slot, keep.shape[-1]).amin(-1)  # all slots before it stay where they are
         return first // self.block_size, torch.where(first < new_lens, self._pool.blocks_of(new_lens), 0)
-
-    def _expect_per_row(self, name: str, value: Tensor, batch: int) -> None:
-        checks.expect_tensor(name, value)
-        checks.expect_dtype(name, value, torch.int32)
-        checks.expect_shape(name, value, "[rows]", batch)
 
     def _budgets(self, budget: int | Sequence[int] | Sequence[Sequence[int]] | Tensor, batch: int) -> Tensor:
         """``budget`` in blocks as int32 ``[B', 1 or num_layers]``; numbers come out on the CPU."""
@@ -590,6 +514,8 @@ class PagedKVCache:
                 )
 
 
-def _make_room(kept: dict) -> None:
-    if len(kept) >= _MAX_SELECTIONS:
-        kept.clear()
+def _numbers_of(tokens: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(tokens, Tensor):
+        checks.expect_rank("tokens", tokens, "[tokens]")
+        return tokens.tolist()
+    return list(tokens)

@@ -11,11 +11,16 @@ from torch import Tensor
 class CacheStats:
     """What a :class:`~kvops.PagedKVCache` holds at one moment; ``str()`` reads like a report.
 
-    ``bytes_per_block`` counts K and V; ``side_bytes_per_block`` counts what is kept beside them for each slot
-    (original positions and scores). ``bytes_in_use`` and ``bytes_reserved`` count K and V of the blocks in use and of
-    the whole pool. A block that several rows share (:meth:`~kvops.PagedKVCache.fork`) is in use once: ``blocks_shared``
-    blocks are, and ``blocks_saved`` more would be in use if every row had its own. ``lengths`` is int32
-    ``[num_layers, max_batch, num_kv_heads]`` on the CPU, in slots, those in shared blocks counted for each row.
+    Attributes:
+        blocks_total, blocks_in_use, block_size: of the pool; a block that several rows share is in use once.
+        bytes_per_block, side_bytes_per_block: K and V of a block, and what is kept beside them (original positions and
+            scores).
+        blocks_shared, blocks_saved: blocks that stand in the lists of several rows (:meth:`~kvops.PagedKVCache.fork`,
+            :meth:`~kvops.PagedKVCache.recall`), and how many more would be in use if every row had its own.
+        tokens_remembered, blocks_unused: tokens of prefixes that are remembered, and blocks that only they hold: these
+            are given back when room is needed.
+        tokens_seen: int32 ``[max_batch]`` on the CPU, the tokens that each row has taken in, those evicted included.
+        lengths: int32 ``[num_layers, max_batch, num_kv_heads]`` on the CPU, slots in use of each list.
     """
 
     blocks_total: int
@@ -25,6 +30,9 @@ class CacheStats:
     side_bytes_per_block: int
     blocks_shared: int
     blocks_saved: int
+    tokens_remembered: int
+    blocks_unused: int
+    tokens_seen: Tensor
     lengths: Tensor
 
     @property
@@ -33,41 +41,58 @@ class CacheStats:
 
     @property
     def bytes_in_use(self) -> int:
+        """K and V of the blocks in use."""
         return self.blocks_in_use * self.bytes_per_block
 
     @property
     def bytes_reserved(self) -> int:
+        """K and V of the whole pool."""
         return self.blocks_total * self.bytes_per_block
 
     @property
     def bytes_saved(self) -> int:
+        """K and V of ``blocks_saved``."""
         return self.blocks_saved * self.bytes_per_block
 
     @property
     def slots_in_use(self) -> int:
+        """Tokens kept, counted in every list: those in shared blocks once for each row."""
         return int(self.lengths.sum())
 
     def __str__(self) -> str:
-        mib = 1 / 2**20
-        share = 100 * self.blocks_in_use / max(self.blocks_total, 1)
-        room = (self.blocks_in_use + self.blocks_saved) * self.block_size  # a shared block stands in several lists
-        filled = 100 * self.slots_in_use / max(room, 1)
+        room = (self.blocks_in_use - self.blocks_unused + self.blocks_saved) * self.block_size
         lines = [
-            f"{self.blocks_in_use} of {self.blocks_total} blocks in use ({share:.1f}%), {self.blocks_free} free",
-            f"{self.bytes_in_use * mib:.2f} of {self.bytes_reserved * mib:.2f} MiB of keys and values in use, "
-            f"{self.bytes_per_block} bytes a block (and {self.side_bytes_per_block} of positions and scores)",
-            f"{self.slots_in_use} tokens in {room} slots of {self.block_size} a block ({filled:.1f}% filled)",
+            f"{self.blocks_in_use:,} of {self.blocks_total:,} blocks in use "
+            f"({_percent(self.blocks_in_use, self.blocks_total)}), {self.blocks_free:,} free",
+            f"{_mib(self.bytes_in_use)} of {_mib(self.bytes_reserved)} MiB of keys and values in use, "
+            f"{self.bytes_per_block:,} bytes a block (and {self.side_bytes_per_block:,} of positions and scores)",
+            f"{self.slots_in_use:,} tokens in {room:,} slots of {self.block_size} a block "
+            f"({_percent(self.slots_in_use, room)} filled)",
         ]
         if self.blocks_shared:
             lines.append(
-                f"{self.blocks_shared} blocks are shared, counted once: {self.blocks_saved} more, "
-                f"{self.bytes_saved * mib:.2f} MiB, if every row had its own"
+                f"{self.blocks_shared:,} blocks are shared: {self.blocks_saved:,} more, "
+                f"{_mib(self.bytes_saved)} MiB, would be in use if every row had its own"
             )
-        for row in range(self.lengths.shape[1]):
+        if self.tokens_remembered:
+            lines.append(
+                f"{self.tokens_remembered:,} tokens of prefixes are remembered; no row uses {self.blocks_unused:,} of "
+                f"their blocks, {_mib(self.blocks_unused * self.bytes_per_block)} MiB"
+            )
+        for row, seen in enumerate(self.tokens_seen.tolist()):
             lists = self.lengths[:, row].flatten()
-            if int(lists.sum()):
+            kept = int(lists.sum())
+            if seen or kept:
                 lines.append(
-                    f"row {row}: {int(lists.sum())} tokens in {lists.numel()} lists, "
-                    f"shortest {int(lists.min())}, longest {int(lists.max())}"
+                    f"row {row}: {kept:,} tokens in {lists.numel():,} lists, shortest {int(lists.min()):,}, "
+                    f"longest {int(lists.max()):,}: {_percent(kept, seen * lists.numel())} of the {seen:,} taken in"
                 )
         return "\n".join(lines)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.1f}%"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.2f}"

@@ -66,7 +66,9 @@ class BlockPool:
         self.in_order = True
         # Numbers are cheap to read where the host is the device.
         self.exact = device.type == "cpu"
-        self.bound = HostBound(lists[1], lists[0] * lists[2], block_size)
+        # What prefixes that are remembered hold counts as one more row.
+        self.prefixes = lists[1]
+        self.bound = HostBound(lists[1] + 1, lists[0] * lists[2], block_size)
         self._list_starts = max_blocks * torch.arange(self.lens.numel(), device=device).view(*lists, 1)
         self._columns = torch.arange(max_blocks, device=device)
 
@@ -136,17 +138,65 @@ class BlockPool:
             return
         tables, given = self.tables[:, index].flatten(), given.flatten()
         if self.shares(rows):
-            count = torch.zeros_like(self.sharers).scatter_add_(0, tables.long(), given.to(torch.int32))
-            left = self.sharers - count
-            tables = torch.arange(self.num_blocks, dtype=torch.int32, device=left.device)
-            given = (count > 0) & (left < 0)
-            self.sharers.copy_(left.clamp_(min=0))
+            tables, given = self._let_go(tables, given)
+        self._push(tables, given)
+        self.held[:, index] = keep
+
+    def hold(self, row: int, first: int, stop: int) -> Tensor:
+        """Hold the blocks in columns ``first`` to before ``stop`` of every list of ``row`` as a prefix to remember.
+
+        Returns them, int32 ``[columns, layers, heads]``; :meth:`drop` takes the hold away again."""
+        blocks = self.tables[:, row, :, first:stop].permute(2, 0, 1).contiguous()
+        self._count(blocks)
+        self.bound.join(row, self.prefixes, blocks.numel())
+        return blocks
+
+    def share(self, blocks: Tensor, row: int) -> None:
+        """Begin the empty ``row`` with ``blocks`` [columns, layers, heads], which are held and full."""
+        columns = len(blocks)
+        self._count(blocks)
+        self.tables[:, row, :, :columns] = blocks.permute(1, 2, 0)
+        self.held[:, row] = columns
+        self.lens[:, row] = columns * self.block_size
+        self.bound.join(self.prefixes, row, blocks.numel())
+        self.bound.longest[row] = columns * self.block_size
+
+    def drop(self, blocks: Tensor) -> None:
+        """Hold ``blocks`` no longer; free are those that no row has in its lists."""
+        blocks = blocks.flatten()
+        self._push(*self._let_go(blocks, torch.ones_like(blocks, dtype=torch.bool)))
+        self.bound.limit(self.prefixes, self.bound.blocks[self.prefixes] - blocks.numel())
+
+    def held_once(self, blocks: Tensor) -> Tensor:
+        """Of blocks that are held: which of them nobody else holds."""
+        return self.sharers[blocks.long()] == 0
+
+    def holders(self) -> Tensor:
+        """How many lists hold each block, int32 ``[num_blocks]``."""
+        within = self._columns < self.held[..., None]
+        count = torch.zeros_like(self.sharers)
+        return count.scatter_add_(0, self.tables.flatten().long(), within.flatten().to(torch.int32))
+
+    def _count(self, blocks: Tensor) -> None:
+        """One more holds each of ``blocks``."""
+        held = blocks.flatten().long()
+        self.sharers.scatter_add_(0, held, torch.ones_like(held, dtype=torch.int32))
+
+    def _let_go(self, blocks: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """One less holds each of ``blocks`` that are ``given``; returns all blocks, and which nobody holds then."""
+        count = torch.zeros_like(self.sharers).scatter_add_(0, blocks.long(), given.to(torch.int32))
+        left = self.sharers - count
+        self.sharers.copy_(left.clamp(min=0))
+        every = torch.arange(self.num_blocks, dtype=torch.int32, device=left.device)
+        return every, (count > 0) & (left < 0)
+
+    def _push(self, blocks: Tensor, given: Tensor) -> None:
+        """Those of ``blocks`` that are ``given`` become free."""
         pushed = given.cumsum(0)
         # The first block is pushed last: whoever comes next gets them in the order they had.
         place = torch.where(given, self.free_count + pushed[-1] - pushed, self.num_blocks)
-        self.free.scatter_(0, place, tables)
+        self.free.scatter_(0, place, blocks)
         self.free_count += pushed[-1]
-        self.held[:, index] = keep
         self.in_order = False
 
     def _admit(
@@ -176,7 +226,7 @@ class BlockPool:
         bound = self.bound
         if not new_lens.numel() or all(bound.longest[row] + num_tokens <= capacity for row in rows):
             return
-        bound.longest[:] = self.lens.amax((0, 2)).tolist()
+        bound.longest[: self.prefixes] = self.lens.amax((0, 2)).tolist()
         longest = int(new_lens.amax())
         if longest > capacity:
             raise ValueError(
@@ -202,8 +252,8 @@ class BlockPool:
             within = self._columns < self.held[..., None]
             shares = ((self.sharers[self.tables.long()] > 0) & within).sum((0, 2, 3))
         blocks, free, *rows = torch.cat([torch.stack([needed, self.free_count]), held, shares]).tolist()
-        batch = len(self.bound.blocks)
-        self.bound.read(rows[:batch], self.num_blocks - free, rows[batch:])
+        batch, remembered = self.prefixes, self.bound.blocks[self.prefixes]
+        self.bound.read([*rows[:batch], remembered], self.num_blocks - free, [*rows[batch:], remembered])
         return blocks, free
 
     def _take(self, index: slice | Tensor, held: Tensor, grow: Tensor, width: int) -> None:

@@ -181,6 +181,46 @@ def test_statistics_count_blocks_and_bytes(device):
     assert [cache.blocks_for(tokens) for tokens in (0, 1, 4, 5)] == [0, 4, 4, 8]
 
 
+def test_statistics_tell_what_is_shared_remembered_and_compressed(device):
+    cache = make_cache(device)
+    cache.extend(16, rows=0)
+    cache.remember(0, range(9))
+    cache.fork(0, 1, num_tokens=8)
+    cache.evict(8, rows=0)
+    cache.free(1)
+    stats = cache.stats()
+    assert (stats.blocks_shared, stats.blocks_saved) == (0, 0)
+    assert (stats.tokens_remembered, stats.blocks_in_use) == (8, 8 + stats.blocks_unused)
+    report = str(stats).splitlines()
+    assert report[2] == "32 tokens in 32 slots of 4 a block (100.0% filled)"
+    assert report[3].startswith(f"8 tokens of prefixes are remembered; no row uses {stats.blocks_unused} of their")
+    assert report[4] == "row 0: 32 tokens in 4 lists, shortest 8, longest 8: 50.0% of the 16 taken in"
+    cache.recall(1, range(9))
+    cache.recall(2, range(9))
+    report = str(cache.stats()).splitlines()
+    assert report[3].endswith("would be in use if every row had its own")
+    assert "of the 8 taken in" in report[-1]
+
+
+def test_a_float8_cache_scales_every_head_of_every_layer(backend, device):
+    """What is read back is what was stored, times the scale: powers of two, so that nothing else is lost."""
+    k_scale = torch.tensor([[0.5, 2.0], [4.0, 0.25]], device=device)
+    cache = make_cache(device, dtype=torch.float8_e4m3fn, k_scale=k_scale, v_scale=2.0, v_head_dim=3)
+    positions = cache.extend(5, rows=[0])
+    k, v = torch.randint(-7, 8, (2, LAYERS, 1, 5, HEADS, 3), device=device).float()
+    for layer in range(LAYERS):
+        scale = k_scale[layer][:, None]
+        cache.append(layer, k[layer] * scale, v[layer], positions, rows=[0])
+        q = torch.randn(1, 1, HEADS, 3, device=device)
+        out = cache.attend(layer, q, rows=[0])
+        for head in range(HEADS):
+            stored = cache.gather(layer, 0, head)
+            assert torch.equal(stored[0].float(), k[layer, 0, :, head])
+            assert torch.equal(stored[1].float() * 2, v[layer, 0, :, head])
+            p = (q[0, :, head] @ (k[layer, 0, :, head] * scale[head]).T * 3**-0.5).softmax(-1)
+            torch.testing.assert_close(out[0, :, head], p @ v[layer, 0, :, head])
+
+
 def test_bad_input_is_named(device, monkeypatch):
     monkeypatch.setenv("KVOPS_DEBUG", "1")  # on a GPU the numbers are only looked at on request
     cache = make_cache(device)
@@ -190,6 +230,11 @@ def test_bad_input_is_named(device, monkeypatch):
     cases = [
         (lambda: make_cache(device, num_blocks=0), "num_blocks: expected at least 1, got 0"),
         (lambda: make_cache(device, block_size=-4), "block_size: expected at least 1, got -4"),
+        (lambda: make_cache(device, k_scale=2.0), "k_scale: expected only with dtype float8_e4m3fn"),
+        (
+            lambda: make_cache(device, dtype=torch.float8_e4m3fn, v_scale=torch.ones(2)),
+            r"v_scale: expected shape \[num_layers, num_kv_heads\] = \[2, 2\], got \[2\]",
+        ),
         (lambda: cache.extend(-1), "num_tokens: expected at least 0, got -1"),
         (lambda: cache.extend(2, rows=3), r"rows: expected different row numbers in 0..2, got \[3\]"),
         (lambda: cache.extend(2, rows=[1, 1]), "rows: expected different row numbers"),

@@ -33,11 +33,18 @@ class Entry(NamedTuple):
 
 
 class Block:
-    """Known by its identity: the lists that hold it share it."""
+    """Known by its identity: the lists and the remembered prefixes that hold it share it."""
+
+
+class Remembered(NamedTuple):
+    """The last block of a prefix in every list, and what it held when it was remembered."""
+
+    blocks: dict[tuple[int, int], Block]
+    contents: dict[tuple[int, int], list[Entry]]
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Sequences that join, grow, fork, are compressed, roll back and leave."""
+    """Sequences that join, grow, fork, are compressed, roll back, are remembered and leave."""
 
     exact = True
 
@@ -51,6 +58,8 @@ class CacheMachine(RuleBasedStateMachine):
         keys = [(layer, row, head) for layer, head in LISTS for row in range(ROWS)]
         self.lists: dict[Key, list[Entry]] = {key: [] for key in keys}
         self.held: dict[Key, list[Block]] = {key: [] for key in keys}
+        self.remembered: dict[tuple[str, tuple[int, ...]], Remembered] = {}
+        self.tokens: list[list[int]] = [[] for _ in range(ROWS)]
         self.next = [0] * ROWS
         self.may_roll_back = [0] * ROWS
         self.compressed = [False] * ROWS
@@ -65,7 +74,12 @@ class CacheMachine(RuleBasedStateMachine):
         return [(layer, row, head) for layer in range(LAYERS) for row in rows for head in range(HEADS)]
 
     def holders(self) -> Counter[Block]:
-        return Counter(block for held in self.held.values() for block in held)
+        prefixes = (entry.blocks.values() for entry in self.remembered.values())
+        return Counter(block for held in (*self.held.values(), *prefixes) for block in held)
+
+    def idle(self) -> int:
+        """Blocks that only remembered prefixes hold."""
+        return len(self.holders()) - len({block for held in self.held.values() for block in held})
 
     def free(self) -> int:
         return BLOCKS - len(self.holders())
@@ -85,19 +99,47 @@ class CacheMachine(RuleBasedStateMachine):
             for place in (those[1:] if len(those) == holders[block] else those)
         ]
 
-    def replace(self, places: list[tuple[Key, int]]) -> None:
-        for key, column in places:
-            self.held[key][column] = Block()
+    def admitted(self, needs, call, *, for_copies=False) -> bool:
+        """``call``, which needs as many blocks as ``needs`` says and copies those at the places that it says.
 
-    def refused(self, needed: int, call) -> bool:
-        """Whether there are too few blocks; then the call must say so."""
-        free = self.free()
-        if needed <= free:
-            return False
+        Remembered prefixes are given up for that where they must be, those that rows use for copies only, and none
+        otherwise; where it would not help, the call is refused.
+        """
+        needed, copies = needs()
+        if enough := needed <= self.free():
+            call()
+        elif for_copies:
+            kept, self.remembered = self.remembered, {}
+            needed, copies = needs()
+            if needed > self.free():
+                return self.refused(needed, call)
+            self.remembered = kept
+            call()
+        elif needed <= self.free() + self.idle():
+            call()
+        else:
+            return self.refused(needed, call)
+        index = self.cache._prefixes
+        left = {prefix: entry for prefix, entry in self.remembered.items() if self.key_of(prefix) in index.entries}
+        assert len(index) == len(left)
+        assert (left == self.remembered) == enough
+        self.remembered = left
+        needed, copies = needs()
+        assert needed <= self.free()
+        for key, column in copies:
+            self.held[key][column] = Block()
+        return True
+
+    def refused(self, needed, call) -> bool:
         with pytest.raises(kvops.OutOfBlocksError) as refusal:
             call()
-        assert (refusal.value.needed, refusal.value.free, refusal.value.total) == (needed, free, BLOCKS)
-        return True
+        assert (refusal.value.needed, refusal.value.free, refusal.value.total) == (needed, self.free(), BLOCKS)
+        assert len(self.cache._prefixes) == len(self.remembered)
+        return False
+
+    def key_of(self, prefix) -> bytes:
+        salt, tokens = prefix
+        return list(self.cache._prefixes._keys(tokens, salt))[-1]
 
     def growth(self, counts: dict[Key, int]) -> tuple[int, list[tuple[Key, int]]]:
         """Blocks that so many more tokens take, and the places to copy first."""
@@ -109,13 +151,12 @@ class CacheMachine(RuleBasedStateMachine):
         copies = self.copies(written)
         return grow + len(copies), copies
 
-    @rule(rows=rows, new=st.integers(0, 14), data=st.data())
-    def grow(self, rows, new, data):
-        self._grow(
-            rows, new, data.draw(st.none() | st.lists(st.integers(0, new), min_size=len(rows), max_size=len(rows)))
-        )
+    @rule(rows=rows, new=st.integers(0, 14), token=st.integers(0, 1), data=st.data())
+    def grow(self, rows, new, token, data):
+        counts = st.lists(st.integers(0, new), min_size=len(rows), max_size=len(rows))
+        self._grow(rows, new, data.draw(st.none() | counts), token)
 
-    def _grow(self, rows, new, q_lens):
+    def _grow(self, rows, new, q_lens, token=0):
         lens = dict(zip(rows, [new] * len(rows) if q_lens is None else q_lens, strict=True))
         counts = {key: lens[key[1]] for key in self.of(*rows)}
         self.steps += 1
@@ -128,12 +169,10 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="num_tokens: a list would hold"):
                 call()
             return
-        needed, copies = self.growth(counts)
-        if self.refused(needed, call):
+        positions = []
+        if not self.admitted(lambda: self.growth(counts), lambda: positions.extend(call().tolist())):
             return
-        positions = call()
-        assert positions.tolist() == [[self.next[row] + t for t in range(new)] for row in rows]
-        self.replace(copies)
+        assert positions == [[self.next[row] + t for t in range(new)] for row in rows]
         for key, count in counts.items():
             places = range(self.next[key[1]], self.next[key[1]] + count)
             self.lists[key] += [Entry(position, first + name_of(*key, position)) for position in places]
@@ -142,6 +181,7 @@ class CacheMachine(RuleBasedStateMachine):
         for row, count in lens.items():
             self.next[row] += count
             self.may_roll_back[row] += count
+            self.tokens[row] += [token] * count
 
     @rule(rows=rows, new=st.integers(0, 9))
     def prepare(self, rows, new):
@@ -151,10 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="num_tokens: a list would hold"):
                 self.cache.prepare(new, rows=rows)
             return
-        needed, copies = self.growth(counts)
-        if not self.refused(needed, lambda: self.cache.prepare(new, rows=rows)):
-            self.cache.prepare(new, rows=rows)
-            self.replace(copies)
+        self.admitted(lambda: self.growth(counts), lambda: self.cache.prepare(new, rows=rows))
 
     @precondition(lambda self: any(self.next))
     @rule(data=st.data())
@@ -175,15 +212,61 @@ class CacheMachine(RuleBasedStateMachine):
             self.next[new] = self.next[row] if most is None else most
             self.may_roll_back[new] = self.may_roll_back[row] if most is None else most
             self.compressed[new] = self.compressed[row]
+            self.tokens[new] = self.tokens[row][:most]
+
+    @precondition(lambda self: any(self.next))
+    @rule(salt=st.sampled_from(["", "", "another"]), data=st.data())
+    def remember(self, salt, data):
+        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.next[row]]))
+        tokens = self.tokens[row][: data.draw(st.integers(max(self.next[row] - 9, 0), self.next[row]))]
+        if self.compressed[row]:
+            with pytest.raises(ValueError, match="row: expected one that has not been compressed"):
+                self.cache.remember(row, tokens, salt=salt)
+            return
+        with pytest.raises(ValueError, match=f"tokens: expected at most the {self.next[row]} of row {row}"):
+            self.cache.remember(row, [*self.tokens[row], 0], salt=salt)
+        assert self.cache.remember(row, tokens, salt=salt) == len(tokens) // SIZE * SIZE
+        for column in range(len(tokens) // SIZE):
+            held = {(layer, head): self.held[layer, row, head][column] for layer, head in LISTS}
+            place = slice(column * SIZE, (column + 1) * SIZE)
+            contents = {(layer, head): self.lists[layer, row, head][place] for layer, head in LISTS}
+            self.remembered.setdefault((salt, tuple(tokens[: place.stop])), Remembered(held, contents))
+
+    @precondition(lambda self: self.remembered)
+    @rule(row=st.integers(0, ROWS - 1), more=st.lists(st.integers(0, 1), max_size=9), data=st.data())
+    def recall(self, row, more, data):
+        salt, tokens = data.draw(st.sampled_from(sorted(self.remembered)))
+        tokens = [*tokens, *more]
+        prefixes = [(salt, tuple(tokens[:stop])) for stop in range(SIZE, len(tokens), SIZE)]
+        found = []
+        for prefix in prefixes:
+            if prefix not in self.remembered:
+                break
+            found.append(self.remembered[prefix])
+        assert self.cache.recall(row, torch.tensor(tokens), salt=salt) == len(found) * SIZE
+        self.forget_row(row)
+        for layer, head in LISTS:
+            self.held[layer, row, head] = [entry.blocks[layer, head] for entry in found]
+            self.lists[layer, row, head] = [slot for entry in found for slot in entry.contents[layer, head]]
+        self.next[row] = self.may_roll_back[row] = len(found) * SIZE
+        self.tokens[row] = tokens[: self.next[row]]
+
+    @precondition(lambda self: len(self.remembered) > 5)
+    @rule()
+    def forget(self):
+        self.cache.forget()
+        self.remembered = {}
 
     def own_all(self, rows, call) -> bool:
         """``call`` gives the rows blocks of their own; False where there are too few."""
-        copies = self.copies({key: range(len(self.held[key])) for key in self.of(*rows)})
-        if self.refused(len(copies), call):
-            return False
-        call()
-        self.replace(copies)
-        return True
+        return self.copied(lambda: {key: range(len(self.held[key])) for key in self.of(*rows)}, call)
+
+    def copied(self, written, call) -> bool:
+        def needs():
+            copies = self.copies(written())
+            return len(copies), copies
+
+        return self.admitted(needs, call, for_copies=True)
 
     @rule(rows=rows)
     def unshare(self, rows):
@@ -241,13 +324,9 @@ class CacheMachine(RuleBasedStateMachine):
         kept = self.selected(rows, budget, keywords)
         stays = {key: next((i for i, keep in enumerate(kept[key]) if not keep), len(kept[key])) for key in kept}
         lens = {key: sum(kept[key]) for key in kept}
-        copies = self.copies(
-            {key: range(stays[key] // SIZE, blocks(lens[key])) for key in kept if stays[key] < lens[key]}
-        )
-        if self.refused(len(copies), call):
+        moved = {key: range(stays[key] // SIZE, blocks(lens[key])) for key in kept if stays[key] < lens[key]}
+        if not self.copied(lambda: moved, call):
             return
-        call()
-        self.replace(copies)
         for key, keep in kept.items():
             old = self.lists[key]
             self.lists[key] = [entry for entry, stay in zip(old, keep, strict=True) if stay]
@@ -290,6 +369,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.rollback(torch.tensor([count], dtype=torch.int32) if as_tensor else count, rows=[row])
         for key in self.of(row):
             del self.lists[key][-count:]
+        del self.tokens[row][-count:]
         self.next[row] -= count
         self.may_roll_back[row] -= count
 
@@ -301,18 +381,13 @@ class CacheMachine(RuleBasedStateMachine):
         written = {
             key: range((len(self.lists[key]) - len(keep)) // SIZE, blocks(len(self.lists[key]))) for key in self.of(row)
         }
-        copies = self.copies(written)
-
-        def call():
-            self.cache.retain(torch.tensor([keep]), rows=[row])
-
-        if self.refused(len(copies), call):
+        if not self.copied(lambda: written, lambda: self.cache.retain(torch.tensor([keep]), rows=[row])):
             return
-        call()
-        self.replace(copies)
         for key in self.of(row):
             last = [entry for entry, stay in zip(self.lists[key][-len(keep) :], keep, strict=True) if stay]
             self.lists[key][-len(keep) :] = last
+        last = [token for token, stay in zip(self.tokens[row][-len(keep) :], keep, strict=True) if stay]
+        self.tokens[row][-len(keep) :] = last
         self.next[row] -= keep.count(False)
         self.may_roll_back[row] = 0
 
@@ -320,9 +395,12 @@ class CacheMachine(RuleBasedStateMachine):
     def leave(self, rows):
         self.cache.free(rows)
         for row in rows:
-            self.next[row] = self.may_roll_back[row] = 0
-            self.compressed[row] = False
-        for key in self.of(*rows):
+            self.forget_row(row)
+
+    def forget_row(self, row):
+        self.next[row] = self.may_roll_back[row] = 0
+        self.compressed[row], self.tokens[row] = False, []
+        for key in self.of(row):
             self.lists[key], self.held[key] = [], []
 
     def slots(self, side: torch.Tensor, key: Key) -> list:
@@ -352,6 +430,10 @@ class CacheMachine(RuleBasedStateMachine):
             assert int(pool.held[key]) == len(held)
             for block, number in zip(held, pool.tables[key].tolist(), strict=False):
                 assert number_of.setdefault(block, number) == number
+        for prefix, entry in self.remembered.items():
+            numbers = self.cache._prefixes.entries[self.key_of(prefix)].blocks
+            for place, block in entry.blocks.items():
+                assert number_of.setdefault(block, int(numbers[place])) == int(numbers[place])
         used = list(number_of.values())
         assert sorted(used + pool.free[: int(pool.free_count)].tolist()) == list(range(BLOCKS))
         sharers = [0] * BLOCKS
@@ -360,7 +442,10 @@ class CacheMachine(RuleBasedStateMachine):
         assert pool.sharers.tolist() == sharers
         stats = self.cache.stats()
         assert stats.blocks_in_use == len(used)
-        assert (stats.blocks_shared, stats.blocks_saved) == (sum(map(bool, sharers)), sum(sharers))
+        in_lists = Counter(block for held in self.held.values() for block in held).values()
+        assert stats.blocks_shared == sum(count > 1 for count in in_lists)
+        assert stats.blocks_saved == sum(in_lists) - len(in_lists)
+        assert (stats.blocks_unused, stats.tokens_remembered) == (self.idle(), len(self.remembered) * SIZE)
 
     @invariant()
     def the_host_never_believes_less_than_is_held(self):

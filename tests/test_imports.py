@@ -44,7 +44,15 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.pool": ({"torch", "kvops.bound"}, set()),
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),
     "kvops.cache_stats": ({"torch"}, set()),
-    "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.pool", "kvops.cache_stats"}, set()),
+    "kvops.prefix": ({"torch", "kvops.pool"}, set()),
+    "kvops.cache_storage": (
+        {"torch", "kvops.ops", "kvops.checks", "kvops.pool", "kvops.prefix", "kvops.cache_stats"},
+        set(),
+    ),
+    "kvops.cache": (
+        {"torch", "kvops.ops", "kvops.checks", "kvops.pool", "kvops.cache_stats", "kvops.cache_storage"},
+        set(),
+    ),
     "kvops.rotary": ({"torch"}, set()),
     "kvops.parallel": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.sdpa": ({"torch", "kvops.ops", "kvops.checks"}, set()),

@@ -1,0 +1,195 @@
+"""What a paged cache is made of: the pool's tensors, its lists of blocks, and the rows and layers that methods name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvops import checks
+from kvops.cache_stats import CacheStats
+from kvops.ops.blocks import copy_blocks
+from kvops.ops.paged import paged_schedule
+from kvops.ops.registry import backend
+from kvops.pool import BlockPool
+from kvops.prefix import PrefixIndex
+
+Rows = slice | int | Sequence[int] | Tensor
+
+# Row numbers: a range where an index by a slice will do.
+Numbers = range | tuple[int, ...]
+# Tables and lengths, one of each for every layer.
+_Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+# Selections of rows whose indices, views and schedules are kept.
+_MAX_SELECTIONS = 64
+
+
+class CacheStorage:
+    """The part of :class:`~kvops.PagedKVCache` that holds; what is done with it stands there, arguments included."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        max_batch: int,
+        max_tokens: int,
+        block_size: int = 16,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
+    ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        sizes = {
+            "num_layers": num_layers,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+            "num_blocks": num_blocks,
+            "max_batch": max_batch,
+            "max_tokens": max_tokens,
+            "block_size": block_size,
+        }
+        for name, value in sizes.items():
+            checks.expect_at_least(name, value, 1)
+        if num_blocks >= 2**31:
+            raise ValueError(f"num_blocks: expected less than 2**31 (tables are int32), got {num_blocks}")
+        self.num_layers, self.num_kv_heads, self.num_blocks = num_layers, num_kv_heads, num_blocks
+        self.max_batch, self.block_size = max_batch, block_size
+        self.max_blocks = -(-max_tokens // block_size)
+        self.device = device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            self.device = device = torch.device("cuda", torch.cuda.current_device())
+
+        self.k_cache = torch.empty(num_blocks, block_size, head_dim, dtype=dtype, device=device)
+        self.v_cache = torch.empty(num_blocks, block_size, v_head_dim, dtype=dtype, device=device)
+        self.positions = torch.zeros(num_blocks, block_size, dtype=torch.int32, device=device)
+        self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
+        # One block more than the pool has takes what set_scores must not write anywhere.
+        self._scores = torch.zeros(num_blocks + 1, block_size, dtype=torch.float32, device=device)
+        self.scores = self._scores[:num_blocks]
+        lists = (num_layers, max_batch, num_kv_heads)
+        self._pool = BlockPool(lists, num_blocks, self.max_blocks, block_size, device)
+        self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
+        self._prefixes = PrefixIndex(self._pool)
+        self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.compressed = [False] * max_batch
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        # Tables and lengths of every layer, and their schedules, by selection of rows: a step asks for them often.
+        self._views: dict[range, _Views] = {}
+        self._gathered: dict[tuple[int, ...], _Views] = {}  # rows picked by number: copies, true for one step
+        self._schedules: dict[tuple[Numbers, bool], tuple[Tensor, ...]] = {}
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that one row of ``tokens`` tokens takes with nothing evicted, over all layers and heads."""
+        return self.num_layers * self.num_kv_heads * -(-tokens // self.block_size)
+
+    def gather(self, layer: int, row: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises."""
+        length = int(self.seq_lens[layer, row, head])
+        blocks = self.block_tables[layer, row, head, : -(-length // self.block_size)].long()
+        k, v, positions = (
+            # As bytes: indexing knows no float8.
+            side.view(torch.uint8)[blocks].view(side.dtype).flatten(0, 1)[:length]
+            for side in (self.k_cache, self.v_cache, self.positions)
+        )
+        return k, v, positions
+
+    def stats(self) -> CacheStats:
+        """Blocks, bytes and lengths at this moment. Synchronises."""
+        slot = (self.k_cache.shape[-1] + self.v_cache.shape[-1]) * self.k_cache.element_size()
+        side = self.positions.element_size() + self.scores.element_size()
+        holders = self._pool.holders()
+        return CacheStats(
+            blocks_total=self.num_blocks,
+            blocks_in_use=self._pool.blocks_in_use(),
+            block_size=self.block_size,
+            bytes_per_block=self.block_size * slot,
+            side_bytes_per_block=self.block_size * side,
+            blocks_shared=int((holders > 1).sum()),
+            blocks_saved=int((holders - 1).clamp(min=0).sum()),
+            blocks_unused=self._pool.blocks_in_use() - int((holders > 0).sum()),
+            tokens_remembered=len(self._prefixes) * self.block_size,
+            tokens_seen=self.next_positions.cpu().clone(),
+            lengths=self.seq_lens.cpu().clone(),
+        )
+
+    def _scale(self, name: str, scale: float | Tensor | None) -> Tensor | None:
+        """float32 ``[num_layers, num_kv_heads]`` of what may be one number."""
+        if scale is None:
+            return None
+        if self.k_cache.dtype != torch.float8_e4m3fn:
+            raise ValueError(f"{name}: expected only with dtype float8_e4m3fn, got a cache of {self.k_cache.dtype}")
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(float(scale))
+        checks.expect_dtype(name, scale, torch.float32)
+        if scale.ndim:
+            checks.expect_shape(name, scale, "[num_layers, num_kv_heads]", self.num_layers, self.num_kv_heads)
+        return scale.to(self.device).expand(self.num_layers, self.num_kv_heads).contiguous()
+
+    def _resolve(self, rows: Rows) -> tuple[slice | Tensor, Numbers]:
+        """``rows`` as an index for tensors (a slice where possible, which copies nothing) and as numbers."""
+        if isinstance(rows, slice):
+            covered = range(*rows.indices(self.max_batch))
+            if covered.step > 0:
+                return rows, covered
+            rows = covered
+        if isinstance(rows, Tensor):
+            rows = rows.tolist()
+        numbers = (rows,) if isinstance(rows, int) else tuple(rows)
+        if len(set(numbers)) != len(numbers) or any(not 0 <= row < self.max_batch for row in numbers):
+            raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {list(numbers)}")
+        if numbers and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
+            return slice(numbers[0], numbers[-1] + 1), range(numbers[0], numbers[-1] + 1)
+        if numbers not in self._indices:
+            _make_room(self._indices)
+            self._indices[numbers] = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return self._indices[numbers], numbers
+
+    def _layer(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Block tables ``[B', Hkv, max_blocks]`` and lengths ``[B', Hkv]`` of one layer."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer: expected a number in 0..{self.num_layers - 1}, got {layer}")
+        index, numbers = self._resolve(rows)
+        kept: dict = self._views if isinstance(numbers, range) else self._gathered
+        if numbers not in kept:
+            _make_room(kept)
+            kept[numbers] = tuple(self.block_tables[:, index]), tuple(self.seq_lens[:, index])
+        tables, lens = kept[numbers]
+        return tables[layer], lens[layer]
+
+    def _schedule(self, layer: int, rows: Rows) -> Tensor | None:
+        """The layer's part of the schedule of this step, which is made once for all layers; the CPU needs none."""
+        if backend(self.device) == "eager":
+            return None
+        index, numbers = self._resolve(rows)
+        key = numbers, self._pool.capturing()  # what a graph computes is there only when it is replayed
+        if key not in self._schedules:
+            self._schedules[key] = tuple(paged_schedule(self.seq_lens[:, index], self.block_size))
+        return self._schedules[key][layer]
+
+    def _changed(self) -> None:
+        """Lengths or tables change: forget what was derived from them."""
+        self._schedules.clear()
+        self._gathered.clear()
+
+    def _copy(self, blocks: tuple[Tensor, Tensor] | None) -> None:
+        """Copy blocks that were shared, source and target, before they are written."""
+        if blocks is not None:
+            self._changed()
+            copy_blocks(self.k_cache, self.v_cache, *blocks, positions=self.positions, scores=self.scores)
+
+    def _expect_per_row(self, name: str, value: Tensor, batch: int) -> None:
+        checks.expect_tensor(name, value)
+        checks.expect_dtype(name, value, torch.int32)
+        checks.expect_shape(name, value, "[rows]", batch)
+
+
+def _make_room(kept: dict) -> None:
+    if len(kept) >= _MAX_SELECTIONS:
+        kept.clear()

@@ -1,0 +1,129 @@
+"""Prefixes of tokens that are remembered: which blocks hold the keys and values of their first tokens.
+
+The tokens of each full block are hashed together with the hash of all that comes before them, so that an entry stands
+for everything up to its end (automatic prefix caching: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, and the
+design notes of vLLM). The hash is SHA-256: different prefixes meet neither by accident nor by design.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvops.pool import BlockPool
+
+# Whoever looks for what to give up looks at all entries, so that much of what no row uses is given up at once.
+_LEAST_GIVEN_UP = 1 / 8
+
+
+@dataclass
+class Entry:
+    """One block of tokens and what it goes on from.
+
+    Attributes:
+        parent: key of the entry before it, empty for the first.
+        depth: entries before it.
+        blocks: int32 ``[layers, heads]``, where the keys and values of its tokens are.
+        used: when it was last remembered or found; no entry is older than those that go on from it.
+        children: entries that go on from it.
+    """
+
+    parent: bytes
+    depth: int
+    blocks: Tensor
+    used: int
+    children: int = 0
+
+
+class PrefixIndex:
+    """Entries by their key. Each holds its blocks in the pool, as a row would; ``len()`` counts entries."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.entries: dict[bytes, Entry] = {}
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def remember(self, row: int, tokens: Sequence[int], salt: str) -> int:
+        """Hold what ``row`` has of ``tokens`` in whole blocks; returns how many tokens are remembered now."""
+        keys = list(self._keys(tokens, salt))
+        known = self._touch(keys)
+        if known < len(keys):
+            self.insert(keys, known, self.pool.hold(row, known, len(keys)))
+        return len(keys) * self.pool.block_size
+
+    def insert(self, keys: Sequence[bytes], known: int, blocks: Tensor) -> None:
+        """Take in the entries of a chain behind the first ``known``, whose ``blocks`` [n, layers, heads] are held."""
+        for depth, (key, own) in enumerate(zip(keys[known:], blocks, strict=True), start=known):
+            parent = keys[depth - 1] if depth else b""
+            self.entries[key] = Entry(parent, depth, own, self._clock)
+            if depth:
+                self.entries[parent].children += 1
+
+    def find(self, tokens: Sequence[int], salt: str) -> Tensor | None:
+        """Blocks ``[n, layers, heads]`` of the longest remembered prefix of ``tokens``, None where there is none."""
+        keys = list(self._keys(tokens, salt))
+        known = self._touch(keys)
+        return torch.stack([self.entries[key].blocks for key in keys[:known]]) if known else None
+
+    def give_up(self, shortage: int, *, in_use: bool) -> bool:
+        """Drop entries, least recently used first, such that ``shortage`` more blocks are free. Reads from the device.
+
+        Where that is not possible nothing is dropped, unless entries ``in_use`` may go too: of a block that one row
+        and no entry holds no copy has to be made. Returns whether anything was dropped.
+        """
+        if not self.entries:
+            return False
+        # What goes on from an entry is as old at most, and goes first.
+        order = sorted(self.entries, key=lambda key: (self.entries[key].used, -self.entries[key].depth))
+        blocks = torch.stack([self.entries[key].blocks for key in order])
+        gains = dict(zip(order, self.pool.held_once(blocks).flatten(1).sum(1).tolist(), strict=True))
+        wanted = max(shortage, int(sum(gains.values()) * _LEAST_GIVEN_UP))
+        if sum(gains.values()) < shortage:
+            if not in_use:
+                return False
+            gains, wanted = dict.fromkeys(order, blocks[0].numel()), shortage
+        dropped: dict[bytes, Tensor] = {}
+        for ends_only in (True, False):  # an entry whose own blocks are in use may be the end of a chain that is not
+            for key in order:
+                if wanted <= 0 or key in dropped or (ends_only and (self.entries[key].children or not gains[key])):
+                    continue
+                dropped[key] = self._remove(key)
+                wanted -= gains[key]
+        self.pool.drop(torch.stack(list(dropped.values())))
+        return True
+
+    def clear(self) -> None:
+        if self.entries:
+            self.pool.drop(torch.stack([entry.blocks for entry in self.entries.values()]))
+            self.entries.clear()
+
+    def _keys(self, tokens: Sequence[int], salt: str) -> Iterator[bytes]:
+        """The keys of the whole blocks of ``tokens``, in order."""
+        size = self.pool.block_size
+        key = hashlib.sha256(salt.encode()).digest()
+        for start in range(0, len(tokens) - size + 1, size):
+            key = hashlib.sha256(key + array("q", tokens[start : start + size]).tobytes()).digest()
+            yield key
+
+    def _touch(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys`` are remembered, from the first on, all of which are used now."""
+        self._clock += 1
+        known = 0
+        while known < len(keys) and (entry := self.entries.get(keys[known])) is not None:
+            entry.used = self._clock
+            known += 1
+        return known
+
+    def _remove(self, key: bytes) -> Tensor:
+        entry = self.entries.pop(key)
+        if entry.parent in self.entries:
+            self.entries[entry.parent].children -= 1
+        return entry.blocks

@@ -1,0 +1,112 @@
+"""Remembered prefixes: found by their tokens alone, shared, given back when room is needed, and harmless to rows."""
+
+import pytest
+import torch
+from cache_helpers import HEADS, LAYERS, SIZE, feed, make_cache
+
+LISTS = LAYERS * HEADS
+
+
+def remembered(device, tokens, **sizes):
+    cache = make_cache(device, **sizes)
+    feed(cache, len(tokens), rows=[0])
+    cache.remember(0, tokens)
+    return cache
+
+
+def test_a_prompt_begins_with_what_an_earlier_one_left(device):
+    tokens = list(range(100, 111))
+    cache = remembered(device, tokens)
+    first = [[side.tolist() for side in cache.gather(1, 0, head)] for head in range(HEADS)]
+    cache.free()
+    assert cache.stats().blocks_in_use == 2 * LISTS  # two full blocks of every list stay, the part of a third goes
+    assert cache.recall(2, torch.tensor([*tokens, 7, 7, 7])) == 8
+    assert cache.next_positions.tolist() == [0, 0, 8]
+    assert [[side.tolist() for side in cache.gather(1, 2, head)] for head in range(HEADS)] == [
+        [side[:8] for side in sides] for sides in first
+    ]
+    assert cache.stats().blocks_in_use == 2 * LISTS
+    assert feed(cache, 3, rows=[2]).tolist() == [[8, 9, 10]]
+
+
+def test_the_last_token_is_never_recalled(device):
+    cache = remembered(device, range(8))
+    assert cache.recall(1, range(8)) == 4
+    assert cache.recall(1, range(9)) == 8
+    assert cache.recall(1, []) == 0
+    assert cache.seq_lens[:, 1].unique().tolist() == [0]
+
+
+def test_a_prefix_is_all_of_its_tokens_in_order_and_its_salt(device):
+    cache = remembered(device, [1, 2, 3, 4, 5, 6, 7, 8])
+    for other in ([1, 2, 3, 9, 5, 6, 7, 8, 0], [5, 6, 7, 8, 0], [2, 1, 3, 4, 5, 6, 7, 8, 0]):
+        assert cache.recall(1, other) == 0
+    assert cache.recall(1, [1, 2, 3, 4, 5, 6, 7, 9, 0]) == 4
+    assert cache.recall(1, [1, 2, 3, 4, 5, 6, 7, 8, 0], salt="tenant") == 0
+    cache.remember(0, [1, 2, 3, 4], salt="tenant")
+    assert cache.recall(1, [1, 2, 3, 4, 5, 6, 7, 8, 0], salt="tenant") == 4
+    assert cache.recall(1, [-1, 2**62, 3, 4, 5]) == 0
+
+
+def test_only_what_is_new_is_taken_in(device):
+    cache = remembered(device, range(8))
+    feed(cache, 12, rows=[1])
+    assert cache.remember(1, range(12)) == 12  # its first two blocks are remembered already, from row 0
+    cache.free()
+    assert cache.stats().blocks_in_use == 3 * LISTS
+    assert cache.stats().tokens_remembered == 12
+
+
+def test_room_is_made_by_what_is_used_least_and_no_sharer_notices(device):
+    cache = remembered(device, range(8), num_blocks=8 * LISTS, max_batch=4)
+    for row in (1, 2):
+        feed(cache, 8, rows=[row])
+        cache.remember(row, range(100 * row, 100 * row + 8))
+    cache.free()
+    assert cache.recall(3, [*range(100, 108), 0]) == 8  # now in use, and the newest
+    kept = cache.gather(0, 3, 0)[0].tolist()
+    feed(cache, 16, rows=[0])  # two blocks of each list were free: the end of the oldest prefix goes first
+    assert cache.stats().blocks_unused == 2 * LISTS
+    assert cache.recall(1, [*range(8), 0]) == 0
+    cache.free(1)
+    assert cache.recall(1, [*range(200, 208), 0]) == 8
+    cache.free(1)
+    feed(cache, 8, rows=[2])
+    assert cache.recall(1, [*range(200, 208), 0]) == 0
+    assert cache.gather(0, 3, 0)[0].tolist() == kept
+    cache.free(3)
+    assert cache.recall(3, [*range(100, 108), 0]) == 8
+
+
+def test_a_row_alone_with_the_memory_of_it_is_compressed_in_place(device):
+    """No block is free for a copy: rather than refusing, the cache forgets."""
+    cache = remembered(device, range(16), num_blocks=4 * LISTS)
+    for layer in range(LAYERS):
+        cache.set_scores(layer, torch.rand(1, HEADS, 16, device=device), rows=0)
+    assert cache.recall(1, range(17)) == 0
+    cache.evict(2 * LISTS, rows=0)
+    assert cache.stats().blocks_in_use == 2 * LISTS
+
+
+def test_bad_prefixes_are_named(device):
+    cache = remembered(device, range(8))
+    with pytest.raises(ValueError, match="tokens: expected at most the 8 of row 0, got 9"):
+        cache.remember(0, range(9))
+    with pytest.raises(ValueError, match=r"tokens: expected 1 dimensions \[tokens\], got shape \[1, 8\]"):
+        cache.recall(1, torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="rows: expected different row numbers"):
+        cache.recall(3, range(8))
+    cache.evict(4, rows=0)
+    with pytest.raises(ValueError, match="row: expected one that has not been compressed, got 0"):
+        cache.remember(0, range(4))
+
+
+def test_forgetting_gives_back_what_no_row_uses(device):
+    cache = remembered(device, range(12))
+    cache.recall(1, range(9))
+    cache.free(0)
+    cache.forget()
+    assert cache.stats().blocks_in_use == 2 * LISTS
+    assert cache.gather(0, 1, 0)[2].tolist() == list(range(2 * SIZE))
+    assert cache.recall(0, range(9)) == 0
+    cache.forget()
