@@ -8,6 +8,7 @@ from torch import Tensor
 
 import kvops
 from kvops.eager import paged as eager
+from kvops.eager import paged_decode
 
 
 def check(
@@ -414,6 +415,48 @@ def test_eager_long_lists_in_place_and_gathered(consecutive, num_tokens, monkeyp
         lists.k_cache[held], lists.v_cache[held] = k[held.flip(0)], v[held.flip(0)]
     check(queries(lists, 3, num_tokens), lists, scores=True)
     check(queries(lists, 3, num_tokens), lists, scores=True, window_left=900)
+
+
+@pytest.mark.parametrize(("block_size", "dtype"), [(1, torch.float32), (16, torch.float16), (24, torch.float32)])
+@pytest.mark.parametrize(("pad", "chunk"), [(0, 1), (0, 1 << 19), (1 << 30, 1), (1 << 30, 1 << 19)])
+def test_eager_serves_few_rows_in_tiles(pad, chunk, block_size, dtype, monkeypatch):
+    """Lists cut into tiles or padded to one each, all at once or one at a time."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(paged_decode, "_CHUNK", chunk)
+    monkeypatch.setattr(paged_decode, "_PAD", pad)
+    served = []
+    monkeypatch.setattr(eager, "attend_tiles", lambda *a, **k: served.append(1) or paged_decode.attend_tiles(*a, **k))
+    lengths = [[0, 1, block_size - 1, block_size], [block_size + 1, 127, 128, 129], [900, 3, 0, 2], [7, 260, 5, 400]]
+    lists = make_lists(lengths, block_size=block_size, head_dim=32, dtype=dtype)
+    q_lens = torch.tensor([3, 0, 2, 3], dtype=torch.int32)
+    sinks = torch.linspace(-1, 6, 12)
+    check(queries(lists, 3, 1, dtype), lists, scores=True, score_decay=0.5)
+    check(queries(lists, 3, 3, dtype), lists, scores=True, q_lens=q_lens, sinks=sinks, score_reduce="sumsq")
+    check(queries(lists, 3, 5, dtype), lists, scores=True, score_reduce="max")
+    check(queries(lists, 3, 3, dtype), lists, scores=True, q_lens=q_lens, causal=False)
+    lists = make_lists([[max(length, 1) for length in row] for row in lengths], block_size=block_size, head_dim=32)
+    check(queries(lists, 3, 1), lists, scores=True)  # no list is empty: one mask for all rows
+    assert len(served) == 5
+
+
+@pytest.mark.parametrize("pad", [0, 1 << 30])
+def test_eager_tiles_of_a_uniform_cache_are_those_of_its_ragged_form(pad, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(paged_decode, "_PAD", pad)
+    tables = torch.randperm(160).view(8, 20).int()
+    lens = torch.tensor([300, 0, 7, 16, 1, 30, 2, 9], dtype=torch.int32)
+    k_cache, v_cache = torch.randn(2, 160, 16, 2, 32)
+    q, old_scores = torch.randn(8, 1, 6, 32), torch.rand(160, 16, 2)
+    scores, ragged_scores = old_scores.clone(), old_scores.transpose(1, 2).reshape(-1, 16)
+    out = kvops.paged_attention(q, k_cache, v_cache, tables, lens, scores=scores, score_decay=0.5)
+    ragged = (tables[:, None] * 2 + torch.arange(2)[:, None]).int()
+    caches = (cache.transpose(1, 2).reshape(-1, 16, 32) for cache in (k_cache, v_cache))
+    options = {"scores": ragged_scores, "score_decay": 0.5}
+    lists = kvops.paged_attention(q, *caches, ragged, lens[:, None].expand(8, 2), **options)
+    assert all(torch.equal(a, b) for a, b in zip(out, lists, strict=True))
+    assert torch.equal(scores.transpose(1, 2).reshape(-1, 16), ragged_scores)
+    after = tables[2, 0], slice(7, None)  # past the end of a list
+    assert torch.equal(scores[after], old_scores[after])
 
 
 def test_eager_runs_begin_and_end_anywhere(monkeypatch):

@@ -2,7 +2,8 @@
 
 Attention reads K and V from memory once: a list whose blocks lie side by side in the pool is used in place, scattered
 blocks are gathered by tiles that stay in the cache of a core. Scores are held as a matrix for one tile of query rows
-and a bounded group of lists at a time, so memory grows linearly with the lengths.
+and a bounded group of lists at a time, so memory grows linearly with the lengths. Few rows without windows, trees or
+softcaps, which is decoding, are served by ``paged_decode``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvops.eager.paged_decode import ScoreFold, attend_tiles
 from kvops.eager.paged_rows import (
     MIN_ROWS,
     Piece,
@@ -21,6 +23,7 @@ from kvops.eager.paged_rows import (
     by_block,
     clip,
     cut,
+    fold_scores,
     multiply_keys,
     multiply_values,
     read_blocks,
@@ -28,6 +31,8 @@ from kvops.eager.paged_rows import (
 
 # Scores held at once, in elements: 4 MiB in float32.
 _MAX_SCORES = 1 << 20
+# Consecutive blocks are read in place rather than gathered where lists have so many slots in the mean.
+_LONG = 1024
 # Lists up to this many slots are gathered together and served by one batched product.
 _SHORT = 512
 
@@ -289,6 +294,8 @@ class _Attention:
     def run(self) -> tuple[Tensor, Tensor]:
         """out [lists, T, group, Dv], lse [lists, T, group]."""
         lists, T, G, _ = self.q.shape
+        if self.in_tiles():
+            return self.run_tiles()
         out = lse = None
         for group in self.groups():
             scores = _ScoreSums(self, group) if self.scores is not None else None
@@ -313,6 +320,39 @@ class _Attention:
             lse = self.q.new_full((lists, T, G), -math.inf)
         return out, lse
 
+    def in_tiles(self) -> bool:
+        """Whether ``paged_decode`` serves the call: few rows, which see their lists from the first slot on.
+
+        Not where softcaps, other sizes of V or long consecutive lists are better served here.
+        """
+        if self.num_tokens * self.group >= MIN_ROWS or self.batch_invariant or self.softcap:
+            return False
+        if self.window_left >= 0 or self.tree_mask is not None:
+            return False
+        if self.keys.cache.shape[-1] != self.values.cache.shape[-1]:
+            return False
+        lists, total = len(self.lens), sum(self.lens)
+        if not (self.keys.in_place and self.values.in_place) or total < max(_LONG * lists, 1):
+            return True
+        if max(self.lens) * lists > 2 * total:  # half of a batch in place would be padding
+            return True
+        blocks = self.tables[:, : max(0, min(self.lens)) // self.block_size]
+        return int((blocks[:, 1:] - blocks[:, :-1] == 1).sum()) < blocks.numel() // 2
+
+    def run_tiles(self) -> tuple[Tensor, Tensor]:
+        """The same for few rows: out [lists, T, group, D], lse [lists, T, group]."""
+        T, lists = self.num_tokens, len(self.lens)
+        stops = [length if count else 0 for length, count in zip(self.lens, self.counts, strict=True)]
+        limits = None
+        if (T > 1 and self.causal) or min(self.counts, default=T) < T or min(self.lens, default=1) <= 0:
+            lens, counts = torch.tensor(self.lens)[:, None], torch.tensor(self.counts)[:, None]
+            token = torch.arange(T)
+            limits = lens - counts + token + 1 if self.causal else lens.expand(lists, T)
+            limits = limits.masked_fill(token >= counts, 0)
+        fold = None if self.scores is None else ScoreFold(self.scores, self.score_reduce, self.score_decay)
+        sinks = None if self.sinks is None else self.sinks.repeat(lists // self.num_kv_heads, 1, 1)
+        return attend_tiles(self.q, self.keys, self.values, self.tables, stops, limits, sinks=sinks, fold=fold)
+
     def tile(self, group: _Group, first: int, last: int, scores: _ScoreSums | None) -> tuple[Tensor, Tensor] | None:
         """Attention of the tokens ``first`` to ``last``: out [n, t, group, Dv], lse [n, t, group]."""
         n, t, G, rows = len(group.members), last - first, self.group, (last - first) * self.group
@@ -332,7 +372,7 @@ class _Attention:
         q = (q if t == self.num_tokens else q[:, first:last]).reshape(n, rows, -1)
 
         if group.pieces is None:
-            s = torch.bmm(q, self.keys.blocks(group.blocks, group.members).mT)
+            s = torch.bmm(q, self.keys.blocks(group.blocks, group.index).mT)
         else:
             s = q.new_empty(n, rows, width)
             each = list(zip(q.unbind(), s.unbind(), strict=True))
@@ -364,7 +404,7 @@ class _Attention:
             total.masked_fill_(total == 0, 1.0)
 
         if group.pieces is None:
-            v = self.values.blocks(group.blocks, group.members)
+            v = self.values.blocks(group.blocks, group.index)
             if min(widths) < width:  # what stands past a list's end may be no number at all
                 if min(widths) == max(widths):
                     v[:, widths[0] :].zero_()
@@ -421,7 +461,7 @@ class _Attention:
         hidden = slot[:, None] >= limit[:, :, None]
         if self.query_positions is not None and self.positions is not None:
             by_head = self.positions.dim() == 3
-            position = read_blocks(*by_block(self.positions, group.blocks, group.members, by_head=by_head)).flatten(1)
+            position = read_blocks(*by_block(self.positions, group.blocks, group.index, by_head=by_head)).flatten(1)
             oldest = self.query_positions[group.index // self.num_kv_heads, first:last] - self.window_left
             hidden |= position[:, None, skip + column : skip + width] < oldest[:, :, None]
         elif self.window_left >= 0:
@@ -461,11 +501,5 @@ class _ScoreSums:
         scores, group = self.call.scores, self.group
         if scores is None:
             return
-        pool, index = by_block(scores, group.blocks, group.members, by_head=scores.dim() == 3)
-        old = read_blocks(pool, index)  # [n, blocks, block_size]
-        new = self.reduced.view_as(old).to(old.dtype).add_(old, alpha=self.call.score_decay)
-        new = torch.where(self.seen.view_as(old), new, old)
-        if group.inside is not None:  # a list's last block stands repeated past its end
-            index = tuple(part.expand_as(group.blocks)[group.inside] for part in index)
-            new = new[group.inside]
-        pool.index_put_(index, new)
+        decay = self.call.score_decay
+        fold_scores(scores, decay, group.blocks, group.inside, group.index, self.reduced, self.seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,22 +24,47 @@ def _bytes(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
-def by_block(cache: Tensor, blocks: Tensor, members: list[int], *, by_head: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The cache as whole blocks of one head, and the index that picks ``blocks`` [n, m] of the lists ``members``."""
+def by_block(
+    cache: Tensor, blocks: Tensor, lists: Tensor | None, *, by_head: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The cache as whole blocks of one head, and the index that picks ``blocks`` [n, m] of ``lists`` [n], or of all."""
     if not by_head:
         return cache, (blocks,)
-    heads = torch.tensor([[member % cache.shape[2]] for member in members])
-    return cache.movedim(2, 0), (heads, blocks.long())
+    if lists is None:
+        lists = torch.arange(blocks.shape[0])
+    return cache.movedim(2, 0), ((lists % cache.shape[2])[:, None], blocks.long())
 
 
-def read_blocks(pool: Tensor, index: tuple[Tensor, ...]) -> Tensor:
-    """[n, m, block_size, ...], a copy in the cache's dtype."""
+def read_blocks(pool: Tensor, index: tuple[Tensor, ...], room: Tensor | None = None) -> Tensor:
+    """[n, m, block_size, ...], a copy in the cache's dtype; in ``room`` [at least n * m, block_size, ...] if given."""
     raw = _bytes(pool)
     if len(index) == 1:
-        picked = raw.index_select(0, index[0].flatten()).view(*index[0].shape, *raw.shape[1:])
+        numbers = index[0].flatten()
+        if room is None:
+            picked = raw.index_select(0, numbers)
+        else:
+            picked = torch.index_select(raw, 0, numbers, out=_bytes(room)[: numbers.shape[0]])
+        picked = picked.view(*index[0].shape, *raw.shape[1:])
     else:
         picked = raw[index]
     return picked if raw is pool else picked.view(pool.dtype)
+
+
+def fold_scores(
+    scores: Tensor, decay: float, blocks: Tensor, own: Tensor | None, lists: Tensor, reduced: Tensor, seen: Tensor
+) -> None:
+    """scores = decay * scores + reduced in the slots of ``blocks`` [n, m] that are ``seen`` [n, m * block_size].
+
+    ``own`` bool [n, m] leaves out blocks that stand there a second time (None: none does).
+    """
+    pool, index = by_block(scores, blocks, lists, by_head=scores.dim() == 3)
+    old = read_blocks(pool, index)  # [n, m, block_size]
+    new = reduced.view_as(old).to(old.dtype).add_(old, alpha=decay)
+    new = torch.where(seen.view_as(old), new, old)
+    if own is not None:
+        index = tuple(part.expand_as(blocks)[own] for part in index)
+        new = new[own]
+    pool.index_put_(index, new)
 
 
 class Places:
@@ -127,9 +153,16 @@ class Rows:
         self.by_head = cache.dim() == 4
         # Consecutive blocks are consecutive rows and need no conversion: a product reads them where they lie.
         self.in_place = cache.dtype == dtype and cache.stride(0) == self.block_size * cache.stride(1)
-        # One pool for every head where heads share a block, else one for all.
-        self._pools = cache.unbind(2) if self.by_head else (cache,)
-        self._rows = [pool.flatten(0, 1) for pool in self._pools] if self.in_place else []
+
+    @cached_property
+    def _pools(self) -> tuple[Tensor, ...]:
+        """One for every head where heads share a block, else one for all."""
+        return self.cache.unbind(2) if self.by_head else (self.cache,)
+
+    @cached_property
+    def _rows(self) -> list[Tensor]:
+        """The pools where they are read in place."""
+        return [pool.flatten(0, 1) for pool in self._pools]
 
     def matrix(self, head: int, blocks: Tensor, piece: Piece) -> Tensor:
         """The rows [n, D] of a piece of the list of these blocks: a view of a run, a copy of scattered blocks."""
@@ -146,9 +179,13 @@ class Rows:
         )
         return picked[piece.start - first * self.block_size : piece.stop - first * self.block_size].to(self.dtype)
 
-    def blocks(self, blocks: Tensor, members: list[int]) -> Tensor:
-        """Whole blocks [n, m] of the lists ``members`` -> [n, m * block_size, D], a copy."""
-        picked = read_blocks(*by_block(self.cache, blocks, members, by_head=self.by_head))
+    def room(self, slots: int) -> Tensor:
+        """Memory for so many slots, to be gathered into by :meth:`blocks`."""
+        return self.cache.new_empty(-(-slots // self.block_size), self.block_size, self.cache.shape[-1])
+
+    def blocks(self, blocks: Tensor, lists: Tensor | None, room: Tensor | None = None) -> Tensor:
+        """Whole blocks [n, m] of ``lists`` [n] -> [n, m * block_size, D], a copy; see :func:`read_blocks`."""
+        picked = read_blocks(*by_block(self.cache, blocks, lists, by_head=self.by_head), room)
         return picked.flatten(1, 2).to(self.dtype)
 
 

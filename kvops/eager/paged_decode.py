@@ -1,0 +1,217 @@
+"""Attention of few query rows over ragged lists: all lists of a call together, in tiles of like size.
+
+A list is cut into tiles of some hundred slots and the tiles of all lists stand in one line, so the work grows with the
+sum of the lengths, however unequal they are, and the number of calls to torch hardly grows at all. Tiles are gathered
+by chunks that stay in the caches and handed to torch's CPU flash attention as one batch; what the tiles of a list give
+is merged by their lse, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from kvops.eager.paged_rows import Rows, fold_scores
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+# Slots in a tile, about: a batch is fast from here on, and a list's last tile wastes half of it.
+_TILE = 128
+# Elements of K and of V gathered at once: 2 MiB each in float32. Smaller chunks cost calls, larger ones leave the
+# caches.
+_CHUNK = 1 << 19
+# Elements of K up to which padding costs less than cutting lists into tiles and merging them: 512 KiB in float32.
+_PAD = 1 << 17
+# Lists of which a fifth would be padding are not cut while there are enough of them for the cores.
+_WASTE = 1.25
+# Where a mask adds this no probability is left; unlike -inf it gives no NaN in a tile of which a row sees nothing.
+_HIDDEN = -1e30
+
+
+@dataclass
+class ScoreFold:
+    """What to do with the probabilities: see :func:`kvops.paged_attention`."""
+
+    scores: Tensor
+    reduce: str
+    decay: float
+
+
+class _Tiles:
+    """The tiles of all lists in one line: ``blocks`` [n, m] of the pool, a tile being ``size`` slots.
+
+    ``blocks`` repeats a list's last block past its end; an empty list's tile holds block 0. ``garbage`` are the slots
+    past an end, counted through all tiles, if there are any. ``list`` [n] is the list of each tile and ``first`` [n]
+    its first slot there; None where every list is one tile.
+    """
+
+    def __init__(self, tables: Tensor, stops: list[int], block_size: int, width: int) -> None:
+        """stops: the slots of each list that any row sees, from the first on; width of a row of K or V."""
+        lists, longest = len(stops), max(stops)
+        whole = longest * lists * width <= _PAD or (
+            longest * lists <= _WASTE * sum(stops) and longest * width <= _CHUNK // torch.get_num_threads()
+        )
+        blocks = -(-longest // block_size) if whole else max(1, _TILE // block_size)
+        self.size = blocks * block_size
+        self.list: Tensor | None = None
+        self.first: Tensor | None = None
+        self.own: Tensor | None = None  # which of ``blocks`` do not stand there a second time, if not all
+        self.garbage: Tensor | None = None
+        column = torch.arange(blocks)[None]  # of the table
+        stop = torch.tensor(stops)
+        self.count, left = lists, stop  # slots of the list from the tile's first on
+        if self.size < longest:
+            counts = ((stop + (self.size - 1)) // self.size).clamp_(min=1)
+            self.list = torch.repeat_interleave(counts)
+            self.count = self.list.shape[0]
+            self._starts = counts.cumsum(0) - counts
+            place = torch.arange(self.count) - self._starts[self.list]
+            self.first = place * self.size
+            column = (place * blocks)[:, None] + column
+            stop = stop[self.list]
+            left = stop - self.first
+        if self.list is None and min(stops) > self.size - block_size:
+            self.blocks = tables[:, :blocks]
+        else:
+            last = ((stop - 1) // block_size)[:, None]
+            self.own = column <= last
+            places = torch.minimum(column, last.clamp(min=0))
+            self.blocks = tables.gather(1, places) if self.list is None else tables[self.list[:, None], places]
+            if min(stops) <= 0:
+                self.blocks = self.blocks.masked_fill(last < 0, 0)
+        if self.list is not None or min(stops) < self.size:
+            self.garbage = (torch.arange(self.size) >= left[:, None]).view(-1).nonzero().view(-1)
+
+    def lists(self) -> Tensor:
+        return torch.arange(self.count) if self.list is None else self.list
+
+    def of_lists(self, values: Tensor) -> Tensor:
+        """[lists, ...] -> [n, ...]"""
+        return values if self.list is None else values.index_select(0, self.list)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[n, ...] -> [lists, ...], in the order of the tiles."""
+        flat = embedding_bag(torch.arange(self.count), values.flatten(1), self._starts, mode="sum")
+        return flat.unflatten(1, values.shape[1:])
+
+    def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what the tiles gave, out [n, rows, D] and lse [n, rows]: the same for the lists. Overwrites both."""
+        if self.list is None:
+            return out, lse
+        maximum = lse.new_full((self._starts.shape[0], lse.shape[1]), -torch.inf)
+        maximum.scatter_reduce_(0, self.list[:, None].expand_as(lse), lse, "amax")
+        weight = lse.sub_(self.of_lists(maximum)).exp_()
+        total = self.sum(weight)
+        return self.sum(out.mul_(weight[..., None])).div_(total[..., None]), total.log_().add_(maximum)
+
+
+class _Work:
+    """One call over its tiles, some of them at a time."""
+
+    def __init__(self, q: Tensor, keys: Rows, values: Rows, tiles: _Tiles, limits: Tensor | None) -> None:
+        """q [lists, T, group, D]; limits: see :func:`attend_tiles`."""
+        lists, self.num_tokens, self.group, D = q.shape
+        self.keys, self.values, self.tiles = keys, values, tiles
+        self.q = tiles.of_lists(q.reshape(lists, 1, -1, D))  # [n, 1, rows, D]
+        self.seen: Tensor | None = None  # [n, T, 1]: the slots of the tile that each token sees
+        if limits is not None:
+            seen = tiles.of_lists(limits)
+            self.seen = (seen if tiles.first is None else seen - tiles.first[:, None])[..., None]
+
+    def run(self, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out [n, rows, D] and lse [n, rows]; ``scores`` [n, rows, size] takes the logits."""
+        tiles, n = self.tiles, self.tiles.count
+        step = max(1, _CHUNK // (tiles.size * self.q.shape[-1]))
+        if n <= step:
+            return self.some(self.q, tiles.blocks, tiles.garbage, self.seen, tiles.list, None, None, scores)
+        step = -(-n // -(-n // step))  # chunks of like size
+        edges = torch.arange(0, n + step, step) * tiles.size
+        bounds = None if tiles.garbage is None else torch.searchsorted(tiles.garbage, edges).tolist()
+        out, lse = torch.empty_like(self.q[:, 0]), self.q.new_empty(n, self.q.shape[2])
+        # The same memory for all chunks: fresh pages cost more than the copy.
+        rooms = self.keys.room(step * tiles.size), self.values.room(step * tiles.size)
+        lists = tiles.lists()
+        for number, start in enumerate(range(0, n, step)):
+            chunk, past = slice(start, min(start + step, n)), None
+            if tiles.garbage is not None and bounds is not None:
+                past = tiles.garbage[bounds[number] : bounds[number + 1]] - start * tiles.size
+            seen, logits = (None if x is None else x[chunk] for x in (self.seen, scores))
+            out[chunk], lse[chunk] = self.some(
+                self.q[chunk], tiles.blocks[chunk], past, seen, lists[chunk], *rooms, logits
+            )
+        return out, lse
+
+    def some(
+        self,
+        q: Tensor,
+        blocks: Tensor,
+        past: Tensor | None,
+        seen: Tensor | None,
+        lists: Tensor | None,
+        k_room: Tensor | None,
+        v_room: Tensor | None,
+        scores: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same for some tiles; ``past``: their garbage."""
+        n, D = q.shape[0], q.shape[-1]
+        k, v = self.keys.blocks(blocks, lists, k_room), self.values.blocks(blocks, lists, v_room)  # [n, size, D]
+        size, mask = k.shape[1], None
+        if past is not None:
+            for rest in (k, v):  # it may be no number at all
+                rest.view(-1, D).index_fill_(0, past, 0.0)
+        if seen is not None:
+            mask = q.new_zeros(n, self.num_tokens, size).masked_fill_(torch.arange(size) >= seen, _HIDDEN)
+            mask = mask.repeat_interleave(self.group, 1)[:, None]
+        elif past is not None:
+            mask = q.new_zeros(n, 1, 1, size)
+            mask.view(-1).index_fill_(0, past, _HIDDEN)
+        out, lse = _flash(q, k[:, None], v[:, None], 0.0, False, attn_mask=mask, scale=1.0)
+        if scores is not None:
+            torch.bmm(q[:, 0], k.mT, out=scores)
+            if mask is not None:
+                scores += mask[:, 0]
+        return out[:, 0], lse[:, 0]
+
+
+def attend_tiles(
+    q: Tensor,
+    keys: Rows,
+    values: Rows,
+    tables: Tensor,
+    stops: list[int],
+    limits: Tensor | None,
+    *,
+    sinks: Tensor | None,
+    fold: ScoreFold | None,
+) -> tuple[Tensor, Tensor]:
+    """q [lists, T, group, D], scaled; tables [lists, max_blocks]; stops: the slots of each list that some token sees,
+    from the first on; limits int64 [lists, T]: those that each token sees, None where they all see the list's stop and
+    no list is empty; sinks [lists, 1, group] -> out [lists, T, group, D], lse [lists, T, group]."""
+    lists, T, G, D = q.shape
+    if lists * T == 0 or max(stops) <= 0:
+        return torch.zeros_like(q), q.new_full((lists, T, G), -torch.inf)
+    tiles = _Tiles(tables, stops, keys.block_size, D)
+    p = None if fold is None else q.new_empty(tiles.count, T * G, tiles.size)
+    out, lse = tiles.merge(*_Work(q, keys, values, tiles, limits).run(p))
+    if sinks is not None:
+        joined = torch.logaddexp(lse, sinks.expand(lists, T, G).flatten(1))
+        out, lse = out * torch.exp(lse - joined)[..., None], joined
+    empty = None
+    if limits is not None:
+        empty = (limits <= 0).repeat_interleave(G, 1)  # [lists, rows]
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+
+    if p is not None and fold is not None:
+        p.sub_(tiles.of_lists(lse if empty is None else lse.masked_fill(empty, torch.inf))[..., None]).exp_()
+        if fold.reduce == "max":
+            reduced = p.amax(1)
+        else:
+            reduced = (p.square_() if fold.reduce == "sumsq" else p).sum(1)
+        seen = torch.ones_like(reduced, dtype=torch.bool)
+        if tiles.garbage is not None:
+            seen.view(-1).index_fill_(0, tiles.garbage, False)
+        fold_scores(fold.scores, fold.decay, tiles.blocks, tiles.own, tiles.lists(), reduced, seen)
+    return out.reshape(lists, T, G, D), lse.reshape(lists, T, G)
