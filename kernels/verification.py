@@ -6,7 +6,7 @@ A row's chunks depend on the vocabulary only: a request's tokens never depend on
 import triton
 import triton.language as tl
 
-from kvops.kernels.primitives import LOG2_E, exponential_from_uniform, uniform_from_bits
+from kvops.kernels.primitives import LOG2_E, exponential_from_uniform, philox_words, uniform_from_bits
 
 # The streams of kvops/eager/philox.py.
 ACCEPT = tl.constexpr(0)
@@ -87,24 +87,37 @@ def merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, mask, scale, AXIS: tl.cons
 
 
 @triton.jit
-def vocabulary_index(counter, lane):
-    """The entry that word ``lane`` of a Philox counter serves: 256 counters cover 1024 contiguous entries."""
-    return counter // 256 * 1024 + lane * 256 + counter % 256
+def vocabulary_index(place, lane):
+    """The entry at word ``lane`` of a place: 256 places cover a group of 1024 contiguous entries."""
+    return place // 256 * 1024 + lane * 256 + place % 256
 
 
 @triton.jit
-def race_step(best, best_index, weight, word, index):
-    """The better of each place's best so far and weight / exponential; ties stay with the earlier, lower index."""
-    score = tl.where(weight > 0, weight / exponential_from_uniform(uniform_from_bits(word)), -1.0)
+def race_score(weight, word):
+    return tl.where(weight > 0, weight / exponential_from_uniform(uniform_from_bits(word)), -1.0)
+
+
+@triton.jit
+def race_step(best, best_index, mass, weight, word, index):
+    """The better of each place's best so far and weight / exponential, ties staying with the earlier, lower index; and
+    the sum of its weights."""
+    score = race_score(weight, word)
     better = score > best
-    return tl.where(better, score, best), tl.where(better, index, best_index)
+    return tl.where(better, score, best), tl.where(better, index, best_index), mass + weight
 
 
 @triton.jit
-def store_winner(score_ptr, index_ptr, out, best, best_index):
-    score = tl.max(best, 0)
-    tl.store(score_ptr + out, score)
-    tl.store(index_ptr + out, tl.min(tl.where(best == score, best_index, NO_INDEX), 0))
+def store_winner(score_ptr, index_ptr, out, best, best_index, mass, seed, step, position, split):
+    """Groups of 256 places (1024 entries) race by their sums; the winner's best entry is this program's."""
+    GROUPS: tl.constexpr = best.shape[0] // 256
+    best = tl.reshape(best, (GROUPS, 256))
+    best_index = tl.reshape(best_index, (GROUPS, 256))
+    inside = tl.min(tl.where(best == tl.max(best, 1, keep_dims=True), best_index, NO_INDEX), 1)  # [GROUPS]
+    word, _, _, _ = philox_words(seed, step, position, RESAMPLE, 256 + split * GROUPS + tl.arange(0, GROUPS))
+    score = race_score(tl.sum(tl.reshape(mass, (GROUPS, 256)), 1), word)
+    top = tl.max(score, 0)
+    tl.store(score_ptr + out, top)
+    tl.store(index_ptr + out, tl.min(tl.where(score == top, inside, NO_INDEX), 0))
 
 
 @triton.jit

@@ -142,7 +142,7 @@ def race_kernel(
     HAS_RATIO: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The best weight / exponential of 4 * LANES vocabulary entries, and its lowest index."""
+    """The winner among the groups of 4 * LANES vocabulary entries, and its score."""
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     total = tl.load(row_sum_ptr + batch)
@@ -155,13 +155,15 @@ def race_kernel(
     refused = t < draft_length(draft_lens_ptr, batch, T, HAS_LENS)
     draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=refused, other=-1)
     refused = refused & (draft >= 0) & (draft < V)
-    counter = split * LANES + tl.arange(0, LANES)  # [LANES]
+    place = split * LANES + tl.arange(0, LANES)  # [LANES]
     step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
-    words = philox_words(tl.load(seed_ptr + batch), step, t, RESAMPLE, counter)
+    seed = tl.load(seed_ptr + batch)
+    words = philox_words(seed, step, t, RESAMPLE, place % 256)  # numbered as race_exponentials has it
     best = tl.full((LANES,), -1.0, tl.float32)
     best_index = tl.full((LANES,), NO_INDEX, tl.int32)
+    mass = tl.zeros((LANES,), tl.float32)
     for lane in tl.static_range(4):
-        index = vocabulary_index(counter, lane)
+        index = vocabulary_index(place, lane)
         x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + index, mask=index < V, other=float("-inf"))
         weight = tl.exp2((x.to(tl.float32) - row_max) * scale)
         if HAS_PROBS:
@@ -172,8 +174,9 @@ def race_kernel(
             weight = tl.where(refused, tl.where(p > q, p - q, 0.0), weight)
         else:
             weight = tl.where(refused & (index == draft), 0.0, weight)
-        best, best_index = race_step(best, best_index, weight, words[lane], index)
-    store_winner(score_ptr, index_ptr, batch * tl.num_programs(1) + split, best, best_index)
+        best, best_index, mass = race_step(best, best_index, mass, weight, words[lane], index)
+    out = batch * tl.num_programs(1) + split
+    store_winner(score_ptr, index_ptr, out, best, best_index, mass, seed, step, t, split)
 
 
 def verify_draft(

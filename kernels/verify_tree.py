@@ -264,7 +264,7 @@ def tree_race_kernel(
     HAS_STEP: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The best weight / exponential of 4 * LANES vocabulary entries, and its lowest index."""
+    """The winner among the groups of 4 * LANES vocabulary entries, and its score."""
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     if tl.load(row_sum_ptr + batch) == 0:
@@ -275,13 +275,15 @@ def tree_race_kernel(
     logits_ptr += batch * stride_lb + node.to(tl.int64) * stride_ln
     if HAS_PROBS:
         probs_ptr += batch * stride_pb
-    counter = split * LANES + tl.arange(0, LANES)  # [LANES]
+    place = split * LANES + tl.arange(0, LANES)  # [LANES]
     step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
-    words = philox_words(tl.load(seed_ptr + batch), step, node, RESAMPLE, counter)
+    seed = tl.load(seed_ptr + batch)
+    words = philox_words(seed, step, node, RESAMPLE, place % 256)  # numbered as race_exponentials has it
     best = tl.full((LANES,), -1.0, tl.float32)
     best_index = tl.full((LANES,), NO_INDEX, tl.int32)
+    total = tl.zeros((LANES,), tl.float32)
     for lane in tl.static_range(4):
-        index = vocabulary_index(counter, lane)
+        index = vocabulary_index(place, lane)
         x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf")).to(tl.float32)
         weight = residual_weight(
             tl.exp2((x - row_max) * scale),
@@ -299,8 +301,9 @@ def tree_race_kernel(
             V,
             HAS_PROBS,
         )
-        best, best_index = race_step(best, best_index, weight, words[lane], index)
-    store_winner(score_ptr, index_ptr, batch * tl.num_programs(1) + split, best, best_index)
+        best, best_index, total = race_step(best, best_index, total, weight, words[lane], index)
+    out = batch * tl.num_programs(1) + split
+    store_winner(score_ptr, index_ptr, out, best, best_index, total, seed, step, node, split)
 
 
 def verify_tree(

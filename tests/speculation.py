@@ -19,10 +19,9 @@ def philox(counter: tuple[int, int, int, int], seed: int) -> list[int]:
     return [c0, c1, c2, c3]
 
 
-def uniform(stream: int, position: int, seed: int, step: int, index: int = 0) -> float:
-    group, lane, column = index // 1024, index // 256 % 4, index % 256
-    counter = (group * 256 + column, 4 * position + stream, step & _MASK, step >> 32 & _MASK)
-    return (philox(counter, seed)[lane] + 0.5) / 2**32
+def uniform(stream: int, position: int, seed: int, step: int, counter: int = 0, lane: int = 0) -> float:
+    words = philox((counter, 4 * position + stream, step & _MASK, step >> 32 & _MASK), seed)
+    return (words[lane] + 0.5) / 2**32
 
 
 def softmax(logits: list[float], temperature: float) -> list[float]:
@@ -32,10 +31,18 @@ def softmax(logits: list[float], temperature: float) -> list[float]:
 
 
 def race(weights: list[float], position: int, seed: int, step: int) -> int:
-    scores = [
-        w / -math.log1p(-uniform(RESAMPLE, position, seed, step, i)) if w > 0 else -1.0 for i, w in enumerate(weights)
-    ]
-    return scores.index(max(scores))
+    """Groups of 1024 race by their sums, then the winner's entries by their own weights."""
+
+    def fastest(weights: list[float], noise: list[tuple[int, int]]) -> int:
+        scores = [
+            w / -math.log1p(-uniform(RESAMPLE, position, seed, step, *at)) if w > 0 else -1.0
+            for w, at in zip(weights, noise, strict=True)
+        ]
+        return scores.index(max(scores))
+
+    groups = [weights[i : i + 1024] for i in range(0, len(weights), 1024)]
+    best = fastest([math.fsum(group) for group in groups], [(256 + g, 0) for g in range(len(groups))])
+    return 1024 * best + fastest(groups[best], [(i % 256, i // 256) for i in range(len(groups[best]))])
 
 
 def verify(logits, drafts, probs, temperature, seed, step) -> tuple[list[int], int]:

@@ -266,7 +266,7 @@ def test_fault_residual_not_renormalised_between_siblings(monkeypatch):
 
 
 def test_fault_one_stream_for_acceptance_and_residual(monkeypatch):
-    monkeypatch.setattr(eager, "RESAMPLE", eager.ACCEPT)
+    monkeypatch.setattr(philox, "RESAMPLE", philox.ACCEPT)
     assert chi_square(decode_two("independent", trials=60_000), expected()) < PASS
 
 
@@ -276,6 +276,14 @@ def test_fault_one_number_for_all_siblings(monkeypatch):
 
     monkeypatch.setattr(eager, "uniform", shared)
     assert chi_square(decode_two("independent", trials=60_000), expected()) < PASS
+
+
+@pytest.mark.parametrize("siblings", ["point mass", "independent"])
+def test_fault_temperature_on_one_side(siblings):
+    def colder(logits, drafts, probs):
+        return logits * TEMPERATURE, drafts, probs
+
+    assert chi_square(decode_two(siblings, trials=60_000, wire=colder), expected()) < PASS
 
 
 def test_fault_logits_of_the_parent():

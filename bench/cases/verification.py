@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kvops
 from bench.case import LLAMA_8B, SMOLLM, Case, Inputs, Model, Outputs, Peer, Scale, UnavailableError
-from kvops.eager.philox import ACCEPT, RESAMPLE, exponential_row, uniform
+from kvops.eager.philox import ACCEPT, GROUP_WIDTH, race_exponentials, uniform
 
 _KEYWORDS = ("draft_probs", "temperature", "seed", "step")
 
@@ -56,9 +56,14 @@ def _walk(inputs: Inputs, b: int, parents: list[int]) -> tuple[list[int], list[i
 
 
 def _draw(inputs: Inputs, b: int, node: int, weights: Tensor) -> int:
+    groups = weights.split(GROUP_WIDTH)
     position = torch.tensor([node], device=weights.device)
-    race = exponential_row(RESAMPLE, position, inputs["seed"][b : b + 1], inputs["step"][b : b + 1], len(weights))
-    return int((weights / race[0].double()).argmax())
+    one = inputs["seed"][b : b + 1], inputs["step"][b : b + 1]
+    group_race, race = race_exponentials(position, *one, len(groups), len(groups[0]))
+    best = 0
+    if len(groups) > 1:
+        best = int((torch.stack([group.sum() for group in groups]) / group_race[0].double()).argmax())
+    return best * GROUP_WIDTH + int((groups[best] / race[0, : len(groups[best])].double()).argmax())
 
 
 def _padded(rows: list[list[int]], width: int, like: Tensor) -> Tensor:

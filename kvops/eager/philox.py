@@ -7,7 +7,7 @@ Draft verification numbers its randoms by what they decide and never by where a 
 
 ====== ======================================================================
 key    the request's seed (64 bits)
-word 0 the vocabulary counter (see :func:`exponential_row`), 0 for an acceptance
+word 0 the counter: 0 for an acceptance; resampling, see :func:`race_exponentials`
 word 1 4 * position + stream
 word 2 the request's step, low half
 word 3 the request's step, high half
@@ -23,23 +23,33 @@ ACCEPT, RESAMPLE = 0, 1  # the streams: one block of randoms never serves both
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-# A vocabulary index is (group of 1024, lane of 4, counter of 256): the four words of one Philox block serve four
-# indices that lie 256 apart, so a kernel loads contiguous logits for each word and moves no data between threads.
+_ROUNDS = 10
+# A group of 1024 vocabulary entries is 4 lanes of 256: the four words of one Philox block serve four entries that lie
+# 256 apart, so a kernel loads contiguous logits for each word and moves no data between threads.
 LANE_WIDTH = 256
 GROUP_WIDTH = 4 * LANE_WIDTH
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds over the counter words (int64, 0 <= word < 2**32), keyed by the int64 ``seed``; all broadcast."""
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        a, b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0 = ((b >> 32) ^ c1 ^ k0).bitwise_and_(_MASK)
-        c2 = ((a >> 32) ^ c3 ^ k1).bitwise_and_(_MASK)
-        # The low halves and the raised keys: what stands above their 32 bits falls to the next mask.
-        c1, c3 = b, a
-        k0, k1 = k0 + _KEY_A, k1 + _KEY_B
-    return c0, c1 & _MASK, c2, c3 & _MASK
+    """Ten rounds over the counter words (int64, 0 <= word < 2**32), keyed by the int64 ``seed``; all broadcast.
+
+    Two words are multiplied in each round: they lie in one tensor, as do the other two and the two keys, for with few
+    counters a round costs as much as it has operations.
+    """
+    c0, c1, c2, c3, seed = torch.broadcast_tensors(c0, c1, c2, c3, seed)
+    pair = (2,) + (1,) * seed.dim()
+    factors = seed.new_tensor((_ROUND_A, _ROUND_B)).view(pair)
+    raises = seed.new_tensor([(number * _KEY_A, number * _KEY_B) for number in range(_ROUNDS)]).view(-1, *pair)
+    key = torch.stack((seed & _MASK, (seed >> 32) & _MASK))
+    factor, others = torch.stack((c0, c2)), torch.stack((c1, c3))
+    for raised in (key + raises).unbind():
+        # Crossed over: each word meets the other's product. What stands above the 32 bits of the lower halves and of
+        # the keys falls to the mask.
+        product = (factor * factors).flip(0)
+        factor = (product >> 32).bitwise_xor_(others).bitwise_xor_(raised).bitwise_and_(_MASK)
+        others = product
+    others = others & _MASK
+    return factor[0], others[0], factor[1], others[1]
 
 
 def uniform_from_bits(bits: Tensor) -> Tensor:
@@ -53,37 +63,28 @@ def uniform_from_bits(bits: Tensor) -> Tensor:
 
 def uniform(stream: int, position: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     """One uniform for each position (int64, broadcast against ``seed`` and ``step``)."""
-    if position.numel() == 0:
-        return torch.empty(torch.broadcast_shapes(position.shape, seed.shape), device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     bits = philox(zero, 4 * position + stream, step & _MASK, (step >> 32) & _MASK, seed)[0]
     return uniform_from_bits(bits)
 
 
-def exponential_row(stream: int, position: Tensor, seed: Tensor, step: Tensor, vocab: int) -> Tensor:
-    """Independent Exp(1) float32 ``[rows, vocab]`` for int64 ``[rows]`` of position, seed and step.
+def race_exponentials(position: Tensor, seed: Tensor, step: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor]:
+    """Independent Exp(1) float32 for a draw from so many groups of ``width`` <= 1024 entries: ``[rows, groups]`` for
+    the groups and ``[rows, width]`` for the entries of whichever group wins; position, seed and step are int64
+    ``[rows]``.
 
-    The index of the smallest ``exponential / weight`` is distributed like the weights (the exponential race, which is
-    Gumbel-max without its second logarithm). ``-log1p(-u)`` keeps the smallest values, which decide the race, exact.
+    Counters 0 to 255 serve the entries and 256 + g group g, by its first word; a single group draws no number.
+    ``-log1p(-u)`` keeps the smallest values, which decide a race, exact.
     """
-    groups, rest = divmod(vocab, GROUP_WIDTH)
-    counters = groups * LANE_WIDTH + min(rest, LANE_WIDTH)
+    lanes = min(width, LANE_WIDTH)
     words = philox(
-        torch.arange(counters, device=seed.device),
-        (4 * position + stream)[:, None],
+        torch.arange(lanes + groups if groups > 1 else lanes, device=seed.device),
+        (4 * position + RESAMPLE)[:, None],
         (step & _MASK)[:, None],
         ((step >> 32) & _MASK)[:, None],
         seed[:, None],
     )
-    bits = torch.empty((seed.shape[0], groups + (rest > 0), 4, LANE_WIDTH), dtype=torch.int64, device=seed.device)
-    if rest == 0 or rest >= LANE_WIDTH:
-        for lane, word in enumerate(words):
-            bits[:, :, lane] = word.unflatten(1, (-1, LANE_WIDTH))
-    elif groups == 0:
-        bits = words[0]
-    else:
-        whole = groups * LANE_WIDTH
-        for lane, word in enumerate(words):
-            bits[:, :groups, lane] = word[:, :whole].unflatten(1, (-1, LANE_WIDTH))
-        bits[:, groups, 0, :rest] = words[0][:, whole:]
-    return uniform_from_bits(bits.flatten(1)[:, :vocab]).neg_().log1p_().neg_()
+    entries = [word[:, :lanes] for word in words[: -(-width // LANE_WIDTH)]]
+    bits = torch.cat((*entries, words[0][:, lanes:]), 1)
+    exponential = uniform_from_bits(bits).neg_().log1p_().neg_()
+    return exponential[:, len(entries) * lanes :], exponential[:, :width]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kvops.eager.philox import ACCEPT, RESAMPLE, exponential_row, uniform
+from kvops.eager.philox import ACCEPT, GROUP_WIDTH, race_exponentials, uniform
 
 LOG2_E = math.log2(math.e)
 # Partial sums of the softmax run over chunks of this size and then over the chunks, so that a row's sum never depends
@@ -81,10 +81,28 @@ def softmax_weights(logits: Tensor, row_max: Tensor, scale: Tensor) -> tuple[Ten
     return weights, row_sum(weights)
 
 
-def race(weights: Tensor, exponential: Tensor, fallback: Tensor) -> Tensor:
-    """An index drawn from each row of weights; ``fallback`` where no weight is positive."""
-    score, index = first_argmax(torch.where(weights > 0, weights / exponential, -1.0))
-    return torch.where(score > 0, index, fallback)
+def race(weights: Tensor, position: Tensor, seed: Tensor, step: Tensor, fallback: Tensor) -> Tensor:
+    """An index drawn from each row of weights [n, V]; ``fallback`` where no weight is positive.
+
+    The smallest of ``exponential / weight`` is distributed like the weights (the exponential race, which is Gumbel-max
+    without its second logarithm). Groups of 1024 indices race by their sums and then the winner's indices by their own
+    weights: a vocabulary of 49,152 takes 1,072 random numbers and not as many as it has tokens.
+    """
+    V = weights.shape[-1]
+    groups, width = -(-V // GROUP_WIDTH), min(V, GROUP_WIDTH)
+    group_exponential, exponential = race_exponentials(position, seed, step, groups, width)
+    start = torch.zeros_like(position)[:, None]
+    weight = weights
+    if groups > 1:
+        whole = V // GROUP_WIDTH * GROUP_WIDTH
+        mass = weights[:, :whole].unflatten(1, (-1, GROUP_WIDTH)).sum(-1)
+        if whole < V:
+            mass = torch.cat((mass, weights[:, whole:].sum(-1, keepdim=True)), 1)
+        start = first_argmax(torch.where(mass > 0, mass / group_exponential, -1.0))[1][:, None] * GROUP_WIDTH
+        index = start + torch.arange(width, device=weights.device)
+        weight = weights.gather(1, index.clamp_max(V - 1)).masked_fill_(index >= V, 0.0)
+    score, winner = first_argmax(torch.where(weight > 0, weight / exponential, -1.0))
+    return torch.where(score > 0, start[:, 0] + winner, fallback)
 
 
 def verify_draft(
@@ -120,18 +138,18 @@ def verify_draft(
 
 def _accept_tokens(
     weights: Tensor, total: Tensor, draft: Tensor, offered: Tensor, probs: Tensor | None, threshold: Tensor
-) -> tuple[Tensor, Tensor]:
-    """How many drafts pass one after another, u < p / q; and the factor 1 of p in the residual."""
+) -> tuple[Tensor, Tensor | None]:
+    """How many drafts pass one after another, u < p / q; p stands in the residual as it is."""
     T = draft.shape[1]
     if probs is not None:
         threshold = threshold * probs.gather(2, draft[..., None])[..., 0]
     passes = threshold * total[:, :T] < weights[:, :T].gather(2, draft[..., None])[..., 0]
-    return (offered & passes).long().cumprod(1).sum(1), torch.ones_like(total[:, 0])
+    return (offered & passes).long().cumprod(1).sum(1), None
 
 
 def _accept_block(
     weights: Tensor, total: Tensor, draft: Tensor, offered: Tensor, probs: Tensor | None, threshold: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Algorithm 2 of arXiv 2403.10444: how many drafts stand, and the factor of p in the residual behind them."""
     T = draft.shape[1]
     count = offered.long().cumprod(1).sum(1)
@@ -183,17 +201,25 @@ def _verify_group(
         temperature = torch.zeros(B, device=logits.device)
     sampled = (temperature > 0).nonzero()[:, 0]
     if len(sampled):
+        whole = len(sampled) == B
+
+        def of(value: Tensor) -> Tensor:
+            """What belongs to the sampled requests: no copy where all of them are."""
+            return value if whole else value[sampled]
+
         zero = draft_tokens.new_zeros(len(sampled))
-        seed, step = (zero if value is None else value[sampled] for value in (seed, step))
-        weights, total = softmax_weights(logits[sampled], row_max[sampled], exponent_scale(temperature[sampled]))
-        offered = torch.cat((offered[sampled], offered.new_zeros(len(sampled), 1)), 1)
-        draft = torch.cat((draft_tokens[sampled].clamp(0, V - 1), zero[:, None]), 1)
-        probs = None if draft_probs is None else draft_probs[sampled]
-        threshold = uniform(ACCEPT, position[:T], seed[:, None], step[:, None])
-        accept = _accept_block if method == "block" else _accept_tokens
-        row, ratio = accept(weights, total, draft[:, :T], offered[:, :T], probs, threshold)
+        seed, step = (zero if value is None else of(value) for value in (seed, step))
+        weights, total = softmax_weights(of(logits), of(row_max), exponent_scale(of(temperature)))
+        offered = torch.cat((of(offered), offered.new_zeros(len(sampled), 1)), 1)
+        draft = torch.cat((of(draft_tokens).clamp(0, V - 1), zero[:, None]), 1)
+        probs = None if draft_probs is None else of(draft_probs)
+        row, ratio = zero, None
+        if T:
+            threshold = uniform(ACCEPT, position[:T], seed[:, None], step[:, None])
+            accept = _accept_block if method == "block" else _accept_tokens
+            row, ratio = accept(weights, total, draft[:, :T], offered[:, :T], probs, threshold)
         each = torch.arange(len(sampled), device=logits.device)
-        weight = weights[each, row]
+        weight = weights[each, row] if T else weights[:, 0]
         # A row behind a draft that was offered and refused has its residual left to draw from.
         refused = offered[each, row].nonzero()[:, 0]
         if len(refused):
@@ -201,14 +227,15 @@ def _verify_group(
             if probs is None:
                 weight[refused, draft[refused, at]] = 0.0
             else:
-                p = weight[refused] / total[refused, at, None] * ratio[refused, None]
+                p = weight[refused] / total[refused, at, None]
+                if ratio is not None:
+                    p *= ratio[refused, None]
                 q = probs[refused, at]
                 weight[refused] = torch.where(p > q, p - q, 0.0)
         num_accepted[sampled] = row
-        exponential = exponential_row(RESAMPLE, row, seed, step, V)
-        following[sampled] = race(weight, exponential, row_argmax[sampled, row])
+        following[sampled] = race(weight, row, seed, step, row_argmax[sampled, row])
+    following = torch.where(usable.gather(1, num_accepted[:, None])[:, 0], following, -1)
     last = num_accepted[:, None]
-    following = torch.where(usable.gather(1, last)[:, 0], following, -1)
 
     padded = torch.cat((draft_tokens, draft_tokens.new_full((B, 1), -1)), 1)
     tokens = torch.where(position < last, padded, -1).scatter_(1, last, following[:, None])

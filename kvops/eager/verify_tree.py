@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvops.eager.philox import ACCEPT, RESAMPLE, exponential_row, uniform
+from kvops.eager.philox import ACCEPT, uniform
 from kvops.eager.verify import GROUP_ELEMENTS, exponent_scale, first_argmax, race, row_sum, softmax_weights
 
 
@@ -93,8 +93,7 @@ class _Walk:
         following = self.argmax
         some = (self.sampled & self.usable).nonzero()[:, 0]
         if len(some):
-            exponential = exponential_row(RESAMPLE, self.node[some], seed[some], step[some], V)
-            following[some] = race(self.weight[some], exponential, following[some])
+            following[some] = race(self.weight[some], self.node[some], seed[some], step[some], following[some])
         following = torch.where(self.usable, following, -1)
         self.tokens.scatter_(1, self.depth[:, None], following[:, None])
 

@@ -156,7 +156,7 @@ def verify_draft(
         draft_probs: float32 ``[B, T, V]``: the distribution that each draft was drawn from, with the drafter's
             temperature and filters applied. None: each draft is a point mass, such as prompt lookup gives.
         temperature: float32 ``[B]``, of the target; a request at 0 is greedy. None: all are.
-        seed: int64 ``[B]``. Randoms are Philox4x32-10 of (seed, step, position, vocabulary index): the same on CPU
+        seed: int64 ``[B]``. Randoms are Philox4x32-10 of (seed, step, position): the same on CPU
             and GPU, whatever the request is batched with. None with a temperature: seeds are drawn from torch's
             default generator, so that ``torch.manual_seed`` governs (the operator itself wants them given).
         step: int64 ``[B]``: must differ between calls that share a seed, such as the length so far. None: 0.
