@@ -78,6 +78,7 @@ _forward_op = register(
     eager=eager.flash_attention,
     kernel="kvops.kernels.flash_forward:flash_forward",
     differentiable=True,
+    autocast=("q", "k", "v"),
 )
 
 _backward_op = register(

@@ -72,6 +72,7 @@ class _Attention(torch.autograd.Function):
 
 def register_gradient(forward: Any, backward: Any) -> None:
     """Make ``forward`` differentiable through ``backward``."""
+    name = forward._schema.name.replace("::", ".")
 
     def on_autograd(
         keyset: Any,
@@ -89,6 +90,10 @@ def register_gradient(forward: Any, backward: Any) -> None:
             with torch._C._AutoDispatchBelowAutograd():
                 return forward.redispatch(below, *args, **kwargs)
 
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{name} does not run under torch.func's transforms (grad, vjp, jacrev): use torch.autograd.grad"
+            )
         inputs = (q, k, v, sinks, alibi_slopes)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
             return _Attention.apply(redispatch, backward, layout, options, *inputs)

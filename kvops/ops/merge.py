@@ -71,6 +71,7 @@ _forward_op = register(
     eager=eager.merge_attention,
     kernel="kvops.kernels.merge_attention:merge_attention",
     differentiable=True,
+    autocast=("out_a", "out_b"),
 )
 
 _backward_op = register(

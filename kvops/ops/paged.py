@@ -159,6 +159,8 @@ _append = register(
     fake=_fake_append,
     eager=eager.paged_append,
     kernel="kvops.kernels.paged_append:paged_append",
+    autocast=("k", "v"),
+    autocast_like="k_cache",
 )
 
 
@@ -261,6 +263,8 @@ _attention = register(
     fake=_fake_attention,
     eager=eager.paged_attention,
     kernel="kvops.kernels.paged_attention:paged_attention",
+    autocast=("q",),
+    autocast_like="k_cache",
 )
 
 

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from kvops.checks import FLOAT_DTYPES
 
 LIBRARY = torch.library.Library("kvops", "DEF")
 
@@ -49,6 +52,8 @@ def register(
     eager: Callable[..., Any],
     kernel: str,
     differentiable: bool = False,
+    autocast: tuple[str, ...] = (),
+    autocast_like: str | None = None,
 ) -> Any:
     """Define ``torch.ops.kvops.<name>`` and return its default overload.
 
@@ -56,6 +61,10 @@ def register(
     defaults (the dispatcher drops arguments that equal their default). ``check`` raises ValueError or TypeError and
     runs before everything else, while tracing too. ``kernel`` is ``"module:function"``, imported at its first launch.
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
+
+    Under ``torch.autocast`` the arguments named in ``autocast`` are cast to its dtype, or to that of the argument
+    ``autocast_like`` (a cache, unless it is float8); nothing else is. ``torch.func.vmap`` and forward-mode
+    differentiation are refused.
     """
     name = schema.split("(", 1)[0]
     kernel_function = _Lazy(kernel)
@@ -70,9 +79,25 @@ def register(
                     "or detach its inputs"
                 )
 
+    def refuse_tangents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    f"kvops.{name} has no forward-mode derivative (jvp), and an input carries a tangent: "
+                    "differentiate backwards with torch.autograd.grad"
+                )
+
+    def refuse_vmap(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"kvops.{name} does not run under torch.func.vmap: put the mapped dimension into the batch dimension, "
+            "which every operator has"
+        )
+
     def validate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not differentiable:
             refuse_gradient(args, kwargs)
+        if forward_ad._current_level >= 0:
+            refuse_tangents(args, kwargs)
         check(*args, **kwargs)
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
@@ -95,5 +120,30 @@ def register(
     LIBRARY.define(schema)
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_gpu, "CUDA")
+    LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
     torch.library.register_fake(f"kvops::{name}", on_fake, lib=LIBRARY)
-    return getattr(torch.ops.kvops, name).default
+    operator = getattr(torch.ops.kvops, name).default
+    if autocast:
+        for device_type in ("cpu", "cuda"):
+            _register_autocast(operator, device_type, autocast, autocast_like)
+    return operator
+
+
+def _register_autocast(operator: Any, device_type: str, names: tuple[str, ...], like: str | None) -> None:
+    """Written out: ``torch.library.register_autocast`` casts every floating point tensor, caches and lse included."""
+    order = [argument.name for argument in operator._schema.arguments]
+    key = f"Autocast{device_type.upper()}"
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def on_autocast(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(order, args, strict=False)) | kwargs
+        dtype = torch.get_autocast_dtype(device_type)
+        if like is not None and given[like].dtype in FLOAT_DTYPES:
+            dtype = given[like].dtype
+        for name in names:
+            if isinstance(given[name], torch.Tensor) and given[name].dtype in FLOAT_DTYPES:
+                given[name] = given[name].to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return operator(*(given[name] for name in order[: len(args)]), **{n: given[n] for n in kwargs})
+
+    LIBRARY.impl(operator._schema.name.split("::")[1], on_autocast, key)

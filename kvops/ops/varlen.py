@@ -111,6 +111,7 @@ _forward_op = register(
     eager=eager.flash_attention_varlen,
     kernel="kvops.kernels.flash_forward:flash_forward_varlen",
     differentiable=True,
+    autocast=("q", "k", "v"),
 )
 
 _backward_op = register(
