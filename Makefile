@@ -29,7 +29,7 @@ PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 OUT ?= bench/results/cpu
 
-.PHONY: help setup test demo bench bench-report gpu lint format clean
+.PHONY: help setup test demo bench bench-quality bench-report gpu lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -69,7 +69,12 @@ bench: $(SETUP)  ## every operator beside its peers, growth, generation: on this
 	$(BIN)/python bench/generate_cpu.py --rounds 3 --json $(OUT)/generate.json
 	$(BIN)/python -m bench report
 
-bench-report: $(SETUP)  ## BENCHMARKS.md and its plots from the results in bench/results alone
+bench-quality: $(SETUP)  ## what every policy keeps at every ratio, 40 minutes, goes on where it stopped; docs/compression.md
+	$(BIN)/python -m bench quality --json $(OUT)/quality.json
+	$(BIN)/python -m bench quality --times --json $(OUT)/quality.json
+	$(BIN)/python -m bench report
+
+bench-report: $(SETUP)  ## BENCHMARKS.md, docs/compression.md and plots from the results in bench/results alone
 	$(BIN)/python -m bench report
 
 # With the python3 of the machine: its torch fits its GPU. Nothing is installed.

@@ -111,6 +111,35 @@ def grow(arguments: argparse.Namespace) -> int:
     return 0 if all(fit.as_theory for fit in growth.fits(rows)) else 1
 
 
+def quality(arguments: argparse.Namespace) -> int:
+    from bench.quality import run as policies
+    from bench.quality.kept import kept
+    from bench.quality.study import overall_table, summary
+    from bench.quality.tasks import FULL, QUICK
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    run = policies.Run(
+        QUICK if arguments.quick else FULL,
+        arguments.ratios or (policies.QUICK_RATIOS if arguments.quick else policies.RATIOS),
+        arguments.policies,
+        arguments.json,
+        arguments.model,
+        _device(arguments.device),
+    )
+    if arguments.times:
+        run.times()
+    else:
+        run.quality(arguments.seconds)
+    found = kept(run.result)
+    print(f"{overall_table(found)}\n")
+    print("\n".join(summary(found)))
+    if found.left_out:
+        print(f"Not measured to the end yet: {', '.join(found.left_out)}")
+    print(f"\n{table.setting_text(run.facts)}")
+    return 0
+
+
 def compare_results(arguments: argparse.Namespace) -> int:
     before, after = results.load(arguments.before), results.load(arguments.after)
     text, worse = compare.report(before, after, arguments.margin)
@@ -176,6 +205,22 @@ def _parser() -> argparse.ArgumentParser:
     _measuring(more, rounds=11, seconds=6.0, each="sweep")
     more.set_defaults(function=grow)
 
+    kept = commands.add_parser("quality", help="what compressed caches still know, policy by policy, on a real model")
+    kept.add_argument("--quick", action="store_true", help="short contexts, two ratios, about a minute")
+    kept.add_argument("--policies", nargs="+", metavar="NAME", help="default: all")
+    kept.add_argument("--ratios", nargs="+", type=int, metavar="N", help="default: 2 4 8 16 64")
+    kept.add_argument("--times", action="store_true", help="instead: time a step of each, into the rows of --json")
+    kept.add_argument("--model", type=Path, metavar="PATH", help="GGUF file or folder (default: SmolLM2-135M-Instruct)")
+    kept.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
+    kept.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch has it)")
+    kept.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after; a call with the same --json goes on"
+    )
+    kept.add_argument(
+        "--json", type=Path, metavar="PATH", help="write the results here, row by row, or go on with them"
+    )
+    kept.set_defaults(function=quality)
+
     two = commands.add_parser("compare", help="what a run does worse than another, by more than a margin")
     two.add_argument("before", type=Path, help="the result file to hold to, such as a committed one")
     two.add_argument("after", type=Path)
@@ -187,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside each file")
     drawn.set_defaults(function=plot)
 
-    page = commands.add_parser("report", help="BENCHMARKS.md and its pictures, from the committed results")
+    page = commands.add_parser("report", help="BENCHMARKS.md, docs/compression.md and pictures, from the results")
     page.add_argument("--results", type=Path, default=results.RESULTS, metavar="FOLDER")
     page.add_argument("--page", type=Path, default=results.RESULTS.parent.parent / "BENCHMARKS.md", metavar="PATH")
     page.set_defaults(function=report)

@@ -39,7 +39,13 @@ def pyplot() -> Any:
 
 def draw(result: Result, stem: Path) -> list[Path]:
     """The pictures of one result file, named ``<stem>-<what>.png``; none for kinds without."""
-    kinds = {"operators": (("speed", _speed), ("roofline", _roofline)), "growth": (("", _growth),)}
+    from bench.quality import pictures  # which draws with pyplot(), too
+
+    kinds = {
+        "operators": (("speed", _speed), ("roofline", _roofline)),
+        "growth": (("", _growth),),
+        "quality": (("curves", pictures.curves), ("ragged", pictures.ragged), ("heads", pictures.heads)),
+    }
     paths = []
     for what, picture in kinds.get(result.get("kind", ""), ()):
         figure = picture(result)

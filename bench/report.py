@@ -1,4 +1,4 @@
-"""BENCHMARKS.md and its pictures, made from the committed results alone: nothing in them is typed by hand."""
+"""BENCHMARKS.md, docs/compression.md and their pictures, from the committed results alone: nothing is typed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 from bench import growth, plots, results, table
 from bench.measure import KVOPS
+from bench.quality import study
+from bench.quality.kept import kept
 from bench.results import Result, Row
+
+STUDY = Path("docs") / "compression.md"
 
 _HEAD = """# Benchmarks
 
@@ -28,7 +32,8 @@ hand. `make bench` measures again; `python -m bench --help` says what else there
 
 
 def render(folder: Path, page: Path) -> list[Path]:
-    """Writes ``page`` and the pictures beside the results; returns what was written. ValueError without any result."""
+    """Writes ``page``, the pictures beside the results and, where there is a result of that kind, the study of quality
+    (``docs/compression.md`` beside ``page``); returns what was written. ValueError without any result."""
     devices = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     sections, written = [], [page]
     for device in devices:
@@ -41,6 +46,9 @@ def render(folder: Path, page: Path) -> list[Path]:
             result = _joined([result for _, result in group])
             pictures = plots.draw(result, device / kind)
             written += pictures
+            if kind == "quality" and page.parent / STUDY not in written:
+                study.render(result, paths[0], page.parent / STUDY, pictures)
+                written.append(page.parent / STUDY)
             pictures = pictures or [path.with_suffix(".png") for path in paths if path.with_suffix(".png").exists()]
             parts.append(_section(kind, result, paths, pictures, page.parent))
         sections.append("\n\n".join(parts))
@@ -66,11 +74,16 @@ def _joined(group: Sequence[Result]) -> Result:
 
 
 def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequence[Path], root: Path) -> str:
-    titles = {"operators": "Operators", "growth": "Growth", "generate": "Generation"}
+    titles = {
+        "operators": "Operators",
+        "growth": "Growth",
+        "generate": "Generation",
+        "quality": "What compression keeps",
+    }
     title = titles.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
     sources = ", ".join(f"[`{path.name}`]({_link(path, root)})" for path in paths[:1])
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    body: dict[str, Callable[[Result], str]] = {"operators": _operators, "growth": _growth}
+    body: dict[str, Callable[[Result], str]] = {"operators": _operators, "growth": _growth, "quality": _quality}
     parts = [f"### {title}", f"{table.setting_text(result['setting'])} ({sources}{more})"]
     parts += [f"![{title}: {path.stem}]({_link(path, root)})" for path in pictures]
     return "\n\n".join([*parts, body.get(kind, _generic)(result)])
@@ -122,6 +135,11 @@ def _growth(result: Result) -> str:
         f"included. Within {growth.TOLERANCE} of theory counts as theory's."
     )
     return f"{text}\n\n{growth_table(result['rows'], 'pipe')}"
+
+
+def _quality(result: Result) -> str:
+    lines = "\n".join(f"- {line}" for line in study.summary(kept(result)))
+    return f"{lines}\n\nThe whole study: [`{STUDY.as_posix()}`]({STUDY.as_posix()})."
 
 
 def _generic(result: Result) -> str:

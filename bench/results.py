@@ -18,10 +18,12 @@ Row = Mapping[str, Any]
 
 
 def save(path: Path, kind: str, setting: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Whole or not at all: a run that is stopped leaves the last file that was complete."""
+    """A row a line. Whole or not at all: a run that is stopped leaves the last file that was complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"kind": kind, "setting": dict(setting), "rows": list(rows)}, indent=1) + "\n")
+    head = json.dumps({"kind": kind, "setting": dict(setting)}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    partial.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
     os.replace(partial, path)
 
 

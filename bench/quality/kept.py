@@ -1,0 +1,151 @@
+"""Rows into shares of the full cache's quality: 1 is as good as with everything kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import NamedTuple
+
+from bench.quality.tasks import AFTER, BEFORE, TEXT
+from bench.results import Result, Row
+
+SETTINGS = (TEXT, BEFORE, AFTER)
+PERPLEXITY, AGREEMENT = "perplexity", "agreement"
+
+
+class Form(NamedTuple):
+    """A policy whose heads compete for blocks (``ragged``) or keep the same number of them."""
+
+    policy: str
+    ragged: bool
+
+    @property
+    def heads(self) -> str:
+        return "ragged" if self.ragged else "equal"
+
+
+class Task(NamedTuple):
+    setting: str
+    name: str
+
+
+@dataclass
+class Kept:
+    """What a result says. Units that were not measured for every form and ratio are ``left_out`` of all of it.
+
+    Attributes:
+        forms, ratios, tasks: what there are shares of; ``default`` are the forms that policies have by themselves.
+        main: the label of the texts that count among the tasks; others are in ``texts`` only.
+        shares: by form, ratio and task.
+        texts: the shares of perplexity by label, form and ratio.
+        answered: of each task with answers, how many the full cache gives right, and how many there are.
+        rows: of the units that count.
+    """
+
+    forms: list[Form] = field(default_factory=list)
+    default: set[Form] = field(default_factory=set)
+    ratios: list[int] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    main: str = ""
+    left_out: list[str] = field(default_factory=list)
+    shares: dict[tuple[Form, int, Task], float] = field(default_factory=dict)
+    texts: dict[str, dict[tuple[Form, int], float]] = field(default_factory=dict)
+    answered: dict[Task, tuple[int, int]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def setting(self, form: Form, ratio: int, setting: str) -> float | None:
+        """The mean over the tasks of a setting, None where it has none."""
+        found = [self.shares[form, ratio, task] for task in self.tasks if task.setting == setting]
+        return mean(found) if found else None
+
+    def overall(self, form: Form, ratio: int) -> float:
+        """The mean over the settings, each counting the same."""
+        found = (self.setting(form, ratio, setting) for setting in SETTINGS)
+        return mean(share for share in found if share is not None)
+
+    def best(self, ratio: int, setting: str | None = None) -> tuple[Form, float]:
+        """The form that keeps most, overall or in a setting."""
+        shares = {form: self.of(form, ratio, setting) for form in self.forms}
+        form = max(shares, key=lambda form: shares[form])
+        return form, shares[form]
+
+    def of(self, form: Form, ratio: int, setting: str | None) -> float:
+        return self.overall(form, ratio) if setting is None else (self.setting(form, ratio, setting) or 0.0)
+
+    def pairs(self) -> list[str]:
+        """Policies measured in both forms."""
+        return [form.policy for form in self.forms if form.ragged and form._replace(ragged=False) in self.forms]
+
+    def gain(self, policy: str, ratio: int, setting: str | None = None) -> float:
+        """What ragged heads keep beyond equal ones at the same number of blocks."""
+        ragged, equal = (self.of(Form(policy, kind), ratio, setting) for kind in (True, False))
+        return ragged - equal
+
+
+def form_of(row: Row) -> Form:
+    return Form(row["policy"], row["scope"] != "head")
+
+
+def label_of(row: Row) -> str:
+    """``text 4k`` of the unit ``text 4k, part 0``."""
+    return row["unit"].partition(",")[0]
+
+
+def kept(result: Result) -> Kept:
+    """ValueError where nothing has been measured whole."""
+    rows = result["rows"]
+    full = {row["unit"]: row for row in rows if row["policy"] == "full"}
+    compressed = [row for row in rows if row["policy"] != "full"]
+    found = Kept(
+        forms=list(dict.fromkeys(map(form_of, sorted(compressed, key=lambda row: row["policy"])))),
+        default={form_of(row) for row in compressed if row["default"]},
+        ratios=sorted({row["ratio"] for row in compressed}),
+    )
+    everything = {(form, ratio) for form in found.forms for ratio in found.ratios}
+    by_unit = {unit: [row for row in compressed if row["unit"] == unit] for unit in full}
+    for unit, members in by_unit.items():
+        if {(form_of(row), row["ratio"]) for row in members} >= everything:
+            found.rows += members
+        elif members:
+            found.left_out.append(unit)
+    if not found.rows:
+        raise ValueError("quality: expected units measured for every policy and ratio, got none; next step: go on")
+    texts = [row for row in found.rows if row["setting"] == TEXT]
+    found.main = label_of(texts[0]) if texts else ""
+    _add_texts(found, texts, full)
+    _add_answers(found, [row for row in found.rows if row["setting"] != TEXT], full)
+    order = {setting: place for place, setting in enumerate(SETTINGS)}
+    found.tasks = sorted(dict.fromkeys(task for _, _, task in found.shares), key=lambda task: order[task.setting])
+    return found
+
+
+def _add_texts(found: Kept, rows: Iterable[Row], full: dict[str, Row]) -> None:
+    perplexity: dict[tuple[str, Form, int], list[float]] = {}
+    agreement: dict[tuple[Form, int], list[float]] = {}
+    for row in rows:
+        form, ratio, label = form_of(row), row["ratio"], label_of(row)
+        perplexity.setdefault((label, form, ratio), []).append(math.exp(full[row["unit"]]["nll"] - row["nll"]))
+        if label == found.main:
+            agreement.setdefault((form, ratio), []).append(row["top1"])
+    for (label, form, ratio), shares in perplexity.items():
+        found.texts.setdefault(label, {})[form, ratio] = mean(shares)
+        if label == found.main:
+            found.shares[form, ratio, Task(TEXT, PERPLEXITY)] = mean(shares)
+    for (form, ratio), shares in agreement.items():
+        found.shares[form, ratio, Task(TEXT, AGREEMENT)] = mean(shares)
+
+
+def _add_answers(found: Kept, rows: Iterable[Row], full: dict[str, Row]) -> None:
+    answers: dict[tuple[Form, int, Task], list[int]] = {}
+    for row in rows:
+        for name, right in row["right"].items():
+            answers.setdefault((form_of(row), row["ratio"], Task(row["setting"], name)), []).extend(right)
+    found.shares |= {key: mean(right) for key, right in answers.items()}
+    counted: dict[Task, list[int]] = {}
+    for row in full.values():
+        for name, right in row.get("right", {}).items():
+            if row["unit"] not in found.left_out:
+                counted.setdefault(Task(row["setting"], name), []).extend(right)
+    found.answered = {task: (sum(right), len(right)) for task, right in counted.items()}

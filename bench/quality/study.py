@@ -1,0 +1,247 @@
+"""docs/compression.md, from a quality result alone: every figure and every verdict in it is computed here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+
+from bench import table
+from bench.quality.kept import SETTINGS, Form, Kept, form_of, kept, label_of
+from bench.quality.tasks import AFTER, BEFORE, SIZES, TEXT
+from bench.results import Result
+
+GOALS = ((4, 0.95), (8, 0.90))
+"""At that ratio the best policy should keep that share."""
+BROKEN = 0.5
+
+_NAMES = {TEXT: "text", BEFORE: "asked before", AFTER: "asked after"}
+
+_HOW = """## How it is measured
+
+The model reads a context into a full cache; a copy of the cache is compressed once (`Compression(ratio, policy)` with
+its defaults: 4 first and 32 last tokens protected, blocks of 16); then the copy goes on. Quality is what it keeps of
+the full cache's:
+
+- **text**: a part of Python's manual and the {held_out} tokens that follow it. Perplexity (the full cache's over the
+  compressed one's) and agreement (how often the most likely token is that of the full cache).
+- **asked after**: facts hidden in the manual, {facts} tokens together, and {digits} random digits; the questions come
+  after eviction, when no policy could know them. Single needles, several of one kind, key-value pairs, questions about
+  a report, the first {repeated} digits to be repeated. An answer counts when greedy decoding gives all of it (each
+  digit by itself).
+- **asked before**: some of the same questions, as the end of the prompt that is compressed. Only its last token comes
+  after eviction: no token of an answer is predicted by the full cache.
+
+Only answers that the full cache gets right are counted. A task's share is the mean over its answers, a setting's the
+mean over its tasks, and **overall** is the mean over the three settings. *Ragged* heads compete for blocks (those of a
+layer or of the whole sequence, as the policy says); *equal* heads of a layer all keep the same number of blocks: the
+same scores, the same budget."""
+
+
+def render(result: Result, source: Path, page: Path, pictures: Sequence[Path]) -> None:
+    """Writes the page; ``source`` is the result's file."""
+    found = kept(result)
+    size = SIZES[result["setting"]["size"]]
+    link = Path(os.path.relpath(source, page.parent)).as_posix()
+    shown = {path.stem.rpartition("-")[2]: Path(os.path.relpath(path, page.parent)).as_posix() for path in pictures}
+    how = _HOW.format(held_out=size.held_out, facts=size.facts, digits=size.digits, repeated=size.repeated)
+    parts = [
+        "# What compression keeps",
+        f"Made by `python -m bench report` from [`{source.name}`]({link}); nothing here is typed by hand. "
+        "`python -m bench quality --json FILE` measures, and goes on where it was stopped.",
+        table.setting_text(result["setting"]),
+        "## In short",
+        "\n".join(f"- {line}" for line in summary(found)),
+        how,
+        "## What is kept, by policy",
+        _picture(shown, "curves", "What is kept against compression"),
+        "Overall, in % of the full cache. Bold: the best of a column; *: the form that a policy has by default.\n\n"
+        f"{overall_table(found, 'pipe')}",
+        *(_by_task(found, ratio) for ratio in (4, 8, 64) if ratio in found.ratios),
+        "## What ragged heads gain",
+        _picture(shown, "ragged", "Ragged against equal heads at the same number of blocks"),
+        f"Percentage points that ragged heads keep beyond equal ones, at the same budget of blocks.\n\n{_gains(found)}",
+        _picture(shown, "heads", "Tokens that every head keeps"),
+        "## Longer and shorter contexts",
+        f"Perplexity of the text that follows: the share kept, in %, default forms.\n\n{_contexts(found)}",
+        "## Blocks and time",
+        _memory(found),
+        "## What the full cache knows",
+        _answered(found),
+    ]
+    if found.left_out:
+        parts.append(f"Not measured to the end, and left out of everything above: {', '.join(found.left_out)}.")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text("\n\n".join(part for part in parts if part) + "\n")
+    os.replace(partial, page)
+
+
+def overall_table(found: Kept, style: str = "simple") -> str:
+    """Overall, in % of the full cache; bold is the best of a column, * the form that a policy has by default."""
+    best = {ratio: max(found.overall(form, ratio) for form in found.forms) for ratio in found.ratios}
+    cells = []
+    for form in sorted(found.forms):
+        shares = [found.overall(form, ratio) for ratio in found.ratios]
+        marked = [
+            f"**{100 * share:.1f}**" if share == best[ratio] else f"{100 * share:.1f}"
+            for ratio, share in zip(found.ratios, shares, strict=True)
+        ]
+        cells.append([form.policy, form.heads + ("*" if form in found.default else ""), *marked])
+    return table.render(cells, ["policy", "heads", *(f"{ratio}x" for ratio in found.ratios)], style, left=2)
+
+
+def summary(found: Kept) -> list[str]:
+    """The verdicts: goals, winners, what ragged heads gain, where it breaks."""
+    lines = []
+    for ratio, goal in GOALS:
+        if ratio in found.ratios:
+            form, share = found.best(ratio)
+            verdict = "met" if share >= goal else "**missed**"
+            lines.append(f"{ratio}x smaller, {_name(form)} keeps {share:.1%}: the goal of {goal:.0%} is {verdict}.")
+    for setting in SETTINGS:
+        if any(task.setting == setting for task in found.tasks):
+            winners = ", ".join(
+                f"{_name(form)} at {ratio}x ({share:.0%})"
+                for ratio in found.ratios
+                for form, share in [found.best(ratio, setting)]
+            )
+            lines.append(f"Best for {_NAMES[setting]}: {winners}.")
+    return [*lines, *_ragged_verdict(found), *_breaks(found)]
+
+
+def _ragged_verdict(found: Kept) -> list[str]:
+    pairs = found.pairs()
+    if not pairs:
+        return []
+    gains = {(policy, ratio): found.gain(policy, ratio) for policy in pairs for ratio in found.ratios}
+    better = sum(gain > 0.005 for gain in gains.values())
+    worse = sum(gain < -0.005 for gain in gains.values())
+    average = mean(gains.values())
+    verb = "gain" if average > 0 else "lose"
+    by_setting = ", ".join(
+        f"{_NAMES[setting]} {_points(mean(found.gain(policy, ratio, setting) for policy, ratio in gains))}"
+        for setting in SETTINGS
+        if any(task.setting == setting for task in found.tasks)
+    )
+    most, least = max(gains, key=lambda key: gains[key]), min(gains, key=lambda key: gains[key])
+    return [
+        f"At the same number of blocks, ragged heads {verb} {abs(100 * average):.1f} points on average over "
+        f"{len(pairs)} policies and {len(found.ratios)} ratios ({by_setting}): better in {better} of {len(gains)} "
+        f"pairs, worse in {worse}, within half a point in {len(gains) - better - worse}.",
+        f"The most they gain is {_points(gains[most])} ({most[0]} at {most[1]}x), the least {_points(gains[least])} "
+        f"({least[0]} at {least[1]}x).",
+    ]
+
+
+def _breaks(found: Kept) -> list[str]:
+    lines = []
+    for setting in SETTINGS:
+        if not any(task.setting == setting for task in found.tasks):
+            continue
+        broken = next((ratio for ratio in found.ratios if found.best(ratio, setting)[1] < BROKEN), None)
+        low, high = found.ratios[0], found.ratios[-1]
+        end = f"from {found.best(low, setting)[1]:.0%} at {low}x to {found.best(high, setting)[1]:.0%} at {high}x"
+        says = f"the best policy falls {end}"
+        says += f" and below {BROKEN:.0%} at {broken}x" if broken else f" and never below {BROKEN:.0%}"
+        lines.append(f"Where it breaks, {_NAMES[setting]}: {says}.")
+    ratio = 8 if 8 in found.ratios else found.ratios[-1]
+    form, _ = found.best(ratio)
+    hardest = min(found.tasks, key=lambda task: found.shares[form, ratio, task])
+    share = found.shares[form, ratio, hardest]
+    lines.append(f"What {_name(form)}, the best overall at {ratio}x, keeps least of: {_task(hardest)} ({share:.0%}).")
+    return lines
+
+
+def _name(form: Form) -> str:
+    return f"{form.policy} with {form.heads} heads"
+
+
+def _task(task: Sequence[str]) -> str:
+    return task[1] if task[0] == TEXT else f"{task[1]}, {_NAMES[task[0]]}"
+
+
+def _points(gain: float) -> str:
+    return f"{100 * gain:+.1f}"
+
+
+def _picture(shown: dict[str, str], name: str, title: str) -> str:
+    return f"![{title}]({shown[name]})" if name in shown else ""
+
+
+def _by_task(found: Kept, ratio: int) -> str:
+    best = {task: max(found.shares[form, ratio, task] for form in found.default) for task in found.tasks}
+    cells = []
+    for form in sorted(found.default):
+        shares = [(found.shares[form, ratio, task], best[task]) for task in found.tasks]
+        cells.append(
+            [form.policy, *(f"**{100 * one:.0f}**" if one == top else f"{100 * one:.0f}" for one, top in shares)]
+        )
+    text = f"### {ratio}x, task by task\n\nDefault forms, in % of the full cache."
+    return f"{text}\n\n{table.render(cells, ['policy', *map(_task, found.tasks)], 'pipe')}"
+
+
+def _gains(found: Kept) -> str:
+    pairs = found.pairs()
+    cells = [[policy, *(_points(found.gain(policy, ratio)) for ratio in found.ratios)] for policy in sorted(pairs)]
+    cells.append(["**mean**", *(_points(mean(found.gain(one, ratio) for one in pairs)) for ratio in found.ratios)])
+    for setting in SETTINGS:
+        if any(task.setting == setting for task in found.tasks):
+            means = [mean(found.gain(one, ratio, setting) for one in pairs) for ratio in found.ratios]
+            cells.append([f"mean, {_NAMES[setting]}", *map(_points, means)])
+    return table.render(cells, ["policy", *(f"{ratio}x" for ratio in found.ratios)], "pipe")
+
+
+def _labels(found: Kept) -> list[str]:
+    """Of the texts, from short to long."""
+    return sorted(found.texts, key=lambda label: next(row["length"] for row in found.rows if label_of(row) == label))
+
+
+def _contexts(found: Kept) -> str:
+    ratios = [ratio for ratio in found.ratios if ratio <= 16]
+    columns = [(label, ratio) for label in _labels(found) for ratio in ratios]
+    cells = [
+        [form.policy, *(f"{100 * found.texts[label][form, ratio]:.0f}" for label, ratio in columns)]
+        for form in sorted(found.default)
+    ]
+    headers = ["policy", *(f"{label.removeprefix('text ')}, {ratio}x" for label, ratio in columns)]
+    return table.render(cells, headers, "pipe")
+
+
+def _memory(found: Kept) -> str:
+    """Blocks in use and time of a step, median over policies, for every length of text."""
+    texts = [row for row in found.rows if row["setting"] == TEXT]
+    timed = all("ms" in row for row in texts)
+    cells = []
+    for label in _labels(found):
+        for ratio in found.ratios:
+            rows = [row for row in texts if label_of(row) == label and row["ratio"] == ratio]
+            line = [label.removeprefix("text "), f"{ratio}x", str(rows[0]["full_blocks"])]
+            for kind in (True, False):
+                these = [row for row in rows if form_of(row).ragged == kind]
+                blocks = median(row["blocks"] for row in these)
+                line += [f"{blocks:.0f}", f"{rows[0]['full_blocks'] / blocks:.1f}x"]
+                if timed:
+                    line.append(f"{median(row['full_ms'] / row['ms'] for row in these):.2f}")
+            cells.append(line)
+    headers = ["context", "asked for", "full cache, blocks"]
+    names = ("blocks", "smaller", "tokens/s") if timed else ("blocks", "smaller")
+    headers += [f"{kind}: {name}" for kind in ("ragged", "equal") for name in names]
+    text = (
+        "Blocks really in use just after eviction, medians over the policies: the protected tokens alone take 3 blocks "
+        "of every list, so short contexts do not come out 64 times smaller."
+    )
+    if timed:
+        text += " Tokens/s of decoding one sequence, as a multiple of the full cache's, whose steps were taken in turn."
+    return f"{text}\n\n{table.render(cells, headers, 'pipe', left=2)}"
+
+
+def _answered(found: Kept) -> str:
+    failed = [_task(task) for task, (right, _) in found.answered.items() if not right]
+    cells = [[_task(task), str(right), str(asked)] for task, (right, asked) in found.answered.items()]
+    body = table.render(cells, ["task", "right", "asked"], "pipe")
+    text = "Answers that the full cache gives right, which alone are counted above."
+    if failed:
+        text += f" It fails {', '.join(failed)} altogether: compression is not judged by that."
+    return f"{text}\n\n{body}"

@@ -1,0 +1,200 @@
+"""Contexts and what is asked about them: Python's own manual, facts hidden in it, and random digits.
+
+A context is read into the cache, the cache is compressed, and only then the probes are asked. Every token that a probe
+predicts is therefore predicted by the compressed cache: the last token that could tell the model what comes next is a
+probe's and not the context's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvops.models.tokenizer import Tokenizer
+
+TEXT, BEFORE, AFTER = "text", "before", "after"
+"""Settings: prose that goes on; a question that is read before the cache is compressed, or asked only after it."""
+MAP_RATIO = 8
+"""The ratio at which every head's length is written down."""
+
+_WORDS = """
+anchor apple arrow autumn barrel basket bridge bronze butter candle canyon carpet castle cherry copper cotton desert
+dragon eagle engine falcon feather forest garden ginger granite hammer harbor helmet honey island ivory jungle kettle
+ladder lantern lemon marble meadow mirror mountain needle ocean olive orange palace paper pepper pillow planet pocket
+rabbit ribbon river rocket saddle salmon shadow silver spider summer sunset temple thunder ticket timber tunnel
+turtle valley velvet violet walnut whisper willow window winter wizard yellow
+"""
+_NAMES = ("Alma", "Boris", "Clara", "Daniel", "Elena", "Frank", "Greta", "Hugo")
+_STORY = (
+    "Report on the Harrow expedition. The expedition was led by Ingrid Solberg, a geologist from Bergen. It left the "
+    "harbour of Tromso in March 1931 with eleven sailors aboard a ship named Perseverance. The cook of the ship was "
+    "Anton Weiss. After forty days the crew reached the island of Kvitoya, where they found a chest made of copper. "
+    "The chest held nine silver coins and a map drawn by a monk named Aurelio."
+)
+_ASKED = (
+    ("Who led the Harrow expedition?", "The expedition was led by", "Ingrid Solberg"),
+    ("Who was the cook of the ship?", "The cook of the ship was", "Anton Weiss"),
+    ("Which island did the crew reach?", "The crew reached the island of", "Kvitoya"),
+    ("From where did the expedition leave?", "The expedition left the harbour of", "Tromso"),
+    ("What was the chest made of?", "The chest was made of", "copper"),
+    ("Who drew the map?", "The map was drawn by a monk named", "Aurelio"),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked: tokens of the contexts, and how many of the questions are also put before compression.
+
+    Attributes:
+        texts: lengths of contexts of prose with the ``held_out`` tokens that follow, each with the number of its part
+            of the manual.
+        facts: of the context that has facts hidden in it.
+        before: how many of the questions about it are also part of the prompt, one prompt each.
+        digits: how many random digits are to be repeated; the first ``repeated`` of them are asked for.
+    """
+
+    name: str
+    texts: tuple[tuple[int, int], ...]
+    held_out: int
+    facts: int
+    before: int
+    digits: int
+    repeated: int
+
+
+FULL = Size("full", ((4096, 0), (2048, 1), (8192, 2), (4096, 3)), 96, 4096, 8, 800, 48)
+QUICK = Size("quick", ((1024, 0),), 48, 1024, 2, 200, 24)
+TINY = Size("tiny", ((224, 0),), 8, 300, 1, 48, 8)
+SIZES = {size.name: size for size in (FULL, QUICK, TINY)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``answer`` should follow ``tail`` (at least one token), which follows the context. ``exact``: the answer is right
+    as a whole or not at all; otherwise every token of it counts."""
+
+    task: str
+    tail: Sequence[int]
+    answer: Sequence[int]
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read before compression (``prefix``, which units share, and ``question`` behind it) and asked after it.
+    All probes of a unit begin with the same token."""
+
+    name: str
+    setting: str
+    prefix: Sequence[int]
+    question: Sequence[int]
+    probes: tuple[Probe, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + len(self.question)
+
+
+def units(tokenizer: Tokenizer, size: Size) -> list[Unit]:
+    """Every unit of a size, those with the same prefix next to each other; the same at every call."""
+    first, *others = size.texts
+    return [
+        *_prose(tokenizer, size, *first),
+        *_hidden(tokenizer, size),
+        *_digits(tokenizer, size),
+        *(unit for text in others for unit in _prose(tokenizer, size, *text)),
+    ]
+
+
+def _manual(part: int) -> str:
+    """A quarter of the language reference that comes with Python, about 30,000 tokens."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    start = text.index("\n\n", part * len(text) // 4) + 2
+    return text[start : start + len(text) // 4]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, parse_special=False)
+
+
+def _prose(tokenizer: Tokenizer, size: Size, length: int, part: int) -> list[Unit]:
+    # Ten characters a token are plenty: a token has about four.
+    tokens = _encode(tokenizer, _manual(part)[: 10 * length])[:length]
+    start = length - size.held_out
+    probe = Probe("continuation", tokens[start - 1 : start], tokens[start:], exact=False)
+    name = f"{length // 1024}k" if length >= 1024 else str(length)
+    return [Unit(f"text {name}, part {part}", TEXT, tokens[: start - 1], (), (probe,))]
+
+
+def _hidden(tokenizer: Tokenizer, size: Size) -> list[Unit]:
+    rng = random.Random(2026)
+    words = _WORDS.split()
+    rng.shuffle(words)
+
+    def phrase() -> str:
+        return f"{words.pop()} {words.pop()}"
+
+    needles = {
+        "The secret passphrase of the lighthouse is": phrase(),
+        "The ferry to the northern islands is called the": phrase(),
+        "The best thing to bring to the market of Ravenna is a": phrase(),
+    }
+    passwords = {f"The password of {name} is": phrase() for name in _NAMES}
+    pairs = {words.pop(): phrase() for _ in range(12)}
+    inserted = [f"{start} {end}." for start, end in (needles | passwords).items()]
+    inserted += [_STORY, "\n".join(f"{key}: {value}" for key, value in pairs.items())]
+    rng.shuffle(inserted)
+    context = _spread(tokenizer, inserted, size.facts)
+
+    asked = [("needle", start, end) for start, end in needles.items()]
+    asked += [("several needles", start, end) for start, end in passwords.items()]
+    asked += [("key-value", f"{key}:", value) for key, value in list(pairs.items())[:8]]
+    asked += [("questions", f"Question: {question}\nAnswer: {start}", end) for question, start, end in _ASKED]
+    gap = _encode(tokenizer, "\n\n")
+    probes = [
+        Probe(task, [*gap, *_encode(tokenizer, start)], _encode(tokenizer, f" {end}")) for task, start, end in asked
+    ]
+    known = [probes[place * len(probes) // size.before] for place in range(size.before)]
+    return [
+        Unit("facts", AFTER, context, (), tuple(probes)),
+        *(
+            Unit(
+                f"facts, question {number}",
+                BEFORE,
+                context,
+                probe.tail[:-1],
+                (Probe(probe.task, probe.tail[-1:], probe.answer),),
+            )
+            for number, probe in enumerate(known)
+        ),
+    ]
+
+
+def _spread(tokenizer: Tokenizer, inserted: Sequence[str], length: int) -> list[int]:
+    """Paragraphs of the manual with ``inserted`` spread evenly between them, about ``length`` tokens together."""
+    room = max(0, length - len(_encode(tokenizer, "\n\n".join(inserted))))
+    filler = _encode(tokenizer, _manual(0)[: 10 * room + 1])[:room]
+    paragraphs = tokenizer.decode(filler).split("\n\n")
+    mixed: list[str] = []
+    for number, fact in enumerate(inserted):
+        start, end = (place * len(paragraphs) // len(inserted) for place in (number, number + 1))
+        mixed += [*paragraphs[start:end], fact]
+    return _encode(tokenizer, "\n\n".join(mixed))
+
+
+def _digits(tokenizer: Tokenizer, size: Size) -> list[Unit]:
+    """Repeating random digits, as in the test of vllm-kvcompress: nothing can be guessed, everything must be found."""
+    rng = random.Random(10)
+    digits = [str(rng.randrange(10)) for _ in range(size.digits)]
+    context = _encode(tokenizer, f"Digits: {''.join(digits)}")
+    question = _encode(tokenizer, "\n\nDigits:")
+    answer = _encode(tokenizer, f" {''.join(digits[: size.repeated])}")
+    answered = (Probe("digits", question, answer, exact=False),)
+    known = (Probe("digits", question[-1:], answer, exact=False),)
+    return [
+        Unit("digits", AFTER, context, (), answered),
+        Unit("digits, asked before", BEFORE, context, question[:-1], known),
+    ]
