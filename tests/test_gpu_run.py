@@ -16,7 +16,7 @@ from pretend_gpu import Graph, SynchronisationError, pretend_gpu
 
 from bench import results, throughput
 from bench.gpu import __main__ as gpu_run
-from bench.gpu import cases, graphs, greedy, phases, record
+from bench.gpu import cases, graphs, greedy, operators, phases, record, tune
 from bench.gpu.phases import PHASES, Setup, Step
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import FAILED, PASSED, SKIPPED, Outcome, Unit, read_rows, report, run_unit, run_units
@@ -299,6 +299,33 @@ def test_every_unit_of_every_phase_is_started_with_words_that_it_takes(phase, de
     if (phase, device) == ("check", "cuda"):
         assert sum(unit.name.startswith("tests-") for unit in units) == 8
         assert {"gluon", "greedy", "memcheck", "racecheck-gluon", "shapes-0", "shapes-1"} <= {u.name for u in units}
+
+
+# What the rehearsal runs of each phase, thinned out: whole it is `make gpu ARGS=--rehearse`.
+THIN = {
+    "check": (cases, "--scale tiny --dtypes float32 --ops merge_attention paged_append"),
+    "tune": (tune, "--store {out}/store"),
+    "bench": (operators, "merge_attention --scale tiny --json {out}/operators.json"),
+    "throughput": (throughput, "--shape tiny --compression 1 --json {out}/throughput.json"),
+    "graphs": (graphs, "operators --dtypes float32 --ops merge_attention paged_append"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_phase_runs_with_the_interpreter_and_compiles_for_hopper(phase, tmp_path, monkeypatch, capfd):
+    module, words = THIN[phase]
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if phase == "tune" else "1")
+    rows = tmp_path / "rows"
+    arguments = [*words.format(out=tmp_path).split(), "--device", "cpu", "--rows", str(rows)]
+    monkeypatch.setattr(sys, "argv", [phase, *arguments])
+    assert not module.main()
+    found = read_rows(rows)
+    assert found, capfd.readouterr()
+    assert all(row["outcome"] == PASSED for row in found), found
+    if phase == "tune":
+        assert "candidates compiled" in capfd.readouterr().out
+        (table,) = (tmp_path / "store").glob("*.json")
+        assert "sm_90" in table.read_text()
 
 
 def test_the_summary_names_what_did_not_end_well(tmp_path):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.case import SCALES, Case, Inputs
-from bench.cases import all_cases
+from bench.cases import all_cases, select
 from bench.gpu.cases import copies, same_bits
 from bench.gpu.units import FAILED, PASSED, report
 from bench.measure import build, reason
@@ -211,6 +211,7 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("part", choices=["operators", "step"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", choices=SCALES, default="tiny")
+    parser.add_argument("--ops", nargs="+", help="of operators (default: all)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows", type=Path, required=True)
@@ -228,7 +229,7 @@ def main() -> None:
     else:
         checks = [
             (case.name, lambda dtype, case=case: check_operator(case, device, dtype))  # type: ignore[misc]
-            for case in all_cases(SCALES[arguments.scale])
+            for case in select(all_cases(SCALES[arguments.scale]), arguments.ops)
         ]
     for (name, check), dtype_name in itertools.product(checks, arguments.dtypes):
         print(f"{name} {dtype_name}", flush=True)
