@@ -5,7 +5,7 @@ all of them. Write your own the same way and hand an instance to ``Compression(p
 """
 
 from kvops.policies.adakv import AdaKV
-from kvops.policies.base import Policy, Prefill, share_out
+from kvops.policies.base import Cached, Policy, Prefill, Seen, share_out
 from kvops.policies.defensive import DefensiveKV
 from kvops.policies.expected_attention import ExpectedAttention
 from kvops.policies.h2o import H2O
@@ -36,6 +36,7 @@ __all__ = [
     "POLICIES",
     "TOVA",
     "AdaKV",
+    "Cached",
     "DefensiveKV",
     "ExpectedAttention",
     "KVCompress",
@@ -44,6 +45,7 @@ __all__ = [
     "Policy",
     "Prefill",
     "PyramidKV",
+    "Seen",
     "SnapKV",
     "Streaming",
     "share_out",

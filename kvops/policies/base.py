@@ -5,39 +5,53 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvops.cache import PagedKVCache
 from kvops.ops.scores import attention_scores
 
 
-@dataclass(frozen=True)
-class Prefill:
-    """The causal attention of one layer over a prompt: what a policy has to judge the keys by.
+class Seen(ABC):
+    """What a policy has to judge the keys of one layer by: the newest T queries and all S keys of each head.
+
+    A head's keys stand in the order of its list; the last T are those of the newest tokens. Heads that hold fewer than
+    S keys, which eviction leaves behind, are padded in front: ``real`` tells.
 
     Attributes:
-        q: ``[B, S, Hq, D]``, rotary embedding applied; token i stands at position i.
-        k: ``[B, S, Hkv, D]``, rotary embedding applied.
-        v: ``[B, S, Hkv, Dv]``.
-        lse: float32 ``[B, Hq, S]``, natural logarithm of the softmax's denominators.
+        q: ``[B, T, Hq, D]``, rotary embedding applied.
+        k: ``[B, S, Hkv, D]``, rotary embedding applied, zero where padded.
+        v: ``[B, S, Hkv, Dv]``, zero where padded.
         window_left: how many positions before its own a query sees, -1 for all.
         layer, num_layers: which layer of how many.
         rope: angular frequencies of the rotary embedding, float32 ``[D / 2]`` (dimension i is paired with i + D / 2);
             None where the caller does not know them.
+        positions: int ``[B, Hkv, S]``, the original position of each key; -1 where padded.
+        end: int ``[B]``, the length of the text: the position of the token to come.
+        earlier: float32 ``[B, Hkv, S]``, the scores so far, 0 for keys that were never judged.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    lse: Tensor
-    window_left: int = -1
-    layer: int = 0
-    num_layers: int = 1
-    rope: Tensor | None = None
+    window_left: int
+    layer: int
+    num_layers: int
+    rope: Tensor | None
+    positions: Tensor
+    end: Tensor
+    earlier: Tensor
 
+    @property
+    def real(self) -> Tensor:
+        """bool ``[B, Hkv, S]``: the keys that are there."""
+        return self.positions >= 0
+
+    @abstractmethod
     def attention(
         self,
         *,
@@ -49,17 +63,6 @@ class Prefill:
 
         ``reduce`` over the queries and ``group`` over a group's query heads, as in :func:`kvops.attention_scores`.
         """
-        start = 0 if last is None else max(0, self.q.shape[1] - last)
-        return attention_scores(
-            self.q,
-            self.k,
-            self.lse,
-            causal=True,
-            window_left=self.window_left,
-            query_start=start,
-            reduce=reduce,
-            group=group,
-        )
 
     def pool(self, scores: Tensor, width: int, *, last: int, kind: Literal["max", "mean"] = "max") -> Tensor:
         """``scores`` [B, Hkv, S] pooled over ``width`` (odd) neighbours, apart from the ``last`` keys.
@@ -74,6 +77,133 @@ class Prefill:
         return torch.cat(
             (pool(scores[..., :before], width, stride=1, padding=width // 2), scores[..., before:]), dim=-1
         )
+
+
+@dataclass(frozen=True)
+class Prefill(Seen):
+    """The causal attention of one layer over a whole prompt: T = S, nothing is padded. Attributes as in :class:`Seen`.
+
+    ``lse`` is float32 ``[B, Hq, S]``, natural logarithm of the softmax's denominators.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    window_left: int = -1
+    layer: int = 0
+    num_layers: int = 1
+    rope: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:  # type: ignore[override]
+        batch, length, heads = self.k.shape[:3]
+        return torch.arange(length, device=self.k.device).expand(batch, heads, length)
+
+    @property
+    def end(self) -> Tensor:  # type: ignore[override]
+        return torch.full(self.k.shape[:1], self.k.shape[1], device=self.k.device)
+
+    @property
+    def earlier(self) -> Tensor:  # type: ignore[override]
+        batch, length, heads = self.k.shape[:3]
+        return torch.zeros(batch, heads, length, device=self.k.device)
+
+    def attention(
+        self,
+        *,
+        last: int | None = None,
+        reduce: Literal["sum", "sumsq", "max"] = "sum",
+        group: Literal["sum", "mean", "max"] = "sum",
+    ) -> Tensor:
+        start = 0 if last is None else max(0, self.q.shape[1] - last)
+        return attention_scores(
+            self.q,
+            self.k,
+            self.lse,
+            causal=True,
+            window_left=self.window_left,
+            query_start=start,
+            reduce=reduce,
+            group=group,
+        )
+
+
+class Cached(Seen):
+    """One layer as it stands in a cache, its heads compressed to whatever lengths, and the newest queries.
+
+    Args:
+        cache: that has the newest tokens appended.
+        layer, window_left, rope: as in :class:`Seen`.
+        q: ``[B', T, Hq, D]``, the queries of the newest T tokens of ``rows``.
+        rows: a slice of the cache's rows.
+        width: S, at least the longest list of these rows in any layer.
+    """
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        layer: int,
+        q: Tensor,
+        *,
+        rows: slice,
+        width: int,
+        window_left: int = -1,
+        rope: Tensor | None = None,
+    ) -> None:
+        self.cache, self.rows, self.q = cache, rows, q
+        self.layer, self.num_layers, self.window_left, self.rope = layer, cache.num_layers, window_left, rope
+        self.end = cache.next_positions[rows]
+        self._lens = cache.seq_lens[layer, rows, :, None]
+        slot = torch.arange(width, device=q.device) - (width - self._lens)
+        inside = slot.clamp_min(0)
+        blocks = cache.block_tables[layer, rows].gather(-1, inside // cache.block_size)
+        self._slots = blocks.long() * cache.block_size + inside % cache.block_size
+        self._padded = slot < 0
+        self.positions = self._of(cache.positions).masked_fill_(self._padded, -1)
+        self.earlier = self._of(cache.scores).masked_fill_(self._padded, 0)
+
+    def _of(self, side: Tensor) -> Tensor:
+        """What each key has in one of the cache's tensors: ``[B', Hkv, S, ...]``, a copy."""
+        return side.flatten(0, 1)[self._slots]
+
+    @cached_property
+    def k(self) -> Tensor:  # type: ignore[override]
+        return self._of(self.cache.k_cache).masked_fill_(self._padded[..., None], 0).transpose(1, 2)
+
+    @cached_property
+    def v(self) -> Tensor:  # type: ignore[override]
+        return self._of(self.cache.v_cache).masked_fill_(self._padded[..., None], 0).transpose(1, 2)
+
+    def attention(
+        self,
+        *,
+        last: int | None = None,
+        reduce: Literal["sum", "sumsq", "max"] = "sum",
+        group: Literal["sum", "mean", "max"] = "sum",
+    ) -> Tensor:
+        if (reduce == "max") != (group == "max"):
+            raise ValueError(
+                f"group: over a cache expected 'max' with reduce='max' and 'sum' or 'mean' with the others, "
+                f"got {group!r} with {reduce!r}"
+            )
+        # The decoding kernel's own scores, begun anew. They stand in the cache until judge() writes the policy's.
+        q = self.q if last is None else self.q[:, -last:]
+        self.cache.attend(
+            self.layer, q, rows=self.rows, window_left=self.window_left, accumulate=reduce, decay=0.0
+        )
+        received = self._of(self.cache.scores).masked_fill_(self._padded, 0)
+        if self.window_left >= 0:  # keys that no query sees keep the score they had
+            first = self.end - q.shape[1] - self.window_left
+            received.masked_fill_(self.positions < first[:, None, None], 0)
+        return received / (q.shape[2] // self.cache.num_kv_heads) if group == "mean" else received
+
+    def judge(self, policy: Policy) -> None:
+        """Make ``policy``'s scores those of the cache."""
+        scores = policy.score(self)
+        width = scores.shape[-1]
+        place = torch.arange(width, device=scores.device) + (width - self._lens)
+        self.cache.set_scores(self.layer, scores.gather(-1, place.clamp_max(width - 1)), rows=self.rows)
 
 
 @dataclass(frozen=True)
@@ -94,8 +224,8 @@ class Policy(ABC):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sum"
 
     @abstractmethod
-    def score(self, seen: Prefill) -> Tensor:
-        """The worth of every key of one layer after the prefill of a prompt: float32 ``[B, Hkv, S]``."""
+    def score(self, seen: Seen) -> Tensor:
+        """The worth of every key of one layer: float32 ``[B, Hkv, S]``, anything where ``seen`` is padded."""
 
     def layer_weights(self, num_layers: int) -> list[float] | None:
         """How the layers share the budget: a weight for each, of mean 1. None: all alike, or as ``scope`` says."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class DefensiveKV(Policy):
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
 
-    def score(self, seen: Prefill) -> Tensor:
+    def score(self, seen: Seen) -> Tensor:
         risk = seen.attention(last=self.observe, reduce="max", group="max")
         risk = seen.pool(risk, self.pool, last=self.observe)
-        risk = torch.maximum(risk, risk.mean(-1, keepdim=True))
+        mean = risk.sum(-1, keepdim=True) / seen.real.sum(-1, keepdim=True).clamp_min(1)
+        risk = torch.maximum(risk, mean)
         weight = torch.linalg.vector_norm(seen.v, 1, dim=-1, dtype=torch.float32).transpose(1, 2)
         return risk * weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

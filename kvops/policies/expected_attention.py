@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 from kvops.rotary import rotate
 
 
@@ -34,28 +34,32 @@ class ExpectedAttention(Policy):
         if self.sinks < 0:
             raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
 
-    def score(self, seen: Prefill) -> Tensor:
+    def score(self, seen: Seen) -> Tensor:
         if seen.rope is None:
             raise ValueError("rope: expected the rotary frequencies of the model [D / 2], got None")
-        batch, length, heads, width = seen.q.shape
-        if length <= self.sinks:
-            return torch.ones(batch, seen.k.shape[2], length, device=seen.k.device)
-        q = seen.q[:, self.sinks :].float()
-        k = seen.k[:, self.sinks :].float()
-        groups = heads // k.shape[2]
-        angles = torch.outer(torch.arange(self.sinks, length + self.horizon, device=q.device).float(), seen.rope)
-        past, future = angles[: length - self.sinks, None], angles[length - self.sinks :]
-        q = rotate(q, past.cos(), -past.sin())  # before rotary embedding
-        mean = q.mean(1)  # [B, Hq, D]
-        centred = q - mean[:, None]
-        covariance = torch.einsum("bshi,bshj->bhij", centred, centred) / q.shape[1]
-        cos, sin = future.cos().mean(0), future.sin().mean(0)
+        groups, width = seen.q.shape[2] // seen.k.shape[2], seen.q.shape[3]
+        q, k = seen.q.float(), seen.k.float()
+        # [B, T] and [B, horizon]
+        past = seen.end[:, None] + torch.arange(-q.shape[1], 0, device=q.device)
+        future = seen.end[:, None] + torch.arange(self.horizon, device=q.device)
+        counted = (past >= self.sinks)[:, :, None, None]
+        number = counted.sum(1).clamp_min(1)
+        angles = (past[..., None] * seen.rope)[:, :, None]
+        q = rotate(q, angles.cos(), -angles.sin())  # before rotary embedding
+        mean = (q * counted).sum(1) / number  # [B, Hq, D]
+        centred = (q - mean[:, None]) * counted
+        covariance = torch.einsum("bthi,bthj->bhij", centred, centred) / number[..., None]
+        angles = future[..., None] * seen.rope
+        cos, sin = angles.cos().mean(1)[:, None], angles.sin().mean(1)[:, None]
         mean = rotate(mean, cos, sin)
+        cos, sin = cos[:, None], sin[:, None]
         covariance = rotate(rotate(covariance, cos, sin).mT, cos, sin)
         mean, covariance = mean.unflatten(1, (-1, groups)), covariance.unflatten(1, (-1, groups))
         logits = torch.einsum("bshd,bhgd->bhgs", k, mean)
         spread = torch.einsum("bshi,bhgij,bshj->bhgs", k, covariance, k)
-        expected = (logits / width**0.5 + spread / (2 * width)).softmax(-1).mean(2)
-        weight = torch.linalg.vector_norm(seen.v[:, self.sinks :], dim=-1, dtype=torch.float32).transpose(1, 2)
-        worth = expected * weight
-        return torch.cat((worth.amax(-1, keepdim=True).expand(-1, -1, self.sinks), worth), dim=-1)
+        left_out = seen.positions < self.sinks
+        expected = (logits / width**0.5 + spread / (2 * width)).masked_fill(left_out[:, :, None], float("-inf"))
+        # A head that holds nothing but sinks has no softmax: all of them are worth the same.
+        expected = expected.softmax(-1).nan_to_num(0.0).mean(2)
+        worth = expected * torch.linalg.vector_norm(seen.v, dim=-1, dtype=torch.float32).transpose(1, 2)
+        return torch.where(left_out, worth.amax(-1, keepdim=True), worth)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class KeyDiff(Policy):
     scope: Literal["head", "layer", "sequence"] = "head"
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
-    def score(self, seen: Prefill) -> Tensor:
+    def score(self, seen: Seen) -> Tensor:
         directions = F.normalize(seen.k.float(), dim=-1)
         anchor = F.normalize(directions.mean(1, keepdim=True), dim=-1)
         return -1 - (directions * anchor).sum(-1).transpose(1, 2)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 
 
 @dataclass(frozen=True)
@@ -22,5 +22,5 @@ class Knorm(Policy):
     scope: Literal["head", "layer", "sequence"] = "head"
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
-    def score(self, seen: Prefill) -> Tensor:
+    def score(self, seen: Seen) -> Tensor:
         return -torch.linalg.vector_norm(seen.k, dim=-1, dtype=torch.float32).transpose(1, 2)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,5 @@ class KVCompress(Policy):
     observe: int = 32
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sumsq"
 
-    def score(self, seen: Prefill) -> Tensor:
+    def score(self, seen: Seen) -> Tensor:
         return seen.attention(last=self.observe, reduce="sumsq")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,5 @@ class SnapKV(Policy):
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
 
-    def score(self, seen: Prefill) -> Tensor:
+    def score(self, seen: Seen) -> Tensor:
         return seen.pool(seen.attention(last=self.observe), self.pool, last=self.observe, kind=self.pooling)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,5 @@ class Streaming(Policy):
 
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
-    def score(self, seen: Prefill) -> Tensor:
-        length = seen.k.shape[1]
-        distance = torch.arange(-length, 0, device=seen.k.device, dtype=torch.float32)
-        return distance.expand(seen.k.shape[0], seen.k.shape[2], length)
+    def score(self, seen: Seen) -> Tensor:
+        return (seen.positions - seen.end[:, None, None]).float()

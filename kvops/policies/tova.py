@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvops.policies.base import Policy, Prefill
+from kvops.policies.base import Policy, Seen
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,6 @@ class TOVA(Policy):
 
     scope: Literal["head", "layer", "sequence"] = "head"
 
-    def score(self, seen: Prefill) -> Tensor:
+    def score(self, seen: Seen) -> Tensor:
         received = seen.attention(last=1)
         return (received.sum(1, keepdim=True) / seen.q.shape[2]).expand_as(received)
