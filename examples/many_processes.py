@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from kvops.models.generate import Compression, generate
+from kvops.models.generate import generate
 from kvops.models.llama import Llama
 from kvops.models.loading import load
 from kvops.models.tensor_parallel import tensor_parallel
 from kvops.parallel import ring_attention, shard, unshard
+from kvops.policies import Compression
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import kvops
 
 if TYPE_CHECKING:
-    from kvops.models.generate import Compression
+    from kvops.policies import Compression
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compression(arguments: argparse.Namespace) -> Compression | None:
-    from kvops.models.generate import Compression
-    from kvops.policies import POLICIES
+    from kvops.policies import POLICIES, Compression
 
     if arguments.policy not in POLICIES:
         raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {arguments.policy!r}")

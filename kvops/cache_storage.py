@@ -85,6 +85,12 @@ class CacheStorage:
         self._gathered: dict[tuple[int, ...], _Views] = {}  # rows picked by number: copies, true for one step
         self._schedules: dict[tuple[Numbers, bool], tuple[Tensor, ...]] = {}
 
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of keys and values in a block."""
+        slot = (self.k_cache.shape[-1] + self.v_cache.shape[-1]) * self.k_cache.element_size()
+        return self.block_size * slot
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that one row of ``tokens`` tokens takes with nothing evicted, over all layers and heads."""
         return self.num_layers * self.num_kv_heads * -(-tokens // self.block_size)
@@ -102,14 +108,13 @@ class CacheStorage:
 
     def stats(self) -> CacheStats:
         """Blocks, bytes and lengths at this moment. Synchronises."""
-        slot = (self.k_cache.shape[-1] + self.v_cache.shape[-1]) * self.k_cache.element_size()
         side = self.positions.element_size() + self.scores.element_size()
         holders = self._pool.holders()
         return CacheStats(
             blocks_total=self.num_blocks,
             blocks_in_use=self._pool.blocks_in_use(),
             block_size=self.block_size,
-            bytes_per_block=self.block_size * slot,
+            bytes_per_block=self.bytes_per_block,
             side_bytes_per_block=self.block_size * side,
             blocks_shared=int((holders > 1).sum()),
             blocks_saved=int((holders - 1).clamp(min=0).sum()),

@@ -17,10 +17,12 @@ from torch import Tensor
 import kvops
 from kvops.environment import what_runs
 from kvops.models.evaluate import agreement, forced_logits, perplexity
-from kvops.models.generate import Compression, Generation, generate, new_cache, prefill
+from kvops.models.generate import Generation, generate, new_cache
 from kvops.models.llama import Llama
 from kvops.models.loading import load
+from kvops.models.passes import prefill
 from kvops.models.tokenizer import Tokenizer
+from kvops.policies import Compression
 
 QUESTION = "What does the document above say about the debugger? Quote its first paragraphs."
 RATIOS = (1, 2, 4, 8)

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import kvops
 from kvops.models.config import LlamaConfig
-from kvops.models.generate import Compression, generate
+from kvops.models.generate import generate
 from kvops.models.llama import Llama
 from kvops.models.tensor_parallel import tensor_parallel
 from kvops.parallel import gather_attention, ring_attention, shard, unshard
-from kvops.policies import SnapKV
+from kvops.policies import Compression, SnapKV
 
 WORLD = 4
 # The second pair of the world: a group in which ranks and global ranks differ.

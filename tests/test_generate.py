@@ -8,10 +8,11 @@ import torch
 import kvops
 from kvops.models.config import Llama3RopeScaling, LlamaConfig
 from kvops.models.evaluate import forced_logits
-from kvops.models.generate import Compression, GenerationStats, decode, generate, new_cache, prefill, stream
+from kvops.models.generate import GenerationStats, decode, generate, new_cache, stream
 from kvops.models.linear import Linear
 from kvops.models.llama import Llama, rope_frequencies
-from kvops.policies import POLICIES, SnapKV
+from kvops.models.passes import prefill
+from kvops.policies import POLICIES, Compression, SnapKV
 
 TINY = LlamaConfig(
     vocab_size=97,

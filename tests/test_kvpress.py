@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import kvops
-from kvops.models.generate import Compression
-from kvops.policies import TOVA, AdaKV, ExpectedAttention, KeyDiff, Knorm, Prefill, SnapKV, Streaming
+from kvops.policies import TOVA, AdaKV, Compression, ExpectedAttention, KeyDiff, Knorm, Prefill, SnapKV, Streaming
 
 kvpress = pytest.importorskip("kvpress")
 modeling = pytest.importorskip("transformers.models.llama.modeling_llama")

@@ -7,10 +7,12 @@ import torch
 
 from kvops.models.config import LlamaConfig
 from kvops.models.evaluate import agreement, forced_logits
-from kvops.models.generate import Compression, generate, new_cache, prefill
+from kvops.models.generate import generate, new_cache
 from kvops.models.llama import Llama
 from kvops.models.loading import find_default_model, load
+from kvops.models.passes import prefill
 from kvops.ops.attention import flash_attention
+from kvops.policies import Compression
 
 pytestmark = [pytest.mark.model, pytest.mark.xdist_group("model")]
 

@@ -8,10 +8,10 @@ from test_generate import prompts_of, reference_logits, tiny_model
 import kvops
 from kvops.models import generate as generation
 from kvops.models import sampler, speculation
-from kvops.models.generate import Compression, generate
+from kvops.models.generate import generate
 from kvops.models.llama import Llama
 from kvops.models.passes import decode, new_cache
-from kvops.policies import POLICIES
+from kvops.policies import POLICIES, Compression
 
 PHRASE = prompts_of(12)[0]
 PROMPTS = [PHRASE * 3, prompts_of(30)[0], PHRASE * 2, [5]]

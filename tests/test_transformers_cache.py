@@ -9,9 +9,9 @@ import kvops
 import kvops.integrations.transformers as kvops_transformers
 from kvops.integrations.transformers import KVOpsCache
 from kvops.models.config import LlamaConfig
-from kvops.models.generate import Compression, generate
+from kvops.models.generate import generate
 from kvops.models.llama import Llama
-from kvops.policies import AdaKV, ExpectedAttention, SnapKV
+from kvops.policies import AdaKV, Compression, ExpectedAttention, SnapKV
 
 LENGTHS = (70, 41, 64)
 

@@ -10,9 +10,8 @@ from transformers.cache_utils import Cache
 
 from kvops.cache import CacheStats, PagedKVCache
 from kvops.integrations.transformers_masks import Mask
-from kvops.models.generate import Compression
 from kvops.ops.attention import flash_attention
-from kvops.policies.base import Prefill
+from kvops.policies import Compression, Prefill
 
 
 class NewTokens:

@@ -6,10 +6,9 @@ attention; from then on every step attends to the paged cache, however its heads
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,68 +17,11 @@ from torch import Tensor
 from kvops import checks
 from kvops.cache import PagedKVCache
 from kvops.models.llama import Llama
-from kvops.models.passes import add_scores, decode, new_cache, prefill
+from kvops.models.passes import add_scores, decode, judge, new_cache, read_prompt
 from kvops.models.sampler import Sampler
 from kvops.models.speculation import Drafter, Drafts, Verdict, keep_accepted, make_drafter, verify
 from kvops.models.stats import GenerationStats
-from kvops.policies import Policy, SnapKV, share_out
-
-
-@dataclass(frozen=True)
-class Compression:
-    """How far, by what policy and how often a sequence's cache is compressed.
-
-    Attributes:
-        ratio: how many times smaller than the full cache, in blocks, at least 1. Where the protected tokens alone need
-            more than that (short prompts), they are what is kept; the statistics tell what came out.
-        policy: what a key is worth.
-        protect_first: the sinks: that many first tokens are never evicted.
-        protect_last: the recent window: that many last tokens are never evicted.
-        every: 0: once, after the prefill. N: also after every N tokens that a sequence decodes, to the same ratio of
-            the tokens seen. Drafts end before that point and only those that stand score what they see: they change
-            nothing. Where the policy accumulates scores that takes a second pass of attention in each step.
-    """
-
-    ratio: float = 4.0
-    policy: Policy = field(default_factory=SnapKV)
-    protect_first: int = 4
-    protect_last: int = 32
-    every: int = 0
-
-    def __post_init__(self) -> None:
-        for name, minimum in (("ratio", 1), ("protect_first", 0), ("protect_last", 0), ("every", 0)):
-            if not getattr(self, name) >= minimum:
-                raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
-
-    def apply(self, cache: PagedKVCache, num_tokens: Sequence[int], rows: slice | Sequence[int] = slice(None)) -> None:
-        """Evict from each of ``rows``, whose sequences have seen ``num_tokens`` tokens, down to its budget."""
-        protected = self.protect_first + self.protect_last
-        layers = cache.num_layers
-        lists = layers * cache.num_kv_heads
-        weights = self.policy.layer_weights(layers)
-        totals = [
-            max(math.floor(cache.blocks_for(tokens) / self.ratio), cache.blocks_for(min(protected, tokens)))
-            for tokens in num_tokens
-        ]
-        budgets: list[int] | list[list[int]] = totals
-        if weights is not None or self.policy.scope == "layer":
-            budgets = [
-                share_out(
-                    total,
-                    weights or [1.0] * layers,
-                    least=cache.blocks_for(min(protected, tokens)) // layers,
-                    most=cache.blocks_for(tokens) // layers,
-                )
-                for total, tokens in zip(totals, num_tokens, strict=True)
-            ]
-        cache.evict(
-            budgets,
-            rows=rows,
-            protect_first=self.protect_first,
-            protect_last=self.protect_last,
-            min_per_head=int(self.policy.floor * min(totals, default=0) / lists) * cache.block_size,
-            scope="head" if self.policy.scope == "head" else "sequence",
-        )
+from kvops.policies import Compression, RecentQueries
 
 
 @dataclass(frozen=True)
@@ -106,7 +48,7 @@ def stream(
     frequency_penalty: float | Sequence[float] | None = None,
     bad_words: Sequence[Sequence[int]] = (),
     stop_tokens: Sequence[int] = (),
-    compression: Compression | None = None,
+    compression: Compression | Sequence[Compression | None] | None = None,
     draft: Literal["prompt_lookup"] | Llama | None = None,
     num_draft: int = 7,
     tree: int = 1,
@@ -129,7 +71,7 @@ def stream(
             :func:`kvops.process_logits` has them; one number, or one for each prompt, and bad words for all. They
             hold for a drafting model and for every position of a draft as they would without drafts.
         stop_tokens: a prompt ends behind any of them.
-        compression: of the cache; None keeps all of it.
+        compression: of the cache, one for all prompts or one for each; None keeps all of it.
         draft: who guesses up to ``num_draft`` tokens ahead, which one pass then verifies: the emitted tokens are
             distributed exactly as without drafts, greedy ones are the same. ``"prompt_lookup"`` takes what followed
             earlier occurrences of the last ``max_ngram`` to ``min_ngram`` tokens; a smaller :class:`Llama` of the same
@@ -140,7 +82,7 @@ def stream(
         verification: of chains: ``"token"`` by token, or ``"block"``, which accepts at least as much where tokens are
             sampled (:func:`kvops.verify_draft`).
         cache: an empty cache to use, with room for ``tree * num_draft`` tokens beyond each sequence; None makes one
-            that holds all prompts uncompressed.
+            with the blocks that these prompts need at most, compressed as they are.
         stats: filled in as the generation goes.
 
     Raises:
@@ -160,6 +102,11 @@ def stream(
             f"prompts: expected prompt and new tokens within the model's {model.config.max_positions} positions, "
             f"got {longest}"
         )
+    compressions = [compression] * batch if compression is None or isinstance(compression, Compression) else compression
+    if len(compressions) != batch:
+        raise ValueError(f"compression: expected one for all prompts or {batch}, one for each, got {len(compressions)}")
+    if len({each.policy.accumulate for each in compressions if each and each.every}) > 1:
+        raise ValueError("compression: expected policies that accumulate alike where every > 0")
     device = model.embedding.weight.device
     sampler = Sampler(
         batch,
@@ -189,12 +136,15 @@ def stream(
             max_batch=batch,
             max_tokens=longest,
         )
+    if cache is None:
+        room = drafter.room if drafter else 0
+        cache = _new_cache(model, [len(prompt) for prompt in prompts], compressions, max_new_tokens, room)
     run = _Run(
         model,
-        cache or new_cache(model, max_batch=batch, max_tokens=longest + (drafter.room if drafter else 0)),
+        cache,
         sampler,
         drafter,
-        compression,
+        compressions,
         frozenset(stop_tokens),
         max_new_tokens,
         num_draft,
@@ -216,6 +166,31 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: object) 
     return Generation(tokens, stats)
 
 
+def _new_cache(
+    model: Llama, prompt_lens: Sequence[int], compressions: Sequence[Compression | None], new_tokens: int, room: int
+) -> PagedKVCache:
+    """A cache that these prompts cannot fill: each as it is compressed and grows, and the largest while it is read."""
+    sizes = new_cache(model, max_batch=1, max_tokens=1, num_blocks=1)
+    resting, reading = [], [0]
+    for length, compression in zip(prompt_lens, compressions, strict=True):
+        most = sizes.blocks_for(length + new_tokens + room)
+        held, read = most, sizes.blocks_for(length)
+        if compression and compression.every:
+            held = compression.budget(sizes, length + new_tokens) + sizes.blocks_for(compression.every + room)
+        elif compression:
+            held = compression.budget(sizes, length) + sizes.blocks_for(new_tokens + room)
+        if compression and compression.chunk:
+            read = min(read, compression.budget(sizes, length) + sizes.blocks_for(compression.chunk))
+        resting.append(min(most, held))
+        reading.append(read - resting[-1])
+    return new_cache(
+        model,
+        max_batch=len(prompt_lens),
+        max_tokens=max(prompt_lens) + new_tokens + room,
+        num_blocks=sum(resting) + max(reading),
+    )
+
+
 @dataclass
 class _Run:
     """A batch on its way. ``text`` int64 [B, L] holds the first ``lens`` int32 [B] tokens of each sequence and -1 from
@@ -226,7 +201,7 @@ class _Run:
     cache: PagedKVCache
     sampler: Sampler
     drafter: Drafter | None
-    compression: Compression | None
+    compressions: Sequence[Compression | None]
     stop_tokens: frozenset[int]
     max_new_tokens: int
     num_draft: int
@@ -234,9 +209,12 @@ class _Run:
     stats: GenerationStats
 
     def __post_init__(self) -> None:
-        self.policy = self.compression.policy if self.compression else None
-        self.every = self.compression.every if self.compression else 0
-        self.accumulate = self.policy.accumulate if self.policy and self.every else None
+        self.every = [each.every if each else 0 for each in self.compressions]
+        again = [each.policy for each in self.compressions if each and each.every]
+        self.accumulate = again[0].accumulate if again else None
+        self.recent = None
+        if again and self.accumulate is None:
+            self.recent = RecentQueries(len(self.compressions), max(policy.recall for policy in again))
 
     def read(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Prefill all prompts; their first tokens."""
@@ -251,9 +229,7 @@ class _Run:
         for row, prompt in enumerate(prompts):
             self.text[row, : len(prompt)] = torch.tensor(prompt, device=device)
             tokens = self.text[row : row + 1, : len(prompt)]
-            last_hidden.append(prefill(self.model, self.cache, tokens, row, self.policy)[:, -1:])
-            if self.compression:
-                self.compression.apply(self.cache, [len(prompt)], slice(row, row + 1))
+            last_hidden.append(read_prompt(self.model, self.cache, tokens, row, self.compressions[row], self.recent))
             if self.drafter:
                 self.drafter.begin(row, tokens)
         self.no_drafts = Drafts(self.text[:, :0], torch.zeros_like(self.lens))
@@ -277,7 +253,7 @@ class _Run:
             self.stats.draft_seconds += time.perf_counter() - started
         last = self.text.gather(1, self.lens[:, None].long() - 1)
         later = self.accumulate if self.drafter else None
-        queries: list[Tensor] = []
+        queries: list[Tensor] | None = [] if later or self.recent else None
         hidden = decode(
             self.model,
             self.cache,
@@ -285,19 +261,18 @@ class _Run:
             q_lens=running + drafts.lens,
             parents=drafts.parents,
             accumulate=None if later else self.accumulate,
-            queries=queries if later else None,
+            queries=queries,
         )
         verdict = verify(drafts, self.model.logits(hidden), self.text, self.lens, self.sampler, self.verification)
         if self.drafter:
             self.drafter.settle(verdict)
             keep_accepted(self.cache, drafts, verdict, running)
-        if later:
-            add_scores(self.model, self.cache, queries, (verdict.accepted + 1) * running, verdict.path, later)
+        if queries is not None:
+            self._settle(queries, (verdict.accepted + 1) * running, verdict.path)
         drafted = self.stats.drafted
         self.stats.sequence_steps += sum(self.active)
         new = self._emit(drafts, verdict, running)
-        if self.compression and self.every:
-            self._evict(self.compression)
+        self._evict()
         seconds = time.perf_counter() - started
         self.stats.steps += 1
         self.stats.decoded_tokens += sum(map(len, new))
@@ -312,7 +287,8 @@ class _Run:
         """How far ahead to draft: never past the last token or the next eviction, which come when they would."""
         count = self.counts[row]
         ahead = min(self.limits[row], self.max_new_tokens - count - 1)
-        return min(ahead, self.every - (count - 1) % self.every - 1) if self.every else ahead
+        every = self.every[row]
+        return min(ahead, every - (count - 1) % every - 1) if every else ahead
 
     def _emit(self, drafts: Drafts, verdict: Verdict, running: Tensor) -> list[list[int]]:
         """Write the verified tokens behind the texts and hand them out; a sequence that ends gives its blocks back."""
@@ -350,10 +326,28 @@ class _Run:
                 self.drafter.end(row)
         return new
 
-    def _evict(self, compression: Compression) -> None:
+    def _settle(self, queries: list[Tensor], counts: Tensor, path: Tensor | None) -> None:
+        """Let the tokens that stood, ``counts`` of each row and in a tree those on ``path``, be what was seen."""
+        if path is not None:
+            places = path.clamp_min(0).long()[..., None, None]
+            queries = [q.gather(1, places.expand(-1, -1, *q.shape[2:])) for q in queries]
+        if self.accumulate:
+            add_scores(self.model, self.cache, queries, counts, self.accumulate)
+        if self.recent:
+            for layer, q in enumerate(queries):
+                self.recent.add(layer, q, counts)
+
+    def _evict(self) -> None:
         """Compress the sequences that have decoded another ``every`` tokens, each at its own time."""
-        due = [row for row, count in enumerate(self.counts) if self.active[row] and (count - 1) % self.every == 0]
-        # A policy's floor is one number for all rows of a call: it must not depend on who is in the batch.
-        for rows in [[row] for row in due] if compression.policy.floor or not due else [due]:
+        due: dict[int, tuple[Compression, list[int]]] = {}
+        for row, (compression, count) in enumerate(zip(self.compressions, self.counts, strict=True)):
+            if compression and compression.every and self.active[row] and (count - 1) % compression.every == 0:
+                # A policy's floor is one number for all rows of a call: it must not depend on who is in the batch.
+                group = -1 - row if compression.policy.floor else id(compression)
+                due.setdefault(group, (compression, []))[1].append(row)
+        for compression, rows in due.values():
             seen = [self.prompt_lens[row] + self.counts[row] - 1 for row in rows]
+            if self.recent:
+                for row, num_tokens in zip(rows, seen, strict=True):
+                    judge(self.model, self.cache, row, compression.policy, self.recent, num_tokens)
             compression.apply(self.cache, seen, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,13 +12,16 @@ from kvops.cache import PagedKVCache
 from kvops.models.llama import Llama, rope_frequencies
 from kvops.ops.attention import flash_attention
 from kvops.ops.verify_tree import tree_mask
-from kvops.policies import Policy, Prefill
+from kvops.policies import Cached, Compression, Policy, Prefill, RecentQueries
 
 Reduction = Literal["sum", "sumsq", "max"]
 
 
-def new_cache(model: Llama, *, max_batch: int, max_tokens: int, block_size: int = 16) -> PagedKVCache:
-    """A cache with room for ``max_batch`` uncompressed sequences of ``max_tokens`` tokens of this model."""
+def new_cache(
+    model: Llama, *, max_batch: int, max_tokens: int, block_size: int = 16, num_blocks: int | None = None
+) -> PagedKVCache:
+    """A cache for ``max_batch`` sequences of ``max_tokens`` tokens of this model, of ``num_blocks`` blocks or with
+    room for all of them uncompressed."""
     config = model.config
     blocks_per_list = -(-max_tokens // block_size)
     weight = model.embedding.weight
@@ -25,7 +29,7 @@ def new_cache(model: Llama, *, max_batch: int, max_tokens: int, block_size: int 
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        num_blocks=config.num_layers * config.num_kv_heads * max_batch * blocks_per_list,
+        num_blocks=num_blocks or config.num_layers * config.num_kv_heads * max_batch * blocks_per_list,
         max_batch=max_batch,
         max_tokens=max_tokens,
         block_size=block_size,
@@ -39,10 +43,18 @@ def window_left(model: Llama) -> int:
     return -1 if model.config.sliding_window is None else model.config.sliding_window - 1
 
 
-def prefill(model: Llama, cache: PagedKVCache, tokens: Tensor, row: int, policy: Policy | None = None) -> Tensor:
+def prefill(
+    model: Llama,
+    cache: PagedKVCache,
+    tokens: Tensor,
+    row: int,
+    policy: Policy | None = None,
+    recent: RecentQueries | None = None,
+) -> Tensor:
     """Run a prompt, int64 [1, S], into the empty ``row`` of the cache; returns the hidden states [1, S, hidden].
 
-    With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction.
+    With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction; ``recent`` takes the last
+    queries of every layer.
     """
     rows = slice(row, row + 1)
     window = window_left(model)
@@ -55,6 +67,54 @@ def prefill(model: Llama, cache: PagedKVCache, tokens: Tensor, row: int, policy:
         if policy is not None:
             seen = Prefill(q, k, v, lse, window, layer, model.config.num_layers, rope)
             cache.set_scores(layer, policy.score(seen), rows=rows)
+        if recent is not None:
+            recent.begin(layer, row, q)
+        return out
+
+    return model(tokens, positions, attend)
+
+
+def read_prompt(
+    model: Llama,
+    cache: PagedKVCache,
+    tokens: Tensor,
+    row: int,
+    compression: Compression | None = None,
+    recent: RecentQueries | None = None,
+) -> Tensor:
+    """Run a prompt, int64 [1, S], into the empty ``row`` and compress it, as a whole or chunk by chunk.
+
+    Returns the hidden states of the last token, [1, 1, hidden]. ``recent`` takes the last queries of every layer.
+    """
+    length, rows = tokens.shape[1], slice(row, row + 1)
+    if compression is None or compression.chunk == 0:
+        hidden = prefill(model, cache, tokens, row, compression.policy if compression else None, recent)
+        if compression:
+            compression.apply(cache, [length], rows)
+        return hidden[:, -1:]
+    for chunk in tokens.split(compression.chunk, dim=1):
+        hidden = _read_chunk(model, cache, chunk, row, compression.policy, recent)
+        compression.apply(cache, [length], rows)
+    return hidden[:, -1:]
+
+
+def _read_chunk(
+    model: Llama, cache: PagedKVCache, tokens: Tensor, row: int, policy: Policy, recent: RecentQueries | None
+) -> Tensor:
+    """Run tokens, int64 [1, T], on top of what ``row`` holds, however compressed, and judge all its keys."""
+    rows = slice(row, row + 1)
+    window = window_left(model)
+    rope = rope_frequencies(model.config).to(tokens.device)
+    positions = cache.extend(tokens.shape[1], rows=rows)
+    # The one number that the host asks for in each chunk: how wide the gathered keys of a layer are.
+    width = int(cache.seq_lens[:, rows].amax())
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(layer, k, v, positions, rows=rows)
+        out = cache.attend(layer, q, rows=rows, query_positions=positions, window_left=window)
+        Cached(cache, layer, q, rows=rows, width=width, window_left=window, rope=rope).judge(policy)
+        if recent is not None:
+            recent.begin(layer, row, q)
         return out
 
     return model(tokens, positions, attend)
@@ -105,17 +165,25 @@ def decode(
     return model(tokens, positions, attend)
 
 
+def judge(model: Llama, cache: PagedKVCache, row: int, policy: Policy, recent: RecentQueries, num_tokens: int) -> None:
+    """Let ``policy`` judge all keys of a row of ``num_tokens`` tokens anew, by its last queries."""
+    rows = slice(row, row + 1)
+    width = int(cache.seq_lens[:, rows].amax())
+    rope = rope_frequencies(model.config).to(cache.device)
+    for layer in range(cache.num_layers):
+        q = recent.of(layer, row, num_tokens)
+        seen = Cached(cache, layer, q, rows=rows, width=width, window_left=window_left(model), rope=rope)
+        seen.judge(policy)
+
+
 def add_scores(
-    model: Llama, cache: PagedKVCache, queries: list[Tensor], q_lens: Tensor, path: Tensor | None, accumulate: Reduction
+    model: Llama, cache: PagedKVCache, queries: Sequence[Tensor], q_lens: Tensor, accumulate: Reduction
 ) -> None:
     """Add to the scores what the tokens that stayed, ``q_lens`` int32 [B] of each row, attend to, and nothing else.
 
     It is a second pass of attention, behind the verification: during the first one nobody knows which drafts will
-    stand, and float sums cannot be taken back exactly. ``path`` int [B, T] names their places among the queries
-    where these are a tree's.
+    stand, and float sums cannot be taken back exactly.
     """
     window = window_left(model)
     for layer, q in enumerate(queries):
-        if path is not None:
-            q = q.gather(1, path.clamp_min(0).long()[..., None, None].expand(-1, -1, *q.shape[2:]))
         cache.attend(layer, q, q_lens=q_lens, window_left=window, accumulate=accumulate)

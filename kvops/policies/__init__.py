@@ -6,6 +6,7 @@ all of them. Write your own the same way and hand an instance to ``Compression(p
 
 from kvops.policies.adakv import AdaKV
 from kvops.policies.base import Cached, Policy, Prefill, Seen, share_out
+from kvops.policies.compression import Compression
 from kvops.policies.defensive import DefensiveKV
 from kvops.policies.expected_attention import ExpectedAttention
 from kvops.policies.h2o import H2O
@@ -13,6 +14,7 @@ from kvops.policies.keydiff import KeyDiff
 from kvops.policies.knorm import Knorm
 from kvops.policies.kv_compress import KVCompress
 from kvops.policies.pyramidkv import PyramidKV
+from kvops.policies.recent import RecentQueries
 from kvops.policies.snapkv import SnapKV
 from kvops.policies.streaming import Streaming
 from kvops.policies.tova import TOVA
@@ -37,6 +39,7 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "Cached",
+    "Compression",
     "DefensiveKV",
     "ExpectedAttention",
     "KVCompress",
@@ -45,6 +48,7 @@ __all__ = [
     "Policy",
     "Prefill",
     "PyramidKV",
+    "RecentQueries",
     "Seen",
     "SnapKV",
     "Streaming",

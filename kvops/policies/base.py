@@ -154,6 +154,7 @@ class Cached(Seen):
         self.cache, self.rows, self.q = cache, rows, q
         self.layer, self.num_layers, self.window_left, self.rope = layer, cache.num_layers, window_left, rope
         self.end = cache.next_positions[rows]
+        cache.unshare(rows)  # other rows' scores are not this policy's to change
         self._lens = cache.seq_lens[layer, rows, :, None]
         slot = torch.arange(width, device=q.device) - (width - self._lens)
         inside = slot.clamp_min(0)
@@ -167,13 +168,21 @@ class Cached(Seen):
         """What each key has in one of the cache's tensors: ``[B', Hkv, S, ...]``, a copy."""
         return side.flatten(0, 1)[self._slots]
 
+    def _vectors(self, side: Tensor, scale: Tensor | None) -> Tensor:
+        """``[B', S, Hkv, D]``, in float32 where the cache is float8."""
+        if scale is None:
+            vectors = self._of(side)
+        else:  # indexing knows no float8
+            vectors = self._of(side.view(torch.uint8)).view(side.dtype).float() * scale[self.layer, :, None, None]
+        return vectors.masked_fill_(self._padded[..., None], 0).transpose(1, 2)
+
     @cached_property
     def k(self) -> Tensor:  # type: ignore[override]
-        return self._of(self.cache.k_cache).masked_fill_(self._padded[..., None], 0).transpose(1, 2)
+        return self._vectors(self.cache.k_cache, self.cache.k_scale)
 
     @cached_property
     def v(self) -> Tensor:  # type: ignore[override]
-        return self._of(self.cache.v_cache).masked_fill_(self._padded[..., None], 0).transpose(1, 2)
+        return self._vectors(self.cache.v_cache, self.cache.v_scale)
 
     def attention(
         self,
@@ -189,9 +198,7 @@ class Cached(Seen):
             )
         # The decoding kernel's own scores, begun anew. They stand in the cache until judge() writes the policy's.
         q = self.q if last is None else self.q[:, -last:]
-        self.cache.attend(
-            self.layer, q, rows=self.rows, window_left=self.window_left, accumulate=reduce, decay=0.0
-        )
+        self.cache.attend(self.layer, q, rows=self.rows, window_left=self.window_left, accumulate=reduce, decay=0.0)
         received = self._of(self.cache.scores).masked_fill_(self._padded, 0)
         if self.window_left >= 0:  # keys that no query sees keep the score they had
             first = self.end - q.shape[1] - self.window_left
@@ -216,12 +223,18 @@ class Policy(ABC):
             same number of blocks.
         floor: what every head keeps in any case, as a share of an equal part of the budget.
         accumulate: how decoding adds to the scores of the slots it attends to ("sum", "sumsq" or "max" of the
-            attention probability over the queries), or None when it does not.
+            attention probability over the queries). None: it does not; an eviction while decoding lets the policy
+            judge all keys anew by the last ``recall`` queries.
     """
 
     scope: Literal["head", "layer", "sequence"] = "sequence"
     floor: float = 0.0
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sum"
+
+    @property
+    def recall(self) -> int:
+        """How many of the last queries ``score`` looks at while decoding."""
+        return 1
 
     @abstractmethod
     def score(self, seen: Seen) -> Tensor:

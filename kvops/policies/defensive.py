@@ -29,11 +29,15 @@ class DefensiveKV(Policy):
     scope: Literal["head", "layer", "sequence"] = "layer"
     observe: int = 32
     pool: int = 5
-    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "max"
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+
+    @property
+    def recall(self) -> int:
+        return self.observe
 
     def score(self, seen: Seen) -> Tensor:
         risk = seen.attention(last=self.observe, reduce="max", group="max")

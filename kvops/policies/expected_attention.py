@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,16 +24,23 @@ class ExpectedAttention(Policy):
     Attributes:
         horizon: how many positions ahead are averaged over.
         sinks: so many first tokens, whose queries are outliers, are left out of it all and always worth most.
+        observe: how many of the last queries are taken for the distribution while decoding.
     """
 
     horizon: int = 512
     sinks: int = 4
+    observe: int = 128
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
             raise ValueError(f"horizon: expected at least 1, got {self.horizon}")
         if self.sinks < 0:
             raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
+
+    @property
+    def recall(self) -> int:
+        return self.observe
 
     def score(self, seen: Seen) -> Tensor:
         if seen.rope is None:

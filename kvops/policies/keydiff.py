@@ -15,8 +15,7 @@ from kvops.policies.base import Policy, Seen
 class KeyDiff(Policy):
     """How far a key points away from the mean direction of all keys (Park et al. 2025, arXiv 2504.15364).
 
-    The score is minus one minus the cosine with that mean, from -2 to 0. No attention is looked at and decoding adds
-    nothing: tokens that it appends stand at 0, above every prompt token.
+    The score is minus the cosine with that mean. No attention is looked at.
     """
 
     scope: Literal["head", "layer", "sequence"] = "head"
@@ -25,4 +24,4 @@ class KeyDiff(Policy):
     def score(self, seen: Seen) -> Tensor:
         directions = F.normalize(seen.k.float(), dim=-1)
         anchor = F.normalize(directions.mean(1, keepdim=True), dim=-1)
-        return -1 - (directions * anchor).sum(-1).transpose(1, 2)
+        return -(directions * anchor).sum(-1).transpose(1, 2)

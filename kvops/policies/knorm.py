@@ -15,8 +15,7 @@ from kvops.policies.base import Policy, Seen
 class Knorm(Policy):
     """Minus the Euclidean norm of the key (Devoto et al. 2024, arXiv 2406.11430). No attention is looked at.
 
-    Norms have a scale of their own in every head, so heads do not compete. Decoding adds nothing: tokens that it
-    appends stand at 0, above every prompt token.
+    Norms have a scale of their own in every head, so heads do not compete.
     """
 
     scope: Literal["head", "layer", "sequence"] = "head"

@@ -14,8 +14,7 @@ from kvops.policies.base import Policy, Seen
 class Streaming(Policy):
     """Attention sinks and a recent window (Xiao et al. 2023, arXiv 2309.17453): later keys are worth more.
 
-    The sinks are the ``protect_first`` tokens of the compression. Decoding adds nothing to the scores, and tokens that
-    it appends stand at 0: scores are negative distances from the end of the prompt, so later tokens always win.
+    The sinks are the ``protect_first`` tokens of the compression. Scores are negative distances from the text's end.
     """
 
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ class TOVA(Policy):
     """
 
     scope: Literal["head", "layer", "sequence"] = "head"
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def score(self, seen: Seen) -> Tensor:
         received = seen.attention(last=1)
