@@ -14,6 +14,7 @@ import kvops
 from kvops.policies import (
     H2O,
     POLICIES,
+    RKV,
     TOVA,
     Compression,
     DefensiveKV,
@@ -105,6 +106,28 @@ def test_defensive_kv_takes_the_worst_case_but_never_less_than_the_mean(layer):
     worst = worst.clamp(min=worst.mean(-1, keepdim=True))
     size = seen.v.double().abs().sum(-1).transpose(1, 2)
     assert_scores(DefensiveKV(observe=8, pool=5).score(seen), worst * size / size.sum(-1, keepdim=True))
+
+
+def test_r_kv_weighs_attention_against_what_was_said_before(layer):
+    """Against the definition, with the whole matrix; half of the keys are near copies of others."""
+    seen, _ = layer
+    k = seen.k.clone()
+    k[:, 20:40] = k[:, :20] + 0.3 * torch.randn(1, 20, 2, 16)
+    seen = replace(seen, k=k)
+    received = SnapKV(observe=8, pool=5).score(seen).double() / (8 * 3)
+    exact = torch.zeros(1, 2, 45, dtype=torch.float64)
+    left_out = 0
+    for head in range(2):
+        unit = F.normalize(k[0, :, head].double(), dim=-1)
+        cosine = (unit @ unit.T).fill_diagonal_(0)
+        for key in range(45):
+            similar = [other for other in range(45) if cosine[key, other] > 0.6]
+            if similar:
+                cosine[key, similar[-1]] = 0
+                left_out += 1
+        exact[0, head] = 0.2 * received[0, head] - 0.8 * cosine.mean(0).softmax(0)
+    assert left_out > 40
+    assert_scores(RKV(observe=8, pool=5, threshold=0.6, importance=0.2).score(seen), exact)
 
 
 def test_expected_attention_is_the_mean_over_queries_drawn_from_the_prompts_own(layer):

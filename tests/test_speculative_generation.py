@@ -6,8 +6,7 @@ from speculation import chi_square
 from test_generate import prompts_of, reference_logits, tiny_model
 
 import kvops
-from kvops.models import generate as generation
-from kvops.models import sampler, speculation
+from kvops.models import passes, sampler, speculation
 from kvops.models.generate import generate
 from kvops.models.llama import Llama
 from kvops.models.passes import decode, new_cache
@@ -32,6 +31,7 @@ COMPRESSIONS = {
     "once": Compression(ratio=2, protect_first=2, protect_last=6),
     "again and again": Compression(ratio=2, protect_first=2, protect_last=6, every=7),
     "by what was attended": Compression(ratio=2, policy=POLICIES["h2o"](), protect_last=6, every=5),
+    "judged anew, in chunks": Compression(ratio=2, policy=POLICIES["tova"](), protect_last=6, every=5, chunk=8),
 }
 
 
@@ -289,12 +289,12 @@ def sampled_joint(monkeypatch, model: Llama, filters: dict, **options) -> torch.
     """The first three tokens of as many requests as there are trials, in one number each."""
     states = {}
 
-    def prefill_all(a_model, cache, tokens, row, policy=None):
+    def prefill_all(a_model, cache, tokens, row, policy=None, recent=None):
         if row == 0:  # all requests have one prompt: one pass for all of them
             states[id(a_model)] = decode(a_model, cache, tokens.expand(TRIALS, -1))
         return states[id(a_model)][row : row + 1]
 
-    monkeypatch.setattr(generation, "prefill", prefill_all)
+    monkeypatch.setattr(passes, "prefill", prefill_all)
     monkeypatch.setattr(speculation, "prefill", prefill_all)
     with torch.no_grad():
         result = generate(model, [PROMPT] * TRIALS, max_new_tokens=3, seed=0, **filters, **options)

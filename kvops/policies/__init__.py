@@ -15,6 +15,7 @@ from kvops.policies.knorm import Knorm
 from kvops.policies.kv_compress import KVCompress
 from kvops.policies.pyramidkv import PyramidKV
 from kvops.policies.recent import RecentQueries
+from kvops.policies.rkv import RKV
 from kvops.policies.snapkv import SnapKV
 from kvops.policies.streaming import Streaming
 from kvops.policies.tova import TOVA
@@ -28,6 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
     "knorm": Knorm,
     "kv-compress": KVCompress,
     "pyramid-kv": PyramidKV,
+    "r-kv": RKV,
     "snapkv": SnapKV,
     "streaming": Streaming,
     "tova": TOVA,
@@ -36,6 +38,7 @@ POLICIES: dict[str, type[Policy]] = {
 __all__ = [
     "H2O",
     "POLICIES",
+    "RKV",
     "TOVA",
     "AdaKV",
     "Cached",

@@ -74,9 +74,8 @@ class Seen(ABC):
         pool = F.max_pool1d if kind == "max" else F.avg_pool1d
         if before == 0:
             return scores
-        return torch.cat(
-            (pool(scores[..., :before], width, stride=1, padding=width // 2), scores[..., before:]), dim=-1
-        )
+        pooled = pool(scores[..., :before], width, stride=1, padding=width // 2)
+        return torch.cat((pooled.masked_fill(~self.real[..., :before], 0), scores[..., before:]), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""R-KV: attended to, and not said before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvops.policies.base import Policy, Seen
+
+_MAX_COSINES = 1 << 22
+"""So many cosines are in memory at once."""
+
+
+@dataclass(frozen=True)
+class RKV(Policy):
+    """Attention from the last queries, less the key's redundancy (Cai et al. 2025, arXiv 2505.24133).
+
+    For models that think aloud: with ``Compression(every=N)`` a long answer's own repetitions go first. A key is
+    redundant by its mean cosine with the head's other keys, in which the latest of those that resemble a key counts
+    nothing: of things said often, the last is kept. The softmax of that over the keys is weighed against the attention
+    of the last ``observe`` queries, the mean of these and of the group (the paper takes the group's largest logit),
+    max-pooled along the keys.
+
+    Attributes:
+        observe: how many of the last queries are looked at.
+        pool: width of the pooling window, odd.
+        threshold: a cosine above which keys resemble one another.
+        importance: the weight of attention, from 0 to 1; redundancy has the rest.
+    """
+
+    scope: Literal["head", "layer", "sequence"] = "head"
+    observe: int = 8
+    pool: int = 7
+    threshold: float = 0.5
+    importance: float = 0.1
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+        if not 0 <= self.importance <= 1:
+            raise ValueError(f"importance: expected a number from 0 to 1, got {self.importance}")
+
+    @property
+    def recall(self) -> int:
+        return self.observe
+
+    def score(self, seen: Seen) -> Tensor:
+        attention = seen.attention(last=self.observe, group="mean") / min(self.observe, seen.q.shape[1])
+        attention = seen.pool(attention, self.pool, last=self.observe)
+        redundancy = self._mean_cosine(seen).masked_fill(~seen.real, float("-inf")).softmax(-1)
+        return self.importance * attention - (1 - self.importance) * redundancy
+
+    def _mean_cosine(self, seen: Seen) -> Tensor:
+        """With the other keys of the head, the latest that resembles each of them left out: ``[B, Hkv, S]``."""
+        k = F.normalize(seen.k.transpose(1, 2).float(), dim=-1)  # zero where padded: resembles nothing
+        total = (k @ k.sum(2)[..., None])[..., 0] - k.square().sum(-1)
+        batch, heads, length, _ = k.shape
+        number = torch.arange(length, device=k.device)
+        tile = max(1, _MAX_COSINES // (batch * heads * length))
+        for start in range(0, length, tile):
+            cosine = k[:, :, start : start + tile] @ k.mT
+            itself = number == number[start : start + tile, None]
+            similar = (cosine > self.threshold) & ~itself
+            latest = torch.where(similar, number, -1).amax(-1, keepdim=True)
+            total -= (cosine * (number == latest)).sum(2)
+        return total / seen.real.sum(-1, keepdim=True).clamp_min(1)
