@@ -76,6 +76,37 @@ def test_attention_over_heads_of_different_lengths_is_the_oracle_s(reduce, group
         assert not actual[: width - len(positions)].any()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_keys_and_values_of_a_float8_cache_are_seen_at_their_size(scaled):
+    scales = torch.tensor([[0.5, 2.0]]) if scaled else None
+    cache = kvops.PagedKVCache(
+        num_layers=1,
+        num_kv_heads=HEADS,
+        head_dim=D,
+        num_blocks=20,
+        max_batch=1,
+        max_tokens=40,
+        dtype=torch.float8_e4m3fn,
+        k_scale=scales,
+        v_scale=scales,
+    )
+    k, v = torch.randn(1, 20, HEADS, D), torch.randn(1, 20, HEADS, D)
+    cache.append(0, k, v, cache.extend(20))
+    seen = Cached(cache, 0, torch.randn(1, 1, HEADS * GROUP, D), rows=slice(None), width=20)
+    torch.testing.assert_close(seen.k, k, rtol=1 / 16, atol=0.01)
+    torch.testing.assert_close(seen.v, v, rtol=1 / 16, atol=0.01)
+
+
+def test_a_forked_row_is_judged_without_harm_to_the_other():
+    cache, q, *_ = filled_cache(24, batch=2)
+    cache.free(1)
+    cache.fork(0, into=1)
+    before = cache.scores[cache.block_tables[0, 0].long()].clone()
+    Cached(cache, 0, q[:1], rows=slice(1, 2), width=24).judge(SnapKV())
+    assert torch.equal(cache.scores[cache.block_tables[0, 0].long()], before)
+    assert cache.scores[cache.block_tables[0, 1].long()].any()
+
+
 def test_a_reduction_that_decoding_does_not_have_is_refused():
     cache, q, *_ = filled_cache(5)
     with pytest.raises(ValueError, match=r"^group: over a cache expected 'max' with reduce='max'"):

@@ -169,10 +169,9 @@ class Cached(Seen):
 
     def _vectors(self, side: Tensor, scale: Tensor | None) -> Tensor:
         """``[B', S, Hkv, D]``, in float32 where the cache is float8."""
-        if scale is None:
-            vectors = self._of(side)
-        else:  # indexing knows no float8
-            vectors = self._of(side.view(torch.uint8)).view(side.dtype).float() * scale[self.layer, :, None, None]
+        vectors = self._of(side.view(torch.uint8)).view(side.dtype)  # as bytes: indexing knows no float8
+        if side.dtype == torch.float8_e4m3fn:
+            vectors = vectors.float() * (1 if scale is None else scale[self.layer, :, None, None])
         return vectors.masked_fill_(self._padded[..., None], 0).transpose(1, 2)
 
     @cached_property
