@@ -146,27 +146,29 @@ def _bits_never_change(config: Config) -> Hashable:
 _DENSE_KEY = ("width", "itemsize", "mask")
 _DENSE_SIZES = ("heads", "seqlen_q", "seqlen_k")
 _FORWARD_TILES = {  # (block_m, block_n, warps, stages)
-    64: ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
-    128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)),
-    256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
+    64: ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+    128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)),
+    256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
 }
 _KEYS_TILES = {
-    64: ((32, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 1), (64, 64, 8, 1), (32, 64, 4, 2)),
-    128: ((16, 128, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1), (32, 128, 8, 1), (32, 64, 8, 2), (32, 32, 4, 2)),
-    256: ((32, 32, 8, 1), (16, 64, 8, 2), (32, 64, 8, 1), (16, 32, 8, 1)),
+    64: ((32, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
+    128: ((16, 128, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 32, 4, 2)),
+    256: ((32, 32, 8, 1), (16, 64, 8, 2), (16, 32, 8, 1)),
 }
 _QUERIES_TILES = {
-    64: ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2), (64, 128, 8, 1), (64, 32, 8, 1)),
-    128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1), (128, 32, 8, 2)),
-    256: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (64, 64, 8, 1)),
+    64: ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2), (64, 32, 8, 1)),
+    128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1), (128, 32, 8, 2)),
+    256: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
 }
 _SCORES_TILES = {
     64: ((64, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
     128: ((64, 128, 8, 2), (64, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3)),
     256: ((64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 8, 2)),
 }
-# In float32 a product is a sum of ordinary multiplications.
-_FLOAT32_TILES = ((64, 32, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1))
+# In float32 a product is a sum of ordinary multiplications, unrolled: larger tiles spill and take minutes to compile.
+_FLOAT32_TILES = ((16, 32, 8, 1), (16, 16, 4, 1))
+# A window has three loops to compile where a causal mask has two, and bounds the keys: two tiles beside the default.
+_WINDOW_TILES = 2
 # For fewer queries than a tile has rows, and for heads wider than 256.
 _NARROW_TILES = ((64, 16, 4, 1), (32, 64, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1))
 
@@ -178,6 +180,8 @@ def _dense_space(
         chosen: Sequence[tuple[int, int, int, int]] = _FLOAT32_TILES if problem["itemsize"] == 4 else _NARROW_TILES
     else:
         chosen = tiles[max(64, problem["width"])]
+        if problem["mask"] == WINDOW:
+            chosen = chosen[:_WINDOW_TILES]
         if problem["seqlen_q"] < 64:
             chosen = [*_NARROW_TILES, *chosen]
     for block_m, block_n, warps, stages in chosen:
@@ -244,12 +248,12 @@ def _paged_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAttenti
     rows = 16
     while rows < min(problem["rows"], 64):
         rows *= 2
-    stages = ((5, 4), (3, 4), (5, 8), (7, 4)) if device.nvidia else ((2, 4), (1, 4), (2, 8))
+    stages = ((5, 4), (3, 4), (5, 8)) if device.nvidia else ((2, 4), (1, 4), (2, 8))
     slot_bytes = 2 * problem["width"] * problem["cache_itemsize"]
     default = min(128, max(16, (32768 if device.nvidia else 16384) // slot_bytes))
     for block_n in (default, 2 * default, default // 2):
         if 16 <= block_n <= 128:
-            for num_stages, warps in stages[: 4 if block_n == default else 1]:
+            for num_stages, warps in stages if block_n == default else stages[:1]:
                 yield PagedAttentionConfig(rows, block_n, warps, num_stages)
     if rows > 16:
         yield PagedAttentionConfig(rows // 2, default, 4, 3 if device.nvidia else 2)
