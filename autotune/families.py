@@ -145,22 +145,23 @@ def _bits_never_change(config: Config) -> Hashable:
 
 _DENSE_KEY = ("width", "itemsize", "mask")
 _DENSE_SIZES = ("heads", "seqlen_q", "seqlen_k")
-_FORWARD_TILES = {  # (block_m, block_n, warps, stages)
+_Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
+_FORWARD_TILES: _Tiles = {  # (block_m, block_n, warps, stages)
     64: ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
     128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)),
     256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
 }
-_KEYS_TILES = {
+_KEYS_TILES: _Tiles = {
     64: ((32, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
     128: ((16, 128, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 32, 4, 2)),
     256: ((32, 32, 8, 1), (16, 64, 8, 2), (16, 32, 8, 1)),
 }
-_QUERIES_TILES = {
+_QUERIES_TILES: _Tiles = {
     64: ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2), (64, 32, 8, 1)),
     128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1), (128, 32, 8, 2)),
     256: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
 }
-_SCORES_TILES = {
+_SCORES_TILES: _Tiles = {
     64: ((64, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
     128: ((64, 128, 8, 2), (64, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3)),
     256: ((64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 8, 2)),
@@ -173,9 +174,7 @@ _WINDOW_TILES = 2
 _NARROW_TILES = ((64, 16, 4, 1), (32, 64, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1))
 
 
-def _dense_space(
-    tiles: dict[int, tuple[tuple[int, int, int, int], ...]], problem: Problem, device: DeviceFacts
-) -> Iterable[AttentionConfig]:
+def _dense_space(tiles: _Tiles, problem: Problem, device: DeviceFacts) -> Iterable[AttentionConfig]:
     if problem["itemsize"] == 4 or problem["width"] > 256:
         chosen: Sequence[tuple[int, int, int, int]] = _FLOAT32_TILES if problem["itemsize"] == 4 else _NARROW_TILES
     else:
@@ -214,7 +213,7 @@ def _dense(
     name: str,
     kernel: str,
     heuristic: Callable[[Problem, DeviceFacts], AttentionConfig],
-    tiles: dict[int, tuple[tuple[int, int, int, int], ...]],
+    tiles: _Tiles,
     products: int,
     operators: tuple[str, ...],
     *,

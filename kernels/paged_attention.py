@@ -19,10 +19,12 @@ import triton.language as tl
 
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
-from kvops.kernels.paged import as_bytes, list_strides, padded, slot_strides
-from kvops.kernels.paged_schedule import paged_schedule, schedule_unit
+from kvops.kernels.paged import as_bytes
+from kvops.kernels.paged_plan import PagedKind
+from kvops.kernels.paged_schedule import paged_schedule
 from kvops.kernels.paged_scores import paged_scores_kernel
 from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visible_range, visible_slots
+from kvops.kernels.prepared import prepared
 from kvops.kernels.primitives import LN_2, LOG2_E, dot, log2_scores, online_softmax_step, page_address
 
 
@@ -43,8 +45,6 @@ def paged_attention_kernel(
     schedule_ptr,
     stash_ptr,
     partial_ptr,
-    partial_m_ptr,
-    partial_l_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -187,6 +187,7 @@ def paged_attention_kernel(
         value_columns = tl.arange(0, BLOCK_DV)
         row_mask = rows < num_rows
         if SPLIT:
+            partial_m_ptr, partial_l_ptr = _beside_sums(partial_ptr, places, num_rows, HEADS // LIST_HEADS, VALUE_DIM)
             if INVARIANT:
                 # Each unit of the line has a place; an empty list has none.
                 part = begin
@@ -215,6 +216,14 @@ def paged_attention_kernel(
 
 
 @triton.jit
+def _beside_sums(partial_ptr, places, num_rows, AXIS_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Where m and l of the partial results stand: behind acc, in the same buffer."""
+    count = tl.cast(places, tl.int64) * num_rows * AXIS_HEADS
+    partial_m_ptr = partial_ptr + count * VALUE_DIM
+    return partial_m_ptr, partial_m_ptr + count
+
+
+@triton.jit
 def _normalise(m, l, sinks_ptr, sink_offset):
     """What to multiply acc by, and lse; both for rows that may see nothing. A sink joins a row that sees a key."""
     if sinks_ptr is not None:
@@ -234,8 +243,6 @@ def _normalise(m, l, sinks_ptr, sink_offset):
 @triton.jit(do_not_specialize=["num_tokens", "coarse", "places"])
 def paged_merge_kernel(
     partial_ptr,
-    partial_m_ptr,
-    partial_l_ptr,
     schedule_ptr,
     sinks_ptr,
     v_ptr,
@@ -271,6 +278,7 @@ def paged_merge_kernel(
     head = index % LIST_HEADS + axis_head
     query_head = head * GROUP + row % GROUP
 
+    partial_m_ptr, partial_l_ptr = _beside_sums(partial_ptr, places, num_rows, AXIS_HEADS, VALUE_DIM)
     begin = tl.load(schedule_ptr + 1 + index)
     end = tl.load(schedule_ptr + 2 + index)
     if INVARIANT:
@@ -311,7 +319,9 @@ def paged_merge_kernel(
     tl.store(lse_ptr + lse_cell + tl.arange(0, 1), lse)
 
 
+@prepared(PagedKind)
 def paged_attention(
+    kind: PagedKind,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -319,101 +329,33 @@ def paged_attention(
     seq_lens: torch.Tensor,
     *,
     q_lens: torch.Tensor | None = None,
-    causal: bool = True,
-    window_left: int = -1,
     positions: torch.Tensor | None = None,
     query_positions: torch.Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
-    score_reduce: str = "sum",
-    score_decay: float = 1.0,
     schedule: torch.Tensor | None = None,
-    batch_invariant: bool = False,
+    **numbers: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernels; see ``kvops.paged_attention``."""
-    batch, num_tokens, query_heads, head_dim = q.shape
-    value_dim = v_cache.shape[-1]
-    uniform = k_cache.dim() == 4
-    num_blocks, block_size = k_cache.shape[:2]
-    heads = k_cache.shape[2] if uniform else block_tables.shape[1]
-    out = q.new_empty(batch, num_tokens, query_heads, value_dim)
-    lse = q.new_empty(batch, query_heads, num_tokens, dtype=torch.float32)
-    if lse.numel() == 0:
+    """Launch the kernels; see ``kvops.paged_attention``. What is not a tensor ``kind`` has."""
+    out = q.new_empty(*kind.out_shape)  # sizes one by one: a tuple takes 0.5 µs more
+    lse = q.new_empty(*kind.lse_shape, dtype=torch.float32)
+    if kind.empty:
         return out, lse
     if schedule is None:
-        schedule = paged_schedule(seq_lens, block_size, batch_invariant=batch_invariant)
-
-    # The heads of a uniform cache share the schedule of the sequences and are an axis of the grid.
-    list_heads, axis_heads = (1, heads) if uniform else (heads, 1)
-    lists = batch * list_heads
-    rows = num_tokens * (query_heads // heads)
-    block_d, block_dv = padded(head_dim), padded(value_dim)
-    config = choose(
-        "paged_attention", current_device(), max(block_d, block_dv), q.element_size(), k_cache.element_size(),
-        block_size, rows, *((0, 0) if batch_invariant else (lists * axis_heads, block_tables.shape[-1] * block_size)),
-    )  # fmt: skip
-    row_tiles = triton.cdiv(rows, config.block_m)
-    shares = schedule.shape[0] - lists - 2
-    split = row_tiles == 1 or (row_tiles * lists * axis_heads < shares and not batch_invariant)
-    # Row tiles and heads multiply the programs, so each takes as many shares at once.
-    coarse = min(shares, row_tiles * axis_heads)
-    programs = triton.cdiv(shares, coarse)
-    unit = schedule_unit(block_size, batch_invariant)
-
-    # The most units that the line of all lists can have: as their tables, and where they own their blocks, the pool.
-    units = lists * triton.cdiv(block_tables.shape[-1] * block_size, unit)
-    if scores is not None:
-        units = min(units, triton.cdiv(num_blocks * block_size, unit) + lists)
-    line = units * unit
-    stash = None
-    if scores is not None and row_tiles == 1:
-        stash = q.new_empty(axis_heads * rows * line, dtype=torch.float32)
-    partial = partial_m = partial_l = None
-    places = units if batch_invariant else programs + lists
-    if split:
-        partial = q.new_empty(axis_heads * places * rows, value_dim, dtype=torch.float32)
-        partial_m, partial_l = q.new_empty(2, axis_heads * places * rows, dtype=torch.float32)
-
-    window_left = window_left if window_left >= 0 else -1
-    if window_left < 0:
+        schedule = paged_schedule(seq_lens, kind.block_size, batch_invariant=kind.invariant)
+    config = choose("paged_attention", current_device(), *kind.problem)
+    plan = kind.plan(config, schedule.shape[0] - kind.lists - 2)
+    stash = q.new_empty(plan.stash, dtype=torch.float32) if plan.stash else None
+    partial = q.new_empty(plan.partial, dtype=torch.float32) if plan.partial else None
+    if kind.window_left < 0:
         positions = query_positions = None
     if tree_mask is not None:
-        causal = False
-        tree_mask = tree_mask.expand(batch, -1, -1).view(torch.uint8)
-    keys, values = as_bytes(k_cache), as_bytes(v_cache)
-    scale = head_dim**-0.5 if scale is None else scale
-
-    def scale_stride(value: torch.Tensor | None) -> int:
-        return 0 if value is None or value.dim() == 0 else value.stride(0)
-
-    table_strides = (*list_strides(block_tables, k_cache), block_tables.stride(-1), *list_strides(seq_lens, k_cache))
-    mask_strides = (
-        0 if q_lens is None else q_lens.stride(0),
-        *slot_strides(positions),
-        *((0, 0) if query_positions is None else query_positions.stride()),
-        *((0, 0, 0) if tree_mask is None else tree_mask.stride()),
-    )
-    # Everything that both kernels compile by; a constexpr for each.
-    shared = {
-        "LIST_HEADS": list_heads,
-        "GROUP": query_heads // heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": block_size,
-        "UNIT": unit,
-        "CAUSAL": causal,
-        "HAS_WINDOW": window_left >= 0,
-        "HAS_SOFTCAP": softcap > 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d,
-    }
-    grid = (programs, row_tiles, axis_heads) if split else (lists * axis_heads, row_tiles)
-    paged_attention_kernel[grid](
+        tree_mask = tree_mask.view(torch.uint8)
+    keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.float8 else (k_cache, v_cache)
+    paged_attention_kernel[plan.grid](
         q,
         keys,
         values,
@@ -429,69 +371,18 @@ def paged_attention(
         schedule,
         stash,
         partial,
-        partial_m,
-        partial_l,
         out,
         lse,
-        *q.stride()[:3],
-        *slot_strides(keys[..., 0]),
-        *slot_strides(values[..., 0]),
-        *table_strides,
-        *mask_strides,
-        scale_stride(k_scale),
-        scale_stride(v_scale),
-        0 if sinks is None else sinks.stride(0),
-        *out.stride()[:3],
-        *lse.stride()[:2],
-        num_tokens,
-        block_tables.shape[-1],
-        lists,
-        coarse,
-        line,
-        places,
-        window_left,
-        scale,
-        softcap,
-        HEADS=heads,
-        VALUE_DIM=value_dim,
-        SPLIT=split,
-        INVARIANT=batch_invariant,
-        BLOCK_DV=block_dv,
-        **shared,
+        *plan.numbers,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if split:
-        paged_merge_kernel[(lists * axis_heads * rows,)](
-            partial,
-            partial_m,
-            partial_l,
-            schedule,
-            sinks,
-            values,
-            v_scale,
-            out,
-            lse,
-            0 if sinks is None else sinks.stride(0),
-            scale_stride(v_scale),
-            *out.stride()[:3],
-            *lse.stride()[:2],
-            num_tokens,
-            coarse,
-            places,
-            LIST_HEADS=list_heads,
-            AXIS_HEADS=axis_heads,
-            GROUP=query_heads // heads,
-            VALUE_DIM=value_dim,
-            INVARIANT=batch_invariant,
-            BLOCK_P=16,
-            BLOCK_DV=block_dv,
-            num_warps=4 if block_dv >= 64 else 1,
+    if plan.merge_grid is not None:
+        paged_merge_kernel[plan.merge_grid](
+            partial, schedule, sinks, values, v_scale, out, lse, *plan.merge_numbers, num_warps=plan.merge_warps
         )
     if scores is not None:
-        # One pass over the slots serves all row tiles: the heads alone multiply the programs here.
-        coarse = min(shares, axis_heads)
-        paged_scores_kernel[(triton.cdiv(shares, coarse), axis_heads)](
+        paged_scores_kernel[plan.scores_grid](
             q,
             keys,
             block_tables,
@@ -505,24 +396,7 @@ def paged_attention(
             stash,
             lse,
             scores,
-            *q.stride()[:3],
-            *slot_strides(keys[..., 0]),
-            *table_strides,
-            *mask_strides,
-            scale_stride(k_scale),
-            *lse.stride()[:2],
-            *slot_strides(scores),
-            num_tokens,
-            block_tables.shape[-1],
-            lists,
-            coarse,
-            line,
-            window_left,
-            scale,
-            softcap,
-            score_decay,
-            REDUCE=score_reduce,
-            **shared,
+            *plan.scores_numbers,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

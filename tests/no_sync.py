@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from kvops.ops.registry import _Lazy
+from kvops.ops.registry import _Lazy, forget_launches
 
 
 class SynchronisationError(AssertionError):
@@ -102,15 +102,23 @@ def no_synchronisation(*, run_kernels: bool = True) -> Iterator[Trace]:
     the CPU); the kernels themselves are not, and do not run unless ``run_kernels``.
     """
     trace = Trace()
-    launch, runs = _Lazy.__call__, {kind: kind.run for kind in (InterpretedFunction, JITFunction)}
+    launch_for, runs = _Lazy.launch_for, {kind: kind.run for kind in (InterpretedFunction, JITFunction)}
 
-    def watched_launch(self, *args, **kwargs):
-        with _Functions(trace), _Operators(trace):  # torch leaves its modes outside an operator
-            return launch(self, *args, **kwargs)
+    def watched_launch_for(self, args, kwargs):
+        # Preparing is done once and may look at whatever it likes but data.
+        with _Functions(trace), _Operators(trace):
+            launch = launch_for(self, args, kwargs)
+
+        def watched(*args, **kwargs):
+            with _Functions(trace), _Operators(trace):  # torch leaves its modes outside an operator
+                return launch(*args, **kwargs)
+
+        return watched
 
     def recorder(run):
         def recorded_run(self, *args, grid, **kwargs):
-            constants = tuple(sorted((name, value) for name, value in kwargs.items() if isinstance(value, (int, str))))
+            given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+            constants = tuple(sorted((name, value) for name, value in given.items() if isinstance(value, (int, str))))
             trace.launches.append((self.fn.__name__, tuple(grid), constants))
             if not run_kernels:
                 return None
@@ -122,7 +130,8 @@ def no_synchronisation(*, run_kernels: bool = True) -> Iterator[Trace]:
 
         return recorded_run
 
-    _Lazy.__call__ = watched_launch
+    _Lazy.launch_for = watched_launch_for
+    forget_launches()
     for kind, run in runs.items():
         kind.run = recorder(run)
     on_gpu = torch.cuda.is_available()
@@ -135,6 +144,7 @@ def no_synchronisation(*, run_kernels: bool = True) -> Iterator[Trace]:
     finally:
         if on_gpu:
             torch.cuda.set_sync_debug_mode("default")
-        _Lazy.__call__ = launch
+        _Lazy.launch_for = launch_for
+        forget_launches()
         for kind, run in runs.items():
             kind.run = run
