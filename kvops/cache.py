@@ -8,13 +8,14 @@ bound of what is in use and reads the exact number only where the bound says tha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kvops import checks
+from kvops import cache_file, checks
 from kvops.cache_stats import CacheStats
 from kvops.cache_storage import CacheStorage, Rows
 from kvops.ops.eviction import compact, select_blocks
@@ -452,6 +453,39 @@ class PagedKVCache(CacheStorage):
     def forget(self) -> None:
         """Give all remembered prefixes up. Rows that use their blocks keep them."""
         self._prefixes.clear()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all rows and remembered prefixes to a safetensors file, every byte of them and each block once.
+
+        A file of that name is replaced when the new one is whole. Raises ImportError without safetensors
+        (``pip install "kvops[save]"``).
+        """
+        cache_file.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_blocks: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> PagedKVCache:
+        """The cache that :meth:`save` wrote, on any device.
+
+        Args:
+            path: the file.
+            num_blocks: of the pool; None for as many as there were.
+            device: where the cache goes.
+
+        Raises FileNotFoundError; ValueError for another file, or for a pool smaller than what the file holds;
+        ImportError without safetensors.
+        """
+        arguments, tensors = cache_file.read(path, device)
+        if num_blocks is not None:
+            arguments["num_blocks"] = num_blocks
+        cache = cls(**arguments)
+        cache_file.restore(cache, tensors)
+        return cache
 
     def _making_room(self, request: Callable[[], _T], *, for_copies: bool = False) -> _T:
         """``request``, which raises before it changes anything, with remembered prefixes given up where it must be."""

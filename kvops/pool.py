@@ -167,6 +167,22 @@ class BlockPool:
         self._push(*self._let_go(blocks, torch.ones_like(blocks, dtype=torch.bool)))
         self.bound.limit(self.prefixes, self.bound.blocks[self.prefixes] - blocks.numel())
 
+    def restore(self, tables: Tensor, lens: Tensor, prefixes: Tensor) -> None:
+        """Fill an empty pool: lists of ``lens`` slots in the blocks of ``tables``, and blocks that prefixes hold."""
+        self.tables.copy_(tables)
+        self.lens.copy_(lens)
+        self.held.copy_(self.blocks_of(self.lens))
+        held = prefixes.flatten().long()
+        count = self.holders().scatter_add_(0, held, torch.ones_like(held, dtype=torch.int32))
+        self.sharers.copy_((count - 1).clamp(min=0))
+        self.free_count.copy_((count == 0).sum())
+        numbers = torch.arange(self.num_blocks, dtype=torch.int32, device=count.device)
+        self.free[:-1] = torch.where(count == 0, numbers, -1).sort(descending=True).values
+        bound = self.bound
+        bound.blocks[self.prefixes], bound.sharing = prefixes.numel(), set(range(self.prefixes))
+        self._read(torch.zeros_like(self.free_count))
+        bound.longest[: self.prefixes] = self.lens.amax((0, 2)).tolist()
+
     def held_once(self, blocks: Tensor) -> Tensor:
         """Of blocks that are held: which of them nobody else holds."""
         return self.sharers[blocks.long()] == 0

@@ -56,16 +56,22 @@ class PrefixIndex:
         keys = list(self._keys(tokens, salt))
         known = self._touch(keys)
         if known < len(keys):
-            self.insert(keys, known, self.pool.hold(row, known, len(keys)))
+            held = self.pool.hold(row, known, len(keys))
+            for parent, key, blocks in zip([b"", *keys][known:], keys[known:], held, strict=False):
+                self._insert(parent, key, blocks)
         return len(keys) * self.pool.block_size
 
-    def insert(self, keys: Sequence[bytes], known: int, blocks: Tensor) -> None:
-        """Take in the entries of a chain behind the first ``known``, whose ``blocks`` [n, layers, heads] are held."""
-        for depth, (key, own) in enumerate(zip(keys[known:], blocks, strict=True), start=known):
-            parent = keys[depth - 1] if depth else b""
-            self.entries[key] = Entry(parent, depth, own, self._clock)
-            if depth:
-                self.entries[parent].children += 1
+    def restore(self, keys: Sequence[bytes], parents: Sequence[bytes], blocks: Tensor) -> None:
+        """Take in entries whose ``blocks`` [n, layers, heads] are held, in the order of :meth:`oldest_first`."""
+        for key, parent, own in reversed(list(zip(keys, parents, blocks, strict=True))):
+            self._insert(parent, key, own)
+        self._clock = len(keys)
+        for place, key in enumerate(keys):
+            self.entries[key].used = place
+
+    def oldest_first(self) -> list[bytes]:
+        """Keys in the order in which entries are given up: what goes on from an entry comes before it."""
+        return sorted(self.entries, key=lambda key: (self.entries[key].used, -self.entries[key].depth))
 
     def find(self, tokens: Sequence[int], salt: str) -> Tensor | None:
         """Blocks ``[n, layers, heads]`` of the longest remembered prefix of ``tokens``, None where there is none."""
@@ -81,8 +87,7 @@ class PrefixIndex:
         """
         if not self.entries:
             return False
-        # What goes on from an entry is as old at most, and goes first.
-        order = sorted(self.entries, key=lambda key: (self.entries[key].used, -self.entries[key].depth))
+        order = self.oldest_first()
         blocks = torch.stack([self.entries[key].blocks for key in order])
         gains = dict(zip(order, self.pool.held_once(blocks).flatten(1).sum(1).tolist(), strict=True))
         wanted = max(shortage, int(sum(gains.values()) * _LEAST_GIVEN_UP))
@@ -122,8 +127,16 @@ class PrefixIndex:
             known += 1
         return known
 
+    def _insert(self, parent: bytes, key: bytes, blocks: Tensor) -> None:
+        """The parent, where there is one, is there already."""
+        above = self.entries.get(parent)
+        if above is not None:
+            above.children += 1
+        depth = 0 if above is None else above.depth + 1
+        self.entries[key] = Entry(parent, depth, blocks, self._clock)
+
     def _remove(self, key: bytes) -> Tensor:
         entry = self.entries.pop(key)
-        if entry.parent in self.entries:
-            self.entries[entry.parent].children -= 1
+        if (above := self.entries.get(entry.parent)) is not None:
+            above.children -= 1
         return entry.blocks

@@ -49,8 +49,17 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "kvops.ops", "kvops.checks", "kvops.pool", "kvops.prefix", "kvops.cache_stats"},
         set(),
     ),
+    "kvops.cache_file": ({"torch", "kvops.cache_storage"}, {"safetensors"}),
     "kvops.cache": (
-        {"torch", "kvops.ops", "kvops.checks", "kvops.pool", "kvops.cache_stats", "kvops.cache_storage"},
+        {
+            "torch",
+            "kvops.ops",
+            "kvops.checks",
+            "kvops.pool",
+            "kvops.cache_stats",
+            "kvops.cache_storage",
+            "kvops.cache_file",
+        },
         set(),
     ),
     "kvops.rotary": ({"torch"}, set()),
