@@ -64,9 +64,10 @@ class PagedKVCache(CacheStorage):
     :meth:`recall` begins a row with the longest prefix of its tokens that is remembered. Remembered blocks are shared
     like those of a fork. Those that no row uses are given back, least recently used first, as soon as room is needed.
 
-    **CUDA graphs.** :meth:`extend`, :meth:`append`, :meth:`attend` and :meth:`rollback` of rows given as a slice can be
-    captured as they are. What the host decides (is there room? who shares a block?) is not part of a graph: call
-    :meth:`prepare` before each replay, and :meth:`unshare` once after a fork if the graph accumulates scores.
+    **CUDA graphs.** :meth:`extend`, :meth:`append`, :meth:`attend`, :meth:`rollback`, :meth:`retain` and, with a budget
+    that is one number or lies on the device, :meth:`evict` of rows given as a slice can be captured as they are. What
+    the host decides (is there room? who shares a block?) is not part of a graph: call :meth:`prepare` before each
+    replay, and :meth:`unshare` once after rows came to share blocks if the graph accumulates scores.
 
     The host reads numbers from the device only where its upper bounds say that a request might not fit. They count
     tokens that were rolled back until the next reading, so leave room for a few hundred of those in ``num_blocks`` and
@@ -104,16 +105,21 @@ class PagedKVCache(CacheStorage):
         self.next_positions[index] = first + (num_tokens if q_lens is None else q_lens)
         return token_positions
 
-    def prepare(self, num_tokens: int, *, rows: Rows = slice(None)) -> None:
+    def prepare(self, num_tokens: int, *, rows: Rows = slice(None), evicts: bool = False) -> None:
         """The host's part of an :meth:`extend` by up to ``num_tokens`` that a CUDA graph is about to replay.
 
-        Counts the tokens in, and copies shared blocks that they would be written to. Raises as :meth:`extend` does,
-        before anything is changed; may read numbers from the device, so it belongs outside the graph.
+        Counts the tokens in, and copies shared blocks that they would be written to. Where the graph ``evicts`` too,
+        the rows get copies of all blocks that they share and count as compressed from now on. Raises as :meth:`extend`
+        does, before anything is changed; may read numbers from the device, so it belongs outside the graph.
         """
         checks.expect_at_least("num_tokens", num_tokens, 0)
         index, numbers = self._resolve(rows)
+        if evicts:
+            self.unshare(rows)
         self._copy(self._making_room(lambda: self._pool.prepare(index, numbers, num_tokens)))
         self._changed()
+        for row in numbers if evicts else ():
+            self.compressed[row] = True
 
     def append(
         self,
@@ -235,16 +241,17 @@ class PagedKVCache(CacheStorage):
         row that holds less than its budget keeps everything.
 
         Raises ValueError, before anything is changed, when protection and floor alone take more than the budget. A
-        budget that lies on a GPU is read by the host for that; numbers are not. Rows that share blocks may need free
-        ones for copies of those that slots are moved into: :class:`OutOfBlocksError`, before anything is changed.
+        budget that lies on a GPU is read by the host for that, unless a graph is captured; numbers are not. Rows that
+        share blocks may need free ones for copies of those that slots are moved into: :class:`OutOfBlocksError`, before
+        anything is changed.
         """
         index, numbers = self._resolve(rows)
-        budgets = self._budgets(budget, len(numbers))
-        known = budgets.tolist() if budgets.device.type == "cpu" else None
+        capturing = self._pool.capturing()
+        budgets, known = self._budgets(budget, len(numbers))
         groups = budgets.shape[1]  # that the lists of a row are in: one, or one for each layer
         lists = self.num_layers * self.num_kv_heads // groups
         parts = len(numbers) * groups
-        budgets = budgets.flatten().to(self.device)
+        budgets = budgets.flatten()
 
         def flat_tables() -> Tensor:
             return self.block_tables[:, index].transpose(0, 1).reshape(parts, lists, self.max_blocks)
@@ -266,9 +273,10 @@ class PagedKVCache(CacheStorage):
         bound = self._pool.bound
         floor = max(protect_first + protect_last, min_per_head)
         floors = [lists * -(-min(bound.longest[row], floor) // self.block_size) for row in numbers]
-        if known is None or any(least > min(most) for least, most in zip(floors, known, strict=True)):
+        fits = known is not None and all(least <= min(most) for least, most in zip(floors, known, strict=True))
+        if not fits and not capturing:
             self._refuse_floor(new_lens, budgets, "row" if groups == 1 else "layer")
-        if self._pool.shares(numbers) and not self._pool.capturing():
+        if self._pool.shares(numbers) and not capturing:
             first, stop = map(self._by_layer, self._written_by_compaction(lens, new_lens, keep))
             self._own(index, numbers, first, stop, self.max_blocks)
             tables = flat_tables()
@@ -278,7 +286,7 @@ class PagedKVCache(CacheStorage):
         self.seq_lens[:, index] = lens
         self._pool.give_back(index, numbers, self._pool.blocks_of(lens))
         for i, row in enumerate(numbers):
-            if known is not None:
+            if known is not None and not capturing:
                 bound.limit(row, sum(known[i]))
             self.compressed[row] = True
 
@@ -512,30 +520,36 @@ class PagedKVCache(CacheStorage):
         first = torch.where(evicted, slot, keep.shape[-1]).amin(-1)  # all slots before it stay where they are
         return first // self.block_size, torch.where(first < new_lens, self._pool.blocks_of(new_lens), 0)
 
-    def _budgets(self, budget: int | Sequence[int] | Sequence[Sequence[int]] | Tensor, batch: int) -> Tensor:
-        """``budget`` in blocks as int32 ``[B', 1 or num_layers]``; numbers come out on the CPU."""
+    def _budgets(
+        self, budget: int | Sequence[int] | Sequence[Sequence[int]] | Tensor, batch: int
+    ) -> tuple[Tensor, list[list[int]] | None]:
+        """``budget`` in blocks, int32 ``[B', 1 or num_layers]`` on the device, and as numbers if the host has them."""
+        known: list[list[int]] | None = None
         if isinstance(budget, Tensor):
             checks.expect_dtype("budget", budget, torch.int32)
-            if budget.ndim == 1:
-                budget = budget[:, None]
+            budgets = budget[:, None] if budget.ndim == 1 else budget
+            if budget.device.type == "cpu" and not self._pool.capturing():
+                known = budgets.tolist()
         else:
             rows: list[int | Sequence[int]] = [budget] * batch if isinstance(budget, int) else list(budget)
             if len(rows) != batch:
                 raise ValueError(f"budget: expected one number or {batch}, one for each row, got {len(rows)}")
-            layers = [[row] if isinstance(row, int) else list(row) for row in rows]
-            if len({len(row) for row in layers}) > 1:
-                raise ValueError("budget: expected a number for each row, or one for each layer of every row, got both")
             # No more than there are blocks: what does not fit int32 is no limit either.
-            layers = [[min(most, self.num_blocks) for most in row] for row in layers]
-            budget = torch.tensor(layers, dtype=torch.int32).view(batch, -1 if batch else 1)
-        if budget.ndim != 2 or budget.shape[0] != batch or budget.shape[1] not in (1, self.num_layers):
+            known = [[min(most, self.num_blocks) for most in ([row] if isinstance(row, int) else row)] for row in rows]
+            if len({len(row) for row in known}) > 1:
+                raise ValueError("budget: expected a number for each row, or one for each layer of every row, got both")
+            if isinstance(budget, int):  # filled on the device, so that a graph can be captured
+                budgets = torch.full((batch, 1), known[0][0] if batch else 0, dtype=torch.int32, device=self.device)
+            else:
+                budgets = torch.tensor(known, dtype=torch.int32, device=self.device).view(batch, -1 if batch else 1)
+        if budgets.ndim != 2 or budgets.shape[0] != batch or budgets.shape[1] not in (1, self.num_layers):
             raise ValueError(
                 f"budget: expected [{batch}], one number for each row, or [{batch}, {self.num_layers}], one for each "
-                f"layer of each row, got {list(budget.shape)}"
+                f"layer of each row, got {list(budgets.shape)}"
             )
-        if budget.device.type == "cpu" and budget.numel():
-            checks.expect_at_least("budget", int(budget.min()), 0)
-        return budget
+        if known:
+            checks.expect_at_least("budget", min(map(min, known)), 0)
+        return budgets if budgets.device == self.device else budgets.to(self.device), known
 
     def _refuse_floor(self, new_lens: Tensor, budgets: Tensor, part: str) -> None:
         blocks = self._pool.blocks_of(new_lens).sum(1)

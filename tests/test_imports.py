@@ -62,6 +62,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "kvops.tables": ({"torch", "kvops.checks"}, set()),
     "kvops.rotary": ({"torch"}, set()),
     "kvops.parallel": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.sdpa": ({"torch", "kvops.ops", "kvops.checks"}, set()),

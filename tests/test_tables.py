@@ -1,0 +1,216 @@
+"""Tables and caches of FlashInfer and vLLM: converted exactly both ways, attended to and compressed where they lie."""
+
+import pytest
+import torch
+from no_sync import no_synchronisation
+from oracle import assert_accurate, attention, attention_mask
+
+import kvops
+from kvops.tables import HeadBlocks, from_flashinfer, slot_mapping, to_flashinfer
+
+SIZE, HEADS, D, DV = 4, 3, 8, 5
+LENGTHS = [9, 0, 1, 3, 4, 5]  # with SIZE: several pages, none, and all around a full one
+PAGES = 12
+
+
+def int32(*numbers, device="cpu"):
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def tables_of(lengths, size, device):
+    """Pages in any order; past a sequence's end stands what must not be read."""
+    pages = iter(torch.randperm(PAGES).tolist())
+    tables = [[next(pages) for _ in range(-(-length // size))] for length in lengths]
+    return int32(*[table + [2**30] * (4 - len(table)) for table in tables], device=device), int32(
+        *lengths, device=device
+    )
+
+
+def flashinfer_nhd(device):
+    kv = torch.full((PAGES, 2, SIZE, HEADS, D), torch.nan, device=device)
+    return kv, kv[:, 0], kv[:, 1]
+
+
+def flashinfer_hnd(device):
+    kv = torch.full((PAGES, 2, HEADS, SIZE, D), torch.nan, device=device)
+    return kv, kv[:, 0].transpose(1, 2), kv[:, 1].transpose(1, 2)
+
+
+def vllm(device):
+    kv = torch.full((2, PAGES, SIZE, HEADS, D), torch.nan, device=device)
+    return kv, kv[0], kv[1]
+
+
+def vllm_fused(device):
+    kv = torch.full((PAGES, SIZE, HEADS, D + DV), torch.nan, device=device)
+    return kv, kv[..., :D], kv[..., D:]
+
+
+LAYOUTS = [flashinfer_nhd, flashinfer_hnd, vllm, vllm_fused]
+
+
+def test_flashinfer_arrays_are_those_of_plain_python(device):
+    tables, lens = tables_of(LENGTHS, SIZE, device)
+    indptr, indices, last = to_flashinfer(tables, lens, SIZE)
+    assert (indptr.dtype, indices.dtype, last.dtype) == (torch.int32,) * 3
+    assert indptr.tolist() == [0, 3, 3, 4, 5, 6, 8]
+    assert indices.tolist() == [page for row in tables.tolist() for page in row if page < PAGES]
+    assert last.tolist() == [1, 0, 1, 3, 4, 1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_tables_are_converted_exactly_both_ways(device, size):
+    lens = torch.randint(0, 4 * size + 1, (20,), dtype=torch.int32, device=device)
+    lens[:3] = int32(0, 1, 4 * size)
+    tables = torch.arange(80, dtype=torch.int32, device=device).view(20, 4)
+    used = torch.arange(4, device=device) * size < lens[:, None]
+    there = to_flashinfer(tables, lens, size)
+    back = from_flashinfer(*there, size)
+    assert torch.equal(back[0], torch.where(used, tables, 0))
+    assert torch.equal(back[1], lens)
+    for again, array in zip(to_flashinfer(*back, size), there, strict=True):
+        assert torch.equal(again, array)
+    for none in (to_flashinfer(tables[:0], lens[:0], size), to_flashinfer(tables[:2], lens[:2] * 0, size)):
+        assert from_flashinfer(*none, size)[1].tolist() == [0] * (len(none[0]) - 1)
+
+
+def test_with_the_width_given_nothing_is_read(device):
+    tables, lens = tables_of(LENGTHS, SIZE, device)
+    arrays = to_flashinfer(tables, lens, SIZE)
+    spare = torch.nn.functional.pad(arrays[1], (0, 9))  # FlashInfer's buffers for graphs are longer than what is in use
+    with no_synchronisation():
+        back = from_flashinfer(arrays[0], spare, arrays[2], SIZE, max_blocks=5)
+    assert back[0].shape == (6, 5)
+    assert torch.equal(back[0][:, :3], from_flashinfer(*arrays, SIZE)[0])
+    assert torch.equal(back[1], lens)
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [*(("eager", layout) for layout in LAYOUTS), ("triton", flashinfer_nhd), ("triton", flashinfer_hnd)],
+    indirect=["backend"],
+)
+def test_tokens_go_where_the_engine_would_put_them_and_are_attended_to_in_place(backend, device, layout):
+    """Appended and read through views, as pages and as blocks of one head each: the engine's memory, no copy of it."""
+    memory, k_cache, v_cache = layout(device)
+    tables, lens = tables_of(LENGTHS, SIZE, device)
+    T, B = max(LENGTHS), len(LENGTHS)
+    k = torch.randn(B, T, HEADS, D, device=device)
+    v = torch.randn(B, T, HEADS, v_cache.shape[3], device=device)
+    kvops.paged_append(k, v, k_cache, v_cache, tables, lens, q_lens=lens)
+    mapping = slot_mapping(tables, lens, SIZE, T, q_lens=lens)
+    new = mapping >= 0
+    assert new.sum(1).tolist() == LENGTHS
+    page, slot = mapping[new] // SIZE, mapping[new] % SIZE
+    assert torch.equal(k_cache[page, slot], k[new])
+    assert torch.equal(v_cache[page, slot], v[new])
+    written = (~memory.isnan()).sum()
+    assert written == sum(LENGTHS) * HEADS * (D + v_cache.shape[3])  # nothing else was
+
+    heads = HeadBlocks.of(k_cache, v_cache)
+    assert heads.k_cache.data_ptr() == k_cache.data_ptr()
+    q = torch.randn(B, 2, 2 * HEADS, D, device=device)
+    uniform, _ = kvops.paged_attention(q, k_cache, v_cache, tables, lens)
+    split, _ = kvops.paged_attention(q, heads.k_cache, heads.v_cache, *heads.split(tables, lens))
+    exact, rounded = torch.empty(2, *uniform.shape, dtype=torch.float64)
+    for b, length in enumerate(LENGTHS):
+        inputs = q[b : b + 1].cpu(), k[b : b + 1, :length].cpu(), v[b : b + 1, :length].cpu()
+        mask = attention_mask(2, length, causal=True)
+        exact[b] = attention(*inputs, mask=mask)[0]
+        rounded[b] = attention(*inputs, mask=mask, dtype=torch.float32)[0]
+    assert_accurate(uniform, exact, rounded)
+    assert_accurate(split, exact, rounded)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_are_split_and_joined_exactly(device, layout):
+    _, k_cache, v_cache = layout(device)
+    tables, lens = tables_of(LENGTHS, SIZE, device)
+    heads = HeadBlocks.of(k_cache, v_cache)
+    per_head = heads.split(tables, lens)
+    for head in range(HEADS):
+        block = int(per_head[0][0, head, 1])
+        assert heads.k_cache[block].data_ptr() == k_cache[tables[0, 1], 0, head].data_ptr()
+        assert heads.v_cache[block].data_ptr() == v_cache[tables[0, 1], 0, head].data_ptr()
+    joined = heads.join(*per_head)
+    used = torch.arange(4, device=device) * SIZE < lens[:, None]
+    assert torch.equal(joined[0], torch.where(used, tables, 0))
+    assert torch.equal(joined[1], lens)
+    with pytest.raises(ValueError, match="block_tables: expected the heads of a sequence in the same pages"):
+        heads.join(per_head[0].flip(1), per_head[1])
+
+
+@pytest.mark.parametrize("pages_and_heads", [(1, 3), (5, 1), (1, 1)])
+def test_sizes_of_one_have_strides_that_say_nothing(device, pages_and_heads):
+    pages, heads = pages_and_heads
+    cache = torch.randn(pages, SIZE, heads, D, device=device)
+    odd = cache.as_strided(cache.shape, [77 if n == 1 else s for n, s in zip(cache.shape, cache.stride(), strict=True)])
+    blocks = HeadBlocks.of(odd, odd)
+    table, lens = int32([pages - 1], device=device), int32(SIZE, device=device)
+    per_head = blocks.split(table, lens)
+    for head in range(heads):
+        assert torch.equal(blocks.k_cache[per_head[0][0, head, 0]], cache[pages - 1, :, head])
+
+
+def test_the_memory_of_an_engine_is_compressed_per_head_where_it_lies(backend, device):
+    """FlashInfer's HND cache: every head keeps its best slots; ragged heads are then no pages any more, and say so."""
+    _, k_cache, v_cache = flashinfer_hnd(device)
+    tables, lens = tables_of([16, 7], SIZE, device)
+    k, v = torch.randn(2, 2, 16, HEADS, D, device=device)
+    kvops.paged_append(k, v, k_cache, v_cache, tables, lens, q_lens=lens)
+    heads = HeadBlocks.of(k_cache, v_cache)
+    per_head, head_lens = heads.split(tables, lens)
+    scores = torch.rand(heads.k_cache.shape[:2], device=device)
+    before = [[scores[per_head[b, h, :4].long()].flatten() for h in range(HEADS)] for b in range(2)]
+    budget = int32(7, 4, device=device)
+    _, keep = kvops.select_blocks(scores, per_head, head_lens, budget, scope="sequence")
+    kvops.compact(heads.k_cache, heads.v_cache, per_head, head_lens, keep, scores=scores)
+    assert head_lens[0].unique().numel() > 1  # else the heads are not ragged
+
+    q = torch.randn(2, 1, HEADS, D, device=device)
+    out, _ = kvops.paged_attention(q, heads.k_cache, heads.v_cache, per_head, head_lens)
+    arrays = to_flashinfer(per_head.flatten(0, 1), head_lens.flatten(), SIZE)  # a sequence for each head
+    one_head = from_flashinfer(*arrays, SIZE)
+    caches = heads.k_cache[:, :, None], heads.v_cache[:, :, None]
+    alone, _ = kvops.paged_attention(q.view(2 * HEADS, 1, 1, D), *caches, *one_head)
+    exact, rounded = torch.empty(2, *q.shape, dtype=torch.float64)
+    for b in range(2):
+        for h in range(HEADS):
+            kept = keep[b, h].nonzero().flatten()
+            best = before[b][h][: int(lens[b])].topk(len(kept)).indices.sort().values
+            assert torch.equal(kept, best)
+            place = slice(b, b + 1), slice(None), slice(h, h + 1)
+            inputs = [side[place].cpu() for side in (q, k[:, kept], v[:, kept])]
+            exact[place], rounded[place] = attention(*inputs)[0], attention(*inputs, dtype=torch.float32)[0]
+    assert_accurate(out, exact, rounded)
+    assert_accurate(alone.view(out.shape), exact, rounded)
+    with pytest.raises(ValueError, match=r"seq_lens: expected heads of one length, got \d+ to \d+ slots in sequence 0"):
+        heads.join(per_head, head_lens)
+    with pytest.raises(ValueError, match="a list for each head"):
+        to_flashinfer(per_head, head_lens, SIZE)
+
+
+def test_bad_tables_are_named():
+    tables, lens = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    cache = torch.zeros(5, SIZE, HEADS, D)
+    cases = [
+        (lambda: to_flashinfer(tables.long(), lens, 4), TypeError, "block_tables: expected dtype int32, got int64"),
+        (lambda: to_flashinfer(tables, lens[:1], 4), ValueError, r"seq_lens: expected shape \[B\] = \[2\], got \[1\]"),
+        (lambda: to_flashinfer(tables, lens, 0), ValueError, "page_size: expected at least 1, got 0"),
+        (lambda: from_flashinfer(lens, lens, lens, 4), ValueError, r"kv_indptr: expected shape \[B \+ 1\] = \[3\]"),
+        (lambda: slot_mapping(tables, lens, 4, -1), ValueError, "num_tokens: expected at least 0, got -1"),
+        (lambda: slot_mapping(tables, lens, 4, 1, q_lens=lens[:1]), ValueError, "q_lens: expected shape"),
+        (lambda: HeadBlocks.of(cache[0], cache[0]), ValueError, "k_cache: expected 4 dimensions"),
+        (lambda: HeadBlocks.of(cache, cache[:4]), ValueError, "v_cache: expected shape"),
+        (lambda: HeadBlocks.of(cache.mT, cache.mT), ValueError, "k_cache: expected the last dimension contiguous"),
+        (
+            lambda: HeadBlocks.of(cache, cache.transpose(1, 2).contiguous().transpose(1, 2)),
+            ValueError,
+            "v_cache: expected pages 12 and heads 1 blocks apart, as in k_cache, got 3 and 1",
+        ),
+        (lambda: HeadBlocks.of(cache, cache).join(tables, lens), ValueError, "seq_lens: expected shape"),
+        (lambda: HeadBlocks.of(cache, cache).split(tables[0], lens), ValueError, "block_tables: expected 2 dimensions"),
+    ]
+    for bad, error, message in cases:
+        with pytest.raises(error, match=message):
+            bad()
