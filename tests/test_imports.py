@@ -226,6 +226,7 @@ ON_REQUEST = {
     "kvops.integrations.transformers",
     "kvops.models.tensor_parallel",
     "kvops.parallel",
+    "kvops.tables",
 }
 
 
