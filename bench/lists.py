@@ -22,6 +22,26 @@ def lengths(batch: int, heads: int, context: int, *, ragged: bool) -> Tensor:
     return (share * context).ceil().to(torch.int32)
 
 
+def heavy_tailed(batch: int, heads: int, mean: int, longest: int = 16) -> Tensor:
+    """int32 ``[batch, heads]``, the same at every call: Pareto's lengths, the longest ``longest`` times the mean.
+
+    They sum to what ``batch * heads`` equal lists of ``mean`` hold. Too few lists for that get a shorter longest one.
+    """
+    lists = batch * heads
+    longest = min(longest, max(1, lists // 2))
+    quantile = (torch.arange(lists, dtype=torch.float64) + 0.5) / lists
+    low, high = 0.0, 8.0  # the exponent that gives the longest list its length
+    for _ in range(50):
+        middle = (low + high) / 2
+        share = quantile**-middle
+        low, high = (middle, high) if share.max() < longest * share.mean() else (low, middle)
+    share = quantile**-high
+    lens = (share * (mean / share.mean())).round().clamp(min=1).to(torch.int32)
+    lens[0] += mean * lists - lens.sum()  # what rounding took or gave
+    order = torch.randperm(lists, generator=torch.Generator().manual_seed(0))
+    return lens[order].view(batch, heads)
+
+
 def make_lists(
     lens: Tensor, head_dim: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> Inputs:

@@ -26,13 +26,15 @@ from bench.case import (
     Scale,
     UnavailableError,
 )
-from bench.lists import BLOCK_SIZE, gathered_slots, lengths, make_lists, sampled, slots
+from bench.lists import BLOCK_SIZE, gathered_slots, heavy_tailed, lengths, make_lists, sampled, slots
 
 # flash-attn 2 wants pages of so many slots.
 _FLASH_ATTN_PAGE = 256
 _WORKSPACE = 256 << 20
 # A schedule for so many programs: two for each multiprocessor of an H100.
 _PROGRAMS = 264
+# Requests enough for a longest list of 16 times the mean.
+_MANY = 32
 
 
 def _queries(inputs: Inputs, batch: int, head: int) -> Tensor:
@@ -191,10 +193,14 @@ def _flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def attention(
-    model: Model, batch: int, context: int, *, tokens: int = 1, ragged: bool = True, reduce: str = ""
+    model: Model, batch: int, context: int, *, tokens: int = 1, spread: str = "ragged", reduce: str = ""
 ) -> Case:
-    """``tokens`` new ones per sequence over lists of up to ``context``; ``reduce``: scores out of the same pass."""
-    lens = lengths(batch, model.kv_heads, context, ragged=ragged)
+    """``tokens`` new ones per sequence over "equal" lists of ``context``, "ragged" ones of up to it or "heavy-tailed"
+    ones of it in the mean; ``reduce``: scores out of the same pass."""
+    if spread == "heavy-tailed":
+        lens = heavy_tailed(batch, model.kv_heads, context).clamp(min=tokens)
+    else:
+        lens = lengths(batch, model.kv_heads, context, ragged=spread == "ragged")
     seen, slots_read = 0, 0
     for length in lens.flatten().tolist():
         seen += truth.pairs(tokens, length, True, model.window)
@@ -207,7 +213,7 @@ def attention(
         options = {"window": model.window, "softcap": model.softcap, "reduce": reduce}
         return inputs | {"q": q, "old_scores": inputs["scores"].clone()} | options
 
-    shape: dict[str, int | str] = {"batch": batch, "context": context, "lengths": "ragged" if ragged else "equal"}
+    shape: dict[str, int | str] = {"batch": batch, "context": context, "lengths": spread}
     shape |= {"tokens": tokens} if tokens > 1 else {}
     shape |= {"window": model.window} if model.window >= 0 else {}
     return Case(
@@ -363,12 +369,18 @@ def cases(scale: Scale) -> Iterator[Case]:
     longest, batches = scale.contexts[-1], scale.batches
     llama = scale.model(LLAMA_8B)
     for context in scale.contexts:
-        yield attention(llama, batches[0], context, ragged=False)
+        yield attention(llama, batches[0], context, spread="equal")
         yield attention(llama, batches[-1], context)
     for model in (LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER):
         yield attention(scale.model(model), batches[-1], scale.contexts[0])
     yield attention(llama, batches[-1], scale.contexts[0], tokens=8)
     yield attention(llama, batches[-1], scale.contexts[0], reduce="sum")
+    # As many slots equal and as after compressing the longest context eightfold with heads that compete.
+    mean = min(8192, longest // 8)
+    yield attention(llama, _MANY, mean, spread="equal")
+    yield attention(llama, _MANY, mean, spread="heavy-tailed")
+    yield attention(llama, _MANY, mean, spread="heavy-tailed", reduce="sum")
+    yield attention(llama, _MANY, mean, spread="heavy-tailed", tokens=8)
     for model in (LLAMA_8B, SMOLLM):
         yield append(scale.model(model), batches[-1], scale.contexts[0])
     yield append(llama, 1, longest, tokens=min(512, longest // 8))
