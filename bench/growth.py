@@ -67,7 +67,7 @@ def sweeps(gpu: bool) -> list[Sweep]:
         Sweep("prompt, backward", "tokens", prompts, lambda n: dense.backward(model, 1, n), 2, 1),
         Sweep("prompt, sliding window", "tokens", long, lambda n: dense.forward(sliding, 1, n), 1, 1),
         Sweep("scores of the last 32 queries", "tokens", contexts, lambda n: scores.scores(model, 1, n, last=32), 1, 1),
-        Sweep("decoding", "context", contexts, lambda n: paged.attention(model, 1, n, ragged=False), 1, None),
+        Sweep("decoding", "context", contexts, lambda n: paged.attention(model, 1, n, spread="equal"), 1, None),
         Sweep("decoding, sliding window", "context", contexts, lambda n: paged.attention(sliding, 1, n), 0, 0),
         Sweep("decoding", "batch", batches, lambda n: paged.attention(model, n, context), 1, None),
         Sweep("decoding", "KV heads", heads, lambda n: paged.attention(with_heads(n), 8, context), 1, None),
