@@ -1,9 +1,12 @@
 """The real model: SmolLM2-135M-Instruct from its GGUF, beside transformers with the same file."""
 
+import copy
 from pydoc_data.topics import topics
 
 import pytest
 import torch
+from oracle import assert_accurate
+from torch import Tensor
 
 from kvops.models.config import LlamaConfig
 from kvops.models.evaluate import agreement, forced_logits
@@ -12,7 +15,7 @@ from kvops.models.llama import Llama
 from kvops.models.loading import find_default_model, load
 from kvops.models.passes import prefill
 from kvops.ops.attention import flash_attention
-from kvops.policies import Compression
+from kvops.policies import AdaKV, Compression
 
 pytestmark = [pytest.mark.model, pytest.mark.xdist_group("model")]
 
@@ -157,3 +160,53 @@ def test_compression_keeps_most_of_what_the_full_cache_says(model, loaded):
     full = forced_logits(model, full_cache, hidden, rest).argmax(-1)
     kept = forced_logits(model, cache, hidden, rest)
     assert agreement(kept, full) > 0.8
+
+
+def logits_under_a_mask(theirs, prompt: list[int], rest: list[int], kept: Tensor) -> Tensor:
+    """What transformers says of ``rest`` and of the token after it, where ``kept`` bool [layers, KV heads, prompt] are
+    the keys that each head still sees: its own full cache, and a mask in its own attention."""
+    from transformers import AttentionInterface
+
+    new = torch.ones(len(rest), len(rest), dtype=torch.bool).tril()
+
+    def attend(module, query, key, value, attention_mask, scaling, **_):
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        old = kept[module.layer_idx].repeat_interleave(group, 0)[:, None].expand(-1, len(rest), -1)
+        seen = torch.cat([old, new.expand(len(old), -1, -1)], -1)
+        weights = (query @ key.mT * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("masked_by_hand", attend)
+    usual = theirs.config._attn_implementation
+    cache = theirs(torch.tensor([prompt])).past_key_values
+    theirs.set_attn_implementation("masked_by_hand")
+    try:
+        return theirs(torch.tensor([rest]), past_key_values=cache).logits[0]
+    finally:
+        theirs.set_attn_implementation(usual)
+
+
+@torch.no_grad()
+def test_a_ragged_cache_says_what_transformers_says_under_a_mask_of_the_same_keys(model, transformers_model, loaded):
+    """AdaKV evicts for each head on its own; transformers keeps every key and hides the same ones."""
+    tokens = loaded.tokenizer.encode(topics["with"])[:216]
+    prompt, rest = tokens[:200], tokens[200:]
+    compression = Compression(policy=AdaKV(), protect_last=8)
+    cache = new_cache(model, max_batch=1, max_tokens=240)
+    hidden = prefill(model, cache, torch.tensor([prompt]), 0, compression.policy)[:, -1:]
+    compression.apply(cache, [len(prompt)])
+    lengths = cache.seq_lens[:, 0]
+    assert cache.stats().blocks_in_use <= cache.blocks_for(len(prompt)) / 4
+    assert (lengths.amin(1) < lengths.amax(1)).any()
+    kept = torch.zeros(*lengths.shape, len(prompt), dtype=torch.bool)
+    for layer, head in torch.cartesian_prod(*map(torch.arange, lengths.shape)).tolist():
+        kept[layer, head, cache.gather(layer, 0, head)[2].long()] = True
+    assert torch.equal(kept.sum(-1), lengths)
+
+    ours = forced_logits(model, cache, hidden, torch.tensor([*rest, 0]), chunk=5)[1:]
+    theirs = logits_under_a_mask(transformers_model, prompt, rest, kept)
+    exact = logits_under_a_mask(copy.deepcopy(transformers_model).double(), prompt, rest, kept)
+    assert_accurate(ours, exact, theirs, "logits")
+    everything = logits_under_a_mask(transformers_model, prompt, rest, torch.ones_like(kept))
+    assert (everything - theirs).abs().max() > 1  # what was evicted mattered
