@@ -97,6 +97,7 @@ MISTRAL_7B = Model("Mistral-7B", 32, 8, 128, vocab=32000, layers=32, window=4096
 QWEN_7B = Model("Qwen2.5-7B", 28, 4, 128, vocab=152064, layers=28)
 SMOLLM = Model("SmolLM2-135M", 9, 3, 64, vocab=49152, layers=30)
 GEMMA = Model("Gemma-2-9B", 16, 8, 256, vocab=256000, layers=42, softcap=50.0)
+GEMMA_3 = Model("Gemma-3-4B", 8, 4, 256, vocab=262144, layers=34, window=1024)  # the largest vocabulary
 STARCODER = Model("StarCoder-15B", 48, 1, 128, vocab=49152, layers=40)  # every query head reads one KV head
 MODELS = (LLAMA_8B, LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER)
 
@@ -115,6 +116,8 @@ class Scale:
     max_kv_heads: int
     max_head_dim: int
     max_vocab: int
+    max_logits: int
+    """Rows times vocabulary of a draft verification."""
     window: int
     """Stands for a model's window where it has one."""
 
@@ -142,6 +145,7 @@ SCALES = {
             max_kv_heads=1 << 30,
             max_head_dim=1 << 30,
             max_vocab=1 << 30,
+            max_logits=1 << 40,
             window=4096,
         ),
         Scale(
@@ -152,6 +156,7 @@ SCALES = {
             max_kv_heads=2,
             max_head_dim=256,
             max_vocab=1 << 30,
+            max_logits=1 << 24,
             window=512,
         ),
         # For tests, and for Triton's interpreter.
@@ -163,6 +168,7 @@ SCALES = {
             max_kv_heads=2,
             max_head_dim=16,
             max_vocab=97,
+            max_logits=1024,
             window=13,
         ),
     )

@@ -226,6 +226,27 @@ def test_a_model_s_tree_has_the_most_probable_continuations():
     assert drafts.parents[0].tolist() == [-1, 0, 0, 0, *[1 + best.tolist().index(a) for a, _ in second]]
 
 
+def test_the_pace_follows_what_was_accepted():
+    pace = speculation.Pace(7)
+    lengths = []
+    for _ in range(40):  # everything is refused
+        lengths.append(pace.ahead())
+        pace.learn(pace.ahead(), 0)
+    assert lengths[:9] == [3, 1, 0, 1, 0, 0, 0, 1, 0]
+    assert sum(lengths[8:]) == 4  # one pass in eight from there on
+    while not pace.ahead():
+        pace.learn(0, 0)
+    lengths = []
+    for _ in range(4):  # everything is accepted
+        lengths.append(pace.ahead())
+        pace.learn(pace.ahead(), pace.ahead())
+    assert lengths == [1, 3, 7, 7]
+    pace.learn(7, 0)
+    assert pace.ahead() == 1  # a single refusal makes nobody wait
+    pace.learn(0, 0)  # nothing was found to draft
+    assert pace.ahead() == 1
+
+
 def test_statistics_of_drafts_add_up():
     model = tiny_model()
     stats = generate(model, PROMPTS, max_new_tokens=20, draft=drafter_of(model), num_draft=3).stats

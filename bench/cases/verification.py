@@ -8,9 +8,22 @@ import torch
 from torch import Tensor
 
 import kvops
-from bench.case import LLAMA_8B, SMOLLM, Case, Inputs, Model, Outputs, Peer, Scale, UnavailableError
+from bench.case import (
+    GEMMA_3,
+    LLAMA_8B,
+    MISTRAL_7B,
+    SMOLLM,
+    Case,
+    Inputs,
+    Model,
+    Outputs,
+    Peer,
+    Scale,
+    UnavailableError,
+)
 from kvops.eager.philox import ACCEPT, GROUP_WIDTH, race_exponentials, uniform
 
+_MODES: tuple[dict[str, bool], ...] = ({"sampled": True, "probs": True}, {"sampled": True}, {})
 _KEYWORDS = ("draft_probs", "temperature", "seed", "step")
 
 
@@ -289,6 +302,12 @@ def cases(scale: Scale) -> Iterator[Case]:
     yield chain(llama, many, 7, sampled=True)
     yield chain(llama, 1, 7, sampled=True, probs=True)
     yield chain(llama, many, 7, sampled=True, probs=True)
+    for model, modes in ((MISTRAL_7B, _MODES[:1]), (LLAMA_8B, _MODES), (GEMMA_3, _MODES[:1])):
+        model = scale.model(model)
+        for batch in (*scale.batches, 4 * many):
+            for drafts in (1, 4, 16):
+                if batch * (drafts + 1) * model.vocab <= scale.max_logits:
+                    yield from (chain(model, batch, drafts, **mode) for mode in modes)
     yield tree(smollm, many, 15)
     yield tree(llama, many, 31)
     yield tree(smollm, many, 15, sampled=True)

@@ -19,7 +19,7 @@ from kvops.cache import PagedKVCache
 from kvops.models.llama import Llama
 from kvops.models.passes import add_scores, decode, judge, new_cache, read_prompt
 from kvops.models.sampler import Sampler
-from kvops.models.speculation import Drafter, Drafts, Verdict, keep_accepted, make_drafter, verify
+from kvops.models.speculation import Drafter, Drafts, Pace, Verdict, keep_accepted, make_drafter, verify
 from kvops.models.stats import GenerationStats
 from kvops.policies import Compression, RecentQueries
 
@@ -76,7 +76,7 @@ def stream(
             distributed exactly as without drafts, greedy ones are the same. ``"prompt_lookup"`` takes what followed
             earlier occurrences of the last ``max_ngram`` to ``min_ngram`` tokens; a smaller :class:`Llama` of the same
             vocabulary and device decodes ahead, in a cache of its own. A prompt whose drafts are refused gets shorter
-            ones.
+            ones, and for some passes none.
         tree: at most so many drafts beside one another at each position: more than 1 makes the drafts trees, of the
             best earlier occurrences, or of the drafting model's most probable continuations.
         verification: of chains: ``"token"`` by token, or ``"block"``, which accepts at least as much where tokens are
@@ -194,7 +194,7 @@ def _new_cache(
 @dataclass
 class _Run:
     """A batch on its way. ``text`` int64 [B, L] holds the first ``lens`` int32 [B] tokens of each sequence and -1 from
-    there on; all but the last of them are in the cache. ``counts`` are the tokens emitted, ``limits`` how far ahead it
+    there on; all but the last of them are in the cache. ``counts`` are the tokens emitted, ``paces`` how far ahead it
     pays to draft."""
 
     model: Llama
@@ -233,7 +233,8 @@ class _Run:
             if self.drafter:
                 self.drafter.begin(row, tokens)
         self.no_drafts = Drafts(self.text[:, :0], torch.zeros_like(self.lens))
-        self.counts, self.limits, self.active = [0] * batch, [self.num_draft] * batch, [True] * batch
+        self.counts, self.active = [0] * batch, [True] * batch
+        self.paces = [Pace(self.num_draft) for _ in prompts]
         logits = self.model.logits(torch.cat(last_hidden))
         verdict = verify(self.no_drafts, logits, self.text, self.lens, self.sampler, "token")
         new = self._emit(self.no_drafts, verdict, torch.ones_like(self.lens))
@@ -286,7 +287,7 @@ class _Run:
     def _wanted(self, row: int) -> int:
         """How far ahead to draft: never past the last token or the next eviction, which come when they would."""
         count = self.counts[row]
-        ahead = min(self.limits[row], self.max_new_tokens - count - 1)
+        ahead = min(self.paces[row].ahead(), self.max_new_tokens - count - 1)
         every = self.every[row]
         return min(ahead, every - (count - 1) % every - 1) if every else ahead
 
@@ -303,8 +304,7 @@ class _Run:
                 continue
             self.stats.drafted += drafted
             self.stats.accepted += accepted
-            if drafted:  # a draft may be about twice as long as what was last accepted
-                self.limits[row] = min(2 * accepted + 1, self.num_draft)
+            self.paces[row].learn(drafted, accepted)
             refused = tokens[accepted] < 0
             tokens = tokens[: accepted + (not refused)]
             end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))

@@ -84,6 +84,31 @@ def on_path(path: Tensor) -> Tensor:
     return (path[:, None] == torch.arange(path.shape[1], device=path.device)[:, None]).any(2)
 
 
+class Pace:
+    """How far ahead it pays to draft for a request, from what became of its drafts.
+
+    A draft may be about twice as long as what was accepted last; the first is short. A refused token costs time even
+    alone, so refusals in a row are followed by 1, 3 and then 7 passes without a draft: text in which nothing can be
+    guessed is decoded at almost the speed that it has without a drafter.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.limit = most, min(3, most)
+        self.refusals = self.wait = 0
+
+    def ahead(self) -> int:
+        return 0 if self.wait else self.limit
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """A pass has verified so many drafts, 0 where there were none."""
+        if drafted:
+            self.limit = min(2 * accepted + 1, self.most)
+            self.refusals = 0 if accepted else self.refusals + 1
+            self.wait = (1 << min(max(self.refusals - 1, 0), 3)) - 1
+        elif self.wait:
+            self.wait -= 1
+
+
 class Drafter(Protocol):
     """Proposes what may come next. ``room`` is how many tokens it proposes at most for a request."""
 
