@@ -206,9 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     more.set_defaults(function=grow)
 
     kept = commands.add_parser("quality", help="what compressed caches still know, policy by policy, on a real model")
-    kept.add_argument("--quick", action="store_true", help="short contexts, two ratios, about a minute")
+    kept.add_argument("--quick", action="store_true", help="short contexts, 8x only, about a minute")
     kept.add_argument("--policies", nargs="+", metavar="NAME", help="default: all")
-    kept.add_argument("--ratios", nargs="+", type=int, metavar="N", help="default: 2 4 8 16 64")
+    kept.add_argument("--ratios", nargs="+", type=int, metavar="N", help="default: 2 4 8 16 64, or 8 where --quick")
     kept.add_argument("--times", action="store_true", help="instead: time a step of each, into the rows of --json")
     kept.add_argument("--model", type=Path, metavar="PATH", help="GGUF file or folder (default: SmolLM2-135M-Instruct)")
     kept.add_argument("--device", help="default: cuda where there is one, otherwise cpu")

@@ -228,6 +228,7 @@ def test_shares_are_those_of_the_full_cache_task_by_task():
     assert found.setting(form, 4, BEFORE) == found.setting(form, 4, AFTER) == 0
     assert found.overall(form, 4) == pytest.approx((math.exp(-0.4) + 0.6) / 6)
     assert found.best(8) == (Form("snapkv", True), found.overall(Form("snapkv", True), 8))
+    assert found.best(8, ragged=False)[0] == Form("snapkv", False)
     assert found.gain("snapkv", 4, AFTER) == 0.5
     assert found.gain("snapkv", 4, BEFORE) == 0
     assert found.pairs() == ["h2o", "snapkv"]

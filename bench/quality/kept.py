@@ -55,24 +55,28 @@ class Kept:
     answered: dict[Task, tuple[int, int]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
-    def setting(self, form: Form, ratio: int, setting: str) -> float | None:
-        """The mean over the tasks of a setting, None where it has none."""
-        found = [self.shares[form, ratio, task] for task in self.tasks if task.setting == setting]
-        return mean(found) if found else None
+    @property
+    def settings(self) -> list[str]:
+        """Those that have tasks."""
+        return [setting for setting in SETTINGS if any(task.setting == setting for task in self.tasks)]
+
+    def setting(self, form: Form, ratio: int, setting: str) -> float:
+        """The mean over the tasks of a setting."""
+        return mean(self.shares[form, ratio, task] for task in self.tasks if task.setting == setting)
 
     def overall(self, form: Form, ratio: int) -> float:
         """The mean over the settings, each counting the same."""
-        found = (self.setting(form, ratio, setting) for setting in SETTINGS)
-        return mean(share for share in found if share is not None)
+        return mean(self.setting(form, ratio, setting) for setting in self.settings)
 
-    def best(self, ratio: int, setting: str | None = None) -> tuple[Form, float]:
-        """The form that keeps most, overall or in a setting."""
-        shares = {form: self.of(form, ratio, setting) for form in self.forms}
+    def best(self, ratio: int, setting: str | None = None, ragged: bool | None = None) -> tuple[Form, float]:
+        """The form that keeps most, overall or in a setting, of all or of those with ragged or equal heads."""
+        forms = [form for form in self.forms if ragged is None or form.ragged == ragged]
+        shares = {form: self.of(form, ratio, setting) for form in forms}
         form = max(shares, key=lambda form: shares[form])
         return form, shares[form]
 
     def of(self, form: Form, ratio: int, setting: str | None) -> float:
-        return self.overall(form, ratio) if setting is None else (self.setting(form, ratio, setting) or 0.0)
+        return self.overall(form, ratio) if setting is None else self.setting(form, ratio, setting)
 
     def pairs(self) -> list[str]:
         """Policies measured in both forms."""

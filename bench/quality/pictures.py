@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 
 from bench.plots import pyplot
-from bench.quality.kept import SETTINGS, Form, form_of, kept, label_of
+from bench.quality.kept import Form, form_of, kept, label_of
 from bench.quality.tasks import AFTER, BEFORE, MAP_RATIO, TEXT
 from bench.results import Result
 
@@ -17,10 +17,11 @@ TITLES = {TEXT: "text that follows", BEFORE: "questions read before eviction", A
 def curves(result: Result) -> Any:
     """A panel overall and one for each setting, a line for each policy in its default form."""
     found, plt = kept(result), pyplot()
-    figure, grid = plt.subplots(1, 1 + len(SETTINGS), figsize=(15, 4), sharey=True, layout="constrained")
+    shown = (None, *found.settings)
+    figure, grid = plt.subplots(1, len(shown), figsize=(3.75 * len(shown), 4), sharey=True, layout="constrained")
     forms = [form for form in found.forms if form in found.default]
     colors = plt.get_cmap("tab20").colors
-    for axes, setting in zip(grid, (None, *SETTINGS), strict=True):
+    for axes, setting in zip(grid, shown, strict=True):
         for number, form in enumerate(forms):
             shares = [100 * found.of(form, ratio, setting) for ratio in found.ratios]
             style = "o-" if form.ragged else "s--"
@@ -40,9 +41,10 @@ def curves(result: Result) -> Any:
 def ragged(result: Result) -> Any:
     """Equal heads to the right, ragged ones upwards: a point above the diagonal is a gain."""
     found, plt = kept(result), pyplot()
-    figure, grid = plt.subplots(1, 1 + len(SETTINGS), figsize=(15, 4), layout="constrained")
+    shown = (None, *found.settings)
+    figure, grid = plt.subplots(1, len(shown), figsize=(3.75 * len(shown), 4), layout="constrained")
     colors = plt.get_cmap("viridis")(numpy.linspace(0, 0.92, len(found.ratios)))
-    for axes, setting in zip(grid, (None, *SETTINGS), strict=True):
+    for axes, setting in zip(grid, shown, strict=True):
         for color, ratio in zip(colors, found.ratios, strict=True):
             points = [
                 [100 * found.of(Form(policy, kind), ratio, setting) for kind in (False, True)]
@@ -68,12 +70,13 @@ def heads(result: Result) -> Any:
     if not maps:
         return None
     figure, grid = pyplot().subplots(1, len(maps), figsize=(1.35 * len(maps) + 1, 5), sharey=True, layout="constrained")
-    most = max(max(map(max, lengths)) for lengths in maps.values())
+    # Four times the mean, so that the longest lists do not leave all others in the dark.
+    most = 4 * numpy.mean(list(maps.values()))
     for axes, policy in zip(numpy.atleast_1d(grid), sorted(maps), strict=True):
         image = axes.imshow(maps[policy], aspect="auto", cmap="viridis", vmin=0, vmax=most)
         axes.set_title(policy.replace("-", "\n", 1), fontsize=8)
         axes.set_xticks(range(len(maps[policy][0])))
         axes.set_xlabel("KV head", fontsize=8)
     numpy.atleast_1d(grid)[0].set_ylabel("layer")
-    figure.colorbar(image, ax=grid, label=f"tokens kept at {MAP_RATIO}x")
+    figure.colorbar(image, ax=grid, label=f"tokens kept at {MAP_RATIO}x", extend="max")
     return figure

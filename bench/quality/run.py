@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from kvops.models.loading import load
 from kvops.policies import POLICIES, Policy
 
 RATIOS = (2, 4, 8, 16, 64)
-QUICK_RATIOS = (4, 8)
+QUICK_RATIOS = (8,)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def variants(names: Sequence[str] | None) -> list[Variant]:
 class Run:
     """A run and what it is to write. ``rows`` are those of an earlier run where there is a file to go on with.
 
-    Raises ValueError where that file was made with another model or size.
+    Raises ValueError where that file was made with another model, or asked something else.
     """
 
     size: Size
@@ -64,19 +65,21 @@ class Run:
         self.wanted = variants(self.names)
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         loaded = load(self.model_path, dtype=dtype, device=self.device)
-        self.facts = setting(self.device) | {"model": loaded.name, "size": self.size.name}
+        self.tokenizer = loaded.tokenizer
+        self.units = tasks.units(self.tokenizer, self.size)
+        # The manual is that of the Python that runs: another one asks other questions.
+        asked = hashlib.sha256(repr(self.units).encode()).hexdigest()[:12]
+        self.facts = setting(self.device) | {"model": loaded.name, "size": self.size.name, "tasks": asked}
         self.rows: list[dict[str, Any]] = []
         if self.json_path and self.json_path.exists():
             old = results.load(self.json_path)
-            for name in ("model", "size"):
-                if old["setting"].get(name) != self.facts[name]:
+            for name in ("model", "size", "tasks"):
+                if old["setting"].get(name, self.facts[name]) != self.facts[name]:
                     raise ValueError(
                         f"--json: expected a file to go on with, of {name} {self.facts[name]!r}, got one of "
                         f"{old['setting'].get(name)!r} in {self.json_path}; next step: another path, or delete it"
                     )
             self.rows = old["rows"]
-        self.tokenizer = loaded.tokenizer
-        self.units = tasks.units(self.tokenizer, self.size)
         self.model = Llama(loaded.config, loaded.weights)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from bench import table
-from bench.quality.kept import SETTINGS, Form, Kept, form_of, kept, label_of
+from bench.quality.kept import Form, Kept, form_of, kept, label_of
 from bench.quality.tasks import AFTER, BEFORE, SIZES, TEXT
 from bench.results import Result
 
@@ -27,7 +27,8 @@ the full cache's:
 - **text**: a part of Python's manual and the {held_out} tokens that follow it. Perplexity (the full cache's over the
   compressed one's) and agreement (how often the most likely token is that of the full cache).
 - **asked after**: facts hidden in the manual, {facts} tokens together, and {digits} random digits; the questions come
-  after eviction, when no policy could know them. Single needles, several of one kind, key-value pairs, questions about
+  after eviction, when no policy could know them. The facts lie evenly spread, the last one at the very end, which every
+  policy keeps. Single needles, several of one kind, key-value pairs, questions about
   a report, the first {repeated} digits to be repeated. An answer counts when greedy decoding gives all of it (each
   digit by itself).
 - **asked before**: some of the same questions, as the end of the prompt that is compressed. Only its last token comes
@@ -100,14 +101,13 @@ def summary(found: Kept) -> list[str]:
             form, share = found.best(ratio)
             verdict = "met" if share >= goal else "**missed**"
             lines.append(f"{ratio}x smaller, {_name(form)} keeps {share:.1%}: the goal of {goal:.0%} is {verdict}.")
-    for setting in SETTINGS:
-        if any(task.setting == setting for task in found.tasks):
-            winners = ", ".join(
-                f"{_name(form)} at {ratio}x ({share:.0%})"
-                for ratio in found.ratios
-                for form, share in [found.best(ratio, setting)]
-            )
-            lines.append(f"Best for {_NAMES[setting]}: {winners}.")
+    for setting in found.settings:
+        winners = ", ".join(
+            f"{_name(form)} at {ratio}x ({share:.0%})"
+            for ratio in found.ratios
+            for form, share in [found.best(ratio, setting)]
+        )
+        lines.append(f"Best for {_NAMES[setting]}: {winners}.")
     return [*lines, *_ragged_verdict(found), *_breaks(found)]
 
 
@@ -122,11 +122,15 @@ def _ragged_verdict(found: Kept) -> list[str]:
     verb = "gain" if average > 0 else "lose"
     by_setting = ", ".join(
         f"{_NAMES[setting]} {_points(mean(found.gain(policy, ratio, setting) for policy, ratio in gains))}"
-        for setting in SETTINGS
-        if any(task.setting == setting for task in found.tasks)
+        for setting in found.settings
     )
     most, least = max(gains, key=lambda key: gains[key]), min(gains, key=lambda key: gains[key])
+    beside = ", ".join(
+        f"{found.best(ratio, ragged=True)[1]:.0%} beside {found.best(ratio, ragged=False)[1]:.0%} at {ratio}x"
+        for ratio in found.ratios
+    )
     return [
+        f"The best policy with ragged heads beside the best with equal ones: {beside}.",
         f"At the same number of blocks, ragged heads {verb} {abs(100 * average):.1f} points on average over "
         f"{len(pairs)} policies and {len(found.ratios)} ratios ({by_setting}): better in {better} of {len(gains)} "
         f"pairs, worse in {worse}, within half a point in {len(gains) - better - worse}.",
@@ -137,9 +141,7 @@ def _ragged_verdict(found: Kept) -> list[str]:
 
 def _breaks(found: Kept) -> list[str]:
     lines = []
-    for setting in SETTINGS:
-        if not any(task.setting == setting for task in found.tasks):
-            continue
+    for setting in found.settings:
         broken = next((ratio for ratio in found.ratios if found.best(ratio, setting)[1] < BROKEN), None)
         low, high = found.ratios[0], found.ratios[-1]
         end = f"from {found.best(low, setting)[1]:.0%} at {low}x to {found.best(high, setting)[1]:.0%} at {high}x"
@@ -176,7 +178,7 @@ def _by_task(found: Kept, ratio: int) -> str:
     for form in sorted(found.default):
         shares = [(found.shares[form, ratio, task], best[task]) for task in found.tasks]
         cells.append(
-            [form.policy, *(f"**{100 * one:.0f}**" if one == top else f"{100 * one:.0f}" for one, top in shares)]
+            [form.policy, *(f"**{100 * one:.0f}**" if one == top > 0 else f"{100 * one:.0f}" for one, top in shares)]
         )
     text = f"### {ratio}x, task by task\n\nDefault forms, in % of the full cache."
     return f"{text}\n\n{table.render(cells, ['policy', *map(_task, found.tasks)], 'pipe')}"
@@ -186,10 +188,9 @@ def _gains(found: Kept) -> str:
     pairs = found.pairs()
     cells = [[policy, *(_points(found.gain(policy, ratio)) for ratio in found.ratios)] for policy in sorted(pairs)]
     cells.append(["**mean**", *(_points(mean(found.gain(one, ratio) for one in pairs)) for ratio in found.ratios)])
-    for setting in SETTINGS:
-        if any(task.setting == setting for task in found.tasks):
-            means = [mean(found.gain(one, ratio, setting) for one in pairs) for ratio in found.ratios]
-            cells.append([f"mean, {_NAMES[setting]}", *map(_points, means)])
+    for setting in found.settings:
+        means = [mean(found.gain(one, ratio, setting) for one in pairs) for ratio in found.ratios]
+        cells.append([f"mean, {_NAMES[setting]}", *map(_points, means)])
     return table.render(cells, ["policy", *(f"{ratio}x" for ratio in found.ratios)], "pipe")
 
 

@@ -64,7 +64,7 @@ class Size:
 
 
 FULL = Size("full", ((4096, 0), (2048, 1), (8192, 2), (4096, 3)), 96, 4096, 8, 800, 48)
-QUICK = Size("quick", ((1024, 0),), 48, 1024, 2, 200, 24)
+QUICK = Size("quick", ((1024, 0),), 32, 1024, 2, 200, 16)
 TINY = Size("tiny", ((224, 0),), 8, 300, 1, 48, 8)
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}
 
