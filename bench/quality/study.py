@@ -132,7 +132,7 @@ def _ragged_verdict(found: Kept) -> list[str]:
     return [
         f"The best policy with ragged heads beside the best with equal ones: {beside}.",
         f"At the same number of blocks, ragged heads {verb} {abs(100 * average):.1f} points on average over "
-        f"{len(pairs)} policies and {len(found.ratios)} ratios ({by_setting}): better in {better} of {len(gains)} "
+        f"{len(pairs)} policies at {', '.join(f'{ratio}x' for ratio in found.ratios)} ({by_setting}): better in {better} of {len(gains)} "
         f"pairs, worse in {worse}, within half a point in {len(gains) - better - worse}.",
         f"The most they gain is {_points(gains[most])} ({most[0]} at {most[1]}x), the least {_points(gains[least])} "
         f"({least[0]} at {least[1]}x).",
@@ -141,7 +141,7 @@ def _ragged_verdict(found: Kept) -> list[str]:
 
 def _breaks(found: Kept) -> list[str]:
     lines = []
-    for setting in found.settings:
+    for setting in found.settings if len(found.ratios) > 1 else ():
         broken = next((ratio for ratio in found.ratios if found.best(ratio, setting)[1] < BROKEN), None)
         low, high = found.ratios[0], found.ratios[-1]
         end = f"from {found.best(low, setting)[1]:.0%} at {low}x to {found.best(high, setting)[1]:.0%} at {high}x"
