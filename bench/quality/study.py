@@ -132,8 +132,8 @@ def _ragged_verdict(found: Kept) -> list[str]:
     return [
         f"The best policy with ragged heads beside the best with equal ones: {beside}.",
         f"At the same number of blocks, ragged heads {verb} {abs(100 * average):.1f} points on average over "
-        f"{len(pairs)} policies at {', '.join(f'{ratio}x' for ratio in found.ratios)} ({by_setting}): better in {better} of {len(gains)} "
-        f"pairs, worse in {worse}, within half a point in {len(gains) - better - worse}.",
+        f"{len(pairs)} policies and {len(found.ratios)} ratios, {by_setting}: better in {better} of {len(gains)}, "
+        f"worse in {worse}, within half a point in {len(gains) - better - worse}.",
         f"The most they gain is {_points(gains[most])} ({most[0]} at {most[1]}x), the least {_points(gains[least])} "
         f"({least[0]} at {least[1]}x).",
     ]
