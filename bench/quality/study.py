@@ -27,17 +27,17 @@ the full cache's:
 - **text**: a part of Python's manual and the {held_out} tokens that follow it. Perplexity (the full cache's over the
   compressed one's) and agreement (how often the most likely token is that of the full cache).
 - **asked after**: facts hidden in the manual, {facts} tokens together, and {digits} random digits; the questions come
-  after eviction, when no policy could know them. The facts lie evenly spread, the last one at the very end, which every
-  policy keeps. Single needles, several of one kind, key-value pairs, questions about
-  a report, the first {repeated} digits to be repeated. An answer counts when greedy decoding gives all of it (each
-  digit by itself).
+  after eviction, when no policy could know them. Single needles, several of one kind, key-value pairs, questions about
+  a report, the first {repeated} digits to be repeated. The facts lie evenly spread, the last one at the very end, which
+  every policy keeps. An answer counts when greedy decoding gives all of it (each digit by itself).
 - **asked before**: some of the same questions, as the end of the prompt that is compressed. Only its last token comes
   after eviction: no token of an answer is predicted by the full cache.
 
 Only answers that the full cache gets right are counted. A task's share is the mean over its answers, a setting's the
 mean over its tasks, and **overall** is the mean over the three settings. *Ragged* heads compete for blocks (those of a
 layer or of the whole sequence, as the policy says); *equal* heads of a layer all keep the same number of blocks: the
-same scores, the same budget."""
+same scores, the same budget. Tasks have few answers (the last table counts them), so that one answer more or less is
+several points: small differences mean little."""
 
 
 def render(result: Result, source: Path, page: Path, pictures: Sequence[Path]) -> None:
