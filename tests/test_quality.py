@@ -157,6 +157,20 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_run, capsys):
 
 
 @pytest.mark.model
+def test_times_are_added_to_the_rows_that_there_are(tiny_run, tmp_path):
+    one, path = tiny_run
+    before = json.loads(path.read_text())["rows"]
+    one.times()
+    after = json.loads(path.read_text())["rows"]
+    timed = [row for row in after if "ms" in row]
+    assert len(timed) == sum(row["setting"] == TEXT and row["policy"] != "full" for row in before)
+    assert all(row.pop("ms") > 0 and row.pop("full_ms") > 0 for row in timed)
+    assert after == before
+    with pytest.raises(ValueError, match="--times: expected --json with the file of an earlier run"):
+        run.Run(TINY, (4,), json_path=tmp_path / "none.json").times()
+
+
+@pytest.mark.model
 def test_what_is_asked_lies_within_the_size_and_the_answer_is_not_given_away(tiny_run):
     tokenizer = tiny_run[0].tokenizer
     for size in tasks.SIZES.values():
