@@ -6,7 +6,6 @@ from attention_cases import CASES_AND_DTYPES, Case
 from oracle import assert_accurate, attention, attention_backward, attention_mask
 
 import kvops
-from kvops.eager import attention as eager
 
 
 @pytest.fixture(autouse=True)
@@ -111,36 +110,6 @@ def test_autograd_calls_the_operator(backend):
     actual = torch.autograd.grad(lse.sum(), inputs, allow_unused=True)
     for gradient, expected in zip(actual, from_lse, strict=True):
         assert torch.equal(gradient, expected)
-
-
-def test_gradcheck_in_float64():
-    """The formulas of the eager implementation against finite differences, on each of its two paths."""
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v, sinks, options):
-            out, lse = eager.flash_attention(q, k, v, sinks=sinks, **options)
-            ctx.save_for_backward(q, k, v, sinks, out, lse)
-            ctx.options = options
-            return out, lse
-
-        @staticmethod
-        def backward(ctx, dout, dlse):
-            q, k, v, sinks, out, lse = ctx.saved_tensors
-            dlse = dlse if dlse.any() else None
-            gradients = eager.flash_attention_backward(dout, q, k, v, out, lse, sinks=sinks, dlse=dlse, **ctx.options)
-            return (*gradients, None)
-
-    shapes = (4, 2, 3), (5, 1, 3), (5, 1, 2)
-    q, k, v = (torch.randn(1, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    for options in (
-        {"causal": True},
-        {"window_left": 1, "window_right": 2, "scale": 0.7},
-        {"causal": True, "softcap": 1.5, "alibi_slopes": torch.tensor([0.3, 0.1], dtype=torch.float64)},
-    ):
-        assert torch.autograd.gradcheck(lambda *x, o=options: Attention.apply(*x, o), (q, k, v, sinks))
-        assert torch.autograd.gradcheck(lambda *x, o=options: Attention.apply(*x, o)[0], (q, k, v, sinks))
 
 
 def test_is_a_well_formed_operator(backend):
