@@ -11,7 +11,17 @@ import triton.language as tl
 from kvops.autotune.lookup import choose
 from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
-from kvops.kernels.primitives import LOG2_E, dot, in_window, load_rows, log2_scores, window_blocks
+from kvops.kernels.primitives import (
+    LOG2_E,
+    alibi_slope,
+    dot,
+    in_window,
+    load_rows,
+    log2_scores,
+    program_tile,
+    sequence_tokens,
+    window_blocks,
+)
 
 
 @triton.jit
@@ -109,33 +119,21 @@ def attention_scores_kernel(
     BLOCK_D: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
-    blocks = tl.cdiv(seqlen_k, BLOCK_N)
-    pid = tl.program_id(0)
-    start_n = pid % blocks * BLOCK_N
-    kv_head = (pid // blocks % kv_heads).to(tl.int64)
-    batch = (pid // blocks // kv_heads).to(tl.int64)
-    if cu_seqlens_q_ptr is not None:
-        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
-        first_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
-        seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
-        seqlen_k = (tl.load(cu_seqlens_k_ptr + batch + 1) - first_k).to(tl.int32)
-        if start_n >= seqlen_k:
-            return
-        q_ptr += first_q * stride_qm
-        lse_ptr += first_q
-        k_ptr += first_k * stride_kn
-        scores_ptr += first_k
-    else:
-        q_ptr += batch * stride_qb
-        lse_ptr += batch * stride_lb
-        k_ptr += batch * stride_kb
-        scores_ptr += batch * stride_sb
+    start_n, kv_head, batch = program_tile(seqlen_k, kv_heads, BLOCK_N, LAST_FIRST=False)
+    first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
+    first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
+    if start_n >= seqlen_k:
+        return
+    first_k += start_n
+    q_ptr += batch * stride_qb + first_q * stride_qm
+    lse_ptr += batch * stride_lb + first_q
+    k_ptr += batch * stride_kb + kv_head * stride_kh + first_k * stride_kn
+    scores_ptr += batch * stride_sb + kv_head * stride_sh + first_k
     if query_start < 0:
         query_start = tl.maximum(0, query_start + seqlen_q)
     columns = tl.arange(0, BLOCK_N)
     keys = start_n + columns
     left = seqlen_k - start_n
-    k_ptr += kv_head * stride_kh + start_n.to(tl.int64) * stride_kn
     k = load_rows(k_ptr, columns, stride_kn, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
 
     # A key j is seen by the queries at positions j - right ... j + left, of which those from query_start on count.
@@ -156,9 +154,7 @@ def attention_scores_kernel(
     result = tl.zeros([BLOCK_N], tl.float32)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(slopes_ptr + batch * stride_slopes_b + head).to(tl.float32)
+        slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
         qh_ptr = q_ptr + head * stride_qh
         lseh_ptr = lse_ptr + head * stride_lh
         total = tl.full([BLOCK_N], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
@@ -182,7 +178,7 @@ def attention_scores_kernel(
             result += total
     if REDUCE_GROUP == "mean":
         result = result / GROUP
-    tl.store(scores_ptr + kv_head * stride_sh + start_n + columns, result, mask=columns < left)
+    tl.store(scores_ptr + columns, result, mask=columns < left)
 
 
 def attention_scores(

@@ -12,7 +12,20 @@ import triton.language as tl
 from kvops.autotune.lookup import choose
 from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
-from kvops.kernels.primitives import LOG2_E, dot, in_window, load_rows, log2_scores, store_rows, window_blocks
+from kvops.kernels.primitives import (
+    LOG2_E,
+    alibi_slope,
+    block_at,
+    block_range,
+    dot,
+    in_window,
+    load_rows,
+    log2_scores,
+    program_tile,
+    sequence_tokens,
+    store_rows,
+    window_blocks,
+)
 
 
 @triton.jit(do_not_specialize=["seqlen_q"])
@@ -42,13 +55,10 @@ def flash_delta_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """delta, and lse in units of log2 with +inf for an empty row, so that exp2(s - lse) is 0 there."""
-    blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = (pid % blocks).to(tl.int64) * BLOCK_M
-    head = (pid // blocks % heads).to(tl.int64)
-    batch = (pid // blocks // heads).to(tl.int64)
+    start_m, head, batch = program_tile(seqlen_q, heads, BLOCK_M, LAST_FIRST=False)
     rows = tl.arange(0, BLOCK_M)
     left = seqlen_q - start_m
+    start_m = start_m.to(tl.int64)
     out_ptr += batch * stride_ob + head * stride_oh + start_m * stride_om
     dout_ptr += batch * stride_dob + head * stride_doh + start_m * stride_dom
     out = load_rows(out_ptr, rows, stride_om, left, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
@@ -185,42 +195,24 @@ def flash_backward_keys_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
-    blocks = tl.cdiv(seqlen_k, BLOCK_N)
-    pid = tl.program_id(0)
-    # Under a causal mask the first keys are seen by the most queries: they start first as it is.
-    start_n = pid % blocks * BLOCK_N
-    kv_head = (pid // blocks % kv_heads).to(tl.int64)
-    batch = (pid // blocks // kv_heads).to(tl.int64)
-    if cu_seqlens_q_ptr is not None:
-        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
-        first_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
-        seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
-        seqlen_k = (tl.load(cu_seqlens_k_ptr + batch + 1) - first_k).to(tl.int32)
-        if start_n >= seqlen_k:
-            return
-        q_ptr += first_q * stride_qm
-        dout_ptr += first_q * stride_dom
-        lse_log2_ptr += first_q
-        delta_ptr += first_q
-        k_ptr += first_k * stride_kn
-        v_ptr += first_k * stride_vn
-        dk_ptr += first_k * stride_dkn
-        dv_ptr += first_k * stride_dvn
-    else:
-        q_ptr += batch * stride_qb
-        dout_ptr += batch * stride_dob
-        lse_log2_ptr += batch * stride_lb
-        delta_ptr += batch * stride_lb
-        k_ptr += batch * stride_kb
-        v_ptr += batch * stride_vb
-        dk_ptr += batch * stride_dkb
-        dv_ptr += batch * stride_dvb
+    # Under a causal mask the first keys are seen by the most queries: they start first.
+    start_n, kv_head, batch = program_tile(seqlen_k, kv_heads, BLOCK_N, LAST_FIRST=False)
+    first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
+    first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
+    if start_n >= seqlen_k:
+        return
+    first_k += start_n
+    q_ptr += batch * stride_qb + first_q * stride_qm
+    dout_ptr += batch * stride_dob + first_q * stride_dom
+    lse_log2_ptr += batch * stride_lb + first_q
+    delta_ptr += batch * stride_lb + first_q
+    k_ptr += batch * stride_kb + kv_head * stride_kh + first_k * stride_kn
+    v_ptr += batch * stride_vb + kv_head * stride_vh + first_k * stride_vn
+    dk_ptr += batch * stride_dkb + kv_head * stride_dkh + first_k * stride_dkn
+    dv_ptr += batch * stride_dvb + kv_head * stride_dvh + first_k * stride_dvn
     columns = tl.arange(0, BLOCK_N)
     keys = start_n + columns
-    first = start_n.to(tl.int64)
     left = seqlen_k - start_n
-    k_ptr += kv_head * stride_kh + first * stride_kn
-    v_ptr += kv_head * stride_vh + first * stride_vn
     k = load_rows(k_ptr, columns, stride_kn, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     v = load_rows(v_ptr, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -232,16 +224,15 @@ def flash_backward_keys_kernel(
     start, full_start, _, end = window_blocks(
         start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
     )
-    # Two loops are what registers hold: a window on the left masks every block, the boundary on the right its own.
+    # A window on the left masks every block (a second loop beside it spills on sm_120 and gfx950), the boundary on the
+    # right its own.
     if HAS_LEFT:
         full_start = end
     elif not HAS_RIGHT:
         full_start = start
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(slopes_ptr + batch * stride_slopes_b + head).to(tl.float32)
+        slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
         qh_ptr = q_ptr + head * stride_qh
         douth_ptr = dout_ptr + head * stride_doh
         lseh_ptr = lse_log2_ptr + head * stride_lh
@@ -259,8 +250,6 @@ def flash_backward_keys_kernel(
                 HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
-    dk_ptr += kv_head * stride_dkh + first * stride_dkn
-    dv_ptr += kv_head * stride_dvh + first * stride_dvn
     store_rows(dk_ptr, columns, stride_dkn, left, dk * scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr, columns, stride_dvn, left, dv, HEAD_DIM_V, BLOCK_DV)
 
@@ -278,6 +267,8 @@ def _gather_query_gradient(
     stride_kn,
     stride_vn,
     start,
+    full_start,
+    full_end,
     end,
     seqlen_k,
     window_left,
@@ -297,9 +288,11 @@ def _gather_query_gradient(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Add what the key blocks from ``start`` to ``end`` give to dQ."""
+    """Add what the key blocks that need a mask (if MASKED, else the others) give to dQ."""
     columns = tl.arange(0, BLOCK_N)
-    for start_n in tl.range(start, end, BLOCK_N):
+    low, high = block_range(start, full_start, full_end, end, HAS_LEFT, MASKED)
+    for place in tl.range(low, high, BLOCK_N):
+        start_n = block_at(place, full_start, full_end, HAS_LEFT, MASKED)
         first = tl.cast(start_n, tl.int64)
         left = seqlen_k - start_n
         k = load_rows(  # [BLOCK_N, BLOCK_D]
@@ -372,71 +365,44 @@ def flash_backward_queries_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
-    blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = (blocks - 1 - pid % blocks) * BLOCK_M
-    head = (pid // blocks % heads).to(tl.int64)
-    batch = (pid // blocks // heads).to(tl.int64)
-    if cu_seqlens_q_ptr is not None:
-        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
-        first_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
-        seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
-        seqlen_k = (tl.load(cu_seqlens_k_ptr + batch + 1) - first_k).to(tl.int32)
+    start_m, head, batch = program_tile(seqlen_q, heads, BLOCK_M, LAST_FIRST=True)
+    first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
+    first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
+    if cu_seqlens_q_ptr is not None:  # noqa: SIM102 - asked of dense inputs, it spills float32 (sm_80)
         if start_m >= seqlen_q:
             return
-        q_ptr += first_q * stride_qm
-        dout_ptr += first_q * stride_dom
-        lse_log2_ptr += first_q
-        delta_ptr += first_q
-        dq_ptr += first_q * stride_dqm
-        k_ptr += first_k * stride_kn
-        v_ptr += first_k * stride_vn
-    else:
-        q_ptr += batch * stride_qb
-        dout_ptr += batch * stride_dob
-        lse_log2_ptr += batch * stride_lb
-        delta_ptr += batch * stride_lb
-        dq_ptr += batch * stride_dqb
-        k_ptr += batch * stride_kb
-        v_ptr += batch * stride_vb
-    rows = tl.arange(0, BLOCK_M)
-    first = start_m.to(tl.int64)
-    left = seqlen_q - start_m
-    q_ptr += head * stride_qh + first * stride_qm
-    dout_ptr += head * stride_doh + first * stride_dom
-    dq_ptr += head * stride_dqh + first * stride_dqm
-    k_ptr += head // GROUP * stride_kh
-    v_ptr += head // GROUP * stride_vh
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + batch * stride_slopes_b + head).to(tl.float32)
+    first_q += start_m
+    q_ptr += batch * stride_qb + head * stride_qh + first_q * stride_qm
+    dout_ptr += batch * stride_dob + head * stride_doh + first_q * stride_dom
+    dq_ptr += batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
+    lse_log2_ptr += batch * stride_lb + head * stride_lh + first_q
+    delta_ptr += batch * stride_lb + head * stride_lh + first_q
+    k_ptr += batch * stride_kb + head // GROUP * stride_kh + first_k * stride_kn
+    v_ptr += batch * stride_vb + head // GROUP * stride_vh + first_k * stride_vn
+    slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
 
+    rows = tl.arange(0, BLOCK_M)
+    left = seqlen_q - start_m
     offset = seqlen_k - seqlen_q
     position = start_m + rows + offset
     q = load_rows(q_ptr, rows, stride_qm, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     dout = load_rows(dout_ptr, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
-    lse = tl.load(lse_log2_ptr + head * stride_lh + first + rows, mask=rows < left, other=float("inf"))
-    delta = tl.load(delta_ptr + head * stride_lh + first + rows, mask=rows < left, other=0.0)
+    lse = tl.load(lse_log2_ptr + rows, mask=rows < left, other=float("inf"))
+    delta = tl.load(delta_ptr + rows, mask=rows < left, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     last_position = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1 + offset
     start, full_start, full_end, end = window_blocks(
         start_m + offset, last_position, window_left, window_right, seqlen_k, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
-    if HAS_LEFT:
-        dq = _gather_query_gradient(
-            dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, seqlen_k,
-            window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
     dq = _gather_query_gradient(
-        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, full_start, full_end, seqlen_k,
-        window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
+        seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
         HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _gather_query_gradient(
-        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, full_end, end, seqlen_k,
-        window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
+        seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
         HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)

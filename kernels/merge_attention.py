@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kvops.kernels.dense import padded, row_strides, token_strides
-from kvops.kernels.primitives import LN_2, LOG2_E, load_rows, store_rows
+from kvops.kernels.primitives import LN_2, LOG2_E, load_rows, program_tile, store_rows
 
 
 @triton.jit
@@ -48,11 +48,8 @@ def merge_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    blocks = tl.cdiv(seqlen, BLOCK_M)
-    pid = tl.program_id(0)
-    start = (pid % blocks).to(tl.int64) * BLOCK_M
-    head = (pid // blocks % heads).to(tl.int64)
-    batch = (pid // blocks // heads).to(tl.int64)
+    start, head, batch = program_tile(seqlen, heads, BLOCK_M, LAST_FIRST=False)
+    start = start.to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     left = seqlen - start
     lse_a = tl.load(lse_a_ptr + batch * stride_lab + head * stride_lah + start + rows, mask=rows < left, other=0.0)
@@ -107,11 +104,8 @@ def merge_attention_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """The gradients of both parts have the same strides: ``stride_g*`` for out, ``stride_gl*`` for lse."""
-    blocks = tl.cdiv(seqlen, BLOCK_M)
-    pid = tl.program_id(0)
-    start = (pid % blocks).to(tl.int64) * BLOCK_M
-    head = (pid // blocks % heads).to(tl.int64)
-    batch = (pid // blocks // heads).to(tl.int64)
+    start, head, batch = program_tile(seqlen, heads, BLOCK_M, LAST_FIRST=False)
+    start = start.to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     left = seqlen - start
     lse_a = tl.load(lse_a_ptr + batch * stride_lab + head * stride_lah + start + rows, mask=rows < left, other=0.0)

@@ -47,6 +47,41 @@ def store_rows(ptr, rows, stride_row, num_rows, tile, WIDTH: tl.constexpr, PADDE
 
 
 @triton.jit
+def program_tile(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The first row, head and batch entry of this program's tile, when every head of ``length`` rows has its own tiles.
+
+    With LAST_FIRST a head's tiles are taken from its end: under a causal mask the last rows see the most keys, and no
+    long program starts late.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    rest = pid // blocks
+    return block * BLOCK, (rest % heads).to(tl.int64), (rest // heads).to(tl.int64)
+
+
+@triton.jit
+def sequence_tokens(cu_seqlens_ptr, batch, length):
+    """The first token (int64) and the length of sequence ``batch``: 0 and ``length`` unless it is a packed one."""
+    first = 0
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + batch)
+        length = tl.load(cu_seqlens_ptr + batch + 1) - first
+    return tl.cast(first, tl.int64), length
+
+
+@triton.jit
+def alibi_slope(slopes_ptr, batch, head, stride_b):
+    """The ALiBi slope of a head in float32; 0 without slopes."""
+    slope = 0.0
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + batch * stride_b + head).to(tl.float32)
+    return slope
+
+
+@triton.jit
 def tanh(x):
     """tanh to float32 precision: a series near 0, where the quotient of exponentials cancels."""
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
@@ -109,6 +144,30 @@ def window_blocks(
     full_start = tl.maximum(start, full_start)
     full_end = tl.maximum(full_start, full_end)
     return start, full_start, full_end, end
+
+
+@triton.jit
+def block_range(start, full_start, full_end, end, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr):
+    """The range of a loop over blocks from ``window_blocks``: those that are masked if MASKED, else those seen whole.
+
+    One loop serves the masked blocks on both sides, and ``block_at`` tells where it is: of three loops in a kernel
+    ptxas serialises the matrix products (C7515, sm_90).
+    """
+    if not MASKED:
+        low, high = full_start, full_end
+    elif HAS_BEFORE:
+        low, high = start, end - (full_end - full_start)
+    else:
+        low, high = full_end, end
+    return low, high
+
+
+@triton.jit
+def block_at(place, full_start, full_end, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr):
+    """The block at ``place`` in ``block_range``: masked blocks on both sides jump over what lies between."""
+    if MASKED and HAS_BEFORE:
+        place += tl.where(place < full_start, 0, full_end - full_start)
+    return place
 
 
 @triton.jit
