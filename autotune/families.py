@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from kvops.autotune.config import (
     CAUSAL,
     FULL,
+    HAVE_TMA,
     WINDOW,
     AttentionConfig,
     CompactConfig,
@@ -128,7 +130,7 @@ def _why_streaming(what: str, problem: Problem, device: DeviceFacts, config: Con
 
 
 def _all_but(*names: str) -> Callable[[Config], Hashable]:
-    """Every field counts but these: stages change when data arrives, not in what order it is added."""
+    """Every field counts but these: stages and descriptors change when and how data arrives, not the order of a sum."""
 
     def numerics(config: Config) -> Hashable:
         return tuple(value for name, value in dataclasses.asdict(config).items() if name not in names)
@@ -168,13 +170,13 @@ _SCORES_TILES: _Tiles = {
 }
 # In float32 a product is a sum of ordinary multiplications, unrolled: larger tiles spill and take minutes to compile.
 _FLOAT32_TILES = ((16, 32, 8, 1), (16, 16, 4, 1))
-# A window has three loops to compile where a causal mask has two, and bounds the keys: two tiles beside the default.
+# A window bounds the keys: two tiles are enough to try.
 _WINDOW_TILES = 2
 # For fewer queries than a tile has rows, and for heads wider than 256.
 _NARROW_TILES = ((64, 16, 4, 1), (32, 64, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1))
 
 
-def _dense_space(tiles: _Tiles, problem: Problem, device: DeviceFacts) -> Iterable[AttentionConfig]:
+def _dense_space(tiles: _Tiles, descriptors: bool, problem: Problem, device: DeviceFacts) -> Iterable[AttentionConfig]:
     if problem["itemsize"] == 4 or problem["width"] > 256:
         chosen: Sequence[tuple[int, int, int, int]] = _FLOAT32_TILES if problem["itemsize"] == 4 else _NARROW_TILES
     else:
@@ -185,7 +187,8 @@ def _dense_space(tiles: _Tiles, problem: Problem, device: DeviceFacts) -> Iterab
             chosen = [*_NARROW_TILES, *chosen]
     for block_m, block_n, warps, stages in chosen:
         # AMD's shared memory holds no copy of what is in flight: a stage less does the same there.
-        yield AttentionConfig(block_m, block_n, warps, stages if device.nvidia else max(1, stages - 1))
+        config = AttentionConfig(block_m, block_n, warps, stages if device.nvidia else max(1, stages - 1))
+        yield replace(config, descriptors=descriptors and problem["itemsize"] == 2 and device.arch in HAVE_TMA)
 
 
 def _with_window(problem: Problem) -> Problem:
@@ -218,6 +221,7 @@ def _dense(
     operators: tuple[str, ...],
     *,
     walks_keys: bool,
+    descriptors: bool = False,
 ) -> OpSpec:
     return OpSpec(
         name=name,
@@ -226,9 +230,9 @@ def _dense(
         sizes=_DENSE_SIZES,
         heuristic=heuristic,
         reason=partial(_why_dense, products),
-        space=partial(_dense_space, tiles),
+        space=partial(_dense_space, tiles, descriptors),
         refuse=partial(_refuse_dense, walks_keys=walks_keys),
-        numerics=_all_but("num_stages"),
+        numerics=_all_but("num_stages", "descriptors"),
         kernels=(kernel,),
         workload=f"kvops.workloads:{name}",
         problems=_dense_problems(),
@@ -364,6 +368,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         2,
         _ATTENTION,
         walks_keys=True,
+        descriptors=True,
     ),
     _dense(
         "flash_backward_keys",

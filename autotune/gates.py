@@ -12,9 +12,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvops.autotune.config import HAVE_TMA
 from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch, compile_only
-
-_HAVE_TMA = ("sm_90", "sm_100", "sm_120")
 
 # Serialised products have one wait each; a wait for a whole tile follows several.
 _PRODUCTS_PER_WAIT = 2
@@ -67,7 +66,7 @@ def check_launches(case: CompileCase, target: str, launches: Sequence[CompiledLa
             problems.append(f"{where}: {spills}, {launch.stack} bytes of stack")
         if not launch.matrix_instructions and (launch.dots_16bit or launch.kernel in case.matrix):
             problems.append(f"{where}: no matrix instructions")
-        if launch.descriptor_loads and target in _HAVE_TMA and not launch.tma_loads:
+        if launch.descriptor_loads and target in HAVE_TMA and not launch.tma_loads:
             problems.append(f"{where}: no TMA load for {launch.descriptor_loads} loads through descriptors")
         if target == "sm_90" and launch.kernel in case.warpgroup and launch.matrix_instructions:
             warpgroup, others = launch.matrix_instructions.get("HGMMA", 0), launch.matrix_instructions.get("HMMA", 0)

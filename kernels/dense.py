@@ -1,7 +1,8 @@
-"""What the launch functions of dense and packed attention share: strides and padding."""
+"""What the launch functions of dense and packed attention share: strides, padding and tensor descriptors."""
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvops.autotune.config import CAUSAL, FULL, WINDOW
 
@@ -31,3 +32,31 @@ def mask_kind(window_left: int, window_right: int) -> int:
     if window_left >= 0 or window_right > 0:
         return WINDOW
     return CAUSAL if window_right == 0 else FULL
+
+
+def _described(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of [batch, seqlen, heads, head_dim] as a descriptor gets them."""
+    shape = list(tensor.shape) if tensor.dim() == 4 else [1, *tensor.shape]
+    # The stride of a dimension of size 1 may be anything, which TMA would refuse.
+    strides = [stride if size > 1 else 8 for stride, size in zip(token_strides(tensor), shape, strict=False)]
+    return shape, [*strides, 1]
+
+
+def describable(tensor: torch.Tensor) -> bool:
+    """Whether TMA can read a 16-bit [batch, seqlen, heads, head_dim] or [total_tokens, heads, head_dim] as it lies.
+
+    It wants base and strides that are multiples of 16 bytes, and no dimension that is empty or expanded (stride 0).
+    """
+    shape, strides = _described(tensor)
+    return (
+        tensor.element_size() == 2
+        and tensor.data_ptr() % 16 == 0
+        and all(shape)
+        and all(stride > 0 and stride % 8 == 0 for stride in strides[:3])
+    )
+
+
+def descriptor(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor of a ``describable`` tensor: a block is ``rows`` tokens of one head, zero-padded to ``width``."""
+    shape, strides = _described(tensor)
+    return TensorDescriptor(tensor, shape, strides, [1, rows, 1, width])

@@ -1,7 +1,9 @@
 """Flash attention, forward (Dao et al., 2022 and 2023): a program owns a tile of one head's queries and walks the keys.
 
 Dense [batch, seqlen, heads, head_dim] and packed [total_tokens, heads, head_dim] inputs run the same kernel: a packed
-call passes the cumulative lengths, and their absence compiles to the dense case.
+call passes the cumulative lengths, and their absence compiles to the dense case. K and V come through tensor
+descriptors (TMA) where the configuration asks for them and the tensors allow it (``kvops.kernels.dense.describable``),
+else through pointers: the same kernel, with ``k_desc`` and ``v_desc`` None.
 """
 
 import torch
@@ -9,16 +11,30 @@ import triton
 import triton.language as tl
 
 from kvops.autotune.lookup import choose
-from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
+from kvops.kernels.dense import (
+    describable,
+    descriptor,
+    mask_kind,
+    padded,
+    row_strides,
+    slope_stride,
+    token_strides,
+)
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import (
     LN_2,
     LOG2_E,
+    alibi_slope,
+    block_at,
+    block_range,
     dot,
     in_window,
     load_rows,
+    load_tile,
     log2_scores,
     online_softmax_step,
+    program_tile,
+    sequence_tokens,
     store_rows,
     window_blocks,
 )
@@ -31,11 +47,18 @@ def _attend(
     l,
     q,
     position,
+    k_desc,
+    v_desc,
+    entry,
+    first_k,
+    kv_head,
     k_ptr,
     v_ptr,
     stride_kn,
     stride_vn,
     start,
+    full_start,
+    full_end,
     end,
     seqlen_k,
     window_left,
@@ -51,17 +74,21 @@ def _attend(
     HAS_ALIBI: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Attend to the key blocks from ``start`` to ``end``; only where MASKED may some of their keys be unseen."""
+    """Attend to the key blocks that need a mask if MASKED, else to those between them (see ``window_blocks``)."""
     columns = tl.arange(0, BLOCK_N)
-    for start_n in tl.range(start, end, BLOCK_N):
-        first = tl.cast(start_n, tl.int64)
-        k = load_rows(  # [BLOCK_N, BLOCK_D]
-            k_ptr + first * stride_kn, columns, stride_kn, seqlen_k - start_n, HEAD_DIM, BLOCK_D, MASKED
+    first, last = block_range(start, full_start, full_end, end, HAS_LEFT, MASKED)
+    # The masked loop of packed sequences would spill in two stages (3.6.0, 3.7.1), and is short.
+    for place in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED and PACKED else None):
+        start_n = block_at(place, full_start, full_end, HAS_LEFT, MASKED)
+        left = seqlen_k - start_n
+        k = load_tile(  # [BLOCK_N, BLOCK_D]
+            k_desc, entry, first_k, kv_head, k_ptr, start_n, columns, stride_kn, left, HEAD_DIM, BLOCK_D, MASKED
         )
         s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
         if FOLD_SCALE and not MASKED:
@@ -78,9 +105,12 @@ def _attend(
                 seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT)
                 s = tl.where(seen & (start_n + columns < seqlen_k)[None, :], s, float("-inf"))
             p, rescale, m, l = online_softmax_step(s, m, l)
-        v = load_rows(  # [BLOCK_N, BLOCK_DV]
-            v_ptr + first * stride_vn, columns, stride_vn, seqlen_k - start_n, HEAD_DIM_V, BLOCK_DV, MASKED
+        v = load_tile(  # [BLOCK_N, BLOCK_DV]
+            v_desc, entry, first_k, kv_head, v_ptr, start_n, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, MASKED
         )
+        if MASKED and PACKED and v_desc is not None:
+            # A descriptor reads the next sequence past the end of this one: 0 * NaN must not come of it.
+            v = tl.where((columns < left)[:, None], v, 0.0)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_DV]
     return acc, m, l
 
@@ -92,6 +122,8 @@ def flash_forward_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
+    k_desc,
+    v_desc,
     sinks_ptr,
     slopes_ptr,
     cu_seqlens_q_ptr,
@@ -131,37 +163,19 @@ def flash_forward_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
-    blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    pid = tl.program_id(0)
-    # Under a causal mask the last rows see the most keys: they start first, so that no long program starts late.
-    start_m = (blocks - 1 - pid % blocks) * BLOCK_M
-    head = (pid // blocks % heads).to(tl.int64)
-    batch = (pid // blocks // heads).to(tl.int64)
-    if cu_seqlens_q_ptr is not None:
-        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
-        first_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
-        seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
-        seqlen_k = (tl.load(cu_seqlens_k_ptr + batch + 1) - first_k).to(tl.int32)
-        if start_m >= seqlen_q:
-            return
-        q_ptr += first_q * stride_qm
-        k_ptr += first_k * stride_kn
-        v_ptr += first_k * stride_vn
-        out_ptr += first_q * stride_om
-        lse_ptr += first_q
-    else:
-        q_ptr += batch * stride_qb
-        k_ptr += batch * stride_kb
-        v_ptr += batch * stride_vb
-        out_ptr += batch * stride_ob
-        lse_ptr += batch * stride_lb
-    q_ptr += head * stride_qh + start_m.to(tl.int64) * stride_qm
-    k_ptr += head // GROUP * stride_kh
-    v_ptr += head // GROUP * stride_vh
-    out_ptr += head * stride_oh + start_m.to(tl.int64) * stride_om
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + batch * stride_slopes_b + head).to(tl.float32)
+    PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
+    start_m, head, batch = program_tile(seqlen_q, heads, BLOCK_M, LAST_FIRST=True)
+    first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
+    first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
+    if start_m >= seqlen_q:
+        return
+    first_q += start_m
+    q_ptr += batch * stride_qb + head * stride_qh + first_q * stride_qm
+    k_ptr += batch * stride_kb + head // GROUP * stride_kh + first_k * stride_kn
+    v_ptr += batch * stride_vb + head // GROUP * stride_vh + first_k * stride_vn
+    out_ptr += batch * stride_ob + head * stride_oh + first_q * stride_om
+    lse_ptr += batch * stride_lb + head * stride_lh + first_q
+    slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
 
     rows = tl.arange(0, BLOCK_M)
     offset = seqlen_k - seqlen_q
@@ -181,21 +195,19 @@ def flash_forward_kernel(
     start, full_start, full_end, end = window_blocks(
         start_m + offset, last_position, window_left, window_right, seqlen_k, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
-    if HAS_LEFT:
-        acc, m, l = _attend(
-            acc, m, l, q, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, seqlen_k,
-            window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+    # Where a descriptor finds this sequence: packed ones are all in its first batch entry.
+    entry = batch if not PACKED else 0
     acc, m, l = _attend(
-        acc, m, l, q, position, k_ptr, v_ptr, stride_kn, stride_vn, full_start, full_end, seqlen_k,
-        window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-        HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, m, l, q, position, k_desc, v_desc, entry, first_k, head // GROUP, k_ptr, v_ptr, stride_kn, stride_vn,
+        start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM,
+        HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, False, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
+        BLOCK_DV,
     )  # fmt: skip
     acc, m, l = _attend(
-        acc, m, l, q, position, k_ptr, v_ptr, stride_kn, stride_vn, full_end, end, seqlen_k,
-        window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-        HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, m, l, q, position, k_desc, v_desc, entry, first_k, head // GROUP, k_ptr, v_ptr, stride_kn, stride_vn,
+        start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM,
+        HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, True, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
+        BLOCK_DV,
     )  # fmt: skip
 
     total = tl.where(l == 0.0, 1.0, l)
@@ -206,7 +218,7 @@ def flash_forward_kernel(
         if HAS_RIGHT:
             sees_a_key = (position + window_right >= 0) & sees_a_key
         lse = tl.where(sees_a_key, lse, float("-inf"))
-    tl.store(lse_ptr + head * stride_lh + start_m + rows, lse, mask=start_m + rows < seqlen_q)
+    tl.store(lse_ptr + rows, lse, mask=start_m + rows < seqlen_q)
     acc = acc / total[:, None]
     store_rows(out_ptr, rows, stride_om, seqlen_q - start_m, acc, HEAD_DIM_V, BLOCK_DV)
 
@@ -287,12 +299,17 @@ def _launch(
     if programs == 0:
         return
     scale = head_dim**-0.5 if scale is None else scale
+    k_desc = v_desc = None
+    if config.descriptors and describable(k) and describable(v):
+        k_desc, v_desc = descriptor(k, config.block_n, block_d), descriptor(v, config.block_n, block_dv)
     flash_forward_kernel[(programs,)](
         q,
         k,
         v,
         out,
         lse,
+        k_desc,
+        v_desc,
         sinks,
         alibi_slopes,
         cu_seqlens_q,

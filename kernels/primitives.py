@@ -38,6 +38,35 @@ def load_rows(ptr, rows, stride_row, num_rows, WIDTH: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
+def load_tile(
+    desc,
+    entry,
+    first,
+    head,
+    ptr,
+    start,
+    rows,
+    stride_row,
+    num_rows,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """The tile [len(rows), PADDED] of a head from row ``start`` on: through ``desc``, or without one from ``ptr``.
+
+    ``desc`` holds all of [batch, seqlen, heads, width] and reads 0 past its ends; the sequence begins at row ``first``
+    of the batch entry ``entry``. ``ptr`` points to row 0 of the head in the sequence, see ``load_rows``.
+    """
+    if desc is not None:
+        place = [tl.cast(entry, tl.int32), first.to(tl.int32) + start, head.to(tl.int32), 0]
+        tile = desc.load(place).reshape(rows.shape[0], PADDED)
+    else:
+        ptr += tl.cast(start, tl.int64) * stride_row
+        tile = load_rows(ptr, rows, stride_row, num_rows, WIDTH, PADDED, BOUNDED)
+    return tile
+
+
+@triton.jit
 def store_rows(ptr, rows, stride_row, num_rows, tile, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Store the first WIDTH columns of ``tile`` [len(rows), PADDED] in the rows below num_rows."""
     columns = tl.arange(0, PADDED)
