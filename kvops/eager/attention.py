@@ -252,6 +252,11 @@ def flash_attention(
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
+def _part(x: Tensor, start: int, end: int) -> Tensor:
+    """Tokens start..end-1 of [B, H, S, D] or [B, H, S]; a short prompt notices what a view of everything costs."""
+    return x if end - start == x.shape[2] else x[:, :, start:end]
+
+
 def _fused_forward(
     q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -266,11 +271,19 @@ def _fused_forward(
     done = 0
     for call in calls:
         mask = _mask(window, call, slopes, q.dtype, q.device) if call.masked else None
-        rows, keys = slice(call.start, call.end), slice(call.low, call.high)
         part, part_lse = _forward(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, call.causal, attn_mask=mask, scale=scale
+            _part(q, call.start, call.end),
+            _part(k, call.low, call.high),
+            _part(v, call.low, call.high),
+            0.0,
+            call.causal,
+            attn_mask=mask,
+            scale=scale,
         )
-        part = part.transpose(1, 2)[..., :Dv]
+        part = part.transpose(1, 2)
+        if part.shape[3] > Dv:
+            part = part[..., :Dv]
+        rows = slice(call.start, call.end)
         if call.start < done:
             part, part_lse = merge(out[:, rows], lse[:, :, rows], part, part_lse)
         if whole:

@@ -74,29 +74,22 @@ def register_gradient(forward: Any, backward: Any) -> None:
     """Make ``forward`` differentiable through ``backward``."""
     name = forward._schema.name.replace("::", ".")
 
-    def on_autograd(
-        keyset: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *layout: Any,
-        sinks: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor]:
-        below = keyset & torch._C._after_autograd_keyset
-
-        def redispatch(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward.redispatch(below, *args, **kwargs)
-
+    def on_autograd(keyset: Any, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"{name} does not run under torch.func's transforms (grad, vjp, jacrev): use torch.autograd.grad"
             )
-        inputs = (q, k, v, sinks, alibi_slopes)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            return _Attention.apply(redispatch, backward, layout, options, *inputs)
-        return redispatch(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **options)
+        below = keyset & torch._C._after_autograd_keyset
+        inputs = (*args[:3], options.get("sinks"), options.get("alibi_slopes"))
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward.redispatch(below, *args, **options)
+
+        def redispatch(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward.redispatch(below, *args, **options)
+
+        options = {name: value for name, value in options.items() if name not in ("sinks", "alibi_slopes")}
+        return _Attention.apply(redispatch, backward, args[3:], options, *inputs)
 
     LIBRARY.impl(forward._schema.name.split("::")[1], on_autograd, "Autograd", with_keyset=True)
