@@ -30,8 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     generate.add_argument("--seed", type=int, default=0, metavar="N")
     generate.add_argument("--compression", type=float, default=1.0, metavar="R", help="keep 1/R of the cache's blocks")
-    generate.add_argument("--policy", default="snapkv", help="what to keep: h2o, kv-compress, snapkv or streaming")
+    generate.add_argument("--cache-mib", type=float, metavar="X", help="keep at most X MiB of keys and values")
+    generate.add_argument("--policy", default="snapkv", help="what to keep: any of kvops.policies.POLICIES")
     generate.add_argument("--compress-every", type=int, default=0, metavar="N", help="again after every N new tokens")
+    generate.add_argument(
+        "--chunk", type=int, default=0, metavar="N", help="read the prompt N tokens at a time, compressing after each"
+    )
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
     generate.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that reach P")
     generate.add_argument(
@@ -66,9 +70,15 @@ def _compression(arguments: argparse.Namespace) -> Compression | None:
 
     if arguments.policy not in POLICIES:
         raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {arguments.policy!r}")
-    if arguments.compression == 1:
+    if arguments.compression == 1 and arguments.cache_mib is None:
         return None
-    return Compression(ratio=arguments.compression, policy=POLICIES[arguments.policy](), every=arguments.compress_every)
+    return Compression(
+        ratio=arguments.compression,
+        mib=arguments.cache_mib,
+        policy=POLICIES[arguments.policy](),
+        every=arguments.compress_every,
+        chunk=arguments.chunk,
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:

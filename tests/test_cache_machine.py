@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kvops
+from kvops.policies import POLICIES, Cached, Compression, Knorm, Streaming
 
 ROWS, BLOCKS = 4, 72
 LISTS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
@@ -305,16 +306,18 @@ class CacheMachine(RuleBasedStateMachine):
         scope = data.draw(st.sampled_from(["head", "sequence"]))
         least_each = data.draw(st.sampled_from([0, 0, 3, 6]))
         keywords = {"protect_last": protect, "min_per_head": least_each, "scope": scope}
+        self._evict(rows, budget, keywords, lambda: self.cache.evict(budget, rows=rows, **keywords))
+
+    def _evict(self, rows, budget, keywords, call):
+        least_each, first = keywords["min_per_head"], keywords.get("protect_first", 0)
         recent = {
             key: {
-                entry.position for entry in self.lists[key] if entry.position > self.lists[key][-1].position - protect
+                entry.position
+                for entry in self.lists[key]
+                if entry.position > self.lists[key][-1].position - keywords["protect_last"] or entry.position < first
             }
             for key in self.of(*rows)
         }
-
-        def call():
-            self.cache.evict(budget, rows=rows, **keywords)
-
         for row in rows:
             lens = [(max(len(recent[key]), min(least_each, len(self.lists[key])))) for key in self.of(row)]
             if sum(map(blocks, lens)) > budget:
@@ -340,6 +343,44 @@ class CacheMachine(RuleBasedStateMachine):
         for row in rows:
             assert sum(len(self.held[key]) for key in self.of(row)) <= budget
             self.may_roll_back[row], self.compressed[row] = 0, True
+
+    @precondition(lambda self: any(self.next))
+    @rule(
+        row=st.integers(0, ROWS - 1),
+        new=st.integers(0, 12),
+        policy=st.sampled_from(["h2o", "kv-compress", "keydiff", "knorm", "r-kv", "snapkv", "streaming", "tova"]),
+        budget=st.sampled_from([{"ratio": 2}, {"ratio": 4}, {"blocks": 9}, {"tokens": 8}, {"mib": 0.001}]),
+        seed=st.integers(0, 99),
+    )
+    def read_chunk(self, row, new, policy, budget, seed):
+        """As a long prompt is read: a chunk comes in, a policy judges all keys, the row goes down to its budget."""
+        self._grow([row], new, None)
+        width = max(len(self.lists[key]) for key in self.of(row))
+        policy = POLICIES[policy]()
+        if not width or not self.own_all([row], lambda: self.cache.unshare([row])):
+            return
+        q = torch.randn(LAYERS, 1, min(max(new, 1), width), HEADS, 3, generator=torch.Generator().manual_seed(seed))
+        for layer in range(LAYERS):
+            seen = Cached(self.cache, layer, q[layer].mul_(1e-4), rows=slice(row, row + 1), width=width)
+            seen.judge(policy)
+            for head in range(HEADS):
+                key = layer, row, head
+                scores = self.slots(self.cache.scores, key)
+                assert all(map(math.isfinite, scores))
+                if isinstance(policy, Knorm):
+                    assert scores == pytest.approx([-abs(entry.name) * 3**0.5 for entry in self.lists[key]])
+                if isinstance(policy, Streaming):
+                    assert scores == [entry.position - self.next[row] for entry in self.lists[key]]
+                pairs = zip(self.lists[key], scores, strict=True)
+                self.lists[key] = [entry._replace(score=score) for entry, score in pairs]
+        compression = Compression(policy=policy, protect_first=1, protect_last=2, **budget)
+        scope = "head" if policy.scope == "head" else "sequence"
+        self._evict(
+            [row],
+            compression.budget(self.cache, self.next[row]),
+            {"protect_first": 1, "protect_last": 2, "min_per_head": 0, "scope": scope},
+            lambda: compression.apply(self.cache, [self.next[row]], [row]),
+        )
 
     def selected(self, rows, budget, keywords) -> dict[Key, list[bool]]:
         """Which slots the operator keeps of each list: which blocks are moved, and so copied, follows from it."""
