@@ -29,7 +29,7 @@ PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 OUT ?= bench/results/cpu
 
-.PHONY: help setup test demo bench bench-quality bench-report gpu lint format clean
+.PHONY: help setup test demo bench bench-quality bench-report gpu prune lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -80,6 +80,9 @@ bench-report: $(SETUP)  ## BENCHMARKS.md, docs/compression.md and plots from the
 # With the python3 of the machine: its torch fits its GPU. Nothing is installed.
 gpu:  ## on a machine with a GPU: correctness, tuning, benchmarks, throughput, graphs; ARGS="--phases check"
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu $(ARGS)
+
+prune: $(SETUP)  ## compile every candidate of every kernel for every GPU, without one: only what changed since the last time
+	OMP_NUM_THREADS=1 $(BIN)/python -m kvops.autotune prune --jobs $(WORKERS)
 
 lint: $(SETUP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -184,8 +184,9 @@ def prune(
         raise ValueError(f"targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}")
     tables = {spec.name: _read_table(spec, folder) for spec in chosen}
     work = tasks(chosen, targets)
+    touched = {spec for spec in chosen if _drop_leftovers(tables[spec.name], spec, work, targets)}
     todo = missing(work, lambda spec: tables[spec.name], triton)
-    done, saved, touched = 0, time.monotonic(), set()
+    done, saved = 0, time.monotonic()
     for task, proof in run(todo, jobs=jobs, limit_seconds=limit_seconds, imports=imports):
         done += 1
         _add(tables[task.spec.name], task, proof, triton)
@@ -198,6 +199,25 @@ def prune(
             touched.clear()
     _save(folder, tables, touched)
     return done, len(todo) - done
+
+
+def _drop_leftovers(table: Table, spec: OpSpec, work: Sequence[Task], targets: Sequence[str]) -> bool:
+    """Proofs for ``targets`` of what the space does not hold any more; True where there were any."""
+    wanted: dict[tuple[str, tuple[tuple[str, int], ...]], set[Config]] = {}
+    for task in work:
+        if task.spec is spec:
+            key = tuple(sorted(spec.proof_of(task.problem).items()))
+            wanted.setdefault((task.target, key), set()).add(task.config)
+    dropped = False
+    for place, group in list(table.groups.items()):
+        if place[0] not in targets:
+            continue
+        for config in set(group.rows) - wanted.get(place, set()):
+            del group.rows[config]
+            dropped = True
+        if not group.rows:
+            del table.groups[place]
+    return dropped
 
 
 def _read_table(spec: OpSpec, folder: Path) -> Table:
