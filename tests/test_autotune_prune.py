@@ -203,11 +203,11 @@ def test_the_shipped_tables_prove_every_candidate_of_the_sources_as_they_are():
 @of_these_versions
 @pytest.mark.compile
 def test_compiling_again_gives_what_the_tables_say(tmp_path, monkeypatch):
-    """One candidate of each family, of another target each: ``verify --recompile`` does more."""
+    """A default of every third family, of another target each: ``verify --recompile`` does more."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     picked: list[Task] = []
     expected = {}
-    for number, spec in enumerate(SHIPPED):
+    for number, spec in list(enumerate(SHIPPED))[::3]:
         target = TARGET_ORDER[number % len(TARGET_ORDER)]
         task = tasks([spec], [target])[0]
         group = load_table(spec).group(target, spec.proof_of(task.problem))
