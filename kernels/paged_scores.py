@@ -87,7 +87,8 @@ def paged_scores_kernel(
         list_begin = tl.load(schedule_ptr + 1 + index)
         list_end = tl.minimum(end, tl.load(schedule_ptr + 2 + index))
         start = (begin - list_begin) * UNIT
-        stop = tl.minimum(length, (list_end - list_begin) * UNIT)
+        unit_stop = (list_end - list_begin) * UNIT
+        stop = tl.minimum(length, unit_stop)
         list_scale = cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
         table = table_ptr + batch * stride_tb + head * stride_th
         for first in tl.range(start, stop, BLOCK_N):
@@ -115,7 +116,9 @@ def paged_scores_kernel(
                 if stash_ptr is not None:
                     place = list_begin.to(tl.int64) * UNIT + slots
                     cell = (axis_head * num_rows + rows)[:, None] * line + place[None, :]
-                    s = tl.load(stash_ptr + cell, mask=seen & (place < line)[None, :], other=float("-inf"))
+                    # What is not seen may never have been written; a mask of whole units keeps the loads wide.
+                    written = (slots < unit_stop) & (place < line)
+                    s = tl.load(stash_ptr + cell, mask=(rows < num_rows)[:, None] & written[None, :], other=0.0)
                 else:
                     columns = tl.arange(0, BLOCK_D)
                     q = tl.load(
@@ -132,7 +135,7 @@ def paged_scores_kernel(
                     lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + token, mask=rows < num_rows, other=0.0
                 )
                 lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
-                p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+                p = tl.exp2(tl.where(seen, s - lse[:, None], float("-inf")))
                 if REDUCE == "max":
                     reduced = tl.maximum(reduced, tl.max(p, 0))
                 elif REDUCE == "sumsq":

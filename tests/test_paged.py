@@ -1,5 +1,8 @@
 """Attention over the ragged paged cache."""
 
+import dataclasses
+import random
+
 import pytest
 import torch
 from oracle import assert_accurate
@@ -18,17 +21,21 @@ def check(
     scores: bool = False,
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
+    cache: Lists | None = None,
+    scales: tuple[float, float] | None = None,
     **options,
 ) -> None:
-    """out, lse and scores against float64; slots of nobody keep their NaN."""
+    """out, lse and scores against float64; slots of nobody keep their NaN. ``cache`` in place of ``lists``."""
     options = {name: value for name, value in options.items() if value is not None}
     exact = expected(q, lists, **options)
     rounded = expected(q, lists, **options, dtype=q.dtype)
     options["batch_invariant"] = batch_invariant
     positions = lists.positions if "query_positions" in options else None
     updated = lists.scores.clone() if scores else None
+    if scales is not None:
+        options["k_scale"], options["v_scale"] = scales
     out, lse = kvops.paged_attention(
-        q, *lists.arguments, positions=positions, scores=updated, schedule=schedule, **options
+        q, *(cache or lists).arguments, positions=positions, scores=updated, schedule=schedule, **options
     )
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
@@ -253,6 +260,48 @@ def test_scales_as_numbers_reach_the_operator(backend, device):
     tensors = torch.ops.kvops.paged_attention(*arguments, k_scale=half, v_scale=two)
     assert torch.equal(numbers[0], tensors[0])
     assert torch.equal(numbers[1], tensors[1])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_features_in_any_combination(backend, device, seed):
+    """Drawn at random: what other tests try one by one. NaN stands in every slot that must not be read."""
+    draw = random.Random(seed)
+    block_size, group = draw.choice([1, 8, 16, 32, 64, 128]), draw.choice([1, 2, 3, 5, 6, 7, 8, 12, 16])
+    num_tokens, head_dim = draw.choice([1, 1, 2, 5, 9]), draw.choice([16, 40, 64, 80, 128, 256])
+    value_dim = draw.choice([head_dim, head_dim, 24, 96])
+    dtype = draw.choice([torch.float32, torch.float16])
+    lengths = [0, 1, block_size - 1, block_size, block_size + 1, 100, 180]
+    lists = make_lists(
+        [draw.choices(lengths, k=2) for _ in range(2)], block_size=block_size, head_dim=head_dim, value_dim=value_dim,
+        dtype=dtype, device=device,
+    )  # fmt: skip
+    options: dict = {"causal": draw.random() < 0.8, "softcap": draw.choice([0.0, 3.0])}
+    options |= {"score_reduce": draw.choice(["sum", "sumsq", "max"]), "score_decay": draw.choice([1.0, 0.5])}
+    if draw.random() < 0.5:
+        options["sinks"] = torch.randn(2 * group, device=device)
+    if draw.random() < 0.5:
+        counts = draw.choices(range(num_tokens + 1), k=2)
+        # A tree needs its tokens in the list.
+        counts = [min(count, least) for count, least in zip(counts, lists.seq_lens.amin(1).tolist(), strict=True)]
+        options["q_lens"] = torch.tensor(counts, dtype=torch.int32, device=device)
+        if draw.random() < 0.5:
+            options["tree_mask"] = torch.rand(2, num_tokens, num_tokens, device=device) < 0.6
+    window = draw.choice(["none", "slots", "positions"])
+    if window != "none":
+        options["window_left"] = draw.choice([0, 30, 90])
+    if window == "positions":
+        # Positions go up by 2 in the mean.
+        options["query_positions"] = torch.randint(0, 400, (2, num_tokens), dtype=torch.int32, device=device)
+    q = queries(lists, group, num_tokens, dtype)
+    if draw.random() < 0.4:
+        k8, v8 = (cache.to(torch.float8_e4m3fn) for cache in (lists.k_cache, lists.v_cache))
+        # By a power of two nothing is rounded: the oracle reads what the scaled cache says.
+        wide = dataclasses.replace(lists, k_cache=k8.to(dtype) * 0.5, v_cache=v8.to(dtype) * 2.0)
+        check(
+            q, wide, cache=dataclasses.replace(lists, k_cache=k8, v_cache=v8), scores=True, scales=(0.5, 2.0), **options
+        )
+    else:
+        check(q, lists, scores=True, **options)
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 64])
