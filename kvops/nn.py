@@ -141,17 +141,17 @@ class Attention(nn.Module):
         Raises ValueError for another layer, or a rotary embedding that only the model knows. :func:`replace` swaps the
         layers of a whole model.
         """
+        from kvops.integrations.transformers_config import rope_of
         from kvops.integrations.transformers_layers import options_of
 
         options = options_of(layer)
         if rope is None:
-            parameters = getattr(layer.config, "rope_parameters", None) or {}
-            if parameters.get("rope_type") != "default":
+            rope = rope_of(layer.config)
+            if rope is None:
                 raise ValueError(
                     "rope: expected the frequencies, as the config's rotary embedding is not the plain one: pass the "
                     "model's rotary_emb.inv_freq"
                 )
-            rope = parameters["rope_theta"]
         attention = cls._around(layer, **options)
         attention.rope = _frequencies(rope, attention.head_dim, attention.q_proj.weight.device)
         return attention
@@ -287,7 +287,8 @@ class Attention(nn.Module):
             from kvops.policies import Prefill
 
             window_left = self._options()["window_left"]
-            seen = Prefill(q, k, v, lse, window_left, self.layer, cache.num_layers, self.rope)
+            place = self.layer, cache.num_layers
+            seen = Prefill(q, k, v, lse, window_left, *place, self.rope, self.scale, self.softcap)
             cache.set_scores(self.layer, self.policy.score(seen), rows=rows)
         return self.o_proj(out.flatten(-2))
 

@@ -266,7 +266,7 @@ def test_rope_frequencies_of_llama_3_scaling_match_transformers():
         ({"prompts": [[1], []]}, "prompts: expected at least one prompt, each"),
         ({"prompts": [[1] * 500]}, "prompts: expected prompt and new tokens within the model's 512"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
-        ({"draft": "magic"}, "draft: expected None, 'prompt_lookup' or a Llama, got 'magic'"),
+        ({"draft": "magic"}, "draft: expected None, 'prompt_lookup' or a model, got 'magic'"),
         ({"temperature": [0.1, 0.2]}, "temperature: expected one number or 1"),
         ({"seed": [1, 2]}, "seed: expected one number or 1"),
     ],

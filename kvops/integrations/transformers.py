@@ -6,7 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvops")
 
 Decoder models train and generate with it: padding on either side, packed sequences, sliding windows, softcap, sinks.
-Padding and packing become cumulative lengths, never a dense mask. ``KVOpsCache`` (also found here) compresses for real.
+Padding and packing become cumulative lengths, never a dense mask. ``KVOpsCache`` (also found here) compresses for real
+within transformers' ``generate``; ``Decoder`` runs a model in this package's own loop, with drafts for whole batches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kvops.ops.varlen import flash_attention_varlen
 
 if TYPE_CHECKING:
     from kvops.integrations.transformers_cache import KVOpsCache as KVOpsCache
+    from kvops.integrations.transformers_decoder import Decoder as Decoder
 
 NAME = "kvops"
 
@@ -32,6 +34,10 @@ def __getattr__(name: str) -> Any:
         from kvops.integrations.transformers_cache import KVOpsCache
 
         return KVOpsCache
+    if name == "Decoder":  # brings kvops.models in, and imports this module
+        from kvops.integrations.transformers_decoder import Decoder
+
+        return Decoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvops.cache import CacheStats, PagedKVCache
+from kvops.integrations.transformers_config import rope_of
 from kvops.integrations.transformers_masks import Mask
 from kvops.ops.attention import flash_attention
 from kvops.policies import Compression, Prefill
@@ -76,11 +77,7 @@ class KVOpsCache(Cache):
         self.paged: PagedKVCache | None = None
         self._length = 0  # of the rows, padding included: what transformers counts
         self._since_eviction = 0
-        rope = getattr(text, "rope_parameters", None) or {}
-        self._rope: Tensor | None = None  # frequencies, which some policies judge by
-        if rope.get("rope_type") == "default":
-            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            self._rope = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self._rope = rope_of(text)  # some policies judge by it
         self._recording = False  # tokens may be taken back: evict behind crop()
         self._due = False
         self._step: _Step | None = None
@@ -291,6 +288,7 @@ class _Step:
             own = q[rows, :length], k[rows, :length], v[rows, :length]
             out[rows, :length], lse = flash_attention(*own, causal=True, window_left=window_left, **options)
             rope = None if self.rope is None else self.rope.to(q.device)
-            seen = Prefill(*own, lse, window_left, layer, self.paged.num_layers, rope)
+            place = layer, self.paged.num_layers
+            seen = Prefill(*own, lse, window_left, *place, rope, options["scale"], options["softcap"])
             self.paged.set_scores(layer, compression.policy.score(seen), rows=rows)
         return out

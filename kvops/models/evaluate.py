@@ -8,12 +8,12 @@ from torch import Tensor
 
 from kvops.cache import PagedKVCache
 from kvops.models.generate import decode
-from kvops.models.llama import Llama
+from kvops.models.passes import Decoder
 
 
 @torch.no_grad()
 def forced_logits(
-    model: Llama, cache: PagedKVCache, last_hidden: Tensor, tokens: Tensor, *, row: int = 0, chunk: int = 64
+    model: Decoder, cache: PagedKVCache, last_hidden: Tensor, tokens: Tensor, *, row: int = 0, chunk: int = 64
 ) -> Tensor:
     """The logits that predict each of ``tokens``, given the cache's ``row`` and the tokens before: float32 [N, V].
 

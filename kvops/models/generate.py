@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.cache import PagedKVCache
-from kvops.models.llama import Llama
-from kvops.models.passes import add_scores, decode, judge, new_cache, read_prompt
+from kvops.models.passes import Decoder, add_scores, decode, judge, new_cache, read_prompt
 from kvops.models.sampler import Sampler
 from kvops.models.speculation import Drafter, Drafts, Pace, Verdict, keep_accepted, make_drafter, verify
 from kvops.models.stats import GenerationStats
@@ -34,7 +33,7 @@ class Generation:
 
 @torch.no_grad()
 def stream(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
@@ -49,7 +48,7 @@ def stream(
     bad_words: Sequence[Sequence[int]] = (),
     stop_tokens: Sequence[int] = (),
     compression: Compression | Sequence[Compression | None] | None = None,
-    draft: Literal["prompt_lookup"] | Llama | None = None,
+    draft: Literal["prompt_lookup"] | Decoder | None = None,
     num_draft: int = 7,
     tree: int = 1,
     verification: Literal["token", "block"] = "token",
@@ -61,7 +60,7 @@ def stream(
     """Generate, yielding after every step the new tokens of each prompt (none for those that have ended).
 
     Args:
-        model: the decoder.
+        model: the decoder; ``kvops.integrations.transformers.Decoder`` makes one of a transformers model.
         prompts: token ids, one sequence or more, of any lengths from 1 on.
         max_new_tokens: at most so many new tokens for each prompt.
         temperature: 0 decodes greedily; one number, or one for each prompt.
@@ -74,7 +73,7 @@ def stream(
         compression: of the cache, one for all prompts or one for each; None keeps all of it.
         draft: who guesses up to ``num_draft`` tokens ahead, which one pass then verifies: the emitted tokens are
             distributed exactly as without drafts, greedy ones are the same. ``"prompt_lookup"`` takes what followed
-            earlier occurrences of the last ``max_ngram`` to ``min_ngram`` tokens; a smaller :class:`Llama` of the same
+            earlier occurrences of the last ``max_ngram`` to ``min_ngram`` tokens; a smaller model of the same
             vocabulary and device decodes ahead, in a cache of its own. A prompt whose drafts are refused gets shorter
             ones, and for some passes none.
         tree: at most so many drafts beside one another at each position: more than 1 makes the drafts trees, of the
@@ -156,7 +155,7 @@ def stream(
         yield run.step()
 
 
-def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: object) -> Generation:
+def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options: object) -> Generation:
     """:func:`stream` to the end; takes the same options."""
     stats = GenerationStats()
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -167,7 +166,7 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: object) 
 
 
 def _new_cache(
-    model: Llama, prompt_lens: Sequence[int], compressions: Sequence[Compression | None], new_tokens: int, room: int
+    model: Decoder, prompt_lens: Sequence[int], compressions: Sequence[Compression | None], new_tokens: int, room: int
 ) -> PagedKVCache:
     """A cache that these prompts cannot fill: each as it is compressed and grows, and the largest while it is read."""
     sizes = new_cache(model, max_batch=1, max_tokens=1, num_blocks=1)
@@ -197,7 +196,7 @@ class _Run:
     there on; all but the last of them are in the cache. ``counts`` are the tokens emitted, ``paces`` how far ahead it
     pays to draft."""
 
-    model: Llama
+    model: Decoder
     cache: PagedKVCache
     sampler: Sampler
     drafter: Drafter | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,16 @@ class Llama(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
         return self.norm(x)
+
+    @property
+    def rope(self) -> Tensor:
+        """The rotary embedding's frequencies, float32 [D / 2]."""
+        return rope_frequencies(self.config).to(self.embedding.weight.device)
+
+    def options(self, layer: int) -> dict[str, Any]:
+        """How a layer attends, as keywords of :func:`kvops.flash_attention`."""
+        window = self.config.sliding_window
+        return {"window_left": -1 if window is None else window - 1}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden_size] -> logits [..., vocab_size]."""

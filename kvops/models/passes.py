@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvops.cache import PagedKVCache
-from kvops.models.llama import Llama, rope_frequencies
+from kvops.models.llama import Attend
 from kvops.ops.attention import flash_attention
 from kvops.ops.verify_tree import tree_mask
 from kvops.policies import Cached, Compression, Policy, Prefill, RecentQueries
@@ -17,8 +17,37 @@ from kvops.policies import Cached, Compression, Policy, Prefill, RecentQueries
 Reduction = Literal["sum", "sumsq", "max"]
 
 
+@runtime_checkable
+class Decoder(Protocol):
+    """What generation asks of a model; :class:`kvops.models.llama.Llama` is one.
+
+    ``config`` has ``vocab_size``, ``num_layers``, ``num_kv_heads``, ``head_dim`` and ``max_positions``;
+    ``embedding.weight`` tells device and dtype; ``rope`` are the rotary embedding's frequencies, float32 ``[D / 2]``,
+    or None.
+    """
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def embedding(self) -> nn.Embedding: ...
+
+    @property
+    def rope(self) -> Tensor | None: ...
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [B, T, hidden] of tokens int64 [B, T] at positions int [B, T]; ``attend`` does the rest."""
+
+    def options(self, layer: int) -> dict[str, Any]:
+        """How a layer attends: ``window_left``, and maybe ``scale``, ``softcap`` and ``sinks``, for
+        :func:`kvops.flash_attention`. Asked for when the layer attends, and later."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] -> [..., vocab_size]."""
+
+
 def new_cache(
-    model: Llama, *, max_batch: int, max_tokens: int, block_size: int = 16, num_blocks: int | None = None
+    model: Decoder, *, max_batch: int, max_tokens: int, block_size: int = 16, num_blocks: int | None = None
 ) -> PagedKVCache:
     """A cache for ``max_batch`` sequences of ``max_tokens`` tokens of this model, of ``num_blocks`` blocks or with
     room for all of them uncompressed."""
@@ -38,13 +67,8 @@ def new_cache(
     )
 
 
-def window_left(model: Llama) -> int:
-    """The model's sliding window as the operators count it: positions before the query's own, -1 without limit."""
-    return -1 if model.config.sliding_window is None else model.config.sliding_window - 1
-
-
 def prefill(
-    model: Llama,
+    model: Decoder,
     cache: PagedKVCache,
     tokens: Tensor,
     row: int,
@@ -57,15 +81,16 @@ def prefill(
     queries of every layer.
     """
     rows = slice(row, row + 1)
-    window = window_left(model)
-    rope = None if policy is None else rope_frequencies(model.config).to(tokens.device)
+    rope = None if policy is None else model.rope
     positions = cache.extend(tokens.shape[1], rows=rows)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = model.options(layer)
         cache.append(layer, k, v, positions, rows=rows)
-        out, lse = flash_attention(q, k, v, causal=True, window_left=window)
+        out, lse = flash_attention(q, k, v, causal=True, **options)
         if policy is not None:
-            seen = Prefill(q, k, v, lse, window, layer, model.config.num_layers, rope)
+            options.pop("sinks", None)  # they are in the lse
+            seen = Prefill(q, k, v, lse, layer=layer, num_layers=model.config.num_layers, rope=rope, **options)
             cache.set_scores(layer, policy.score(seen), rows=rows)
         if recent is not None:
             recent.begin(layer, row, q)
@@ -75,7 +100,7 @@ def prefill(
 
 
 def read_prompt(
-    model: Llama,
+    model: Decoder,
     cache: PagedKVCache,
     tokens: Tensor,
     row: int,
@@ -99,20 +124,20 @@ def read_prompt(
 
 
 def _read_chunk(
-    model: Llama, cache: PagedKVCache, tokens: Tensor, row: int, policy: Policy, recent: RecentQueries | None
+    model: Decoder, cache: PagedKVCache, tokens: Tensor, row: int, policy: Policy, recent: RecentQueries | None
 ) -> Tensor:
     """Run tokens, int64 [1, T], on top of what ``row`` holds, however compressed, and judge all its keys."""
     rows = slice(row, row + 1)
-    window = window_left(model)
-    rope = rope_frequencies(model.config).to(tokens.device)
+    rope = model.rope
     positions = cache.extend(tokens.shape[1], rows=rows)
     # The one number that the host asks for in each chunk: how wide the gathered keys of a layer are.
     width = int(cache.seq_lens[:, rows].amax())
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, positions, rows=rows)
-        out = cache.attend(layer, q, rows=rows, query_positions=positions, window_left=window)
-        Cached(cache, layer, q, rows=rows, width=width, window_left=window, rope=rope).judge(policy)
+        options = model.options(layer)
+        out = cache.attend(layer, q, rows=rows, query_positions=positions, **options)
+        Cached(cache, layer, q, rows=rows, width=width, rope=rope, **options).judge(policy)
         if recent is not None:
             recent.begin(layer, row, q)
         return out
@@ -121,7 +146,7 @@ def _read_chunk(
 
 
 def decode(
-    model: Llama,
+    model: Decoder,
     cache: PagedKVCache,
     tokens: Tensor,
     *,
@@ -140,7 +165,6 @@ def decode(
         accumulate: adds the attention that the cached keys receive to their scores.
         queries: takes each layer's queries, for :func:`add_scores` once it is known which of the tokens stay.
     """
-    window = window_left(model)
     positions = cache.extend(tokens.shape[1], q_lens=q_lens, rows=rows)
     mask = None
     if parents is not None:
@@ -157,33 +181,33 @@ def decode(
             q_lens=q_lens,
             rows=rows,
             query_positions=positions,
-            window_left=window,
             tree_mask=mask,
             accumulate=accumulate,
+            **model.options(layer),
         )
 
     return model(tokens, positions, attend)
 
 
-def judge(model: Llama, cache: PagedKVCache, row: int, policy: Policy, recent: RecentQueries, num_tokens: int) -> None:
+def judge(
+    model: Decoder, cache: PagedKVCache, row: int, policy: Policy, recent: RecentQueries, num_tokens: int
+) -> None:
     """Let ``policy`` judge all keys of a row of ``num_tokens`` tokens anew, by its last queries."""
     rows = slice(row, row + 1)
     width = int(cache.seq_lens[:, rows].amax())
-    rope = rope_frequencies(model.config).to(cache.device)
+    rope = model.rope
     for layer in range(cache.num_layers):
         q = recent.of(layer, row, num_tokens)
-        seen = Cached(cache, layer, q, rows=rows, width=width, window_left=window_left(model), rope=rope)
-        seen.judge(policy)
+        Cached(cache, layer, q, rows=rows, width=width, rope=rope, **model.options(layer)).judge(policy)
 
 
 def add_scores(
-    model: Llama, cache: PagedKVCache, queries: Sequence[Tensor], q_lens: Tensor, accumulate: Reduction
+    model: Decoder, cache: PagedKVCache, queries: Sequence[Tensor], q_lens: Tensor, accumulate: Reduction
 ) -> None:
     """Add to the scores what the tokens that stayed, ``q_lens`` int32 [B] of each row, attend to, and nothing else.
 
     It is a second pass of attention, behind the verification: during the first one nobody knows which drafts will
     stand, and float sums cannot be taken back exactly.
     """
-    window = window_left(model)
     for layer, q in enumerate(queries):
-        cache.attend(layer, q, q_lens=q_lens, window_left=window, accumulate=accumulate)
+        cache.attend(layer, q, q_lens=q_lens, accumulate=accumulate, **model.options(layer))

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
-from kvops.models.llama import Llama
-from kvops.models.passes import decode, new_cache, prefill
+from kvops.models.passes import Decoder, decode, new_cache, prefill
 from kvops.models.sampler import Sampler
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import verify_tree
@@ -201,7 +200,7 @@ class ModelDrafter:
     """
 
     def __init__(
-        self, model: Llama, sampler: Sampler, num_draft: int, width: int, *, max_batch: int, max_tokens: int
+        self, model: Decoder, sampler: Sampler, num_draft: int, width: int, *, max_batch: int, max_tokens: int
     ) -> None:
         self.model, self.sampler, self.num_draft, self.width = model, sampler, num_draft, width
         self.room = num_draft * width
@@ -286,8 +285,8 @@ class ModelDrafter:
 
 
 def make_drafter(
-    draft: str | Llama,
-    model: Llama,
+    draft: str | Decoder,
+    model: Decoder,
     sampler: Sampler,
     *,
     num_draft: int,
@@ -303,8 +302,8 @@ def make_drafter(
     """
     if draft == "prompt_lookup":
         return LookupDrafter(num_draft, width, min_ngram=min_ngram, max_ngram=max_ngram)
-    if not isinstance(draft, Llama):
-        raise ValueError(f"draft: expected None, 'prompt_lookup' or a Llama, got {draft!r}")
+    if not isinstance(draft, Decoder):
+        raise ValueError(f"draft: expected None, 'prompt_lookup' or a model, got {draft!r}")
     ours, theirs = model.config, draft.config
     if theirs.vocab_size != ours.vocab_size:
         raise ValueError(

@@ -28,6 +28,7 @@ class Seen(ABC):
         v: ``[B, S, Hkv, Dv]``, zero where padded.
         window_left: how many positions before its own a query sees, -1 for all.
         layer, num_layers: which layer of how many.
+        scale, softcap: of the scores, as :func:`kvops.flash_attention` has them.
         rope: angular frequencies of the rotary embedding, float32 ``[D / 2]`` (dimension i is paired with i + D / 2);
             None where the caller does not know them.
         positions: int ``[B, Hkv, S]``, the original position of each key; -1 where padded.
@@ -42,6 +43,8 @@ class Seen(ABC):
     layer: int
     num_layers: int
     rope: Tensor | None
+    scale: float | None
+    softcap: float
     positions: Tensor
     end: Tensor
     earlier: Tensor
@@ -93,6 +96,8 @@ class Prefill(Seen):
     layer: int = 0
     num_layers: int = 1
     rope: Tensor | None = None
+    scale: float | None = None
+    softcap: float = 0.0
 
     @property
     def positions(self) -> Tensor:  # type: ignore[override]
@@ -122,6 +127,8 @@ class Prefill(Seen):
             self.lse,
             causal=True,
             window_left=self.window_left,
+            scale=self.scale,
+            softcap=self.softcap,
             query_start=start,
             reduce=reduce,
             group=group,
@@ -133,10 +140,11 @@ class Cached(Seen):
 
     Args:
         cache: that has the newest tokens appended.
-        layer, window_left, rope: as in :class:`Seen`.
+        layer, window_left, rope, scale, softcap: as in :class:`Seen`.
         q: ``[B', T, Hq, D]``, the queries of the newest T tokens of ``rows``.
         rows: a slice of the cache's rows.
         width: S, at least the longest list of these rows in any layer.
+        sinks: ``[Hq]``, of the layer.
     """
 
     def __init__(
@@ -149,9 +157,13 @@ class Cached(Seen):
         width: int,
         window_left: int = -1,
         rope: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> None:
         self.cache, self.rows, self.q = cache, rows, q
         self.layer, self.num_layers, self.window_left, self.rope = layer, cache.num_layers, window_left, rope
+        self.scale, self.softcap, self._sinks = scale, softcap, sinks
         self.end = cache.next_positions[rows]
         cache.unshare(rows)  # other rows' scores are not this policy's to change
         self._lens = cache.seq_lens[layer, rows, :, None]
@@ -196,7 +208,17 @@ class Cached(Seen):
             )
         # The decoding kernel's own scores, begun anew. They stand in the cache until judge() writes the policy's.
         q = self.q if last is None else self.q[:, -last:]
-        self.cache.attend(self.layer, q, rows=self.rows, window_left=self.window_left, accumulate=reduce, decay=0.0)
+        self.cache.attend(
+            self.layer,
+            q,
+            rows=self.rows,
+            window_left=self.window_left,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self._sinks,
+            accumulate=reduce,
+            decay=0.0,
+        )
         received = self._of(self.cache.scores).masked_fill_(self._padded, 0)
         if self.window_left >= 0:  # keys that no query sees keep the score they had
             first = self.end - q.shape[1] - self.window_left

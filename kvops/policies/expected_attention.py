@@ -66,7 +66,8 @@ class ExpectedAttention(Policy):
         logits = torch.einsum("bshd,bhgd->bhgs", k, mean)
         spread = torch.einsum("bshi,bhgij,bshj->bhgs", k, covariance, k)
         left_out = seen.positions < self.sinks
-        expected = (logits / width**0.5 + spread / (2 * width)).masked_fill(left_out[:, :, None], float("-inf"))
+        scale = width**-0.5 if seen.scale is None else seen.scale
+        expected = (logits * scale + spread * scale**2 / 2).masked_fill(left_out[:, :, None], float("-inf"))
         # A head that holds nothing but sinks has no softmax: all of them are worth the same.
         expected = expected.softmax(-1).nan_to_num(0.0).mean(2)
         worth = expected * torch.linalg.vector_norm(seen.v, dim=-1, dtype=torch.float32).transpose(1, 2)

@@ -1,0 +1,86 @@
+"""transformers' models in the loop of kvops.models.generate: batches of ragged prompts, drafts, compression."""
+
+import pytest
+import torch
+import transformers
+from test_transformers import MODELS, TINY, make_model
+from test_transformers_cache import left_padded, prompts
+
+from kvops.integrations.transformers import Decoder, KVOpsCache
+from kvops.models.generate import Compression, generate
+from kvops.policies import SnapKV
+
+
+def repetitive() -> list[list[int]]:
+    """Prompts of several lengths in which something is looked up."""
+    return [row[:20] * 2 for row in prompts()[:2]] + [prompts()[2][:17] * 2]
+
+
+def by_transformers(model: torch.nn.Module, rows: list[list[int]], **options) -> list[list[int]]:
+    inputs = left_padded(rows)
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
+    return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "Gemma3"])
+def test_the_tokens_are_those_of_transformers_with_and_without_drafts(family):
+    model = make_model(family)
+    model.set_attn_implementation("eager")
+    expected = by_transformers(model, repetitive())
+    decoder = Decoder(model)
+    assert generate(decoder, repetitive(), max_new_tokens=12).tokens == expected
+    drafted = generate(decoder, repetitive(), max_new_tokens=12, draft="prompt_lookup", num_draft=3, min_ngram=1)
+    assert drafted.tokens == expected
+    assert drafted.stats.drafted > 0
+
+
+def test_another_model_drafts_chains_and_trees_for_a_batch():
+    model, assistant = make_model("Mistral"), make_model("Gemma2", num_hidden_layers=1)
+    for decoder, draft in ((model, model), (model, assistant)):
+        plain = generate(Decoder(decoder), repetitive(), max_new_tokens=8)
+        for tree in (1, 2):
+            drafted = generate(
+                Decoder(decoder), repetitive(), max_new_tokens=8, draft=Decoder(draft), num_draft=3, tree=tree
+            )
+            assert drafted.tokens == plain.tokens
+            if draft is decoder:
+                assert drafted.stats.accepted > 0
+
+
+@pytest.mark.parametrize(("family", "every"), [("Gemma2", 0), ("GptOss", 3)])
+def test_compressed_tokens_are_those_of_the_cache_within_transformers(family, every):
+    model = make_model(family)
+    decoder = Decoder(model)
+    policy = SnapKV(observe=8)
+    compression = Compression(ratio=2, policy=policy, protect_first=2, protect_last=4, every=every)
+    ours = generate(decoder, prompts(), max_new_tokens=12, compression=compression)
+    cache = KVOpsCache(model.config, max_tokens=96, compression=compression)
+    assert ours.tokens == by_transformers(model, prompts(), past_key_values=cache)
+    drafted = generate(decoder, prompts(), max_new_tokens=12, compression=compression, draft="prompt_lookup")
+    assert drafted.tokens == ours.tokens
+
+
+def test_scores_know_of_scale_and_softcap():
+    """With the attention's own scale and cap, what the last query pays each layer sums to one a head."""
+    paid = []
+
+    class Watch(SnapKV):
+        def score(self, seen):
+            paid.append(seen.attention(last=1).sum(-1))
+            return super().score(seen)
+
+    decoder = Decoder(make_model("Gemma2", query_pre_attn_scalar=2))
+    generate(decoder, prompts()[:1], max_new_tokens=1, compression=Compression(policy=Watch()))
+    for sums in paid:
+        torch.testing.assert_close(sums, torch.full_like(sums, 3.0))  # query heads of a group
+
+
+def test_models_that_decode_otherwise_are_refused():
+    config = transformers.LlamaConfig(**TINY, layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(ValueError, match="model: expected layers of full or sliding attention, got chunked_attention"):
+        Decoder(transformers.LlamaForCausalLM(config))
+    with pytest.raises(ValueError, match="model: expected a causal language model, got LlamaModel"):
+        Decoder(transformers.LlamaModel(transformers.LlamaConfig(**TINY)))
+    config = transformers.GraniteConfig(**TINY, logits_scaling=4.0)
+    with pytest.raises(ValueError, match="model: expected logits as the output matrix gives them, got logits_scaling"):
+        Decoder(transformers.GraniteForCausalLM(config))
