@@ -290,6 +290,31 @@ class PagedKVCache(CacheStorage):
                 bound.limit(row, sum(known[i]))
             self.compressed[row] = True
 
+    def keep(self, layer: int, kept: Tensor, *, rows: Rows = slice(None)) -> None:
+        """Keep of each list of a layer what ``kept``, bool ``[B', Hkv, S]`` in list order, marks of its first S slots.
+
+        Slots behind these stay; marks past a list's end mean nothing. Survivors keep their order, and the blocks given
+        up are free at once, unless another row shares them.
+        """
+        index, numbers = self._resolve(rows)
+        checks.expect_tensor("kept", kept)
+        checks.expect_dtype("kept", kept, torch.bool)
+        checks.expect_shape("kept", kept, "[B', Hkv, S]", len(numbers), self.num_kv_heads, None)
+        capacity = self.max_blocks * self.block_size
+        if kept.shape[-1] > capacity:
+            raise ValueError(f"kept: expected at most {capacity} slots (max_tokens), got {kept.shape[-1]}")
+        if self._pool.bound.sharing:
+            self.unshare(rows)
+        tables, lens = self._layer(layer, rows)
+        new_lens = lens.clone()
+        whole = torch.nn.functional.pad(kept, (0, capacity - kept.shape[-1]), value=True)
+        compact(self.k_cache, self.v_cache, tables, new_lens, whole, positions=self.positions, scores=self.scores)
+        self._changed()
+        self.seq_lens[layer, index] = new_lens
+        self._pool.give_back(index, numbers, self._pool.blocks_of(self.seq_lens[:, index]))
+        for row in numbers:
+            self.compressed[row] = True
+
     def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
         """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
 

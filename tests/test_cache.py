@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cache_helpers import HEADS, LAYERS, ROWS, SIZE, feed, make_cache, slots_of
+from cache_helpers import HEADS, LAYERS, ROWS, SIZE, blocks, feed, make_cache, slots_of
 from oracle import assert_accurate
 
 import kvops
@@ -161,6 +161,31 @@ def test_scores_are_set_in_list_order_and_not_past_the_end(device):
     assert cache.scores.count_nonzero() == 2 * 6 + 2 * 3
     cache.set_scores(0, torch.ones(1, HEADS, 2, device=device), rows=0)
     assert slots_of(cache, cache.scores, 0, 0, 0) == [1, 1, 0, 0, 0, 0]
+
+
+def test_marked_slots_of_a_layer_are_kept_and_the_others_blocks_are_free(backend, device):
+    cache = make_cache(device)
+    feed(cache, 11)
+    kept = torch.rand(2, HEADS, 9, device=device) < 0.4
+    kept[0, 0] = False
+    before = [[slots_of(cache, cache.k_cache, 1, row, head) for head in range(HEADS)] for row in (0, 2)]
+    cache.keep(1, kept, rows=[0, 2])
+    for i, row in enumerate((0, 2)):
+        for head in range(HEADS):
+            marks = [*kept[i, head].tolist(), True, True]  # what lies behind the marks stays
+            expected = [key for key, stays in zip(before[i][head], marks, strict=True) if stays]
+            assert slots_of(cache, cache.k_cache, 1, row, head) == expected
+    assert cache.seq_lens[0].unique().tolist() == [11] == cache.seq_lens[1, 1].unique().tolist()
+    lens = cache.seq_lens.cpu().clone()
+    assert cache.stats().blocks_in_use == sum(blocks(int(n)) for n in lens.flatten())
+    assert cache.next_positions.tolist() == [11] * ROWS
+    cache.fork(2, 1)
+    cache.keep(1, torch.zeros(1, HEADS, 9, dtype=torch.bool, device=device), rows=2)
+    assert torch.equal(cache.seq_lens[:, 1].cpu(), lens[:, 2]), "a row that shares blocks keeps its own"
+    with pytest.raises(ValueError, match=r"kept: expected shape .* got \[1, 2, 9\]"):
+        cache.keep(0, kept[:1])
+    with pytest.raises(ValueError, match="kept: expected at most 40 slots"):
+        cache.keep(0, torch.ones(1, HEADS, 41, dtype=torch.bool, device=device), rows=0)
 
 
 def test_statistics_count_blocks_and_bytes(device):

