@@ -52,6 +52,8 @@ class KVOpsCache(Cache):
         paged: the :class:`kvops.PagedKVCache`, once the first token has come in (it brings batch size, dtype and
             device).
 
+    Without a compression, layers with a sliding window give up what no later token sees, a few blocks at a time.
+
     Sequence lengths and positions are those of the text, whatever has been evicted. A batch is one for good: beam
     search and selecting rows raise. Drafts are taken back by :meth:`crop`, and evictions wait for it where transformers
     announces drafts.
@@ -81,6 +83,8 @@ class KVOpsCache(Cache):
         self._recording = False  # tokens may be taken back: evict behind crop()
         self._due = False
         self._step: _Step | None = None
+        self._windows: dict[int, int] = {}  # of the layers that have one, in positions before the query's own
+        self._trimmed = 0  # the length when keys behind the windows were given up last
 
     def stats(self) -> CacheStats:
         """What the cache holds, in blocks and bytes."""
@@ -125,6 +129,8 @@ class KVOpsCache(Cache):
             self._evict()
             self._step = _Step(paged, mask, q.shape[1], self._rope, empty=self._length == 0)
         step = self._step
+        if mask.window_left >= 0:
+            self._windows[layer] = mask.window_left
         out = step.attend(layer, (q, k, v), mask.window_left, options, self.compression)
         if layer == self.num_layers - 1:
             self._step = None
@@ -145,6 +151,19 @@ class KVOpsCache(Cache):
                 self.compression.apply(self._pool(), [seen[row] for row in rows], rows)
             self._since_eviction = 0
         self._due = False
+        if self.compression is None:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Give up keys behind the windows, once it is worth a compaction."""
+        reach = min(self._windows.values(), default=self._length)
+        if self._length <= reach or self._length - self._trimmed < max(self.block_size, reach // 4):
+            return
+        paged = self._pool()
+        for layer, window_left in self._windows.items():
+            positions = paged.positions[paged.block_tables[layer].long()].flatten(2)
+            paged.keep(layer, positions >= (paged.next_positions - window_left)[:, None, None])
+        self._trimmed = self._length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._length
@@ -193,6 +212,11 @@ class KVOpsCache(Cache):
         """Take the last ``-tokens_to_remove`` tokens of every row back."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a number from 0 down, got {tokens_to_remove}")
+        if self._length + tokens_to_remove < self._trimmed:
+            raise ValueError(
+                f"tokens_to_remove: expected at least {self._trimmed - self._length}, got {tokens_to_remove}: what "
+                "earlier tokens saw through a sliding window is gone"
+            )
         if tokens_to_remove:
             self._pool().rollback(-tokens_to_remove)
             self._length += tokens_to_remove
@@ -205,7 +229,7 @@ class KVOpsCache(Cache):
         """Empty the cache; its blocks stay for the next batch of the same size."""
         if self.paged is not None:
             self.paged.free()
-        self._length, self._since_eviction = 0, 0
+        self._length, self._since_eviction, self._trimmed = 0, 0, 0
         self._recording, self._due, self._step = False, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
