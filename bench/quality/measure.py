@@ -18,7 +18,7 @@ from bench.quality.tasks import TEXT, Probe, Unit
 from kvops.cache import PagedKVCache
 from kvops.models.generate import Compression
 from kvops.models.llama import Llama
-from kvops.models.passes import decode, new_cache, prefill, window_left
+from kvops.models.passes import decode, new_cache, prefill
 from kvops.ops.attention import flash_attention
 from kvops.policies import Policy, Prefill
 
@@ -68,7 +68,6 @@ class Context:
     @torch.no_grad()
     def read(self, question: Sequence[int]) -> list[Prefill]:
         """Append ``question`` to the full cache, attending to all of it; the layers as one prefill would show them."""
-        window = window_left(self.model)
         positions = self.cache.extend(len(question))
         shown = []
 
@@ -76,7 +75,7 @@ class Context:
             self.cache.append(layer, k, v, positions)
             before = self.seen[layer]
             q_all, k_all, v_all = (torch.cat(pair, 1) for pair in ((before.q, q), (before.k, k), (before.v, v)))
-            out, lse = flash_attention(q, k_all, v_all, causal=True, window_left=window)
+            out, lse = flash_attention(q, k_all, v_all, causal=True, **self.model.options(layer))
             shown.append(replace(before, q=q_all, k=k_all, v=v_all, lse=torch.cat((before.lse, lse), -1)))
             return out
 
