@@ -152,6 +152,10 @@ def test_misuse_is_told_apart():
             model(ids.repeat(2, 1), past_key_values=used)
     with pytest.raises(ValueError, match="tokens_to_remove: expected a number from 0 down, got 2"):
         used.crop(2)
+    with pytest.raises(ValueError, match="compression: expected chunk=0"):
+        cache(compression=Compression(chunk=4))
+    with pytest.raises(ValueError, match="compression: expected every=0 with ExpectedAttention"):
+        cache(compression=Compression(every=4, policy=ExpectedAttention()))
     sliding = make("Mistral")
     trimmed = KVOpsCache(sliding.config, max_tokens=16, block_size=2)
     with torch.no_grad():

@@ -73,6 +73,13 @@ class KVOpsCache(Cache):
         others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if others:
             raise ValueError(f"config: expected layers of full or sliding attention, got {', '.join(sorted(others))}")
+        if compression is not None and compression.chunk:
+            raise ValueError(f"compression: expected chunk=0, as transformers reads prompts, got {compression.chunk}")
+        if compression is not None and compression.every and compression.policy.accumulate is None:
+            raise ValueError(
+                f"compression: expected every=0 with {type(compression.policy).__name__}, whose scores do not grow "
+                "while decoding: generate with kvops.integrations.transformers.Decoder, which judges anew"
+            )
         self.num_layers: int = text.num_hidden_layers
         self.max_tokens, self.compression = max_tokens, compression
         self.num_blocks, self.block_size = num_blocks, block_size
