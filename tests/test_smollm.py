@@ -210,3 +210,23 @@ def test_a_ragged_cache_says_what_transformers_says_under_a_mask_of_the_same_key
     assert_accurate(ours, exact, theirs, "logits")
     everything = logits_under_a_mask(transformers_model, prompt, rest, torch.ones_like(kept))
     assert (everything - theirs).abs().max() > 1  # what was evicted mattered
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_drafts_change_nothing_over_many_prompts_with_compression_on(model, loaded, batch):
+    """Eight texts, half of them to be repeated; the cache is halved behind the prompt and again every 8 tokens."""
+    tokenizer, texts = loaded.tokenizer, []
+    for number, topic in enumerate(("with", "try", "lambda", "types", "if", "class", "del", "import")):
+        passage = " ".join(topics[topic].split()[: 24 + 6 * number])
+        texts.append(f"Repeat this text: {passage}" if number % 2 else f"{passage}\n\nWhat is this text about?")
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    prompts = [tokenizer.encode(tokenizer.apply_chat_template(chat)) for chat in chats]
+    compression = Compression(ratio=2, protect_last=16, every=8)
+    options = {"max_new_tokens": 20, "compression": compression}
+    accepted = 0
+    for start in range(0, 8 if batch == 8 else 4, batch):
+        part = prompts[start : start + batch]
+        drafted = generate(model, part, draft="prompt_lookup", min_ngram=1, **options)
+        assert drafted.tokens == generate(model, part, **options).tokens
+        accepted += drafted.stats.accepted
+    assert accepted > 10
