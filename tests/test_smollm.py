@@ -229,4 +229,4 @@ def test_drafts_change_nothing_over_many_prompts_with_compression_on(model, load
         drafted = generate(model, part, draft="prompt_lookup", min_ngram=1, **options)
         assert drafted.tokens == generate(model, part, **options).tokens
         accepted += drafted.stats.accepted
-    assert accepted > 10
+    assert accepted > 2
