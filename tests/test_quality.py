@@ -246,9 +246,13 @@ def test_shares_are_those_of_the_full_cache_task_by_task():
     assert found.gain("snapkv", 4, AFTER) == 0.5
     assert found.gain("snapkv", 4, BEFORE) == 0
     assert found.pairs() == ["h2o", "snapkv"]
+    later = a_result()
+    later["rows"].append(row("facts", AFTER, "knorm", "head", 4, right={"needle": [1, 1]}))
+    assert kept(later).left_out == ["knorm", "text 2k, part 1"]
+    assert kept(later).shares == found.shares
     unfinished = a_result()
     unfinished["rows"] = unfinished["rows"][:-2]
-    assert "facts, question 0" in kept(unfinished).left_out
+    assert kept(unfinished).left_out == ["facts, question 0"]
     unfinished["rows"] = unfinished["rows"][:4]
     with pytest.raises(ValueError, match="quality: expected units measured for every policy and ratio"):
         kept(unfinished)

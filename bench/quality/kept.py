@@ -33,7 +33,8 @@ class Task(NamedTuple):
 
 @dataclass
 class Kept:
-    """What a result says. Units that were not measured for every form and ratio are ``left_out`` of all of it.
+    """What a result says. Policies that were measured on fewer units than others, and units that were not measured for
+    every form and ratio, are ``left_out`` of all of it.
 
     Attributes:
         forms, ratios, tasks: what there are shares of; ``default`` are the forms that policies have by themselves.
@@ -107,14 +108,25 @@ def kept(result: Result) -> Kept:
         default={form_of(row) for row in compressed if row["default"]},
         ratios=sorted({row["ratio"] for row in compressed}),
     )
-    everything = {(form, ratio) for form in found.forms for ratio in found.ratios}
     by_unit = {unit: [row for row in compressed if row["unit"] == unit] for unit in full}
+    measured = {unit: {(form_of(row), row["ratio"]) for row in members} for unit, members in by_unit.items()}
+    # Policies that came later: some unit is whole for another one and has nothing of theirs.
+    whole = [
+        {form for form, _ in those}
+        for those in measured.values()
+        if any(all((form, ratio) in those for ratio in found.ratios) for form in found.forms)
+    ]
+    behind = [form for form in found.forms if any(form not in there for there in whole)]
+    found.forms = [form for form in found.forms if form not in behind]
+    found.default -= set(behind)
+    found.left_out = list(dict.fromkeys(form.policy for form in behind))
+    everything = {(form, ratio) for form in found.forms for ratio in found.ratios}
     for unit, members in by_unit.items():
-        if {(form_of(row), row["ratio"]) for row in members} >= everything:
-            found.rows += members
+        if measured[unit] >= everything:
+            found.rows += [row for row in members if form_of(row) in found.forms]
         elif members:
             found.left_out.append(unit)
-    if not found.rows:
+    if not found.rows or not found.forms:
         raise ValueError("quality: expected units measured for every policy and ratio, got none; next step: go on")
     texts = [row for row in found.rows if row["setting"] == TEXT]
     found.main = label_of(texts[0]) if texts else ""

@@ -119,7 +119,7 @@ def _ragged_verdict(found: Kept) -> list[str]:
     better = sum(gain > 0.005 for gain in gains.values())
     worse = sum(gain < -0.005 for gain in gains.values())
     average = mean(gains.values())
-    verb = "gain" if average > 0 else "lose"
+    verb = "gain" if average >= 0 else "lose"
     by_setting = ", ".join(
         f"{_NAMES[setting]} {_points(mean(found.gain(policy, ratio, setting) for policy, ratio in gains))}"
         for setting in found.settings
