@@ -63,10 +63,11 @@ test: $(SETUP)  ## every test; PYTEST="..." for a part
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)
 
-bench: $(SETUP)  ## every operator beside its peers, growth, generation: on this CPU: JSON, BENCHMARKS.md and plots
+bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving: on this CPU: JSON, BENCHMARKS.md and plots
 	$(BIN)/python -m bench run --device cpu --json $(OUT)/operators.json
 	$(BIN)/python -m bench growth --device cpu --json $(OUT)/growth.json || echo "growth is not as theory: see the table"
 	$(BIN)/python bench/generate_cpu.py --rounds 3 --json $(OUT)/generate.json
+	$(BIN)/python -m bench.throughput --device cpu --json $(OUT)/throughput.json
 	$(BIN)/python -m bench report
 
 bench-quality: $(SETUP)  ## what every policy keeps at every ratio, 40 minutes, goes on where it stopped; docs/compression.md

@@ -65,7 +65,7 @@ def _by_kind(found: Sequence[tuple[Path, Result]]) -> dict[str, list[tuple[Path,
     kinds: dict[str, list[tuple[Path, Result]]] = {}
     for path, result in found:
         kinds.setdefault(result.get("kind") or path.stem, []).append((path, result))
-    first = [kind for kind in ("operators", "growth") if kind in kinds]
+    first = [kind for kind in ("operators", "growth", "generate", "throughput") if kind in kinds]
     return {kind: kinds[kind] for kind in [*first, *sorted(set(kinds) - set(first))]}
 
 
@@ -78,12 +78,20 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "operators": "Operators",
         "growth": "Growth",
         "generate": "Generation",
+        "throughput": "Serving",
         "quality": "What compression keeps",
     }
     title = titles.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
     sources = ", ".join(f"[`{path.name}`]({_link(path, root)})" for path in paths[:1])
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    body: dict[str, Callable[[Result], str]] = {"operators": _operators, "growth": _growth, "quality": _quality}
+    body: dict[str, Callable[[Result], str]] = {
+        "operators": _operators,
+        "growth": _growth,
+        "throughput": _serving,
+        "quality": _quality,
+    }
+    if kind.startswith("gpu-"):
+        title, body[kind] = f"GPU run: {kind.removeprefix('gpu-')}", _gpu_phase
     parts = [f"### {title}", f"{table.setting_text(result['setting'])} ({sources}{more})"]
     parts += [f"![{title}: {path.stem}]({_link(path, root)})" for path in pictures]
     return "\n\n".join([*parts, body.get(kind, _generic)(result)])
@@ -140,6 +148,28 @@ def _growth(result: Result) -> str:
 def _quality(result: Result) -> str:
     lines = "\n".join(f"- {line}" for line in study.summary(kept(result)))
     return f"{lines}\n\nThe whole study: [`{STUDY.as_posix()}`]({STUDY.as_posix()})."
+
+
+def _serving(result: Result) -> str:
+    from bench import throughput
+
+    one = result["rows"][0]
+    text = (
+        f"Simulated: {one['tokens_in']} tokens in and {one['tokens_out']} out for each request, random weights, drafts "
+        "accepted by chance; `python -m bench.throughput --help` says what is measured and what is put together. The "
+        "multiples are over the cache as it is (1x), drafts off, with the same kind of batch. Published: KV-Compress "
+        "(Rehg 2024) over vLLM, Llama-3.1-8B."
+    )
+    return f"{text}\n\n{throughput.table(result['rows'], 'pipe')}"
+
+
+def _gpu_phase(result: Result) -> str:
+    """A line for each process, then what failed."""
+    units = [row for row in result["rows"] if "status" in row]
+    names = ["unit", "status", "passed", "failed", "skipped"]
+    lines = [table.render([[str(row[name]) for name in names] for row in units], names, "pipe", left=2)]
+    failed = [row for row in result["rows"] if row.get("outcome") == "failed"]
+    return "\n\n".join([*lines, *(["\n".join(f"- {row['name']}: {row['note']}" for row in failed)] if failed else [])])
 
 
 def _generic(result: Result) -> str:

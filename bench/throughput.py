@@ -24,9 +24,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ SHAPES = {
         dataclasses.replace(_LLAMA_8B, num_layers=8), torch.bfloat16, 6000, 500, 100, 512, 50, needs=12 << 30
     ),
     "small": Shape(
-        LlamaConfig(4096, 256, 768, 4, 8, 2, 64, max_positions=2048), torch.float32, 750, 62, 16, 32, 6, needs=0
+        LlamaConfig(4096, 256, 768, 4, 8, 2, 64, max_positions=2048), torch.float32, 750, 62, 16, 32, 20, needs=0
     ),
     "tiny": Shape(LlamaConfig(97, 32, 48, 2, 4, 2, 8, max_positions=256), torch.float32, 96, 8, 4, 3, 2, needs=0),
 }
@@ -275,7 +276,7 @@ class Server:
                 run = captured(run, self.device)
             run()
             steps = self.shape.steps // 2  # without and with drafts, the lists grow by half each
-            step_seconds = watch(lambda run=run, steps=steps: [run() for _ in range(steps)]) / steps  # type: ignore[misc]
+            step_seconds = statistics.median(watch(run) for _ in range(steps))
             found.append(
                 self.row(rows_of_batch, batch is None, drafts_on, prefill_seconds, step_seconds, evict_seconds)
                 | {"slots": held.slots_in_use, "bytes": held.bytes_in_use, "bytes_reserved": held.bytes_reserved}
@@ -313,7 +314,7 @@ def expected_tokens(accept: float, num_draft: int) -> float:
     return sum(accept**count for count in range(num_draft + 1))
 
 
-def multiples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def multiples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with ``times`` and ``decode_times``: over the row at 1x without drafts, of the same kind of batch."""
     base = {row["largest_batch"]: row for row in rows if row["compression"] == 1 and not row["drafts"]}
     found = []
@@ -323,11 +324,11 @@ def multiples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name: row[value] / one[value] if one else None
             for name, value in (("times", "tokens_per_second"), ("decode_times", "decode_tokens_per_second"))
         }
-        found.append(row | times)
+        found.append({**row, **times})
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
     cells = []
     for row in multiples(rows):
         published = PUBLISHED.get(row["compression"]) if row["largest_batch"] and not row["drafts"] else None
@@ -347,7 +348,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
     headers = ["cache", "drafts", "batch", "requests", "GiB", "prefill ms", "step ms", "decoding tok/s", "tok/s"]
-    return render(cells, [*headers, "x, decoding", "x", "published x"], "simple", left=3)
+    return render(cells, [*headers, "x, decoding", "x", "published x"], style, left=3)
 
 
 def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:

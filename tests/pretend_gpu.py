@@ -195,6 +195,7 @@ def pretend_gpu(monkeypatch):
         "CUDAGraph": Graph,
         "graph": _capture,
         "set_sync_debug_mode": _set_sync_debug_mode,
+        "is_current_stream_capturing": lambda: _state.graph is not None,
         "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (60 << 30, 80 << 30),
         "get_device_properties": lambda device=None: properties,

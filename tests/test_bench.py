@@ -358,6 +358,16 @@ def test_run_writes_a_result_that_the_report_renders(tmp_path, capsys):
     write(tmp_path / "results" / "there" / "growth.json", growing)
     others = {"machine": "m", "rows": [{"a": 1, "b": 2.5, "same": "s"}, {"a": 2, "b": None, "same": "s"}]}
     write(tmp_path / "results" / "there" / "other.json", others)
+    phase = [
+        {"unit": "tests-0", "status": "timed out", "seconds": 480.0, "passed": 7, "failed": 1, "skipped": 2},
+        {"unit": "tests-0", "name": "kernel x", "outcome": "failed", "note": "off by 0.5"},
+    ]
+    results.save(tmp_path / "results" / "there" / "check.json", "gpu-check", {"device": "d"}, phase)
+    served = {"compression": 8, "drafts": False, "largest_batch": True, "batch": 4, "bytes": 1 << 30}
+    served |= {"tokens_in": 6000, "tokens_out": 500, "tokens_per_second": 70.0, "decode_tokens_per_second": 90.0}
+    served |= {"prefill_seconds": 0.1, "step_seconds": 0.01, "num_draft": 0, "accept": None}
+    base = served | {"compression": 1, "tokens_per_second": 20.0}
+    results.save(tmp_path / "results" / "there" / "throughput.json", "throughput", {"device": "d"}, [base, served])
     page = tmp_path / "BENCHMARKS.md"
     assert main(["report", "--results", str(tmp_path / "results"), "--page", str(page)]) == 0
     text = page.read_text()
@@ -366,6 +376,9 @@ def test_run_writes_a_result_that_the_report_renders(tmp_path, capsys):
     assert "| prompt | double     | tokens 64 to 2048 |" in text
     assert "as theory" in text
     assert "same: s" in text
+    assert "### GPU run: check" in text
+    assert "- kernel x: off by 0.5" in text
+    assert [cell.strip() for cell in text.split("8x")[1].splitlines()[0].split("|")][-3:] == ["3.50", "3.44", ""]
     pictures = sorted(found.name for found in (tmp_path / "results" / "there").glob("*.png"))
     assert pictures == ["growth.png", "operators-roofline.png", "operators-speed.png"]
     assert all(f"results/there/{name}" in text for name in pictures)
