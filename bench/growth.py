@@ -50,8 +50,8 @@ def sweeps(gpu: bool) -> list[Sweep]:
         batches, heads = ladder(1, 64), ladder(8, 64)
     else:
         model, window, context = replace(SMOLLM, heads=3, kv_heads=1), 256, 4096
-        prompts, contexts = ladder(1024, 8192), ladder(4096, 65536)
-        batches = heads = ladder(1, 8)
+        prompts, contexts = ladder(1024, 8192), ladder(4096, 131072)
+        batches, heads = ladder(1, 32), ladder(1, 8)
     sliding = replace(model, window=window)
 
     def with_heads(kv_heads: int) -> Model:

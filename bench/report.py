@@ -25,7 +25,8 @@ hand. `make bench` measures again; `python -m bench --help` says what else there
 - Contenders take turns, each round beginning with another one; a ratio is the median over the rounds, ± half the
   distance from the 20th to the 80th percentile. Inputs are random and made outside the timing.
 - On a GPU: CUDA events, the L2 cache flushed before every call, warm clocks, calls below 0.2 ms as replays of a graph.
-  On a CPU: threads fixed, caches warm, and ratios only, as only those carry over to another machine.
+  On a CPU: threads fixed, caches warm (what fits into them can stand above 100 % of the roofline), and ratios only, as
+  only those carry over to another machine.
 - **× PEER** is how many times as fast kvops is: above 1 kvops is faster, below 1 the peer is. **of roofline** is the
   least time that the copy bandwidth and the matrix peak measured on that device allow, over kvops' time.
 """

@@ -113,7 +113,7 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What this very device reaches, measured in the same run: nobody's data sheet."""
+    """What this very device reaches at its best, measured in the same run: nobody's data sheet."""
 
     matrix_tflops: float
     """A large product of random matrices in the tested dtype."""
@@ -138,11 +138,11 @@ def measure_roofline(clock: Clock, dtype: torch.dtype, rounds: int = 20) -> Roof
         while time.perf_counter() < until:
             torch.mm(a, b, out=out)
             torch.cuda.synchronize(clock.device)
-    product = quantiles(clock.interleaved({"": lambda: torch.mm(a, b, out=out)}, rounds)[""])
+    product = min(clock.interleaved({"": lambda: torch.mm(a, b, out=out)}, rounds)[""])
     source = torch.randn(1 << (28 if clock.gpu else 25), device=clock.device)
     target = torch.empty_like(source)
-    copy = quantiles(clock.interleaved({"": lambda: target.copy_(source)}, rounds)[""])
-    return Roofline(tflops(2 * size**3, product.p50), 2 * source.nbytes / copy.p50 / 1e6)
+    copy = min(clock.interleaved({"": lambda: target.copy_(source)}, rounds)[""])
+    return Roofline(tflops(2 * size**3, product), 2 * source.nbytes / copy / 1e6)
 
 
 def tflops(operations: float, milliseconds: float) -> float:
@@ -159,9 +159,7 @@ def setting(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "kvops": kvops.__version__,
-        "commit": os.environ.get("KVOPS_COMMIT")  # for a copy without its repository
-        or _command("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-        or "unknown",
+        "commit": os.environ.get("KVOPS_COMMIT") or _commit(),  # the variable: for a copy without its repository
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":
@@ -180,6 +178,14 @@ def setting(device: torch.device) -> dict[str, Any]:
             ),
         }
     return facts
+
+
+def _commit() -> str:
+    """``3a7ad66``, with ``-dirty`` where sources differ from it; what a run itself writes does not count."""
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+    changed = _command(*git, "status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!BENCHMARKS.md")
+    commit = _command(*git, "rev-parse", "--short", "HEAD")
+    return "unknown" if commit is None else commit + ("-dirty" if changed else "")
 
 
 def _uuid(properties: Any) -> str:

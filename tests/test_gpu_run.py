@@ -196,14 +196,17 @@ def test_tests_are_collected_where_nothing_but_torch_triton_numpy_and_pytest_is_
     source = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
         "import pytest\nwords = '-p bench.gpu.record --collect-only --continue-on-collection-errors -q tests'\n"
-        "sys.exit(pytest.main(words.split()))"
+        "code = pytest.main(words.split())\n"
+        "import bench.throughput, bench.gpu.__main__, bench.gpu.cases, bench.gpu.graphs, bench.gpu.greedy\n"
+        "import bench.gpu.operators, bench.gpu.tune\n"
+        "sys.exit(code)"
     )
     rows = tmp_path / "rows.jsonl"
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "KVOPS_TEST_DEVICE": "cpu"}
     environment["KVOPS_RECORD"] = str(rows)
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", source], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = read_rows(rows)
     assert all(row["outcome"] == SKIPPED and row["note"].split(":")[0] in absent for row in found), found
     files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
