@@ -40,9 +40,10 @@ from bench.table import render
 from bench.timing import captured, setting
 from kvops.cache import PagedKVCache
 from kvops.models.config import LlamaConfig
-from kvops.models.generate import Compression, decode, prefill
 from kvops.models.llama import Llama
+from kvops.models.passes import decode, prefill
 from kvops.ops.verify import prompt_lookup, verify_draft
+from kvops.policies import Compression
 
 PUBLISHED = {8: 3.44, 64: 5.18}
 """KV-Compress' throughput over vLLM's, with Llama-3.1-8B and 256 prompts."""

@@ -428,7 +428,7 @@ def test_every_operator_is_captured_and_held_to_its_oracle_on_a_gpu(case, gpu, m
 
 
 def test_a_wrong_operator_and_bits_that_do_not_repeat_are_found(monkeypatch):
-    case = next(iter(one_case_of_each_operator()))
+    case = next(case for case in one_case_of_each_operator() if case.op == "flash_attention")
     run = case.run
     wrong = cases.dataclasses.replace(case, run=lambda inputs: tuple(x * 1.5 for x in run(inputs)))
     assert cases.check(wrong, CPU, torch.float32)[0] == FAILED

@@ -32,8 +32,8 @@ from bench.measure import build, reason
 from bench.timing import captured
 from kvops.cache import PagedKVCache
 from kvops.models.config import LlamaConfig
-from kvops.models.generate import decode, prefill
 from kvops.models.llama import Llama
+from kvops.models.passes import decode, prefill
 from kvops.ops.verify import prompt_lookup, verify_draft
 
 NUM_DRAFT = 3
