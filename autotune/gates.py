@@ -96,8 +96,8 @@ def run_cases(
 
     The kernels are imported without ``TRITON_INTERPRET`` whatever this process does. Results come as they are done.
     """
-    names = [case.name for case in load_cases(path) if only in case.name]
-    work = [(name, target) for target in targets for name in names]
+    cases = [case for case in load_cases(path) if only in case.name]
+    work = [(case.name, target) for target in targets for case in cases if not case.targets or target in case.targets]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=_compile_for_gpus) as pool:
         futures = [pool.submit(_run_named_case, str(path), name, target) for name, target in work]

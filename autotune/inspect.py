@@ -112,7 +112,7 @@ class CompiledLaunch:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A call whose launches are compiled for every target.
+    """A call whose launches are compiled for every target, or for ``targets`` alone.
 
     ``function`` takes nothing and calls a launch function from ``kvops.kernels`` with CPU tensors. ``matrix`` names the
     kernels that must use matrix instructions, ``warpgroup`` those that must use Hopper's (HGMMA, asynchronous) for all
@@ -124,6 +124,7 @@ class CompileCase:
     matrix: tuple[str, ...] = ()
     warpgroup: tuple[str, ...] = ()
     may_spill: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
 
 class _Utilities:

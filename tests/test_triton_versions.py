@@ -1,22 +1,25 @@
-"""The default tiles of flash attention compile within every target's limits with the oldest and the newest Triton.
+"""The default tiles of flash attention compile within every limit with the oldest and the newest known Triton.
 
-Each version is installed once, below .cache/triton, and used with the torch of this environment; what is compiled stays
-in Triton's own cache, which tells versions apart.
+Each version of tests/triton_versions.txt is installed once, below .cache/triton, and used with the torch of this
+environment. ``KVOPS_NEWEST_TRITON=1`` adds the newest that the package index has, which nobody may have looked at yet.
 """
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from compile_cases import unexpected_problems
+from compiled import report
 
 from kvops.autotune.environments import UnreachableIndexError, environment, newest_triton
 
-ROOT = Path(__file__).parent.parent
-OLDEST = "3.6.0"
+VERSIONS = [
+    line.removeprefix("triton==")
+    for line in (Path(__file__).parent / "triton_versions.txt").read_text().split()
+    if line.startswith("triton==")
+]
+if os.environ.get("KVOPS_NEWEST_TRITON") == "1":
+    VERSIONS.append("newest")
 # A tile depends on the head size and the target alone, and a window takes the most registers: the other masks are only
 # compiled where the gates are strictest.
 COMPILED = (("flash-bf16-d", "sm_90"), ("-window", "sm_80,sm_100,sm_120,gfx942,gfx950"))
@@ -24,23 +27,13 @@ COMPILED = (("flash-bf16-d", "sm_90"), ("-window", "sm_80,sm_100,sm_120,gfx942,g
 pytestmark = [pytest.mark.triton_versions, pytest.mark.compile]
 
 
-@pytest.mark.parametrize("version", [OLDEST, "newest"])
-def test_default_flash_tiles_keep_the_limits_with(version, tmp_path):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_default_flash_tiles_keep_the_limits_with(version):
     try:
         version = newest_triton() if version == "newest" else version
-        variables = environment(version, ROOT / ".cache/triton")
+        rows = [row for only, targets in COMPILED for row in report(targets, only, version)]
     except UnreachableIndexError as error:
         pytest.skip(str(error))
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    rows = []
-    for only, targets in COMPILED:
-        report = tmp_path / f"{targets}.json"
-        command = [sys.executable, "-m", "kvops.autotune", "inspect", f"--only={only}", "--targets", targets]
-        command += ["--cases", str(ROOT / "tests/compile_cases.py"), "--json", str(report)]
-        command += ["--jobs", str(max(1, (os.cpu_count() or 1) // workers))]
-        done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
-        assert report.exists(), done.stderr
-        rows += json.loads(report.read_text())
     assert {row["triton"] for row in rows} == {version}
     for head_dim in (64, 128, 256):
         for target in ",".join(targets for _, targets in COMPILED).split(","):
