@@ -26,6 +26,7 @@ from kvops.policies import (
     Prefill,
     PyramidKV,
     SnapKV,
+    Standout,
     Streaming,
     share_out,
 )
@@ -97,6 +98,17 @@ def test_keydiff_prefers_keys_that_point_away_from_the_others(layer):
     anchor = unit.mean(2)
     cosine = torch.einsum("bhsd,bhd->bhs", unit, anchor) / anchor.pow(2).sum(-1).sqrt()[..., None]
     assert_scores(KeyDiff().score(seen), -cosine)
+
+
+def test_standout_multiplies_the_worst_case_with_the_value_s_size_and_the_key_s_distance(layer):
+    seen, p = layer
+    worst = p[:, :, :, -8:].amax((2, 3))
+    worst = torch.cat((F.max_pool1d(worst[..., :37], 5, stride=1, padding=2), worst[..., 37:]), -1)
+    size = seen.v.double().pow(2).sum(-1).sqrt().transpose(1, 2)
+    unit = F.normalize(seen.k.double(), dim=-1).transpose(1, 2)
+    cosine = (unit * F.normalize(unit.mean(2, keepdim=True), dim=-1)).sum(-1)
+    exact = worst * size * ((1 - cosine) / 2) ** 2
+    assert_scores(Standout(observe=8, pool=5, distinctness=2).score(seen), exact)
 
 
 def test_defensive_kv_takes_the_worst_case_but_never_less_than_the_mean(layer):

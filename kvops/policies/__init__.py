@@ -17,6 +17,7 @@ from kvops.policies.pyramidkv import PyramidKV
 from kvops.policies.recent import RecentQueries
 from kvops.policies.rkv import RKV
 from kvops.policies.snapkv import SnapKV
+from kvops.policies.standout import Standout
 from kvops.policies.streaming import Streaming
 from kvops.policies.tova import TOVA
 
@@ -31,6 +32,7 @@ POLICIES: dict[str, type[Policy]] = {
     "pyramid-kv": PyramidKV,
     "r-kv": RKV,
     "snapkv": SnapKV,
+    "standout": Standout,
     "streaming": Streaming,
     "tova": TOVA,
 }
@@ -54,6 +56,7 @@ __all__ = [
     "RecentQueries",
     "Seen",
     "SnapKV",
+    "Standout",
     "Streaming",
     "share_out",
 ]

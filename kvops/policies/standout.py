@@ -1,0 +1,53 @@
+"""Standout: needed by some query, worth reading, unlike the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvops.policies.base import Policy, Seen
+
+
+@dataclass(frozen=True)
+class Standout(Policy):
+    """kvops' own, of what the others teach: attention in the worst case, times the value's norm, times distinctness.
+
+    The most attention that any of the last queries and any query head of the group paid (DefensiveKV: a mean hides the
+    one query that depends on a key), max-pooled along the keys (SnapKV: a fact is a few tokens long), times the norm of
+    the value (ExpectedAttention: attention to nothing changes nothing), times ``((1 - c) / 2) ** distinctness`` with c
+    the cosine between the key and the mean direction of the head's keys (KeyDiff: what resembles all others can be
+    spared). Blocks compete across all layers and heads (KV-Compress). ``docs/compression.md`` has it beside the others.
+
+    Attributes:
+        observe: how many of the last queries are looked at.
+        pool: width of the pooling window, odd.
+        distinctness: how much standing out counts, 0 for not at all.
+    """
+
+    observe: int = 32
+    pool: int = 3
+    distinctness: float = 3.0
+    accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+        if not self.distinctness >= 0:
+            raise ValueError(f"distinctness: expected at least 0, got {self.distinctness}")
+
+    @property
+    def recall(self) -> int:
+        return self.observe
+
+    def score(self, seen: Seen) -> Tensor:
+        attention = seen.attention(last=self.observe, reduce="max", group="max")
+        attention = seen.pool(attention, self.pool, last=self.observe)
+        size = torch.linalg.vector_norm(seen.v, dim=-1, dtype=torch.float32)
+        directions = F.normalize(seen.k.float(), dim=-1)
+        anchor = F.normalize(directions.mean(1, keepdim=True), dim=-1)
+        apart = (1 - (directions * anchor).sum(-1)).clamp_min(0) / 2
+        return attention * (size * apart**self.distinctness).transpose(1, 2)
