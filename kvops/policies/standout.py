@@ -20,7 +20,8 @@ class Standout(Policy):
     one query that depends on a key), max-pooled along the keys (SnapKV: a fact is a few tokens long), times the norm of
     the value (ExpectedAttention: attention to nothing changes nothing), times ``((1 - c) / 2) ** distinctness`` with c
     the cosine between the key and the mean direction of the head's keys (KeyDiff: what resembles all others can be
-    spared). Blocks compete across all layers and heads (KV-Compress). ``docs/compression.md`` has it beside the others.
+    spared). Blocks compete across all layers and heads (KV-Compress).
+    ``docs/compression.md`` has it beside the others; the defaults were chosen on two of its contexts.
 
     Attributes:
         observe: how many of the last queries are looked at.
@@ -29,8 +30,8 @@ class Standout(Policy):
     """
 
     observe: int = 32
-    pool: int = 3
-    distinctness: float = 3.0
+    pool: int = 5
+    distinctness: float = 4.0
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
