@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections import Counter
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class Remembered(NamedTuple):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Sequences that join, grow, fork, are compressed, roll back, are remembered and leave."""
+    """Sequences that join, grow, fork, are compressed, roll back, are remembered, saved and leave."""
 
     exact = True
 
@@ -257,6 +258,16 @@ class CacheMachine(RuleBasedStateMachine):
     def forget(self):
         self.cache.forget()
         self.remembered = {}
+
+    @rule()
+    def save_and_load(self):
+        """Goes on with the cache of the file: it is the same, but for blocks that lists kept for tokens to come."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.cache.save(f"{folder}/cache")
+            self.cache = kvops.PagedKVCache.load(f"{folder}/cache")
+        self.cache._pool.exact = self.exact
+        for key, held in self.held.items():
+            del held[blocks(len(self.lists[key])) :]
 
     def own_all(self, rows, call) -> bool:
         """``call`` gives the rows blocks of their own; False where there are too few."""

@@ -29,6 +29,24 @@ def test_a_prompt_begins_with_what_an_earlier_one_left(device):
     assert feed(cache, 3, rows=[2]).tolist() == [[8, 9, 10]]
 
 
+def test_a_chunk_behind_a_recalled_prefix_attends_as_if_the_row_had_read_it_all(backend, device):
+    """To the bit: the same slots in the same order, wherever they lie."""
+    k, v = (torch.randn(1, 13, HEADS, width, device=device) for width in (3, 2))
+    q = torch.randn(1, 5, 2 * HEADS, 3, device=device)
+    cache = make_cache(device, num_layers=1)
+
+    def read(row, start):
+        positions = cache.extend(13 - start, rows=row)
+        cache.append(0, k[:, start:], v[:, start:], positions, rows=row)
+        return cache.attend(0, q, rows=row, window_left=9)
+
+    alone = read(0, 0)
+    cache.remember(0, range(13))
+    cache.free(0)
+    cache.extend(3, rows=2)  # takes what is free in between
+    assert torch.equal(read(1, cache.recall(1, range(13))), alone)
+
+
 def test_the_last_token_is_never_recalled(device):
     cache = remembered(device, range(8))
     assert cache.recall(1, range(8)) == 4
