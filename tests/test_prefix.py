@@ -96,6 +96,19 @@ def test_room_is_made_by_what_is_used_least_and_no_sharer_notices(device):
     assert cache.recall(3, [*range(100, 108), 0]) == 8
 
 
+def test_what_was_recalled_last_stays_longest(device):
+    prompts = [[*range(100 * row, 100 * row + 8), -1] for row in range(3)]
+    cache = make_cache(device, num_blocks=6 * LISTS)
+    for row, tokens in enumerate(prompts):
+        feed(cache, 8, rows=[row])
+        cache.remember(row, tokens[:8])
+    cache.free()
+    assert cache.recall(0, prompts[0]) == 8
+    cache.free()
+    cache.extend(4, rows=2)  # the pool is full of prompts: the end of the second is what is needed least
+    assert [cache.recall(0, tokens) for tokens in prompts] == [8, 4, 8]
+
+
 def test_a_row_alone_with_the_memory_of_it_is_compressed_in_place(device):
     """No block is free for a copy: rather than refusing, the cache forgets."""
     cache = remembered(device, range(16), num_blocks=4 * LISTS)

@@ -46,7 +46,14 @@ def vllm_fused(device):
     return kv, kv[..., :D], kv[..., D:]
 
 
-LAYOUTS = [flashinfer_nhd, flashinfer_hnd, vllm, vllm_fused]
+def padded_pages(device):
+    """Pages that end with something else, as where layers of several kinds share one pool."""
+    memory = torch.full((2, PAGES, HEADS * SIZE * D + D), torch.nan, device=device)
+    k_cache, v_cache = memory[..., :-D].view(2, PAGES, HEADS, SIZE, D).transpose(2, 3)
+    return memory, k_cache, v_cache
+
+
+LAYOUTS = [flashinfer_nhd, flashinfer_hnd, vllm, vllm_fused, padded_pages]
 
 
 def test_flashinfer_arrays_are_those_of_plain_python(device):
