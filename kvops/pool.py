@@ -183,10 +183,6 @@ class BlockPool:
         self._read(torch.zeros_like(self.free_count))
         bound.longest[: self.prefixes] = self.lens.amax((0, 2)).tolist()
 
-    def held_once(self, blocks: Tensor) -> Tensor:
-        """Of blocks that are held: which of them nobody else holds."""
-        return self.sharers[blocks.long()] == 0
-
     def holders(self) -> Tensor:
         """How many lists hold each block, int32 ``[num_blocks]``."""
         within = self._columns < self.held[..., None]

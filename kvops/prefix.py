@@ -80,18 +80,21 @@ class PrefixIndex:
         return torch.stack([self.entries[key].blocks for key in keys[:known]]) if known else None
 
     def give_up(self, shortage: int, *, in_use: bool) -> bool:
-        """Drop entries, least recently used first, such that ``shortage`` more blocks are free. Reads from the device.
+        """Drop entries, least recently used first, for ``shortage`` more blocks to be free. Reads from the device.
 
         Where that is not possible nothing is dropped, unless entries ``in_use`` may go too: of a block that one row
-        and no entry holds no copy has to be made. Returns whether anything was dropped.
+        and no entry holds no copy has to be made. Returns whether anything was dropped. It may have to be called again:
+        a block that two entries hold, of one row under two salts, is free when both are gone.
         """
         if not self.entries:
             return False
         order = self.oldest_first()
         blocks = torch.stack([self.entries[key].blocks for key in order])
-        gains = dict(zip(order, self.pool.held_once(blocks).flatten(1).sum(1).tolist(), strict=True))
-        wanted = max(shortage, int(sum(gains.values()) * _LEAST_GIVEN_UP))
-        if sum(gains.values()) < shortage:
+        in_no_row = self.pool.holders() == 0
+        gains = dict(zip(order, in_no_row[blocks.long()].flatten(1).sum(1).tolist(), strict=True))
+        unused = int(in_no_row.sum() - self.pool.free_count)
+        wanted = max(shortage, int(unused * _LEAST_GIVEN_UP))
+        if unused < shortage:
             if not in_use:
                 return False
             gains, wanted = dict.fromkeys(order, blocks[0].numel()), shortage

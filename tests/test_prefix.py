@@ -109,6 +109,16 @@ def test_what_was_recalled_last_stays_longest(device):
     assert [cache.recall(0, tokens) for tokens in prompts] == [8, 4, 8]
 
 
+def test_blocks_remembered_under_two_salts_are_given_back_too(device):
+    cache = remembered(device, range(8), num_blocks=3 * LISTS)
+    cache.remember(0, range(8), salt="another")
+    cache.free()
+    cache.extend(8, rows=1)
+    cache.free()
+    cache.extend(12, rows=1)
+    assert cache.stats().tokens_remembered == 0
+
+
 def test_a_row_alone_with_the_memory_of_it_is_compressed_in_place(device):
     """No block is free for a copy: rather than refusing, the cache forgets."""
     cache = remembered(device, range(16), num_blocks=4 * LISTS)
