@@ -247,8 +247,11 @@ class PagedAttentionConfig:
     num_stages: int
 
 
-def paged_attention_config(head_dim: int, itemsize: int, rows: int, arch: str) -> PagedAttentionConfig:
-    """``head_dim`` is the larger of the padded head sizes of K and V, ``rows`` the group's query heads times tokens.
+def paged_attention_config(
+    head_dim: int, itemsize: int, rows: int, arch: str, *, cache_itemsize: int | None = None
+) -> PagedAttentionConfig:
+    """``head_dim`` is the larger of the padded head sizes of K and V, ``rows`` the group's query heads times tokens,
+    ``cache_itemsize`` that of a cache in another dtype than the queries.
 
     Decoding is bound by memory: what counts is bytes in flight, so a tile holds 32 KiB of K and V (16 KiB where a
     program has 64 KiB of shared memory) whatever the head size and dtype. The pipeline reads the table first and the
@@ -268,6 +271,9 @@ def paged_attention_config(head_dim: int, itemsize: int, rows: int, arch: str) -
     if itemsize == 4 and block_m > 16:
         # float32 products run on the ordinary units: the tile is what registers hold.
         block_m, block_n = 32 if head_dim <= 128 else 16, min(block_n, 32)
+    if cache_itemsize == 1 and head_dim >= 128:
+        # A float8 tile is in registers twice, as it comes and as it is multiplied: 64 slots spill on sm_100.
+        block_n = min(block_n, max(16, 4096 // head_dim))
     num_stages = 2
     if nvidia:
         num_stages = 5 if block_n * slot_bytes <= stage else 3

@@ -252,7 +252,7 @@ def _paged_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAttenti
     while rows < min(problem["rows"], 64):
         rows *= 2
     stages = ((5, 4), (3, 4), (5, 8)) if device.nvidia else ((2, 4), (1, 4), (2, 8))
-    slot_bytes = 2 * problem["width"] * problem["cache_itemsize"]
+    slot_bytes = 2 * problem["width"] * max(2, problem["cache_itemsize"])
     default = min(128, max(16, (32768 if device.nvidia else 16384) // slot_bytes))
     for block_n in (default, 2 * default, default // 2):
         if 16 <= block_n <= 128:
@@ -402,7 +402,9 @@ FAMILIES: tuple[OpSpec, ...] = (
         config=PagedAttentionConfig,
         key=("width", "itemsize", "cache_itemsize"),
         sizes=("block_size", "rows", "lists", "capacity"),
-        heuristic=lambda p, d: paged_attention_config(p["width"], p["itemsize"], p["rows"], d.arch),
+        heuristic=lambda p, d: paged_attention_config(
+            p["width"], p["itemsize"], p["rows"], d.arch, cache_itemsize=p["cache_itemsize"]
+        ),
         reason=_why_paged,
         space=_paged_space,
         refuse=_refuse_paged,
