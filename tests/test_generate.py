@@ -99,7 +99,7 @@ def test_drafts_do_not_change_greedy_tokens_and_are_accepted_when_the_text_repea
     drafted = generate(model, prompts, max_new_tokens=40, draft="prompt_lookup", min_ngram=1)
     assert drafted.tokens == plain.tokens
     assert drafted.stats.accepted > 0
-    assert drafted.stats.steps < plain.stats.steps
+    assert drafted.stats.sequence_steps < plain.stats.sequence_steps
     sampled = generate(model, prompts, max_new_tokens=40, draft="prompt_lookup", min_ngram=1, temperature=temperature)
     assert [len(tokens) for tokens in sampled.tokens] == [40, 40, 40]
 
