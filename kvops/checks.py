@@ -91,6 +91,11 @@ def expect_at_least(name: str, value: float, minimum: float) -> None:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
+def expect_odd(name: str, value: int) -> None:
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"{name}: expected an odd positive number, got {value}")
+
+
 def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -67,6 +67,12 @@ class Seen(ABC):
         ``reduce`` over the queries and ``group`` over a group's query heads, as in :func:`kvops.attention_scores`.
         """
 
+    def alignment(self) -> Tensor:
+        """The cosine of each key with the mean direction of its head's keys: float32 ``[B, Hkv, S]``."""
+        directions = F.normalize(self.k.float(), dim=-1)
+        anchor = F.normalize(directions.mean(1, keepdim=True), dim=-1)
+        return (directions * anchor).sum(-1).transpose(1, 2)
+
     def pool(self, scores: Tensor, width: int, *, last: int, kind: Literal["max", "mean"] = "max") -> Tensor:
         """``scores`` [B, Hkv, S] pooled over ``width`` (odd) neighbours, apart from the ``last`` keys.
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvops import checks
 from kvops.policies.base import Policy, Seen
 
 
@@ -32,8 +33,7 @@ class DefensiveKV(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+        checks.expect_odd("pool", self.pool)
 
     @property
     def recall(self) -> int:

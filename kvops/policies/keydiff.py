@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvops.policies.base import Policy, Seen
@@ -22,6 +21,4 @@ class KeyDiff(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def score(self, seen: Seen) -> Tensor:
-        directions = F.normalize(seen.k.float(), dim=-1)
-        anchor = F.normalize(directions.mean(1, keepdim=True), dim=-1)
-        return -(directions * anchor).sum(-1).transpose(1, 2)
+        return -seen.alignment()

@@ -15,7 +15,9 @@ class RecentQueries:
 
     def begin(self, layer: int, row: int, q: Tensor) -> None:
         """q ``[1, T, Hq, D]`` of a row's newest tokens; with T < ``size``, the older ones stay in front of them."""
-        held = self._queries.setdefault(layer, q.new_zeros(self.max_batch, self.size, *q.shape[2:]))
+        if layer not in self._queries:
+            self._queries[layer] = q.new_zeros(self.max_batch, self.size, *q.shape[2:])
+        held = self._queries[layer]
         held[row] = torch.cat((held[row], q[0]))[-self.size :]
 
     def add(self, layer: int, q: Tensor, counts: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvops import checks
 from kvops.policies.base import Policy, Seen
 
 _MAX_COSINES = 1 << 22
@@ -40,8 +41,7 @@ class RKV(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+        checks.expect_odd("pool", self.pool)
         if not 0 <= self.importance <= 1:
             raise ValueError(f"importance: expected a number from 0 to 1, got {self.importance}")
 

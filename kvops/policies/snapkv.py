@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kvops import checks
 from kvops.policies.base import Policy, Seen
 
 
@@ -28,8 +29,7 @@ class SnapKV(Policy):
     pooling: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+        checks.expect_odd("pool", self.pool)
 
     def score(self, seen: Seen) -> Tensor:
         return seen.pool(seen.attention(last=self.observe), self.pool, last=self.observe, kind=self.pooling)

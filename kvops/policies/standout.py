@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kvops import checks
 from kvops.policies.base import Policy, Seen
 
 
@@ -35,8 +35,7 @@ class Standout(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool: expected an odd positive number, got {self.pool}")
+        checks.expect_odd("pool", self.pool)
         if not self.distinctness >= 0:
             raise ValueError(f"distinctness: expected at least 0, got {self.distinctness}")
 
@@ -48,7 +47,5 @@ class Standout(Policy):
         attention = seen.attention(last=self.observe, reduce="max", group="max")
         attention = seen.pool(attention, self.pool, last=self.observe)
         size = torch.linalg.vector_norm(seen.v, dim=-1, dtype=torch.float32)
-        directions = F.normalize(seen.k.float(), dim=-1)
-        anchor = F.normalize(directions.mean(1, keepdim=True), dim=-1)
-        apart = (1 - (directions * anchor).sum(-1)).clamp_min(0) / 2
-        return attention * (size * apart**self.distinctness).transpose(1, 2)
+        apart = (1 - seen.alignment()).clamp_min(0) / 2
+        return attention * size.transpose(1, 2) * apart**self.distinctness
