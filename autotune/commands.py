@@ -125,6 +125,7 @@ def tune(arguments: argparse.Namespace) -> int:
     if layer is None:
         raise ValueError("--store: expected a folder, for there is no cache to write to (set KVOPS_CACHE_DIR)")
     work = _problems(arguments, [spec for spec in chosen if spec.workload is not None], store)
+    work = [(spec, problem) for spec, problem in work if spec.candidates(problem, device) or not spec.twin]
     if not arguments.again:
         work = [(spec, problem) for spec, problem in work if not _is_tuned(spec, problem, device, versions, store)]
     print(f"{len(work)} problems to tune on {device.name}, results in {layer.folder}", flush=True)
@@ -304,13 +305,18 @@ def explain(arguments: argparse.Namespace) -> int:
     names = [arguments.op] if arguments.op else [spec.name for spec in chosen]
     with lookup.using(_store_of(arguments.store)):
         for name in names:
-            for choice in lookup.explain(name, problem, device):
+            choices = lookup.explain(name, problem, device)
+            if not choices:
+                print(f"{name}: {device.name} has no use for it")
+            for choice in choices:
                 verdict = choice.verdict
                 print(f"{choice.spec.name} {words(choice.problem)} on {device.name}")
                 print(f"  {words(config_to_json(choice.config))}")
                 apart = f", {choice.distance:.2f} doublings away" if choice.distance else ""
                 print(f"  {choice.origin}{apart}: {choice.reason}")
                 print(f"  {verdict.status}: {verdict.reason}")
+                if choice.runs:
+                    print(f"  runs {choice.runs}")
                 for refusal in choice.refused[:8]:
                     print(f"  refused {refusal}")
     return 0

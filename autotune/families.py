@@ -58,7 +58,7 @@ def _refuse_launch(config: Config, device: DeviceFacts, *powers_of_two: str) -> 
     return None
 
 
-def _refuse_shared(needed: int, device: DeviceFacts) -> str | None:
+def refuse_shared(needed: int, device: DeviceFacts) -> str | None:
     """``needed`` is a lower bound: what the compiler adds to it, the feasibility tables know."""
     if needed > device.shared_memory:
         return f"needs {needed} bytes of shared memory or more, {device.name} has {device.shared_memory}"
@@ -77,7 +77,7 @@ def _refuse_dense(config: AttentionConfig, problem: Problem, device: DeviceFacts
     # Accumulators of more than 255 registers a thread of 32 bits each cannot be held at all.
     if stays * problem["width"] > 200 * 32 * config.num_warps * (1 if device.nvidia else 4):
         return f"needs more registers than {config.num_warps} warps have for {stays} x {problem['width']} sums"
-    return _refuse_shared(stays * row + 2 * max(config.num_stages - 1, 0) * moves * row, device)
+    return refuse_shared(stays * row + 2 * max(config.num_stages - 1, 0) * moves * row, device)
 
 
 def _refuse_paged(config: PagedAttentionConfig, problem: Problem, device: DeviceFacts) -> str | None:
@@ -90,7 +90,7 @@ def _refuse_paged(config: PagedAttentionConfig, problem: Problem, device: Device
         return f"wastes most of its {config.block_m} rows on {problem['rows']}"
     # The block table takes stages of the pipeline, too: two tiles of slots are in flight with five stages.
     tiles = (config.num_stages - 1) // 2 if device.nvidia else config.num_stages - 1
-    return _refuse_shared(2 * tiles * config.block_n * problem["width"] * problem["cache_itemsize"], device)
+    return refuse_shared(2 * tiles * config.block_n * problem["width"] * problem["cache_itemsize"], device)
 
 
 # --- why the heuristic chooses what it chooses ----------------------------------------------------------------------
@@ -106,10 +106,15 @@ def _bound(flops: float, bytes_moved: float, device: DeviceFacts) -> str:
     return f"{intensity:.0f} operations a byte (ridge {ridge:.0f}): bound by {limit}"
 
 
-def _why_dense(products: int, problem: Problem, device: DeviceFacts, config: AttentionConfig) -> str:
+def dense_bound(products: int, problem: Problem, device: DeviceFacts) -> str:
+    """What limits so many matrix products a pair of query and key."""
     pairs = problem["heads"] * problem["seqlen_q"] * problem["seqlen_k"] / (2 if problem["mask"] == CAUSAL else 1)
     moved = problem["heads"] * (problem["seqlen_q"] + problem["seqlen_k"]) * 2 * problem["width"] * problem["itemsize"]
-    bound = _bound(2 * products * pairs * problem["width"], moved, device)
+    return _bound(2 * products * pairs * problem["width"], moved, device)
+
+
+def _why_dense(products: int, problem: Problem, device: DeviceFacts, config: AttentionConfig) -> str:
+    bound = dense_bound(products, problem, device)
     if problem["itemsize"] == 4:
         return f"{bound}; float32 products take ordinary registers, so the tile is what they hold"
     return f"{bound}; the largest tile that compiled without spills, {config.block_m} x {config.block_n}"
@@ -145,8 +150,8 @@ def _bits_never_change(config: Config) -> Hashable:
 
 # --- dense attention ------------------------------------------------------------------------------------------------
 
-_DENSE_KEY = ("width", "itemsize", "mask")
-_DENSE_SIZES = ("heads", "seqlen_q", "seqlen_k")
+DENSE_KEY = ("width", "itemsize", "mask")
+DENSE_SIZES = ("heads", "seqlen_q", "seqlen_k")
 _Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
 _FORWARD_TILES: _Tiles = {  # (block_m, block_n, warps, stages)
     64: ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
@@ -191,12 +196,12 @@ def _dense_space(tiles: _Tiles, descriptors: bool, problem: Problem, device: Dev
         yield replace(config, descriptors=descriptors and problem["itemsize"] == 2 and device.arch in HAVE_TMA)
 
 
-def _with_window(problem: Problem) -> Problem:
+def with_window(problem: Problem) -> Problem:
     """A full mask's loops are among a causal one's."""
     return {**problem, "mask": WINDOW if problem["mask"] == WINDOW else CAUSAL}
 
 
-def _dense_problems() -> tuple[Problem, ...]:
+def dense_problems() -> tuple[Problem, ...]:
     """Prefill and training of models that people run: heads x batch, lengths, 128 before 64 and 256."""
     found = []
     for width, heads in ((128, 32), (64, 32), (256, 16)):
@@ -209,7 +214,7 @@ def _dense_problems() -> tuple[Problem, ...]:
 
 
 def _dense_problem(width: int, itemsize: int, mask: int, heads: int, seqlen_q: int, seqlen_k: int) -> Problem:
-    return dict(zip((*_DENSE_KEY, *_DENSE_SIZES), (width, itemsize, mask, heads, seqlen_q, seqlen_k), strict=True))
+    return dict(zip((*DENSE_KEY, *DENSE_SIZES), (width, itemsize, mask, heads, seqlen_q, seqlen_k), strict=True))
 
 
 def _dense(
@@ -226,8 +231,8 @@ def _dense(
     return OpSpec(
         name=name,
         config=AttentionConfig,
-        key=_DENSE_KEY,
-        sizes=_DENSE_SIZES,
+        key=DENSE_KEY,
+        sizes=DENSE_SIZES,
         heuristic=heuristic,
         reason=partial(_why_dense, products),
         space=partial(_dense_space, tiles, descriptors),
@@ -235,8 +240,8 @@ def _dense(
         numerics=_all_but("num_stages", "descriptors"),
         kernels=(kernel,),
         workload=f"kvops.workloads:{name}",
-        problems=_dense_problems(),
-        proof_key=_with_window,
+        problems=dense_problems(),
+        proof_key=with_window,
         operators=operators,
     )
 

@@ -3,6 +3,9 @@
 Nothing is ever tuned here. The order: an override, then records of this device (exact, same bucket, nearest shape), of
 this device under another Triton or older sources, of the nearest GPU, then the heuristic, then the first candidate that
 can run. Whatever is borrowed has been checked against this device's limits.
+
+Where two kernels compute the same (``OpSpec.twin``), the one that needs a proof runs only if a record of this very
+device has it faster (``choose_proven``).
 """
 
 from __future__ import annotations
@@ -11,18 +14,22 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvops.autotune.devices import MAX_DEVICE_DISTANCE, DeviceFacts, LaunchDevice, by_name, distance, facts_of
 from kvops.autotune.families import FAMILIES
 from kvops.autotune.feasibility import Verdict, current_source, judge
+from kvops.autotune.hopper import HOPPER_FAMILIES
 from kvops.autotune.records import Record
 from kvops.autotune.spec import Config, OpSpec, Problem, words
 from kvops.autotune.store import Journal, Store
 
+_OURS = (*FAMILIES, *HOPPER_FAMILIES)
 # Shapes that are remembered; a service that never sees the same shape twice starts over now and then.
 _MAX_CHOSEN = 16_384
+# Origins of what ran right on the very device, with the sources and the Triton of today.
+_PROVEN = ("override", "exact", "bucket", "nearest")
 # The sizes that stand for all others where a choice may not depend on them.
 _CANONICAL = 4096
 
@@ -32,7 +39,9 @@ class Choice:
     """A configuration and where it comes from.
 
     ``origin`` is one of override, exact, bucket, nearest, other-version, other-device, heuristic, safe; ``distance`` is
-    in doublings; ``refused`` says of every nearer record why it was not taken.
+    in doublings; ``refused`` says of every nearer record why it was not taken. Of a family that has a twin, ``runs``
+    says which of the two a launch takes and why. A launch that could not take a proven one is shown with the origin
+    refused and the reason, before the choice that it took instead.
     """
 
     spec: OpSpec
@@ -44,6 +53,7 @@ class Choice:
     distance: float = 0.0
     record: Record | None = None
     refused: tuple[str, ...] = ()
+    runs: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -51,13 +61,16 @@ class Choice:
         return judge(self.spec, self.config, self.problem, self.device)
 
 
-_specs: dict[str, OpSpec] = {spec.name: spec for spec in FAMILIES}
+_specs: dict[str, OpSpec] = {spec.name: spec for spec in _OURS}
 _overrides: dict[str, Config] = {}
 _watchers: list[list[Choice]] = []
 _store: Store | None = None
 _journal: Journal | None = None
 _invariant = False
 _chosen: dict[tuple[str, LaunchDevice, tuple[int, ...]], Config] = {}
+# Of families with a twin: None where the twin runs.
+_proven: dict[tuple[str, LaunchDevice, tuple[int, ...]], Config | None] = {}
+_UNKNOWN = object()
 
 
 def choose(op: str, device: LaunchDevice, *problem: int) -> Any:
@@ -73,11 +86,7 @@ def choose(op: str, device: LaunchDevice, *problem: int) -> Any:
 def _choose_first(op: str, device: LaunchDevice, values: tuple[int, ...]) -> Config:
     spec = _specs[op]
     choice = resolve(spec, dict(zip(spec.fields, values, strict=True)), facts_of(device))
-    if choice.origin in ("other-version", "other-device", "heuristic", "safe") and device.name != device.arch:
-        # Where nothing runs (compiling for a GPU, the interpreter) a device has its architecture's name.
-        journal = _open_journal()
-        if journal is not None:
-            journal.add(op, choice.problem, choice.device.name)
+    _note_miss(choice, device)
     for watcher in _watchers:
         watcher.append(choice)
     if not _watchers:  # whoever watches wants to see every call
@@ -85,6 +94,48 @@ def _choose_first(op: str, device: LaunchDevice, values: tuple[int, ...]) -> Con
             _chosen.clear()
         _chosen[op, device, values] = choice.config
     return choice.config
+
+
+def _note_miss(choice: Choice, device: LaunchDevice) -> None:
+    if choice.origin in ("other-version", "other-device", "heuristic", "safe") and device.name != device.arch:
+        # Where nothing runs (compiling for a GPU, the interpreter) a device has its architecture's name.
+        journal = _open_journal()
+        if journal is not None:
+            journal.add(choice.spec.name, choice.problem, choice.device.name)
+
+
+def choose_proven(op: str, device: LaunchDevice, *problem: int, refusal: Callable[[], str | None]) -> Any:
+    """The configuration of ``op``, a family with a twin, where a measurement on this very device has it faster; else
+    None, and the launch takes its twin.
+
+    ``refusal`` says why ``op`` cannot run the call at hand, or returns None; it is asked only where it matters.
+    Raises KeyError for an operator that is not registered.
+    """
+    config = _proven.get((op, device, problem), _UNKNOWN)
+    if config is _UNKNOWN:
+        return _choose_proven_first(op, device, problem, refusal)
+    return None if config is None or refusal() is not None else config
+
+
+def _choose_proven_first(
+    op: str, device: LaunchDevice, values: tuple[int, ...], refusal: Callable[[], str | None]
+) -> Config | None:
+    spec, config, reason = _specs[op], None, None
+    # Where nothing runs, nothing has been proven either: the records are those of the GPU that stands for this one.
+    if device.name != device.arch or op in _overrides:
+        problem, facts = dict(zip(spec.fields, values, strict=True)), facts_of(device)
+        runs, choice = contest(spec, problem, facts)
+        if runs:
+            config, reason = choice.config, refusal()
+            for watcher in _watchers:
+                watcher.append(choice if reason is None else replace(choice, origin="refused", reason=reason))
+        elif not _overrides and spec.candidates(problem, facts) and refusal() is None:
+            _note_miss(choice, device)
+    if not _watchers:
+        if len(_proven) >= _MAX_CHOSEN:
+            _proven.clear()
+        _proven[op, device, values] = config
+    return config if reason is None else None
 
 
 def _open_store() -> Store:
@@ -147,6 +198,40 @@ def resolve(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Choice:
     )
 
 
+def contest(spec: OpSpec, problem: Problem, device: DeviceFacts) -> tuple[bool, Choice]:
+    """Whether a family with a twin runs in its place, and its own choice, whose ``runs`` says why or why not.
+
+    It takes a record measured on this device from the sources as they are, and less time in it than the twin takes in
+    one for the same problem, if there is one; or an override, which holds for whichever of the two it names.
+    """
+    choice, twin = resolve(spec, problem, device), _specs[spec.twin]
+
+    def decided(runs: bool, why: str) -> tuple[bool, Choice]:
+        return runs, replace(choice, runs=f"{spec.name if runs else twin.name}: {why}")
+
+    named = next((op for op in reversed(_overrides) if op in (spec.name, twin.name)), None)
+    if named is not None:
+        return decided(named == spec.name, "an override is active")
+    refusal = spec.refuse(choice.config, problem, device)
+    if refusal is not None:
+        return decided(False, f"{spec.name} {refusal}")
+    if _is_invariant():
+        return decided(False, "batch-invariant: one numerics class for all sizes")
+    record = choice.record
+    if record is None or choice.origin not in _PROVEN or record.origin != "measured":
+        there = f"but {choice.origin}: {choice.reason}" if record is not None else "no record"
+        return decided(False, f"{spec.name} has not been measured on {device.name} as it is now ({there})")
+    told = f"{spec.name} takes {record.time.p50:.1f} µs for {words(record.shape)}"
+    overruled = resolve(twin, problem, device).origin == "override"
+    if overruled != (choice.origin == "override"):
+        return decided(not overruled, "the override folder has a record of it")
+    for _, _, other in _ranked(twin, record.problem, device):
+        if other.problem == record.problem and other.device.name == device.name:
+            compared = f"{told}, {twin.name} {other.time.p50:.1f}"
+            return decided(record.time.p50 < other.time.p50, compared)
+    return decided(True, f"{told}, {twin.name} has no record of that")
+
+
 def _ranked(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Iterator[tuple[str, float, Record]]:
     """(origin, distance, record) of all that may be borrowed, best first, in an order that no tie leaves open."""
     store = _open_store()
@@ -202,10 +287,10 @@ def register(spec: OpSpec) -> OpSpec:
 
     Registered again, the last one holds. Raises ValueError for a name of kvops' own families.
     """
-    if spec.name in {family.name for family in FAMILIES}:
+    if spec.name in {family.name for family in _OURS}:
         raise ValueError(f"name: expected one that kvops does not use itself, got {spec.name!r}")
     _specs[spec.name] = spec
-    _chosen.clear()
+    _forget_choices()
     return spec
 
 
@@ -215,13 +300,18 @@ def forget() -> None:
     if _journal is not None:
         _journal.flush()
     _store = _journal = None
+    _forget_choices()
+
+
+def _forget_choices() -> None:
     _chosen.clear()
+    _proven.clear()
 
 
 def forget_records() -> None:
     """Read the files of the store in use again at the next look-up."""
     _open_store().forget()
-    _chosen.clear()
+    _forget_choices()
 
 
 @contextmanager
@@ -233,17 +323,16 @@ def override(op: str, config: Config) -> Iterator[None]:
     spec = _specs[op]
     if type(config) is not spec.config:
         raise TypeError(f"config: expected {spec.config.__name__}, got {type(config).__name__}")
-    before = _overrides.get(op)
-    _overrides[op] = config
-    _chosen.clear()
+    before = dict(_overrides)
+    _overrides.pop(op, None)
+    _overrides[op] = config  # the last entered is the last
+    _forget_choices()
     try:
         yield
     finally:
-        if before is None:
-            del _overrides[op]
-        else:
-            _overrides[op] = before
-        _chosen.clear()
+        _overrides.clear()
+        _overrides.update(before)
+        _forget_choices()
 
 
 @contextmanager
@@ -254,12 +343,12 @@ def invariant() -> Iterator[None]:
     """
     global _invariant
     before, _invariant = _invariant, True
-    _chosen.clear()
+    _forget_choices()
     try:
         yield
     finally:
         _invariant = before
-        _chosen.clear()
+        _forget_choices()
 
 
 def _is_invariant() -> bool:
@@ -271,12 +360,12 @@ def watch() -> Iterator[list[Choice]]:
     """Collect every choice that launches make: ``with watch() as choices: kvops.flash_attention(...)``."""
     choices: list[Choice] = []
     _watchers.append(choices)
-    _chosen.clear()
+    _forget_choices()
     try:
         yield choices
     finally:
         _watchers.remove(choices)
-        _chosen.clear()
+        _forget_choices()
 
 
 @contextmanager
@@ -285,19 +374,19 @@ def using(store: Store) -> Iterator[None]:
     global _store, _journal
     before = _store, _journal
     _store, _journal = store, None
-    _chosen.clear()
+    _forget_choices()
     try:
         yield
     finally:
         _store, _journal = before
-        _chosen.clear()
+        _forget_choices()
 
 
 def use(store: Store) -> None:
     """From now on look-ups answer from ``store`` alone, whose layers are then never read again."""
     global _store, _journal
     _store, _journal = store, None
-    _chosen.clear()
+    _forget_choices()
 
 
 def explain(
@@ -305,8 +394,9 @@ def explain(
 ) -> list[Choice]:
     """What each family behind ``op`` (a family, or an operator of ``torch.ops.kvops``) would be launched with, and why.
 
-    Without a problem: for the family's realistic ones. ``device`` is a name from the built-in table or an architecture;
-    no GPU is needed. Raises ValueError for an unknown operator or device, or a problem of other fields.
+    Without a problem: for the family's realistic ones, but not those that a family with a twin cannot take. ``device``
+    is a name from the built-in table or an architecture; no GPU is needed. Raises ValueError for an unknown operator or
+    device, or a problem of other fields.
     """
     families = [spec for spec in _specs.values() if op == spec.name or op in spec.operators]
     if not families:
@@ -319,5 +409,13 @@ def explain(
     choices = []
     for spec in families:
         problems: Sequence[Problem] = spec.problems if problem is None else [spec.check_problem(problem)]
-        choices += [resolve(spec, each, facts) for each in problems]
+        for each in problems:
+            if not spec.twin:
+                others = [
+                    other for other in _specs.values() if other.twin == spec.name and other.candidates(each, facts)
+                ]
+                runs = "; ".join(contest(other, each, facts)[1].runs for other in others)
+                choices.append(replace(resolve(spec, each, facts), runs=runs))
+            elif spec.candidates(each, facts):
+                choices.append(contest(spec, each, facts)[1])
     return choices

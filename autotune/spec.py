@@ -53,6 +53,9 @@ class OpSpec:
         problems: realistic problems: what ``tune`` and ``prune`` cover when nothing else is asked for.
         proof_key: problem -> the key whose compiled kernel proves it, where it is not its own.
         operators: names in ``torch.ops.kvops`` that launch this family.
+        twin: the family, of the same key and sizes, whose results this one computes in another way that only some GPUs
+            have. Its launches run this one only where a record measured on that very GPU says that it is faster
+            (``lookup.choose_proven``); where ``refuse`` leaves no candidate, nothing asks for it.
         max_distance: how far, in doublings summed over the sizes, a shape may be to lend its configuration.
     """
 
@@ -70,6 +73,7 @@ class OpSpec:
     problems: tuple[Problem, ...] = ()
     proof_key: Callable[[Problem], Problem] | None = None
     operators: tuple[str, ...] = ()
+    twin: str = ""
     max_distance: float = 4.0
     fields: tuple[str, ...] = field(init=False)
 

@@ -34,6 +34,14 @@ def mask_kind(window_left: int, window_right: int) -> int:
     return CAUSAL if window_right == 0 else FULL
 
 
+def dense_problem(
+    q: torch.Tensor, v: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int, window_left: int, window_right: int
+) -> tuple[int, ...]:
+    """What a configuration of dense attention is chosen by: the key and the sizes of its families, in their order."""
+    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    return width, q.element_size(), mask_kind(window_left, window_right), batch * q.shape[-2], seqlen_q, seqlen_k
+
+
 def _described(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
     """Shape and strides of [batch, seqlen, heads, head_dim] as a descriptor gets them."""
     shape = list(tensor.shape) if tensor.dim() == 4 else [1, *tensor.shape]

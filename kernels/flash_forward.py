@@ -4,17 +4,23 @@ Dense [batch, seqlen, heads, head_dim] and packed [total_tokens, heads, head_dim
 call passes the cumulative lengths, and their absence compiles to the dense case. K and V come through tensor
 descriptors (TMA) where the configuration asks for them and the tensors allow it (``kvops.kernels.dense.describable``),
 else through pointers: the same kernel, with ``k_desc`` and ``v_desc`` None.
+
+On Hopper a warp-specialised kernel (``kvops.kernels.gluon_flash_forward``) takes its place where it was measured there
+and found faster.
 """
+
+from functools import cache
+from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.lookup import choose
+from kvops.autotune.lookup import choose, choose_proven
 from kvops.kernels.dense import (
+    dense_problem,
     describable,
     descriptor,
-    mask_kind,
     padded,
     row_strides,
     slope_stride,
@@ -223,6 +229,14 @@ def flash_forward_kernel(
     store_rows(out_ptr, rows, stride_om, seqlen_q - start_m, acc, HEAD_DIM_V, BLOCK_DV)
 
 
+@cache
+def _hopper() -> ModuleType:
+    """The kernel's twin, imported where it runs: elsewhere Gluon's parts for Hopper need not even be there."""
+    import kvops.kernels.gluon_flash_forward as hopper
+
+    return hopper
+
+
 def flash_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -236,13 +250,25 @@ def flash_forward(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the dense kernel; see ``kvops.flash_attention``."""
+    """Launch the dense kernel, or its twin for Hopper; see ``kvops.flash_attention``."""
     batch, seqlen_q, heads, _ = q.shape
+    if causal:
+        window_right = 0
+    problem = dense_problem(q, v, batch, seqlen_q, k.shape[1], window_left, window_right)
+
+    proven = choose_proven(
+        "gluon_flash_forward",
+        current_device(),
+        *problem,
+        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes),
+    )
+    if proven is not None:
+        return _hopper().launch(q, k, v, window_left, window_right, scale, softcap, sinks, proven)
     out = q.new_empty(batch, seqlen_q, heads, v.shape[3])
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     _launch(
-        q, k, v, out, lse, None, None, batch, seqlen_q, k.shape[1],
-        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes,
+        q, k, v, out, lse, None, None, problem, batch, seqlen_q, k.shape[1],
+        window_left, window_right, scale, softcap, sinks, alibi_slopes,
     )  # fmt: skip
     return out, lse
 
@@ -265,36 +291,28 @@ def flash_forward_varlen(
     alibi_slopes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel on packed sequences; see ``kvops.flash_attention_varlen``."""
+    batch = cu_seqlens_q.shape[0] - 1
+    if causal:
+        window_right = 0
+    problem = dense_problem(q, v, batch, max_seqlen_q, max_seqlen_k, window_left, window_right)
     # Tokens after the last sequence belong to nobody: they see no key.
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
     _launch(
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k,
-        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes,
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, problem, batch, max_seqlen_q, max_seqlen_k,
+        window_left, window_right, scale, softcap, sinks, alibi_slopes,
     )  # fmt: skip
     return out, lse
 
 
 def _launch(
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
-    causal, window_left, window_right, scale, softcap, sinks, alibi_slopes,
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, problem, batch, seqlen_q, seqlen_k,
+    window_left, window_right, scale, softcap, sinks, alibi_slopes,
 ):  # fmt: skip
     heads, head_dim = q.shape[-2:]
     head_dim_v = v.shape[-1]
     block_d, block_dv = padded(head_dim), padded(head_dim_v)
-    if causal:
-        window_right = 0
-    mask = mask_kind(window_left, window_right)
-    config = choose(
-        "flash_forward",
-        current_device(),
-        max(block_d, block_dv),
-        q.element_size(),
-        mask,
-        batch * heads,
-        seqlen_q,
-        seqlen_k,
-    )
+    config = choose("flash_forward", current_device(), *problem)
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     if programs == 0:
         return

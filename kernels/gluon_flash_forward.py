@@ -43,7 +43,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
+from kvops.autotune.config import GluonFlashForwardConfig
+from kvops.autotune.lookup import choose
+from kvops.kernels.dense import dense_problem
 from kvops.kernels.device import current_device
 
 # Triton 3.6 and 3.7 spell these differently from what came after.
@@ -483,23 +485,40 @@ def gluon_flash_forward(
     alibi_slopes: torch.Tensor | None = None,
     config: GluonFlashForwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel; see ``kvops.flash_attention``. ``config`` replaces the default configuration.
+    """Launch the kernel; see ``kvops.flash_attention``. ``config`` replaces the one that would be chosen.
 
     Raises ValueError with the reason where ``launchable`` gives one.
     """
     reason = launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes)
     if reason is not None:
         raise ValueError(f"gluon_flash_forward: {reason}")
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, heads_kv = k.shape[1:3]
     if causal:
         window_right = 0
+    if config is None:
+        problem = dense_problem(q, v, q.shape[0], q.shape[1], k.shape[1], window_left, window_right)
+        config = choose("gluon_flash_forward", current_device(), *problem)
+    return launch(q, k, v, window_left, window_right, scale, softcap, sinks, config)
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    config: GluonFlashForwardConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch what is ``launchable``; a causal mask has ``window_right`` 0."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_k, heads_kv = k.shape[1:3]
     # A window that reaches past the ends is none: positions run from seqlen_k - seqlen_q to seqlen_k - 1.
     has_low = 0 <= window_left < seqlen_k - 1
     has_high = 0 <= window_right < seqlen_q - 1
     scale = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
     width = max(64, triton.next_power_of_2(max(head_dim, v.shape[3])))
-    config = config or gluon_flash_forward_config(width)
     out = q.new_empty(batch, seqlen_q, heads, v.shape[3])
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     blocks = triton.cdiv(seqlen_q, 2 * config.block_rows)

@@ -59,6 +59,16 @@ def flash_forward(problem: Problem, device: str, small: bool) -> Workload:
     )
 
 
+def gluon_flash_forward(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.gluon_flash_forward import gluon_flash_forward as launch
+
+    tensors, options = _dense(problem, device, small)
+    return Workload(
+        run=lambda: launch(*tensors, **options),
+        exact=lambda: eager_attention.flash_attention(*_double(tensors), **options),
+    )
+
+
 def flash_backward(problem: Problem, device: str, small: bool) -> Workload:
     from kvops.kernels.flash_backward import flash_backward as launch
 

@@ -208,7 +208,8 @@ def test_compiling_again_gives_what_the_tables_say(tmp_path, monkeypatch):
     picked: list[Task] = []
     expected = {}
     for number, spec in list(enumerate(SHIPPED))[::3]:
-        target = TARGET_ORDER[number % len(TARGET_ORDER)]
+        order = [*TARGET_ORDER[number % len(TARGET_ORDER) :], *TARGET_ORDER]
+        target = next(target for target in order if tasks([spec], [target]))  # some families have one target
         task = tasks([spec], [target])[0]
         group = load_table(spec).group(target, spec.proof_of(task.problem))
         if group is None or group.source != current_source(spec):

@@ -1,0 +1,111 @@
+"""Families of warp-specialised kernels for Hopper (Gluon), each the twin of one that runs everywhere.
+
+Elsewhere than on sm_90 they have no candidates, and nothing asks for any. On it, a launch takes one only where a record
+measured on that very GPU says that it is faster than its twin (``kvops.autotune.lookup.choose_proven``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
+from kvops.autotune.devices import DeviceFacts
+from kvops.autotune.families import (
+    DENSE_KEY,
+    DENSE_SIZES,
+    dense_bound,
+    dense_problems,
+    refuse_shared,
+    with_window,
+)
+from kvops.autotune.spec import OpSpec, Problem
+
+# A thread of each consumer and of the producer together: a multiprocessor's 65,536 in allocations of 8 for 128 threads.
+_REGISTERS = 504
+# (block_n, stages, consumer registers, producer registers) by padded head size.
+_FORWARD_TILES = {
+    64: ((128, 3, 216, 72), (128, 4, 240, 24), (64, 4, 216, 72)),
+    128: ((128, 2, 240, 24), (128, 3, 240, 24), (64, 4, 240, 24)),
+    256: ((64, 2, 240, 24), (32, 4, 240, 24), (32, 3, 240, 24)),
+}
+# Bytes of keys and values that are kept in the L2 cache of 50 MiB, beside the default's.
+_SECTIONS = (4 << 20, 40 << 20)
+
+
+def hopper_dense_problems() -> tuple[Problem, ...]:
+    """Those of dense attention that Hopper's asynchronous products take: 16 bits."""
+    return tuple(problem for problem in dense_problems() if problem["itemsize"] == 2)
+
+
+def refuse_hopper(problem: Problem, device: DeviceFacts) -> str | None:
+    """Why no configuration of a kernel here can run ``problem``, if so."""
+    if device.arch != "sm_90":
+        return f"needs a Hopper GPU (sm_90), {device.name} is {device.arch}"
+    if problem["itemsize"] != 2:
+        return f"needs float16 or bfloat16, got elements of {problem['itemsize']} bytes"
+    if problem["width"] > 256:
+        return f"needs head sizes up to 256, got {problem['width']}"
+    return None
+
+
+def _width(problem: Problem) -> int:
+    """A tile's columns: 128 bytes at least."""
+    return max(64, problem["width"])
+
+
+def _forward_space(problem: Problem, device: DeviceFacts) -> Iterable[GluonFlashForwardConfig]:
+    """Tiles that compile apart, then what changes the order of works only and compiles to the same."""
+    for place, (block_n, stages, consumer, producer) in enumerate(_FORWARD_TILES.get(_width(problem), ())):
+        config = GluonFlashForwardConfig(64, block_n, stages, consumer, producer)
+        yield config
+        yield replace(config, persistent=False)
+        if place < 2:
+            yield from (replace(config, section_bytes=size) for size in _SECTIONS)
+
+
+def _refuse_forward(config: GluonFlashForwardConfig, problem: Problem, device: DeviceFacts) -> str | None:
+    reason = refuse_hopper(problem, device)
+    if reason is not None:
+        return reason
+    if config.block_rows < 64 or config.block_rows & (config.block_rows - 1):
+        return f"needs block_rows to be a power of two from 64 on, it is {config.block_rows}"
+    if config.block_n < 16 or config.block_n & (config.block_n - 1):
+        return f"needs block_n to be a power of two from 16 on, it is {config.block_n}"
+    registers = config.consumer_registers, config.producer_registers
+    if 2 * registers[0] + registers[1] > _REGISTERS or any(not 24 <= n <= 240 or n % 8 for n in registers):
+        return (
+            f"needs multiples of 8 registers from 24 to 240 and {_REGISTERS} in all, it has 2 x {registers[0]} + "
+            f"{registers[1]}"
+        )
+    row = 2 * _width(problem)
+    return refuse_shared(2 * row * (config.block_rows + config.stages * config.block_n), device)
+
+
+def _why_forward(problem: Problem, device: DeviceFacts, config: GluonFlashForwardConfig) -> str:
+    return (
+        f"{dense_bound(2, problem, device)}; the largest tiles that compiled without spills, two consumers of "
+        f"{config.block_rows} x {config.block_n}"
+    )
+
+
+HOPPER_FAMILIES: tuple[OpSpec, ...] = (
+    OpSpec(
+        name="gluon_flash_forward",
+        twin="flash_forward",
+        config=GluonFlashForwardConfig,
+        key=DENSE_KEY,
+        sizes=DENSE_SIZES,
+        heuristic=lambda p, d: gluon_flash_forward_config(_width(p)),
+        reason=_why_forward,
+        space=_forward_space,
+        refuse=_refuse_forward,
+        # The order of works, the depth of the ring and who holds which registers change no sum.
+        numerics=lambda config: (config.block_rows, config.block_n),
+        kernels=("kvops.kernels.gluon_flash_forward:gluon_flash_forward_kernel",),
+        workload="kvops.workloads:gluon_flash_forward",
+        problems=hopper_dense_problems(),
+        proof_key=with_window,
+        operators=("flash_attention",),
+    ),
+)
