@@ -12,6 +12,7 @@ from torch import Tensor
 import kvops
 from kvops.eager import paged as eager
 from kvops.eager import paged_decode
+from kvops.eager.paged_rows import Rows
 
 
 def check(
@@ -508,18 +509,50 @@ def test_eager_tiles_of_a_uniform_cache_are_those_of_its_ragged_form(pad, monkey
     assert torch.equal(scores[after], old_scores[after])
 
 
+def swap_blocks(lists: Lists, table: Tensor, first: int) -> None:
+    """The same list with two of its blocks in each other's place in the pool."""
+    a, b = int(table[first]), int(table[first + 1])
+    for cache in (lists.k_cache, lists.v_cache, lists.positions, lists.scores):
+        cache[[a, b]] = cache[[b, a]]
+    table[first], table[first + 1] = b, a
+
+
 def test_eager_runs_begin_and_end_anywhere(monkeypatch):
     """Runs of consecutive blocks between scattered ones; a window begins inside a run."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     lists = make_lists([[1999, 1333]], block_size=16, head_dim=32, consecutive=True)
     for first in (0, 40, 77):
         for table in (lists.block_tables[0, 0], lists.block_tables[0, 1]):
-            a, b = int(table[first]), int(table[first + 1])
-            for cache in (lists.k_cache, lists.v_cache, lists.positions, lists.scores):
-                cache[[a, b]] = cache[[b, a]]
-            table[first], table[first + 1] = b, a
+            swap_blocks(lists, table, first)
     for window_left in (-1, 500, 1111):
         check(queries(lists, 3), lists, scores=True, window_left=window_left)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("broken", [False, True])
+def test_eager_reads_what_all_lists_have_side_by_side_where_it_is(broken, threads, monkeypatch):
+    """A run that all lists have alike, and what each has behind it: nothing, a part of a block, or scattered blocks."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(paged_decode, "_LONG", 256)
+    monkeypatch.setattr(eager, "_LONG", 256)
+    runs = []
+    read = Rows.alike
+    monkeypatch.setattr(Rows, "alike", lambda *arguments: runs.append(arguments[-1]) or read(*arguments))
+    lists = make_lists([[608, 601], [607, 593]], block_size=16, head_dim=32, consecutive=True)
+    if broken:
+        swap_blocks(lists, lists.block_tables[1, 0], 25)
+    run = 25 * 16 if broken else 37 * 16
+    sinks = torch.linspace(-1, 6, 6)
+    check(queries(lists, 3), lists, scores=True, score_decay=0.5, sinks=sinks)
+    check(queries(lists, 3, 2), lists, scores=True, score_reduce="sumsq", causal=False)
+    check(queries(lists, 3, 3), lists, scores=True, score_reduce="max")
+    assert runs == 4 * [run] + 2 * [run if broken else 36 * 16]  # 593 slots, of which the first of 3 tokens sees 591
+    q_lens = torch.tensor([2, 0], dtype=torch.int32)
+    check(queries(lists, 3, 2), lists, scores=True, q_lens=q_lens)  # a list of which nobody sees anything
+    whole = make_lists([[512, 512]], block_size=16, head_dim=32, consecutive=True)
+    check(queries(whole, 3), whole, scores=True)
+    assert runs[6:] == 2 * [512]
 
 
 def test_eager_memory_is_linear_in_the_lengths(monkeypatch):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvops.eager.paged_decode import ScoreFold, attend_tiles
+from kvops.eager.paged_decode import ScoreFold, alike, attend_tiles
 from kvops.eager.paged_rows import (
     MIN_ROWS,
     Piece,
@@ -215,6 +215,7 @@ class _Attention:
     tree_mask: Tensor | None
     positions: Tensor | None = None
     query_positions: Tensor | None = None
+    leading: int = 0  # blocks that all lists have alike
     scores: Tensor | None
     score_reduce: str
     score_decay: float
@@ -323,7 +324,8 @@ class _Attention:
     def in_tiles(self) -> bool:
         """Whether ``paged_decode`` serves the call: few rows, which see their lists from the first slot on.
 
-        Not where softcaps, other sizes of V or long consecutive lists are better served here.
+        Not where softcaps, other sizes of V or long lists that are consecutive, but not all alike, are better served
+        here.
         """
         if self.num_tokens * self.group >= MIN_ROWS or self.batch_invariant or self.softcap:
             return False
@@ -334,10 +336,20 @@ class _Attention:
         lists, total = len(self.lens), sum(self.lens)
         if not (self.keys.in_place and self.values.in_place) or total < max(_LONG * lists, 1):
             return True
+        if not self.keys.by_head:
+            self.leading = alike(self.tables, self.least(), total, self.block_size)
+            if self.leading:
+                return True
         if max(self.lens) * lists > 2 * total:  # half of a batch in place would be padding
             return True
         blocks = self.tables[:, : max(0, min(self.lens)) // self.block_size]
         return int((blocks[:, 1:] - blocks[:, :-1] == 1).sum()) < blocks.numel() // 2
+
+    def least(self) -> int:
+        """The slots that every token of every list sees."""
+        if min(self.counts) < self.num_tokens:
+            return 0
+        return min(self.lens) - (self.num_tokens - 1 if self.causal else 0)
 
     def run_tiles(self) -> tuple[Tensor, Tensor]:
         """The same for few rows: out [lists, T, group, D], lse [lists, T, group]."""
@@ -351,7 +363,9 @@ class _Attention:
             limits = limits.masked_fill(token >= counts, 0)
         fold = None if self.scores is None else ScoreFold(self.scores, self.score_reduce, self.score_decay)
         sinks = None if self.sinks is None else self.sinks.repeat(lists // self.num_kv_heads, 1, 1)
-        return attend_tiles(self.q, self.keys, self.values, self.tables, stops, limits, sinks=sinks, fold=fold)
+        return attend_tiles(
+            self.q, self.keys, self.values, self.tables, stops, limits, leading=self.leading, sinks=sinks, fold=fold
+        )
 
     def tile(self, group: _Group, first: int, last: int, scores: _ScoreSums | None) -> tuple[Tensor, Tensor] | None:
         """Attention of the tokens ``first`` to ``last``: out [n, t, group, Dv], lse [n, t, group]."""

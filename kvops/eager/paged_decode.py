@@ -3,12 +3,16 @@
 A list is cut into tiles of some hundred slots and the tiles of all lists stand in one line, so the work grows with the
 sum of the lengths, however unequal they are, and the number of calls to torch hardly grows at all. Tiles are gathered
 by chunks that stay in the caches and handed to torch's CPU flash attention as one batch; what the tiles of a list give
-is merged by their lse, as on a GPU.
+is merged by their lse, as on a GPU. What a prompt left side by side in the pool, alike for all lists, is not gathered
+but read where it is.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +29,8 @@ _TILE = 128
 _CHUNK = 1 << 19
 # Elements of K up to which padding costs less than cutting lists into tiles and merging them: 512 KiB in float32.
 _PAD = 1 << 17
+# Slots of a list from which it pays to look whether they lie side by side.
+_LONG = 1024
 # Lists of which a fifth would be padding are not cut while there are enough of them for the cores.
 _WASTE = 1.25
 # Where a mask adds this no probability is left; unlike -inf it gives no NaN in a tile of which a row sees nothing.
@@ -38,6 +44,63 @@ class ScoreFold:
     scores: Tensor
     reduce: str
     decay: float
+
+
+def alike(tables: Tensor, least: int, total: int, block_size: int) -> int:
+    """How many leading blocks lie side by side in every list, the lists equally far apart; 0 where that is less than
+    half of the ``total`` slots. ``least``: the slots of the shortest list."""
+    lists, most = tables.shape[0], least // block_size
+    if least < _LONG or 2 * least * lists < total:
+        return 0
+    leading = tables[:, :most]
+    beside = (leading[:, 1:] - leading[:, :-1] == 1).all(0).tolist()
+    blocks = beside.index(False) + 1 if False in beside else most
+    if blocks * block_size < _LONG or 2 * blocks * block_size * lists < total:
+        return 0
+    first = leading[:, 0].tolist()
+    step = first[1] - first[0] if lists > 1 else 0
+    if step < 0 or any(after - before != step for before, after in pairwise(first)):
+        return 0
+    return blocks
+
+
+class _Run:
+    """The leading ``blocks`` of every list, which are :func:`alike`, read where they are."""
+
+    own = garbage = None
+
+    def __init__(self, keys: Rows, values: Rows, blocks: Tensor) -> None:
+        self.keys, self.values, self.blocks = keys, values, blocks
+        self.count, self.size = blocks.shape[0], blocks.shape[1] * keys.block_size
+
+    def lists(self) -> Tensor:
+        return torch.arange(self.count)
+
+    def of_lists(self, values: Tensor) -> Tensor:
+        return values
+
+    def run(self, q: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q [lists, rows, D] -> out [lists, rows, D] and lse [lists, rows]; ``scores`` [lists, rows, size] takes the
+        logits."""
+        first = self.blocks[:2, 0].tolist()
+        step = first[-1] - first[0]
+        k, v = (rows.alike(first[0], step, self.count, self.size) for rows in (self.keys, self.values))
+        if scores is not None:
+            torch.bmm(q, k.mT, out=scores)
+        threads = torch.get_num_threads()
+        parts = 1 if self.count % threads == 0 else math.gcd(self.size, threads)
+        k, v = (x.unflatten(1, (parts, -1)) for x in (k, v))  # [lists, parts, slots, D]: work for every core
+        out, lse = _flash(q[:, None].expand(-1, parts, -1, -1), k, v, 0.0, False, scale=1.0)
+        return _merge(out.unbind(1), lse.unbind(1))
+
+
+def _merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The union of attentions over different keys: outs [lists, rows, D], lses [lists, rows]."""
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    lse = torch.stack(tuple(lses))
+    joined = lse.logsumexp(0)
+    return (torch.stack(tuple(outs)) * (lse - joined).exp_()[..., None]).sum(0), joined
 
 
 class _Tiles:
@@ -184,18 +247,36 @@ def attend_tiles(
     stops: list[int],
     limits: Tensor | None,
     *,
+    leading: int,
     sinks: Tensor | None,
     fold: ScoreFold | None,
 ) -> tuple[Tensor, Tensor]:
     """q [lists, T, group, D], scaled; tables [lists, max_blocks]; stops: the slots of each list that some token sees,
     from the first on; limits int64 [lists, T]: those that each token sees, None where they all see the list's stop and
-    no list is empty; sinks [lists, 1, group] -> out [lists, T, group, D], lse [lists, T, group]."""
+    no list is empty; leading: blocks that are :func:`alike` and seen by every token; sinks [lists, 1, group]
+    -> out [lists, T, group, D], lse [lists, T, group]."""
     lists, T, G, D = q.shape
     if lists * T == 0 or max(stops) <= 0:
         return torch.zeros_like(q), q.new_full((lists, T, G), -torch.inf)
-    tiles = _Tiles(tables, stops, keys.block_size, D)
-    p = None if fold is None else q.new_empty(tiles.count, T * G, tiles.size)
-    out, lse = tiles.merge(*_Work(q, keys, values, tiles, limits).run(p))
+    parts: list[_Run | _Tiles] = []
+    logits: list[Tensor | None] = []
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def room(part: _Run | _Tiles) -> Tensor | None:
+        parts.append(part)
+        logits.append(None if fold is None else q.new_empty(part.count, T * G, part.size))
+        return logits[-1]
+
+    rest, skipped = limits, leading * keys.block_size
+    if leading:
+        run = _Run(keys, values, tables[:, :leading])
+        found.append(run.run(q.reshape(lists, T * G, D), room(run)))
+        tables, stops = tables[:, leading:], [stop - skipped for stop in stops]
+        rest = None if limits is None else limits - skipped
+    if max(stops) > 0:
+        tiles = _Tiles(tables, stops, keys.block_size, D)
+        found.append(tiles.merge(*_Work(q, keys, values, tiles, rest).run(room(tiles))))
+    out, lse = _merge(*zip(*found, strict=True))
     if sinks is not None:
         joined = torch.logaddexp(lse, sinks.expand(lists, T, G).flatten(1))
         out, lse = out * torch.exp(lse - joined)[..., None], joined
@@ -204,14 +285,21 @@ def attend_tiles(
         empty = (limits <= 0).repeat_interleave(G, 1)  # [lists, rows]
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
 
-    if p is not None and fold is not None:
-        p.sub_(tiles.of_lists(lse if empty is None else lse.masked_fill(empty, torch.inf))[..., None]).exp_()
-        if fold.reduce == "max":
-            reduced = p.amax(1)
-        else:
-            reduced = (p.square_() if fold.reduce == "sumsq" else p).sum(1)
-        seen = torch.ones_like(reduced, dtype=torch.bool)
-        if tiles.garbage is not None:
-            seen.view(-1).index_fill_(0, tiles.garbage, False)
-        fold_scores(fold.scores, fold.decay, tiles.blocks, tiles.own, tiles.lists(), reduced, seen)
+    if fold is not None:
+        shift = lse if empty is None else lse.masked_fill(empty, torch.inf)
+        for part, p in zip(parts, logits, strict=True):
+            if p is not None:
+                _fold(fold, part, p.sub_(part.of_lists(shift)[..., None]).exp_())
     return out.reshape(lists, T, G, D), lse.reshape(lists, T, G)
+
+
+def _fold(fold: ScoreFold, part: _Run | _Tiles, p: Tensor) -> None:
+    """Add probabilities [n, rows, size] to the scores of their slots."""
+    if fold.reduce == "max":
+        reduced = p.amax(1)
+    else:
+        reduced = (p.square_() if fold.reduce == "sumsq" else p).sum(1)
+    seen = torch.ones_like(reduced, dtype=torch.bool)
+    if part.garbage is not None:
+        seen.view(-1).index_fill_(0, part.garbage, False)
+    fold_scores(fold.scores, fold.decay, part.blocks, part.own, part.lists(), reduced, seen)

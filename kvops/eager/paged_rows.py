@@ -179,6 +179,13 @@ class Rows:
         )
         return picked[piece.start - first * self.block_size : piece.stop - first * self.block_size].to(self.dtype)
 
+    def alike(self, first: int, step: int, lists: int, slots: int) -> Tensor:
+        """[lists, slots, D], a view of slots that are consecutive from block ``first`` on, the next list's ``step``
+        blocks behind. For caches in which heads have blocks of their own."""
+        block, slot, column = self.cache.stride()
+        size = (lists, slots, self.cache.shape[2])
+        return self.cache.as_strided(size, (step * block, slot, column), self.cache.storage_offset() + first * block)
+
     def room(self, slots: int) -> Tensor:
         """Memory for so many slots, to be gathered into by :meth:`blocks`."""
         return self.cache.new_empty(-(-slots // self.block_size), self.block_size, self.cache.shape[-1])
