@@ -211,9 +211,9 @@ def _contexts(found: Kept) -> str:
 
 
 def _memory(found: Kept) -> str:
-    """Blocks in use and time of a step, median over policies, for every length of text."""
+    """Blocks in use and time of a step, median over policies (those that were timed), for every length of text."""
     texts = [row for row in found.rows if row["setting"] == TEXT]
-    timed = all("ms" in row for row in texts)
+    timed = [row for row in texts if "ms" in row]
     cells = []
     for label in _labels(found):
         for ratio in found.ratios:
@@ -224,7 +224,8 @@ def _memory(found: Kept) -> str:
                 blocks = median(row["blocks"] for row in these)
                 line += [f"{blocks:.0f}", f"{rows[0]['full_blocks'] / blocks:.1f}x"]
                 if timed:
-                    line.append(f"{median(row['full_ms'] / row['ms'] for row in these):.2f}")
+                    gains = [row["full_ms"] / row["ms"] for row in these if "ms" in row]
+                    line.append(f"{median(gains):.2f}" if gains else "–")
             cells.append(line)
     headers = ["context", "asked for", "full cache, blocks"]
     names = ("blocks", "smaller", "tokens/s") if timed else ("blocks", "smaller")
@@ -234,7 +235,10 @@ def _memory(found: Kept) -> str:
         "of every list, so short contexts do not come out 64 times smaller."
     )
     if timed:
-        text += " Tokens/s of decoding one sequence, as a multiple of the full cache's, whose steps were taken in turn."
+        text += (
+            " Tokens/s of decoding one sequence, as a multiple of the full cache's, whose steps were taken in turn; "
+            f"measured with {', '.join(sorted({row['policy'] for row in timed}))}."
+        )
     return f"{text}\n\n{table.render(cells, headers, 'pipe', left=2)}"
 
 
