@@ -19,12 +19,18 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What ``os.environ`` keeps its variables in: asked at every call of an operator, it answers in 0.1 µs, where
 # ``os.environ.get`` takes 0.8 for a name that is not set.
 _variables: dict[object, object] = getattr(os.environ, "_data")  # noqa: B009 - private, and so not known to typeshed
-_DEBUG, _YES = os.environ.encodekey("KVOPS_DEBUG"), os.environ.encodevalue("1")
+_DEBUG, _INTERPRET = map(os.environ.encodekey, ("KVOPS_DEBUG", "TRITON_INTERPRET"))
+_YES = os.environ.encodevalue("1")
 
 
 def debug() -> bool:
     """Whether ``KVOPS_DEBUG=1`` asks for checks of device data (they synchronise)."""
     return _variables.get(_DEBUG) == _YES
+
+
+def interpreting() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` sends CPU tensors to the kernels, in Triton's interpreter."""
+    return _variables.get(_INTERPRET) == _YES
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -72,7 +72,9 @@ def test_whatever_differs_but_data_makes_another_kind(change, prepared):
     assert prepared.count("paged_attention") == 2
 
 
-def test_what_was_valid_once_does_not_let_the_invalid_through(monkeypatch, prepared):
+@pytest.mark.parametrize("interpreted", ["1", "0"], ids=["kernels", "eager"])
+def test_what_was_valid_once_does_not_let_the_invalid_through(interpreted, monkeypatch, prepared):
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     kvops.paged_attention(**inputs())
     with pytest.raises(TypeError, match="seq_lens: expected dtype int32"):
         kvops.paged_attention(**inputs(seq_lens=torch.ones(2, 2, dtype=torch.int64)))
@@ -83,6 +85,15 @@ def test_what_was_valid_once_does_not_let_the_invalid_through(monkeypatch, prepa
     monkeypatch.setenv("KVOPS_DEBUG", "1")
     with pytest.raises(ValueError, match="seq_lens: expected lengths up to"):
         kvops.paged_attention(**inputs(seq_lens=torch.full((2, 2), 99, dtype=torch.int32)))
+
+
+def test_the_eager_path_and_the_kernels_remember_for_themselves(monkeypatch, prepared):
+    with pytest.MonkeyPatch.context() as eager:
+        eager.delenv("TRITON_INTERPRET")
+        exact = [kvops.paged_attention(**(given := inputs())) for _ in range(2)][-1]
+    assert prepared == []
+    torch.testing.assert_close(kvops.paged_attention(**given), exact)
+    assert prepared.count("paged_attention") == 1
 
 
 def test_the_configuration_is_chosen_at_every_launch():

@@ -1,7 +1,4 @@
-"""How an attention operator gets its gradient: an Autograd-key implementation that calls the backward operator.
-
-Written out: ``torch.library.register_autograd`` takes no keyword-only tensors, and costs 33 µs a call against 20.
-"""
+"""How an attention operator gets its gradient: an autograd function that calls the backward operator."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvops.ops.registry import LIBRARY
+from kvops.ops.registry import register_autograd
 
 
 def last_contiguous(gradient: Tensor) -> Tensor:
@@ -72,24 +69,17 @@ class _Attention(torch.autograd.Function):
 
 def register_gradient(forward: Any, backward: Any) -> None:
     """Make ``forward`` differentiable through ``backward``."""
-    name = forward._schema.name.replace("::", ".")
 
-    def on_autograd(keyset: Any, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"{name} does not run under torch.func's transforms (grad, vjp, jacrev): use torch.autograd.grad"
-            )
-        below = keyset & torch._C._after_autograd_keyset
-        inputs = (*args[:3], options.get("sinks"), options.get("alibi_slopes"))
-        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward.redispatch(below, *args, **options)
+    def apply(
+        below: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *layout: Any,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return _Attention.apply(below, backward, layout, options, q, k, v, sinks, alibi_slopes)
 
-        def redispatch(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward.redispatch(below, *args, **options)
-
-        options = {name: value for name, value in options.items() if name not in ("sinks", "alibi_slopes")}
-        return _Attention.apply(redispatch, backward, args[3:], options, *inputs)
-
-    LIBRARY.impl(forward._schema.name.split("::")[1], on_autograd, "Autograd", with_keyset=True)
+    register_autograd(forward, apply)

@@ -11,7 +11,7 @@ from kvops import checks
 from kvops.eager import merge as eager
 from kvops.ops.dense import DENSE, PACKED
 from kvops.ops.gradients import last_contiguous
-from kvops.ops.registry import LIBRARY, register
+from kvops.ops.registry import register, register_autograd
 
 
 def _check_part(name: str, tensor: Tensor, out_a: Tensor) -> None:
@@ -84,20 +84,24 @@ _backward_op = register(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return forward(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse = gradients
+        if dout is None and dlse is None:
+            return None, None, None, None, None
+        inputs = ctx.saved_tensors
+        dout = torch.zeros_like(inputs[0]) if dout is None else last_contiguous(dout)
+        return None, *_backward_op(dout, *inputs, dlse=None if dlse is None else last_contiguous(dlse))
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dout is None and dlse is None:
-        return None, None, None, None
-    inputs = ctx.saved_tensors
-    dout = torch.zeros_like(inputs[0]) if dout is None else last_contiguous(dout)
-    return _backward_op(dout, *inputs, dlse=None if dlse is None else last_contiguous(dlse))
-
-
-torch.library.register_autograd("kvops::merge_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd(_forward_op, _Merge.apply)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
