@@ -2,73 +2,107 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
+from operator import add
+
 import torch
 from torch import Tensor
 
-# Ranks are made on integers that order like the scores: NaN below -inf, what is no slot below that, what is protected
-# above +inf.
-ABSENT = -(2**31)
-NAN = ABSENT + 1
-PROTECTED = 2**31 - 1
 # Scores are valued within these limits, so that the sum of a block is a number whatever its scores are.
 LARGEST = 1.5 * 2.0**126
+# Lengths and positions are int32: larger ones mean no more.
+_MOST = 2**31 - 1
 # Bytes are moved, whatever they mean: float8 and NaN payloads included.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def ordered_keys(x: Tensor) -> Tensor:
-    """int32 keys that order as float32 ``x`` does; NaN lowest, the two zeros equal."""
-    bits = (x + 0.0).view(torch.int32)
-    return torch.where(x.isnan(), NAN, bits ^ ((bits >> 31) & PROTECTED))
+def largest(x: Tensor, number: list[list[int]], ranked: Tensor, order: Callable[[], Tensor]) -> Tensor:
+    """bool: of each row of float32 ``x`` ``[B, H, N]`` the ``number`` ``[B][H]`` largest, of equals those of higher
+    ``order()``; NaN counts as lowest.
 
-
-def ordered_values(keys: Tensor) -> Tensor:
-    """The finite float32 values of :func:`ordered_keys`, infinities and NaN at the limits."""
-    values = (keys ^ ((keys >> 31) & PROTECTED)).view(torch.float32)
-    return torch.where(keys == NAN, -LARGEST, values.clamp(-LARGEST, LARGEST))
-
-
-def even_shares(least: Tensor, most: Tensor, budget: Tensor) -> Tensor:
-    """Blocks of each head (int32 ``[B, H]``) when all get the same share of ``budget`` ``[B]``.
-
-    Heads stay between ``least`` and ``most``: the level is the highest at which the sum is within the budget, and what
-    then remains goes to the heads that could use one more, the first heads first.
+    ``ranked`` are the largest ones as ``topk`` finds them. All from some value on are the largest if they are so many:
+    only equals on both sides of a limit, and NaN, need ``order()``, int64 keys that are all different.
     """
-    level = torch.zeros_like(budget)
-    for bit in reversed(range(int(most.amax()).bit_length())):
-        higher = level + 2**bit
-        shares = torch.clamp(higher[:, None], least, most)
-        level = torch.where(shares.sum(1) <= budget, higher, level)
-    shares = torch.clamp(level[:, None], least, most)
-    more = (level[:, None] >= least) & (level[:, None] < most)
-    left = budget - shares.sum(1)
-    return (shares + (more & (more.cumsum(1) <= left[:, None]))).to(torch.int32)
+    chosen = _from_nth(x, number, ranked)
+    if chosen.sum(2).tolist() == number:
+        return chosen
+    bits = (x + 0.0).view(torch.int32)  # the two zeros are equal
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(x.isnan(), 1 - 2**31).long()
+    keys = torch.add(order(), keys, alpha=2**32)
+    return _from_nth(keys, number, keys.topk(ranked.shape[2]).values)
 
 
-def competed_shares(keys: Tensor, lens: Tensor, least: Tensor, most: Tensor, budget: Tensor, size: int) -> Tensor:
-    """Blocks of each head (int32 ``[B, H]``) when the most valuable blocks of all heads together fill the budget.
+def _from_nth(x: Tensor, number: list[list[int]], ranked: Tensor) -> Tensor:
+    """bool: all of each row of ``x`` that are at least the ``number``-th of ``ranked``; none where ``number`` is 0."""
+    if ranked.shape[2] == 0:
+        return torch.zeros(x.shape, dtype=torch.bool)
+    place = torch.tensor([[[n - 1] for n in each] for each in number])
+    if min(map(min, number)) > 0:
+        return x >= ranked.gather(2, place)
+    return (x >= ranked.gather(2, place.clamp(min=0))).logical_and_(place >= 0)
 
-    ``keys`` ``[B, H, N]`` descend. The value of a block is the sum of its scores; slots that the last block of a list
-    lacks count as its lowest score or 0, whichever is less. So values descend within a head, and taking blocks by
-    value, the earlier of equals first, keeps the largest sum that the budget can hold.
+
+def even_shares(least: list[int], most: list[int], budget: int) -> list[int]:
+    """Blocks of each head when all get the same share of ``budget``, but stay between ``least`` and ``most``.
+
+    The level is the highest at which the sum is within the budget, and what then remains goes to the heads that could
+    use one more, the first heads first.
     """
-    batch, heads, slots = keys.shape
+
+    def shares(level: int) -> list[int]:
+        return [min(max(level, low), high) for low, high in zip(least, most, strict=True)]
+
+    level = budget // len(least)
+    if not max(least) <= level < min(most):  # some head gets more than its share, or less
+        level = bisect_right(range(1, max(most) + 1), budget, key=lambda level: sum(shares(level)))
+    even, higher = shares(level), shares(level + 1)
+    left = budget - sum(even)
+    for head, share in enumerate(higher):
+        if left > 0 and share > even[head]:
+            even[head] = share
+            left -= 1
+    return even
+
+
+def competed_shares(
+    ranked: Tensor,
+    lengths: list[list[int]],
+    least: list[list[int]],
+    most: list[list[int]],
+    budget: list[int],
+    size: int,
+) -> list[list[int]]:
+    """Blocks of each head (``[B][H]``) when the most valuable blocks of all heads together fill the budget.
+
+    ``ranked`` ``[B, H, N]`` are each head's best scores, best first, and no head takes more. The value of a block is
+    the sum of its scores; slots that the last block of a list lacks count as its lowest score or 0, whichever is less.
+    So values descend within a head, and taking blocks by value, the earlier of equals first, keeps the largest sum that
+    the budget can hold.
+    """
+    batch, heads, slots = ranked.shape
     blocks = slots // size
-    last = keys.gather(2, (lens.long() - 1).clamp_(min=0)[..., None])
-    padding = ordered_values(last).clamp_(max=0)
-    values = torch.where(keys == ABSENT, padding, ordered_values(keys)).mul_(1 / size).view(batch, heads, blocks, size)
-    total = torch.zeros(batch, heads, blocks)
-    for slot in range(size):  # one order of summation, here and in the kernel
-        total += values[..., slot]
-    block = torch.arange(blocks)
-    candidate = (block >= least[..., None]) & (block < most[..., None])
-    worth = torch.where(candidate, ordered_keys(total), ABSENT)
-    # Among equals the lower block, then the lower head comes first: they lie in this order when heads vary fastest.
-    order = worth.transpose(1, 2).reshape(batch, blocks * heads).argsort(dim=1, descending=True, stable=True)
-    room = torch.minimum(budget - least.sum(1), (most - least).sum(1))
-    taken = torch.zeros(order.shape, dtype=torch.int32)
-    taken.scatter_(1, order, (torch.arange(blocks * heads) < room[:, None]).to(torch.int32))
-    return least + taken.view(batch, blocks, heads).sum(1, dtype=torch.int32)
+    values = ranked.clamp(-LARGEST, LARGEST)
+    if min(map(min, lengths)) < slots:
+        lens = torch.tensor(lengths)[..., None]
+        padding = values.gather(2, (lens - 1).clamp_(0, slots - 1)).clamp_(max=0)
+        values = torch.where(torch.arange(slots) < lens, values, padding)
+    worth = torch.zeros(batch, heads, blocks)
+    for slot in values.mul_(1 / size).view(batch, heads, blocks, size).unbind(3):
+        worth.add_(slot)  # one order of summation, here and in the kernel
+    if any(map(any, least)) or min(map(min, most)) < blocks:
+        first, stop, block = torch.tensor(least)[..., None], torch.tensor(most)[..., None], torch.arange(blocks)
+        worth.masked_fill_((block < first) | (block >= stop), -torch.inf)
+    fixed = [*map(sum, least)]
+    room = [[max(0, min(total, sum(high)) - low)] for total, low, high in zip(budget, fixed, most, strict=True)]
+
+    def order() -> Tensor:  # the lower block first, then the lower head
+        return -(torch.arange(blocks) * heads + torch.arange(heads)[:, None]).flatten()
+
+    rivals = worth.view(batch, 1, heads * blocks)
+    taken = largest(rivals, room, rivals.topk(max(map(max, room))).values, order)
+    won = taken.view(batch, heads, blocks).sum(2).tolist()
+    return [[*map(add, *pair)] for pair in zip(least, won, strict=True)]
 
 
 def select_blocks(
@@ -85,38 +119,65 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, table = block_tables.shape
     size = scores.shape[1]
-    keep = torch.zeros(batch, heads, table * size, dtype=torch.bool)
-    # Beyond int32 they mean no more than at its end.
-    protect_first, protect_last, min_per_head = (min(n, PROTECTED) for n in (protect_first, protect_last, min_per_head))
-    blocks = -(-int(seq_lens.amax()) // size) if seq_lens.numel() else 0
+    # Lists are few beside their slots: what concerns whole lists is counted on the host.
+    lengths = seq_lens.tolist()
+    shortest, longest = (bound(map(bound, lengths)) if seq_lens.numel() else 0 for bound in (min, max))
+    blocks = -(-longest // size)
+    slots = blocks * size
     if blocks == 0:
-        return torch.zeros(batch, heads, dtype=torch.int32), keep
-    slot = torch.arange(blocks * size, dtype=torch.int32)
+        return torch.zeros(batch, heads, dtype=torch.int32), torch.zeros(batch, heads, table * size, dtype=torch.bool)
     lens = seq_lens[..., None]
-    present = slot < lens
-    # Tables hold anything past a list's length.
-    used = torch.arange(blocks) * size < lens
-    lists = torch.where(used, block_tables[..., :blocks], 0).long()
-    keys = ordered_keys(scores[lists].flatten(2))
-    place = slot if positions is None else positions[lists].flatten(2)
-    last = lens.long() - 1 if positions is None else place.gather(2, (lens.long() - 1).clamp_(min=0))
-    recent = (place > last - protect_last) & (protect_last > 0)
-    protected = ((place < protect_first) | recent) & present
-    keys = torch.where(present, torch.where(protected, PROTECTED, keys), ABSENT)
-
-    # Of equal scores the later slot wins: the sort is stable and sees the list from its end.
-    keys, order = keys.flip(2).sort(dim=2, descending=True, stable=True)
-    floor = torch.maximum(protected.sum(2, dtype=torch.int32), seq_lens.clamp(max=min_per_head))
-    least, most = (floor + (size - 1)) // size, (seq_lens + (size - 1)) // size
-    budget = budget.clamp(min=0)
-    if scope == "head":
-        shares = even_shares(least, most, budget)
+    lists = block_tables[..., :blocks]
+    if shortest <= slots - size:  # tables hold anything past a list's length
+        lists = torch.where(torch.arange(0, slots, size) < lens, lists, 0)
+    lists = lists.flatten()
+    x = scores.index_select(0, lists).view(batch, heads, slots)
+    absent = protected = None
+    if shortest < slots:
+        absent = torch.arange(slots) >= lens
+        x.masked_fill_(absent, -torch.inf)
+    floor = [[min(length, min_per_head) for length in each] for each in lengths]
+    if protect_first or protect_last:
+        place, last = torch.arange(slots), lens - 1
+        if positions is not None:
+            place = positions.index_select(0, lists).view(batch, heads, slots)
+            last = place.gather(2, last.long().clamp_(min=0))
+        protected = place < min(protect_first, _MOST)
+        if protect_last:
+            protected = protected | (place > last - min(protect_last, _MOST))
+        if absent is not None:
+            protected = protected & ~absent
+        x.masked_fill_(protected, torch.inf)
+        fixed = protected.sum(2).expand(batch, heads).tolist()
+        floor = [[*map(max, *pair)] for pair in zip(floor, fixed, strict=True)]
+    least, most = ([[-(-n // size) for n in each] for each in numbers] for numbers in (floor, lengths))
+    budgets = [max(0, number) for number in budget.tolist()]
+    if scope == "sequence":  # no head can win more than the budget: only so many of its best are put in order
+        reach = min(blocks, max(*budgets, *map(max, least))) * size
+        ranked = x.topk(reach).values
+        if ranked[..., :1].isnan().any():
+            ranked = x.masked_fill(x.isnan(), -LARGEST).topk(reach).values
+        most = [[min(number, reach // size) for number in each] for each in most]
+        shares = competed_shares(ranked, lengths, least, most, budgets, size)
     else:
-        shares = competed_shares(keys, seq_lens, least, most, budget, size)
-    new_lens = torch.minimum(seq_lens, shares * size).contiguous()
-    chosen = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order, slot < new_lens[..., None])
-    keep[..., : blocks * size] = chosen.flip(2)
-    return new_lens, keep
+        shares = [*map(even_shares, least, most, budgets)]
+    kept = [
+        [min(length, share * size) for length, share in zip(*pair, strict=True)]
+        for pair in zip(lengths, shares, strict=True)
+    ]
+    if scope == "head":
+        ranked = x.topk(max(map(max, kept))).values
+
+    def order() -> Tensor:  # the later slot first; what is protected before, what is not there behind all others
+        slot = torch.arange(slots)
+        if absent is not None:
+            slot = torch.where(absent, slot - slots, slot)
+        return slot if protected is None else torch.where(protected, slot + slots, slot)
+
+    chosen = largest(x, kept, ranked, order)
+    if blocks < table:
+        chosen = torch.nn.functional.pad(chosen, (0, table * size - slots))
+    return torch.tensor(kept, dtype=torch.int32), chosen
 
 
 def compact(
