@@ -6,7 +6,20 @@ import pytest
 import torch
 
 import kvops
-from kvops.policies import TOVA, AdaKV, Compression, ExpectedAttention, KeyDiff, Knorm, Prefill, SnapKV, Streaming
+from kvops.models.passes import new_cache, read_prompt
+from kvops.policies import (
+    TOVA,
+    AdaKV,
+    Compression,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    KVzip,
+    Prefill,
+    Recital,
+    SnapKV,
+    Streaming,
+)
 
 kvpress = pytest.importorskip("kvpress")
 modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -15,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 from test_transformers import make_model  # noqa: E402
 
 from kvops.integrations.kvpress import _which, evicting  # noqa: E402
-from kvops.integrations.transformers import KVOpsCache  # noqa: E402
+from kvops.integrations.transformers import Decoder, KVOpsCache  # noqa: E402
 
 LENGTH, WINDOW, SINKS, RATIO = 96, 8, 4, 4
 CUT = 1 - 1 / RATIO
@@ -99,6 +112,32 @@ def test_adakv_gives_each_head_the_same_share(attention):
 
 
 PROMPT, BLOCK = 40, 4
+
+
+@torch.no_grad()
+def test_kvzip_keeps_the_same_keys_of_all_layers_and_heads():
+    """A prompt that is recited at once, behind the same instruction."""
+    model, ids = make_model("Llama"), torch.randint(1, 61, (1, PROMPT))
+    model.set_attn_implementation("sdpa")
+    ask = torch.tensor([[7, 8, 9]])
+    press = kvpress.KVzipPress(CUT, n_sink=SINKS)
+    press._context_ids, press._cache = ids, transformers.DynamicCache()
+    press._suffix_ids, press.context_length = ask[:, :0], PROMPT
+    model(ids, past_key_values=press._cache)
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb = model.model.rotary_emb
+    press._perform_kvzip_compression(model, type("Tokenizer", (), {"encode": lambda *_, **__: ask}))
+    theirs = {place: set(range(PROMPT)) for place in product(range(2), range(2))}
+    for number, layer in enumerate(model.model.layers):
+        _, heads, places = layer.self_attn.masked_key_indices
+        for head, place in zip(heads.tolist(), places.tolist(), strict=True):
+            theirs[number, head].remove(place)
+    decoder = Decoder(model)
+    cache = new_cache(decoder, max_batch=1, max_tokens=PROMPT, block_size=1)
+    policy = KVzip(recital=Recital(ask=(7, 8, 9)))
+    read_prompt(decoder, cache, ids, 0, Compression(RATIO, policy, protect_first=SINKS, protect_last=0))
+    assert {place: set(cache.gather(place[0], 0, place[1])[2].tolist()) for place in theirs} == theirs
+    assert len({len(kept) for kept in theirs.values()}) > 1
 
 
 @pytest.mark.parametrize(

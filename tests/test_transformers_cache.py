@@ -11,7 +11,7 @@ from kvops.integrations.transformers import KVOpsCache
 from kvops.models.config import LlamaConfig
 from kvops.models.generate import generate
 from kvops.models.llama import Llama
-from kvops.policies import AdaKV, Compression, ExpectedAttention, SnapKV
+from kvops.policies import AdaKV, Compression, ExpectedAttention, KVzip, SnapKV
 
 LENGTHS = (70, 41, 64)
 
@@ -156,6 +156,8 @@ def test_misuse_is_told_apart():
         cache(compression=Compression(chunk=4))
     with pytest.raises(ValueError, match="compression: expected every=0 with ExpectedAttention"):
         cache(compression=Compression(every=4, policy=ExpectedAttention()))
+    with pytest.raises(ValueError, match="compression: expected a policy without recital, as a cache cannot make"):
+        cache(compression=Compression(policy=KVzip()))
     sliding = make("Mistral")
     trimmed = KVOpsCache(sliding.config, max_tokens=16, block_size=2)
     with torch.no_grad():

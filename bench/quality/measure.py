@@ -18,9 +18,9 @@ from bench.quality.tasks import TEXT, Probe, Unit
 from kvops.cache import PagedKVCache
 from kvops.models.generate import Compression
 from kvops.models.llama import Llama
-from kvops.models.passes import decode, new_cache, prefill
+from kvops.models.passes import decode, new_cache, prefill, recite
 from kvops.ops.attention import flash_attention
-from kvops.policies import Policy, Prefill
+from kvops.policies import Policy, Prefill, Recital, Recited
 
 _TIMED_STEPS = 3
 
@@ -44,11 +44,17 @@ class _Watch(Policy):
         return torch.zeros(1, seen.k.shape[2], seen.k.shape[1], device=seen.k.device)
 
 
+def _score(policy: Policy, shown: Sequence[Prefill], recited: Sequence[Recited] | None) -> list[Tensor]:
+    known = recited or [None] * len(shown)
+    return [policy.score(replace(seen, recited=found)) for seen, found in zip(shown, known, strict=True)]
+
+
 class Context:
-    """A prefix in a cache, uncompressed, scored by every policy in the one pass that read it.
+    """A prefix in a cache, uncompressed, scored by every policy in the one pass that read it, or once it was recited.
 
     ``room``: tokens that questions and answers take beyond it; ``questions``: whether some are read before compression,
-    for which queries and keys of the whole prefix are kept.
+    for which queries and keys of the whole prefix are kept. ``recital_cost`` is how many times as long it took to read
+    and recite it as to read it, for each way of reciting.
     """
 
     def __init__(
@@ -61,9 +67,25 @@ class Context:
         self._copies = torch.empty_like(self.cache.k_cache), torch.empty_like(self.cache.v_cache)
         self.seen: list[Prefill] = []
         self.scores: Scores = {}
-        watch = _Watch(policies=policies, scores=self.scores, keep=self.seen if questions else None)
+        self.recited: dict[Recital, list[Recited]] = {}
+        self.recital_cost: dict[Recital, float] = {}
+        recitals = {policy.recital for policy in policies.values() if policy.recital is not None}
+        at_once = {name: policy for name, policy in policies.items() if policy.recital is None}
+        watch = _Watch(policies=at_once, scores=self.scores, keep=self.seen if questions or recitals else None)
+        tokens = torch.tensor([self.prefix], device=self.device)
         with torch.no_grad():
-            prefill(model, self.cache, torch.tensor([self.prefix], device=self.device), 0, watch)
+            started = time.perf_counter()
+            prefill(model, self.cache, tokens, 0, watch)
+            reading = time.perf_counter() - started
+            for recital in recitals:
+                started = time.perf_counter()
+                self.recited[recital] = recite(model, self.cache, tokens, 0, recital)
+                self.recital_cost[recital] = 1 + (time.perf_counter() - started) / reading
+        for name, policy in policies.items():
+            if policy.recital is not None:
+                self.scores[name] = _score(policy, self.seen, self.recited[policy.recital])
+        if not questions:
+            self.seen.clear()
 
     @torch.no_grad()
     def read(self, question: Sequence[int]) -> list[Prefill]:
@@ -82,8 +104,23 @@ class Context:
         self.model(torch.tensor([list(question)], device=self.device), positions, attend)
         return shown
 
-    def judge(self, shown: Sequence[Prefill]) -> Scores:
-        return {name: [policy.score(seen) for seen in shown] for name, policy in self.policies.items()}
+    @torch.no_grad()
+    def judge(self, shown: Sequence[Prefill], question: Sequence[int]) -> Scores:
+        """With the question in the cache. The prefix is not recited again: as if the two had been read one by one, each
+        recited right behind."""
+        start = len(self.prefix)
+        tokens = torch.tensor([[*self.prefix, *question]], device=self.device)
+        recited = {}
+        for recital, before in self.recited.items():
+            found = recite(self.model, self.cache, tokens, 0, recital, start=start)
+            recited[recital] = [
+                Recited(*(torch.cat((old, new[..., start:]), -1) for old, new in zip(*pair, strict=True)))
+                for pair in zip(before, found, strict=True)
+            ]
+        return {
+            name: _score(policy, shown, recited[policy.recital] if policy.recital else None)
+            for name, policy in self.policies.items()
+        }
 
     def copy(self) -> PagedKVCache:
         """The cache once more; the last copy is overwritten."""

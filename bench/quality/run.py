@@ -189,7 +189,7 @@ def _rows(
     full_row = base | full.row
     if _key(full_row) not in done:
         yield full_row
-    scores = context.judge(shown) if shown and full.knows else context.scores
+    scores = context.judge(shown, unit.question) if shown and full.knows else context.scores
     known: dict[str, dict[str, Any]] = {}
     for variant, ratio in missing if full.knows else ():
         bar.say(f"{unit.name}: {variant.name} {ratio}x")
@@ -202,6 +202,8 @@ def _rows(
         if kept not in known:
             known[kept] = full.measure(model, cache)
         row |= known[kept]
+        if variant.policy.recital is not None:
+            row["reading"] = context.recital_cost[variant.policy.recital]
         if unit.setting == TEXT and ratio == MAP_RATIO:
             row["lengths"] = cache.seq_lens[:, 0].tolist()
         bar.skip(1)

@@ -10,7 +10,7 @@ from statistics import mean, median
 from bench import table
 from bench.quality.kept import Form, Kept, form_of, kept, label_of
 from bench.quality.tasks import AFTER, BEFORE, SIZES, TEXT
-from bench.results import Result
+from bench.results import Result, Row
 
 GOALS = ((4, 0.95), (8, 0.90))
 """At that ratio the best policy should keep that share."""
@@ -31,7 +31,8 @@ the full cache's:
   a report, the first {repeated} digits to be repeated. The facts lie evenly spread, the last one at the very end, which
   every policy keeps. An answer counts when greedy decoding gives all of it (each digit by itself).
 - **asked before**: some of the same questions, as the end of the prompt that is compressed. Only its last token comes
-  after eviction: no token of an answer is predicted by the full cache.
+  after eviction: no token of an answer is predicted by the full cache. Where a policy has the prompt recited, context
+  and question are read one after the other and each is recited right behind.
 
 Only answers that the full cache gets right are counted. A task's share is the mean over its answers, a setting's the
 mean over its tasks, and **overall** is the mean over the three settings. *Ragged* heads compete for blocks (those of a
@@ -239,7 +240,24 @@ def _memory(found: Kept) -> str:
             " Tokens/s of decoding one sequence, as a multiple of the full cache's, whose steps were taken in turn; "
             f"measured with {', '.join(sorted({row['policy'] for row in timed}))}."
         )
-    return f"{text}\n\n{table.render(cells, headers, 'pipe', left=2)}"
+    return f"{text}{_reading(texts)}\n\n{table.render(cells, headers, 'pipe', left=2)}"
+
+
+def _reading(texts: Sequence[Row]) -> str:
+    """What a recital costs: it is a second reading, of longer rows."""
+    taken: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(texts, key=lambda row: row["length"]):
+        if "reading" in row:
+            taken.setdefault(row["policy"], {}).setdefault(label_of(row).removeprefix("text "), []).append(
+                row["reading"]
+            )
+    if not taken:
+        return ""
+    each = "; ".join(
+        f"{policy} " + ", ".join(f"{median(times):.1f} times as long for {label}" for label, times in by_label.items())
+        for policy, by_label in sorted(taken.items())
+    )
+    return f" Reading a prompt takes policies that have it recited longer, once, than the others: {each}."
 
 
 def _answered(found: Kept) -> str:

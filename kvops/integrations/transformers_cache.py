@@ -80,6 +80,11 @@ class KVOpsCache(Cache):
                 f"compression: expected every=0 with {type(compression.policy).__name__}, whose scores do not grow "
                 "while decoding: generate with kvops.integrations.transformers.Decoder, which judges anew"
             )
+        if compression is not None and compression.policy.recital is not None:
+            raise ValueError(
+                f"compression: expected a policy without recital, as a cache cannot make the model read again, got "
+                f"{type(compression.policy).__name__}: generate with kvops.integrations.transformers.Decoder, which can"
+            )
         self.num_layers: int = text.num_hidden_layers
         self.max_tokens, self.compression = max_tokens, compression
         self.num_blocks, self.block_size = num_blocks, block_size

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from kvops.cache import PagedKVCache
 from kvops.models.llama import Attend
 from kvops.ops.attention import flash_attention
+from kvops.ops.scores import attention_scores
 from kvops.ops.verify_tree import tree_mask
-from kvops.policies import Cached, Compression, Policy, Prefill, RecentQueries
+from kvops.policies import Cached, Compression, Policy, Prefill, RecentQueries, Recital, Recited
 
 Reduction = Literal["sum", "sumsq", "max"]
 
@@ -77,18 +78,21 @@ def prefill(
 ) -> Tensor:
     """Run a prompt, int64 [1, S], into the empty ``row`` of the cache; returns the hidden states [1, S, hidden].
 
-    With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction; ``recent`` takes the last
-    queries of every layer.
+    With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction, or once the prompt has been
+    recited where the policy asks for that; ``recent`` takes the last queries of every layer.
     """
     rows = slice(row, row + 1)
     rope = None if policy is None else model.rope
+    last: list[Tensor] = []
     positions = cache.extend(tokens.shape[1], rows=rows)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options = model.options(layer)
         cache.append(layer, k, v, positions, rows=rows)
         out, lse = flash_attention(q, k, v, causal=True, **options)
-        if policy is not None:
+        if policy is not None and policy.recital is not None:
+            last.append(q[:, -policy.recall :].clone())
+        elif policy is not None:
             options.pop("sinks", None)  # they are in the lse
             seen = Prefill(q, k, v, lse, layer=layer, num_layers=model.config.num_layers, rope=rope, **options)
             cache.set_scores(layer, policy.score(seen), rows=rows)
@@ -96,7 +100,67 @@ def prefill(
             recent.begin(layer, row, q)
         return out
 
-    return model(tokens, positions, attend)
+    hidden = model(tokens, positions, attend)
+    if policy is not None and policy.recital is not None:
+        _judge(model, cache, row, policy, last, recite(model, cache, tokens, row, policy.recital))
+    return hidden
+
+
+def recite(
+    model: Decoder, cache: PagedKVCache, tokens: Tensor, row: int, recital: Recital, start: int = 0
+) -> list[Recited]:
+    """Let the model repeat ``tokens``, int64 [1, S], all that ``row`` was given, from ``start`` on.
+
+    The tokens are those of the text, whatever the model would have said; they attend to all that the row holds, however
+    compressed, and the row stays as it is (unshared): neither their keys nor their values go into the cache.
+
+    Returns, of each layer, what the recital of a chunk paid to the chunk's keys: ``[1, Hkv, W]`` in list order, W being
+    the longest list and shorter ones padded in front; 0 for keys from before ``start``.
+
+    Raises ValueError where a layer's window is narrower than the text, or the model has no positions left behind it.
+    """
+    rows, length = slice(row, row + 1), tokens.shape[1]
+    lens = cache.seq_lens[:, row].tolist()
+    width = max(map(max, lens))
+    found = [Recited(*torch.zeros(2, 1, cache.num_kv_heads, width, device=cache.device)) for _ in lens]
+    for read, chunk in recital.passes(tokens, model.config.max_positions - length, start):
+        positions = length + torch.arange(read.shape[1], dtype=torch.int32, device=cache.device)[None]
+        judged = slice(width - length + chunk.start, width - length + chunk.stop)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, judged: slice = judged) -> Tensor:
+            options = model.options(layer)
+            _expect_no_window(options.pop("window_left"), length + q.shape[1])
+            sinks = options.pop("sinks", None)
+            seen = Cached(cache, layer, q, rows=rows, width=width)
+            keys, values = (torch.cat((held.to(new.dtype), new), 1) for held, new in ((seen.k, k), (seen.v, v)))
+            out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+            group = q.shape[2] // k.shape[2]
+            for head, held in enumerate(lens[layer]):
+                own, heads, real = (
+                    slice(head, head + 1),
+                    slice(head * group, (head + 1) * group),
+                    slice(width - held, None),
+                )
+                sink = None if sinks is None else sinks[heads]
+                out[:, :, heads], lse = flash_attention(
+                    q[:, :, heads], keys[:, real, own], values[:, real, own], causal=True, sinks=sink, **options
+                )
+                # All of the recital stands behind the chunk: there is nothing to mask.
+                pair = q[:, :, heads], keys[:, judged, own], lse
+                for paid, reduce in zip(found[layer], ("max", "sum"), strict=True):
+                    paid[:, own, judged] = attention_scores(*pair, reduce=reduce, group=reduce, **options)
+            return out
+
+        model(read, positions, attend)
+    return found
+
+
+def _expect_no_window(window_left: int, num_tokens: int) -> None:
+    if 0 <= window_left < num_tokens - 1:
+        raise ValueError(
+            f"policy: expected one without recital, as the model's window of {window_left + 1} tokens does not reach "
+            f"back over a prompt and its recital, {num_tokens} tokens; next step: Standout, or another policy"
+        )
 
 
 def read_prompt(
@@ -117,32 +181,48 @@ def read_prompt(
         if compression:
             compression.apply(cache, [length], rows)
         return hidden[:, -1:]
-    for chunk in tokens.split(compression.chunk, dim=1):
-        hidden = _read_chunk(model, cache, chunk, row, compression.policy, recent)
+    for start in range(0, length, compression.chunk):
+        hidden = _read_chunk(
+            model, cache, tokens[:, : start + compression.chunk], start, row, compression.policy, recent
+        )
         compression.apply(cache, [length], rows)
     return hidden[:, -1:]
 
 
 def _read_chunk(
-    model: Decoder, cache: PagedKVCache, tokens: Tensor, row: int, policy: Policy, recent: RecentQueries | None
+    model: Decoder,
+    cache: PagedKVCache,
+    tokens: Tensor,
+    start: int,
+    row: int,
+    policy: Policy,
+    recent: RecentQueries | None,
 ) -> Tensor:
-    """Run tokens, int64 [1, T], on top of what ``row`` holds, however compressed, and judge all its keys."""
-    rows = slice(row, row + 1)
+    """Run ``tokens``, int64 [1, S], from ``start`` on on top of what ``row`` holds of those before them, however
+    compressed, and judge all its keys."""
+    rows, new = slice(row, row + 1), tokens[:, start:]
     rope = model.rope
-    positions = cache.extend(tokens.shape[1], rows=rows)
+    positions = cache.extend(new.shape[1], rows=rows)
     # The one number that the host asks for in each chunk: how wide the gathered keys of a layer are.
     width = int(cache.seq_lens[:, rows].amax())
+    last: list[Tensor] = []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, positions, rows=rows)
         options = model.options(layer)
         out = cache.attend(layer, q, rows=rows, query_positions=positions, **options)
-        Cached(cache, layer, q, rows=rows, width=width, rope=rope, **options).judge(policy)
+        if policy.recital is None:
+            Cached(cache, layer, q, rows=rows, width=width, rope=rope, **options).judge(policy)
+        else:
+            last.append(q[:, -policy.recall :].clone())
         if recent is not None:
             recent.begin(layer, row, q)
         return out
 
-    return model(tokens, positions, attend)
+    hidden = model(new, positions, attend)
+    if policy.recital is not None:
+        _judge(model, cache, row, policy, last, recite(model, cache, tokens, row, policy.recital, start))
+    return hidden
 
 
 def decode(
@@ -193,12 +273,25 @@ def judge(
     model: Decoder, cache: PagedKVCache, row: int, policy: Policy, recent: RecentQueries, num_tokens: int
 ) -> None:
     """Let ``policy`` judge all keys of a row of ``num_tokens`` tokens anew, by its last queries."""
+    _judge(model, cache, row, policy, [recent.of(layer, row, num_tokens) for layer in range(cache.num_layers)])
+
+
+def _judge(
+    model: Decoder,
+    cache: PagedKVCache,
+    row: int,
+    policy: Policy,
+    queries: Sequence[Tensor],
+    recited: Sequence[Recited] | None = None,
+) -> None:
+    """The same, given the queries of every layer, and what :func:`recite` found."""
     rows = slice(row, row + 1)
     width = int(cache.seq_lens[:, rows].amax())
     rope = model.rope
-    for layer in range(cache.num_layers):
-        q = recent.of(layer, row, num_tokens)
-        Cached(cache, layer, q, rows=rows, width=width, rope=rope, **model.options(layer)).judge(policy)
+    for layer, q in enumerate(queries):
+        known = None if recited is None else recited[layer]
+        options = model.options(layer)
+        Cached(cache, layer, q, rows=rows, width=width, rope=rope, recited=known, **options).judge(policy)
 
 
 def add_scores(

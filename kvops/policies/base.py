@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvops.cache import PagedKVCache
 from kvops.ops.scores import attention_scores
+from kvops.policies.recital import Recital, Recited
 
 
 class Seen(ABC):
@@ -34,6 +35,7 @@ class Seen(ABC):
         positions: int ``[B, Hkv, S]``, the original position of each key; -1 where padded.
         end: int ``[B]``, the length of the text: the position of the token to come.
         earlier: float32 ``[B, Hkv, S]``, the scores so far, 0 for keys that were never judged.
+        recited: what a recital paid to each key; None where nothing has been recited.
     """
 
     q: Tensor
@@ -48,6 +50,7 @@ class Seen(ABC):
     positions: Tensor
     end: Tensor
     earlier: Tensor
+    recited: Recited | None
 
     @property
     def real(self) -> Tensor:
@@ -104,6 +107,7 @@ class Prefill(Seen):
     rope: Tensor | None = None
     scale: float | None = None
     softcap: float = 0.0
+    recited: Recited | None = None
 
     @property
     def positions(self) -> Tensor:  # type: ignore[override]
@@ -151,6 +155,7 @@ class Cached(Seen):
         rows: a slice of the cache's rows.
         width: S, at least the longest list of these rows in any layer.
         sinks: ``[Hq]``, of the layer.
+        recited: as in :class:`Seen`.
     """
 
     def __init__(
@@ -166,8 +171,9 @@ class Cached(Seen):
         scale: float | None = None,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
+        recited: Recited | None = None,
     ) -> None:
-        self.cache, self.rows, self.q = cache, rows, q
+        self.cache, self.rows, self.q, self.recited = cache, rows, q, recited
         self.layer, self.num_layers, self.window_left, self.rope = layer, cache.num_layers, window_left, rope
         self.scale, self.softcap, self._sinks = scale, softcap, sinks
         self.end = cache.next_positions[rows]
@@ -259,8 +265,13 @@ class Policy(ABC):
 
     @property
     def recall(self) -> int:
-        """How many of the last queries ``score`` looks at while decoding."""
+        """How many of the last queries ``score`` looks at while decoding, and behind a recital."""
         return 1
+
+    @property
+    def recital(self) -> Recital | None:
+        """How prompts are to be recited before ``score`` judges their keys by ``seen.recited``. None: not at all."""
+        return None
 
     @abstractmethod
     def score(self, seen: Seen) -> Tensor:

@@ -43,9 +43,12 @@ class Standout(Policy):
     def recall(self) -> int:
         return self.observe
 
+    def attention(self, seen: Seen) -> Tensor:
+        """What any query paid in the worst case: float32 ``[B, Hkv, S]``."""
+        paid = seen.attention(last=self.observe, reduce="max", group="max")
+        return seen.pool(paid, self.pool, last=self.observe)
+
     def score(self, seen: Seen) -> Tensor:
-        attention = seen.attention(last=self.observe, reduce="max", group="max")
-        attention = seen.pool(attention, self.pool, last=self.observe)
         size = torch.linalg.vector_norm(seen.v, dim=-1, dtype=torch.float32)
         apart = (1 - seen.alignment()).clamp_min(0) / 2
-        return attention * size.transpose(1, 2) * apart**self.distinctness
+        return self.attention(seen) * size.transpose(1, 2) * apart**self.distinctness
