@@ -16,15 +16,18 @@ from kvops.policies import (
     POLICIES,
     RKV,
     TOVA,
+    ByHeart,
     Compression,
     DefensiveKV,
     ExpectedAttention,
     KeyDiff,
     Knorm,
     KVCompress,
+    KVzip,
     Policy,
     Prefill,
     PyramidKV,
+    Recited,
     SnapKV,
     Standout,
     Streaming,
@@ -109,6 +112,38 @@ def test_standout_multiplies_the_worst_case_with_the_value_s_size_and_the_key_s_
     cosine = (unit * F.normalize(unit.mean(2, keepdim=True), dim=-1)).sum(-1)
     exact = worst * size * ((1 - cosine) / 2) ** 2
     assert_scores(Standout(observe=8, pool=5, distinctness=2).score(seen), exact)
+
+
+@pytest.fixture
+def recited(layer):
+    """The same, recited."""
+    seen, _ = layer
+    return replace(seen, recited=Recited(torch.rand(1, 2, 45), 30 * torch.rand(1, 2, 45)))
+
+
+def test_kvzip_takes_the_most_that_the_recital_paid_and_the_last_queries_where_there_is_none(recited, layer):
+    assert_scores(KVzip().score(recited), recited.recited.most)
+    seen, p = layer
+    assert_scores(KVzip(observe=8).score(seen), p[:, :, :, -8:].amax((2, 3)))
+
+
+def test_by_heart_adds_the_recital_to_the_worst_case_of_the_last_queries(recited, layer):
+    ones = Standout(observe=8).score(layer[0])
+    factor = ones / Standout(observe=8).attention(layer[0])
+    exact = (recited.recited.total + 7 * Standout(observe=8).attention(layer[0])) * factor
+    assert_scores(ByHeart(observe=8, weight=7).score(recited), exact)
+    assert_scores(ByHeart(observe=8, weight=7).score(layer[0]), 7 * ones)
+    assert_scores(ByHeart(weight=0).score(layer[0]), torch.zeros(1, 2, 45))
+
+
+@pytest.mark.parametrize("policy", [KVzip(), ByHeart()], ids=["kvzip", "by-heart"])
+def test_what_was_recited_before_is_worth_no_less_later(policy, recited):
+    class Later(Prefill):
+        earlier = torch.linspace(0, 40, 90).view(1, 2, 45)
+
+    now, later = policy.score(recited), policy.score(Later(**vars(recited)))
+    assert later.equal(torch.maximum(now, Later.earlier))
+    assert not later.equal(now)
 
 
 def test_defensive_kv_takes_the_worst_case_but_never_less_than_the_mean(layer):

@@ -10,7 +10,7 @@ from test_generate import prompts_of, tiny_model
 import kvops
 from kvops.models.generate import generate, stream
 from kvops.models.passes import new_cache, prefill, read_prompt, recite
-from kvops.policies import Compression, KVzip, Recital, SnapKV
+from kvops.policies import ByHeart, Compression, KVzip, Recital, SnapKV
 
 LENGTH = 45
 RECITAL = Recital(chunk=16, lead=3, ask=(5, 6))
@@ -134,11 +134,12 @@ def test_a_prompt_in_chunks_is_recited_chunk_by_chunk():
                 torch.testing.assert_close(ours, one.most[0, :, start:], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk": 25}, {"every": 6}, {"chunk": 25, "every": 6}], ids=str)
-def test_a_batch_is_generated_as_each_prompt_alone_with_and_without_drafts(options):
+@pytest.mark.parametrize("kind", [KVzip, ByHeart])
+@pytest.mark.parametrize("options", [{}, {"chunk": 25}, {"chunk": 25, "every": 6}], ids=str)
+def test_a_batch_is_generated_as_each_prompt_alone_with_and_without_drafts(options, kind):
     model = tiny_model()
     prompts = [prompts_of(80)[0], prompts_of(12)[0] * 4, prompts_of(9)[0]]
-    policy = KVzip(recital=Recital(chunk=32))
+    policy = kind(recital=Recital(chunk=32))
     compression = Compression(ratio=3, policy=policy, protect_first=2, protect_last=6, **options)
     cache = new_cache(model, max_batch=3, max_tokens=120)
     together = generate(model, prompts, max_new_tokens=14, compression=compression, cache=cache).tokens

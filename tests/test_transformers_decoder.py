@@ -8,7 +8,8 @@ from test_transformers_cache import left_padded, prompts
 
 from kvops.integrations.transformers import Decoder, KVOpsCache
 from kvops.models.generate import Compression, generate
-from kvops.policies import SnapKV
+from kvops.models.passes import new_cache, prefill, recite
+from kvops.policies import ByHeart, Recital, SnapKV
 
 
 def repetitive() -> list[list[int]]:
@@ -58,6 +59,27 @@ def test_compressed_tokens_are_those_of_the_cache_within_transformers(family, ev
     assert ours.tokens == by_transformers(model, prompts(), past_key_values=cache)
     drafted = generate(decoder, prompts(), max_new_tokens=12, compression=compression, draft="prompt_lookup")
     assert drafted.tokens == ours.tokens
+
+
+def test_prompts_are_recited_by_transformers_models_too_and_sinks_count():
+    """Layers with attention sinks and without windows: what a recital pays is less than what there is to pay."""
+    decoder = Decoder(make_model("GptOss", layer_types=["full_attention"] * 2))
+    compression = Compression(ratio=2, policy=ByHeart(recital=Recital(chunk=16)), protect_first=2, protect_last=4)
+    plain = generate(decoder, prompts(), max_new_tokens=8, compression=compression)
+    drafted = generate(decoder, prompts(), max_new_tokens=8, compression=compression, draft="prompt_lookup")
+    assert drafted.tokens == plain.tokens
+    cache, ids = new_cache(decoder, max_batch=1, max_tokens=32), torch.tensor([prompts()[0][:12]])
+    with torch.no_grad():
+        prefill(decoder, cache, ids, 0)
+        paid = recite(decoder, cache, ids, 0, Recital())
+        queries = 12 * 3
+        with_sinks = [float(one.total.sum()) / 2 for one in paid]
+        for layer in decoder.model.model.layers:
+            layer.self_attn.sinks.fill_(-1e4)
+        without = [float(one.total.sum()) / 2 for one in recite(decoder, cache, ids, 0, Recital())]
+    assert with_sinks[0] < without[0] < queries
+    with pytest.raises(ValueError, match="policy: expected one without recital, as the model's window of"):
+        generate(Decoder(make_model("Mistral")), prompts(), max_new_tokens=2, compression=compression)
 
 
 def test_scores_know_of_scale_and_softcap():
