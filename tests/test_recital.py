@@ -61,6 +61,18 @@ def test_a_key_is_worth_the_most_attention_that_its_chunk_s_recital_paid(recital
         assert scores_of(cache, layer, LENGTH).equal(found[layer].most[0])
 
 
+def test_kernels_find_what_the_eager_path_finds(monkeypatch):
+    model = tiny_model(num_layers=1)
+    prompt = prompts_of(LENGTH)[0][:19]
+    cache, tokens = read(model, prompt), torch.tensor([prompt])
+    with torch.no_grad():
+        eager = recite(model, cache, tokens, 0, Recital(chunk=12, lead=2))
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        kernels = recite(model, cache, tokens, 0, Recital(chunk=12, lead=2))
+    for one, other in zip(eager[0], kernels[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_recital_leaves_no_trace(compressed):
     """Lengths, positions, blocks in use, every byte of keys, values and scores of every row."""

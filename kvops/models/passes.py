@@ -136,11 +136,8 @@ def recite(
             out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
             group = q.shape[2] // k.shape[2]
             for head, held in enumerate(lens[layer]):
-                own, heads, real = (
-                    slice(head, head + 1),
-                    slice(head * group, (head + 1) * group),
-                    slice(width - held, None),
-                )
+                own, heads = slice(head, head + 1), slice(head * group, (head + 1) * group)
+                real = slice(width - held, None)
                 sink = None if sinks is None else sinks[heads]
                 out[:, :, heads], lse = flash_attention(
                     q[:, :, heads], keys[:, real, own], values[:, real, own], causal=True, sinks=sink, **options
