@@ -307,3 +307,8 @@ def test_the_study_says_what_the_rows_say(tmp_path):
     memory = study._memory(kept(result))
     assert "1.50" in memory
     assert "measured with h2o." in memory
+    assert not study._reading(kept(result))
+    for place in result["rows"]:
+        if place["setting"] == TEXT and place["policy"] == "snapkv":
+            place["reading"] = 2.5
+    assert any(line.endswith("as a multiple of reading it: snapkv 2.5 (4k).") for line in study.summary(kept(result)))

@@ -10,7 +10,7 @@ from statistics import mean, median
 from bench import table
 from bench.quality.kept import Form, Kept, form_of, kept, label_of
 from bench.quality.tasks import AFTER, BEFORE, SIZES, TEXT
-from bench.results import Result, Row
+from bench.results import Result
 
 GOALS = ((4, 0.95), (8, 0.90))
 """At that ratio the best policy should keep that share."""
@@ -111,7 +111,22 @@ def summary(found: Kept) -> list[str]:
             for form, share in [found.best(ratio, setting)]
         )
         lines.append(f"Best for {_NAMES[setting]}: {winners}.")
-    return [*lines, *_ragged_verdict(found), *_breaks(found)]
+    return [*lines, *_reading(found), *_ragged_verdict(found), *_breaks(found)]
+
+
+def _reading(found: Kept) -> list[str]:
+    """What a recital costs: it is a second reading, of longer rows."""
+    taken: dict[str, dict[str, list[float]]] = {}
+    for label in _labels(found):
+        for row in found.rows:
+            if "reading" in row and label_of(row) == label:
+                by_label = taken.setdefault(row["policy"], {})
+                by_label.setdefault(label.removeprefix("text "), []).append(row["reading"])
+    each = "; ".join(
+        f"{policy} {', '.join(f'{median(times):.1f} ({label})' for label, times in by_label.items())}"
+        for policy, by_label in sorted(taken.items())
+    )
+    return [f"What a recital costs, reading a prompt with it as a multiple of reading it: {each}."] if taken else []
 
 
 def _ragged_verdict(found: Kept) -> list[str]:
@@ -242,24 +257,7 @@ def _memory(found: Kept) -> str:
             " Tokens/s of decoding one sequence, as a multiple of the full cache's, whose steps were taken in turn; "
             f"measured with {', '.join(sorted({row['policy'] for row in timed}))}."
         )
-    return f"{text}{_reading(texts)}\n\n{table.render(cells, headers, 'pipe', left=2)}"
-
-
-def _reading(texts: Sequence[Row]) -> str:
-    """What a recital costs: it is a second reading, of longer rows."""
-    taken: dict[str, dict[str, list[float]]] = {}
-    for row in sorted(texts, key=lambda row: row["length"]):
-        if "reading" in row:
-            taken.setdefault(row["policy"], {}).setdefault(label_of(row).removeprefix("text "), []).append(
-                row["reading"]
-            )
-    if not taken:
-        return ""
-    each = "; ".join(
-        f"{policy} " + ", ".join(f"{median(times):.1f} times as long for {label}" for label, times in by_label.items())
-        for policy, by_label in sorted(taken.items())
-    )
-    return f" Reading a prompt takes policies that have it recited longer, once, than the others: {each}."
+    return f"{text}\n\n{table.render(cells, headers, 'pipe', left=2)}"
 
 
 def _answered(found: Kept) -> str:
