@@ -23,7 +23,7 @@ def _lengths(batch: int, longest: int) -> list[int]:
     return [longest - step * b for b in range(batch)]
 
 
-def _arguments(inputs: Inputs) -> tuple[Any, ...]:
+def packed_lengths(inputs: Inputs) -> tuple[Any, ...]:
     """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"""
     longest = max(inputs["lengths"])
     return inputs["cu_seqlens"], inputs["cu_seqlens"], longest, longest
@@ -31,17 +31,17 @@ def _arguments(inputs: Inputs) -> tuple[Any, ...]:
 
 def _forward(inputs: Inputs) -> Outputs:
     qkv = (inputs[name] for name in ("q", "k", "v"))
-    return kvops.flash_attention_varlen(*qkv, *_arguments(inputs), **dense.options(inputs))
+    return kvops.flash_attention_varlen(*qkv, *packed_lengths(inputs), **dense.options(inputs))
 
 
 def _backward(inputs: Inputs) -> Outputs:
     tensors = (inputs[name] for name in ("dout", "q", "k", "v", "out", "lse"))
-    return kvops.flash_attention_varlen_backward(*tensors, *_arguments(inputs), **dense.options(inputs))[:3]
+    return kvops.flash_attention_varlen_backward(*tensors, *packed_lengths(inputs), **dense.options(inputs))[:3]
 
 
 def _scores(inputs: Inputs) -> Outputs:
     tensors = (inputs[name] for name in ("q", "k", "lse"))
-    return (kvops.attention_scores_varlen(*tensors, *_arguments(inputs), **dense.options(inputs)),)
+    return (kvops.attention_scores_varlen(*tensors, *packed_lengths(inputs), **dense.options(inputs)),)
 
 
 def _sequences(inputs: Inputs) -> list[slice]:
@@ -135,7 +135,7 @@ def _flash_attn(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from flash_attn import flash_attn_varlen_func
 
     window = (inputs["window"], 0 if inputs["window"] >= 0 else -1)
-    return lambda q, k, v: flash_attn_varlen_func(q, k, v, *_arguments(inputs), causal=True, window_size=window)
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, *packed_lengths(inputs), causal=True, window_size=window)
 
 
 def _xformers(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

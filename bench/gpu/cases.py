@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.case import SCALES, Case, Inputs, Outputs, Scale
 from bench.cases import all_cases, select
 from bench.cases.dense import options
+from bench.cases.varlen import packed_lengths
 from bench.gpu.units import FAILED, PASSED, SKIPPED, report
 from bench.measure import build, compare, reason
 
@@ -33,14 +34,17 @@ def scale_named(name: str) -> Scale:
 
 
 def gluon_case(case: Case) -> Case | None:
-    """A dense forward's case run by the Hopper kernel."""
-    if case.op != "flash_attention":
+    """A forward's case, dense or packed, run by the Hopper kernel."""
+    if case.op not in ("flash_attention", "flash_attention_varlen"):
         return None
 
     def run(inputs: Inputs) -> Outputs:
-        from kvops.kernels.gluon_flash_forward import gluon_flash_forward
+        from kvops.kernels.gluon_flash_forward import gluon_flash_forward, gluon_flash_forward_varlen
 
-        return gluon_flash_forward(inputs["q"], inputs["k"], inputs["v"], **options(inputs))
+        qkv = inputs["q"], inputs["k"], inputs["v"]
+        if case.op == "flash_attention":
+            return gluon_flash_forward(*qkv, **options(inputs))
+        return gluon_flash_forward_varlen(*qkv, *packed_lengths(inputs), **options(inputs))
 
     return dataclasses.replace(case, op="gluon_flash_forward", run=run)
 
@@ -101,7 +105,7 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--ops", nargs="+")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th case, from the I-th")
-    parser.add_argument("--gluon", action="store_true", help="the dense forward by the Hopper kernel, and nothing else")
+    parser.add_argument("--gluon", action="store_true", help="the forward by the Hopper kernel, and nothing else")
     parser.add_argument("--inexact", action="store_true", help="leave out the comparison with float64")
     parser.add_argument("--rows", type=Path, required=True)
     return parser.parse_args(words)
