@@ -89,9 +89,9 @@ def _why_forward(problem: Problem, device: DeviceFacts, config: GluonFlashForwar
     )
 
 
-HOPPER_FAMILIES: tuple[OpSpec, ...] = (
-    OpSpec(
-        name="gluon_flash_forward",
+def _forward(name: str, operator: str) -> OpSpec:
+    return OpSpec(
+        name=name,
         twin="flash_forward",
         config=GluonFlashForwardConfig,
         key=DENSE_KEY,
@@ -103,9 +103,15 @@ HOPPER_FAMILIES: tuple[OpSpec, ...] = (
         # The order of works, the depth of the ring and who holds which registers change no sum.
         numerics=lambda config: (config.block_rows, config.block_n),
         kernels=("kvops.kernels.gluon_flash_forward:gluon_flash_forward_kernel",),
-        workload="kvops.workloads:gluon_flash_forward",
+        workload=f"kvops.workloads:{name}",
         problems=hopper_dense_problems(),
         proof_key=with_window,
-        operators=("flash_attention",),
-    ),
+        operators=(operator,),
+    )
+
+
+HOPPER_FAMILIES: tuple[OpSpec, ...] = (
+    _forward("gluon_flash_forward", "flash_attention"),
+    # The same source compiled for packed sequences: what a GPU has proved of the one, it has not of the other.
+    _forward("gluon_flash_forward_varlen", "flash_attention_varlen"),
 )

@@ -263,7 +263,9 @@ def flash_forward(
         refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes),
     )
     if proven is not None:
-        return _hopper().launch(q, k, v, window_left, window_right, scale, softcap, sinks, proven)
+        return _hopper().launch(
+            q, k, v, None, None, batch, seqlen_q, k.shape[1], window_left, window_right, scale, softcap, sinks, proven
+        )
     out = q.new_empty(batch, seqlen_q, heads, v.shape[3])
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     _launch(
@@ -290,11 +292,22 @@ def flash_forward_varlen(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel on packed sequences; see ``kvops.flash_attention_varlen``."""
+    """Launch the kernel, or its twin for Hopper, on packed sequences; see ``kvops.flash_attention_varlen``."""
     batch = cu_seqlens_q.shape[0] - 1
     if causal:
         window_right = 0
     problem = dense_problem(q, v, batch, max_seqlen_q, max_seqlen_k, window_left, window_right)
+    proven = choose_proven(
+        "gluon_flash_forward_varlen",
+        current_device(),
+        *problem,
+        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes),
+    )
+    if proven is not None:
+        return _hopper().launch(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, batch, max_seqlen_q, max_seqlen_k, window_left, window_right, scale,
+            softcap, sinks, proven,
+        )  # fmt: skip
     # Tokens after the last sequence belong to nobody: they see no key.
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)

@@ -18,6 +18,7 @@ from kvops.eager import attention as eager_attention
 from kvops.eager import eviction as eager_eviction
 from kvops.eager import paged as eager_paged
 from kvops.eager import scores as eager_scores
+from kvops.eager import varlen as eager_varlen
 from kvops.eager import verify as eager_verify
 from kvops.eager import verify_tree as eager_verify_tree
 
@@ -66,6 +67,28 @@ def gluon_flash_forward(problem: Problem, device: str, small: bool) -> Workload:
     return Workload(
         run=lambda: launch(*tensors, **options),
         exact=lambda: eager_attention.flash_attention(*_double(tensors), **options),
+    )
+
+
+def gluon_flash_forward_varlen(problem: Problem, device: str, small: bool) -> Workload:
+    """What is timed is the dense problem as one sequence, so that its time stands beside the twin's; what is held to
+    the reference is three sequences of different lengths."""
+    from kvops.kernels.gluon_flash_forward import gluon_flash_forward_varlen as launch
+
+    (q, k, v), options = _dense(problem, device, small)
+    lengths = []
+    for tensor in (q, k):
+        longest = tensor.shape[1]
+        cuts = [0, longest // 5, longest // 5 + longest // 3, longest] if small else [0, longest]
+        lengths.append(torch.tensor(cuts, dtype=torch.int32, device=device))
+    tensors = q[0], k[0], v[0], *lengths
+
+    def on(function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return function(*tensors, q.shape[1], k.shape[1], **options)
+
+    return Workload(
+        run=lambda: on(launch, tensors),
+        exact=lambda: on(eager_varlen.flash_attention_varlen, _double(tensors)),
     )
 
 

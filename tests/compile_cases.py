@@ -323,6 +323,27 @@ CASES += [
 ]
 
 
+def gluon_flash_forward_packed_or_its_twin(head_dim, dtype, **features):
+    from kvops.kernels.flash_forward import flash_forward_varlen
+    from kvops.kernels.gluon_flash_forward import gluon_flash_forward_varlen, launchable
+
+    q = torch.empty(2000, 8, head_dim, dtype=dtype)
+    k, v = torch.empty(2, 2200, 2, head_dim, dtype=dtype)
+    ends = torch.empty(3, dtype=torch.int32)
+    launch = gluon_flash_forward_varlen if launchable(q, k, v) is None else flash_forward_varlen
+    launch(q, k, v, ends, ends, 1000, 1100, **features)
+
+
+CASES += [
+    CompileCase(
+        f"gluon-forward-packed-d{head_dim}",
+        partial(gluon_flash_forward_packed_or_its_twin, head_dim, torch.bfloat16, causal=True),
+        targets=("sm_90",),
+    )
+    for head_dim in (64, 128)
+]
+
+
 def flash_attention_packed():
     from kvops.kernels.attention_scores import attention_scores_varlen
     from kvops.kernels.flash_backward import flash_backward_varlen

@@ -189,36 +189,64 @@ class Allocation:
 
 
 class Descriptor:
-    """A TMA descriptor over a tensor [batch, tokens, heads, width]."""
+    """A TMA descriptor, as the hardware takes it: a base, sizes, strides in bytes and the extents of a box."""
 
     def __init__(self, host):
         self.tensor = host.base
         self.layout = host.layout
         self.dtype = host.base.dtype
         size = host.base.element_size()
-        for stride, extent in zip(host.strides[:3], host.shape, strict=False):
-            if extent > 1 and stride * size % 16:
-                raise ProtocolError("a stride that TMA refuses")
+        self.sizes, self.box = host.shape, host.block_shape
+        self.strides = [stride * size for stride in host.strides]
+        if len(self.sizes) > 5 or max(self.box) > 256:
+            raise ProtocolError("a box that TMA refuses")
+        if not all(0 < extent <= 2**32 for extent in self.sizes):
+            raise ProtocolError("a size that TMA refuses")
+        # The stride of a dimension of size 1 counts, too.
+        if not all(0 < stride < 2**40 and stride % 16 == 0 for stride in self.strides[:-1]) or self.strides[-1] != size:
+            raise ProtocolError("a stride that TMA refuses")
         elements = 1
-        for extent in host.block_shape:
+        for extent in self.box:
             elements *= extent
-        self.block_type = types.SimpleNamespace(shape=host.block_shape, nbytes=elements * size)
+        self.block_type = types.SimpleNamespace(shape=self.box, nbytes=elements * size)
+        self.written = torch.zeros(self.tensor.untyped_storage().nbytes() // size, dtype=torch.bool)
 
-    def _clipped(self, coordinates):
-        batch, token, head, column = coordinates
-        _, rows, _, width = self.block_type.shape
-        end = min(token + rows, self.tensor.shape[1])
-        view = self.tensor[batch, min(token, end) : end, head, column : column + width]
-        return view, (0, slice(0, view.shape[0]), 0, slice(0, view.shape[1]))
+    def _clipped(self, coordinates, memory=None):
+        """What of a box of rows by columns lies inside, in memory and in the box: every dimension is held to its size,
+        and addresses are sums modulo 2^64."""
+        assert all(isinstance(coordinate, int) for coordinate in coordinates)
+        if not all(-(2**31) <= coordinate < 2**31 for coordinate in coordinates):
+            raise ProtocolError("a coordinate that is no int32")
+        place, address, inside = [], 0, True
+        for coordinate, extent, size, stride in zip(coordinates, self.box, self.sizes, self.strides, strict=True):
+            first, end = max(coordinate, 0), min(coordinate + extent, size)
+            place.append(slice(first - coordinate, max(first, end) - coordinate))
+            inside &= first < end
+            address += first * stride
+        if not inside:
+            return None, None
+        address = (address + 2**63) % 2**64 - 2**63
+        shape = [part.stop - part.start for part in place]
+        size = self.strides[-1]
+        offset = self.tensor.storage_offset() + address // size
+        strides = [stride // size if extent > 1 else 0 for stride, extent in zip(self.strides, shape, strict=True)]
+        memory = self.tensor if memory is None else memory
+        return memory.as_strided(shape, strides, offset), tuple(place)
 
     def read(self, coordinates, slot):
         view, place = self._clipped(coordinates)
         slot.data.zero_()
-        slot.data[place] = view
+        if view is not None:
+            slot.data[place] = view
 
     def write(self, coordinates, slot):
         view, place = self._clipped(coordinates)
-        view.copy_(slot.data[place])
+        if view is not None:
+            view.copy_(slot.data[place])
+            marks, _ = self._clipped(coordinates, self.written)
+            if marks.any():
+                raise ProtocolError("two outputs lie in the same place")
+            marks.fill_(True)
 
 
 class Product:
@@ -301,6 +329,8 @@ class Multiprocessor:
         for name, value in module.items():
             if isinstance(value, GluonJITFunction):
                 self.globals[name] = types.FunctionType(value.fn.__code__, self.globals, name, value.fn.__defaults__)
+            elif isinstance(value, gl.constexpr):  # outside a compiler a box
+                self.globals[name] = value.value
         self.globals |= fakes
         if replace is not None:
             function = replace(self.globals)
@@ -317,7 +347,6 @@ class Multiprocessor:
                 elif isinstance(argument, torch.Tensor):
                     argument = Pointer(argument.view(-1))
                 prepared.append(argument)
-            self.num_programs = grid[0]
             for self.program in range(grid[0]):
                 self.allocations = []
                 self.kernel(*prepared, **constants)
@@ -447,7 +476,9 @@ class Multiprocessor:
             return value.data if isinstance(value, Value) else torch.tensor(value, dtype=like.dtype)
 
         def load(pointer):
-            return Value(pointer.tensor[pointer.offset])
+            # A scalar of integers is what loops run to.
+            value = pointer.tensor[pointer.offset]
+            return Value(value) if value.is_floating_point() or value.dim() else int(value)
 
         def store(pointer, value, mask):
             pointer.tensor[pointer.offset[mask.data].long()] = value.data[mask.data]
@@ -467,7 +498,6 @@ class Multiprocessor:
             DotOperandLayout=gl.DotOperandLayout,
             SliceLayout=gl.SliceLayout,
             program_id=lambda axis: self.program,
-            num_programs=lambda axis: self.num_programs,
             static_range=range,
             arange=lambda start, end, layout: Value(torch.arange(start, end, dtype=torch.int32), layout),
             full=full,
@@ -504,7 +534,4 @@ class Multiprocessor:
             "_barrier": self._barrier,
             "_load": self._load,
             "_store": self._store,
-            # gl.constexpr outside a compiler is a box.
-            "LOG2_E": 1.4426950408889634,
-            "LN_2": 0.6931471805599453,
         }

@@ -20,7 +20,7 @@ from kvops.kernels import flash_forward as launcher
 from kvops.kernels import gluon_flash_forward as hopper
 from kvops.kernels.device import Device
 
-GLUON, TRITON = "gluon_flash_forward", "flash_forward"
+GLUON, PACKED, TRITON = "gluon_flash_forward", "gluon_flash_forward_varlen", "flash_forward"
 SPEC = specs()[GLUON]
 DEVICE = Device(H100.name, "cuda", "sm_90", 32, H100.num_sms, H100.shared_memory)
 PROBLEM = {"width": 64, "itemsize": 2, "mask": 1, "heads": 4, "seqlen_q": 128, "seqlen_k": 256}
@@ -29,7 +29,7 @@ TILE = AttentionConfig(64, 64, 4, 2)
 
 
 def measured(op, us, *, borrowed=False, **changes):
-    config = changes.pop("config", CONFIG if op == GLUON else TILE)
+    config = changes.pop("config", TILE if op == TRITON else CONFIG)
     found = record(op, us=us, config=config, **{**PROBLEM, **changes})
     return replace(found, origin="borrowed") if borrowed else found
 
@@ -101,7 +101,7 @@ DECIDED = {
         "flash_forward 80.0",
     ),
     "the twin faster elsewhere": ([(GLUON, 90.0, {}), (TRITON, 80.0, ELSEWHERE)], GLUON, "no record of that"),
-    "another device": ([(GLUON, 90.0, {"device": H200})], TRITON, "other-device"),
+    "another device": ([(GLUON, 90.0, {"device": H200})], TRITON, "has not been measured"),
     "another device beside this": ([(GLUON, 110.0, {}), (TRITON, 100.0, {"device": H200})], GLUON, "no record of that"),
     "older sources": ([(GLUON, 90.0, {"source": "older"})], TRITON, "other-version"),
     "another Triton": ([(GLUON, 90.0, {"triton": "3.6.0"})], TRITON, "other-version"),
@@ -274,20 +274,62 @@ def test_what_is_chosen_computes_attention(keep, monkeypatch):
     assert_accurate(lse, exact_lse, same_lse, "lse")
 
 
+def packed(tensors):
+    """The same problem as two sequences of 128 queries and 256 keys, of half as many heads."""
+    ends = [torch.tensor([0, 100, length], dtype=torch.int32) for length in (128, 256)]
+    return *(tensor[0, :, : tensor.shape[2] // 2] for tensor in tensors), *ends, 128, 256
+
+
+def test_packed_sequences_are_decided_by_records_of_their_own(keep, launched, monkeypatch):
+    def launched_packed(**options):
+        with watch() as choices:
+            launcher.flash_forward_varlen(*packed(inputs()), **{"causal": True, **options})
+        return [(choice.spec.name, choice.origin) for choice in choices]
+
+    keep(measured(GLUON, 90.0))
+    assert launched_packed() == [(TRITON, "heuristic")]
+    keep(measured(PACKED, 80.0, config=OTHER), measured(GLUON, 110.0), measured(TRITON, 100.0))
+    assert launched_packed() == [(PACKED, "exact")]
+    assert launched()[0] == TRITON
+    assert launched_packed(alibi_slopes=torch.zeros(2)) == [(PACKED, "refused"), (TRITON, "exact")]
+    keep(measured(TRITON, 70.0))
+    assert launched_packed() == [(TRITON, "exact")]
+    with override(PACKED, OTHER):
+        assert launched_packed() == [(PACKED, "override")]
+        assert launched()[0] == TRITON
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the model of a multiprocessor")
+def test_what_is_chosen_for_packed_sequences_computes_attention(keep, monkeypatch):
+    given = packed(inputs())
+    expected = kvops.flash_attention_varlen(*given, causal=True)
+    keep(measured(PACKED, 90.0))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module in (launcher, hopper):
+        monkeypatch.setattr(module, "current_device", lambda: DEVICE._replace(num_sms=3))
+    model = Multiprocessor(hopper.gluon_flash_forward_kernel, 1)
+    monkeypatch.setattr(hopper, "gluon_flash_forward_kernel", model)
+    found = kvops.flash_attention_varlen(*given, causal=True)
+    assert model.loaded
+    assert relative_error(found, expected) < torch.finfo(torch.bfloat16).eps
+
+
 # What is tuned, compiled and explained
 
 
-def test_only_hopper_has_candidates_and_not_too_many():
+@pytest.mark.parametrize("op", sorted(spec.name for spec in specs().values() if spec.twin))
+def test_only_hopper_has_candidates_and_not_too_many(op):
+    spec = specs()[op]
     for target in TARGETS:
-        for problem in SPEC.problems:
-            found = SPEC.candidates(problem, by_name(target))
+        for problem in spec.problems:
+            found = spec.candidates(problem, by_name(target))
             assert bool(found) == (target == "sm_90")
             assert len(found) <= 16
-            assert not SPEC.candidates({**problem, "itemsize": 4}, by_name(target))
-            assert not SPEC.candidates({**problem, "width": 512}, by_name(target))
-    assert {task.target for task in prune.tasks([SPEC], prune.TARGET_ORDER)} == {"sm_90"}
-    assert specs()[SPEC.twin].fields == SPEC.fields
-    assert set(SPEC.operators) <= set(specs()[SPEC.twin].operators)
+            assert not spec.candidates({**problem, "itemsize": 4}, by_name(target))
+            assert not spec.candidates({**problem, "width": 512}, by_name(target))
+    assert {task.target for task in prune.tasks([spec], prune.TARGET_ORDER)} == {"sm_90"}
+    assert specs()[spec.twin].fields == spec.fields
+    assert set(spec.operators) <= set(specs()[spec.twin].operators)
 
 
 @pytest.mark.parametrize(
@@ -355,13 +397,13 @@ def test_tuning_finds_its_records_and_launches_follow_them(layers, monkeypatch, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the model of a multiprocessor")
-@pytest.mark.parametrize("mask", [0, 2])
-def test_what_the_tuner_runs_is_the_kernel_held_to_its_reference(mask, layers, monkeypatch):
+@pytest.mark.parametrize(("op", "mask"), [(GLUON, 0), (GLUON, 2), (PACKED, 1)])
+def test_what_the_tuner_runs_is_the_kernel_held_to_its_reference(op, mask, layers, monkeypatch):
     monkeypatch.setattr(hopper, "current_device", lambda: DEVICE._replace(num_sms=3))
     model = Multiprocessor(hopper.gluon_flash_forward_kernel, 1)
     monkeypatch.setattr(hopper, "gluon_flash_forward_kernel", model)
     problem = {**PROBLEM, "mask": mask, "seqlen_q": 100, "heads": 2}
-    workload = prune.build_workload(SPEC, problem, "cpu", True)
-    with override(GLUON, CONFIG):
+    workload = prune.build_workload(specs()[op], problem, "cpu", True)
+    with override(op, CONFIG):
         outputs = workload.run()
     assert relative_error(outputs, workload.exact()) < torch.finfo(torch.bfloat16).eps
