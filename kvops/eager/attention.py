@@ -164,10 +164,9 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys: out [..., S, H, D], lse [..., H, S]."""
     lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (
-        torch.exp(part - lse).nan_to_num_(0.0).transpose(-2, -1).unsqueeze(-1) for part in (lse_a, lse_b)
-    )
-    return out_a * weight_a + out_b * weight_b, lse
+    weights = torch.stack((lse_a, lse_b)).sub_(lse).exp_().nan_to_num_(0.0)
+    weight_a, weight_b = weights.mT.unsqueeze(-1).unbind()
+    return torch.mul(out_a, weight_a).addcmul_(out_b, weight_b), lse
 
 
 class _Call(NamedTuple):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvops.eager.attention import compute_dtype, merge
+from kvops.eager.attention import cast, compute_dtype, merge
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(out_a.dtype)
-    out, lse = merge(out_a.to(dtype), lse_a, out_b.to(dtype), lse_b)
-    return out.to(out_a.dtype).contiguous(), lse.contiguous()
+    out, lse = merge(cast(out_a, dtype), lse_a, cast(out_b, dtype), lse_b)
+    return cast(out, out_a.dtype).contiguous(), lse.contiguous()
 
 
 def merge_attention_backward(

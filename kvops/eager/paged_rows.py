@@ -67,32 +67,15 @@ def fold_scores(
     pool.index_put_(index, new)
 
 
-class Places:
-    """The slots to which a row of values each goes, in the order (..., head); written to several caches."""
-
-    def __init__(
-        self, block: Tensor, offset: Tensor, block_size: int, num_heads: int, repeats: int, rows: Tensor | None
-    ) -> None:
-        """block and offset [repeats * num_heads]; ``rows`` picks those that are written, None all."""
-        self.rows = rows
-        self.block, self.offset = self._pick(block), self._pick(offset)
-        self.row = self.block * block_size + self.offset
-        self._num_heads, self._repeats = num_heads, repeats
-
-    def _pick(self, values: Tensor) -> Tensor:
-        return values if self.rows is None else values[self.rows]
-
-    def write(self, cache: Tensor, values: Tensor, *, by_head: bool) -> None:
-        """values [repeats * num_heads, ...] in the cache's dtype; ``by_head`` where a block holds every head."""
-        raw, values = _bytes(cache), _bytes(self._pick(values))
-        index: tuple[Tensor, ...] = (self.block, self.offset)
-        if by_head:
-            head = self._pick(torch.arange(self._num_heads, device=values.device).repeat(self._repeats))
-            index = (self.block, self.offset, head)
-        if by_head or not raw.is_contiguous():
-            raw.index_put_(index, values)
-        else:
-            raw.view(-1, *values.shape[1:]).index_copy_(0, self.row, values)
+def write_slots(cache: Tensor, slot: Tensor, values: Tensor, head: Tensor | None) -> None:
+    """Write ``values`` [n, ...], in the cache's dtype, to the slots ``slot`` int64 [n], counted through the pool, of
+    ``head`` [n] where a block holds every head."""
+    raw, values = _bytes(cache), _bytes(values)
+    if head is None and raw.is_contiguous():
+        raw.flatten(0, 1).index_copy_(0, slot, values)
+        return
+    index = slot // cache.shape[1], slot % cache.shape[1]
+    raw.index_put_(index if head is None else (*index, head), values)
 
 
 class Piece(NamedTuple):

@@ -240,8 +240,8 @@ def _check_attention(
     if checks.debug() and checks.has_data(seq_lens):
         _check_tables_data(k_cache, block_tables, seq_lens)
         if schedule is not None:
-            prefix, _ = eager.schedule_prefix(seq_lens.reshape(1, -1), k_cache.shape[1], batch_invariant)
-            fits = schedule[1 : prefix.shape[1] + 1] == prefix[0]
+            ends, _ = eager.schedule_ends(seq_lens.reshape(1, -1), k_cache.shape[1], batch_invariant)
+            fits = schedule[2 : ends.shape[1] + 2] == ends[0]
             expected = f"that of paged_schedule with these lengths and batch_invariant={batch_invariant}"
             checks.expect_data("schedule", expected, fits)
 
