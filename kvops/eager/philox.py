@@ -24,32 +24,40 @@ _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+# What each round adds to the two keys.
+_RAISES = torch.tensor([(number * _KEY_A, number * _KEY_B) for number in range(_ROUNDS)], device="cpu")
+_FACTOR_A, _FACTOR_B = torch.tensor((_ROUND_A, _ROUND_B), device="cpu").unbind()
 # A group of 1024 vocabulary entries is 4 lanes of 256: the four words of one Philox block serve four entries that lie
 # 256 apart, so a kernel loads contiguous logits for each word and moves no data between threads.
 LANE_WIDTH = 256
 GROUP_WIDTH = 4 * LANE_WIDTH
 
 
+def _low(words: Tensor) -> Tensor:
+    """The lower 32 bits of int64 as an int32 view."""
+    return words.view(torch.int32)[..., ::2]
+
+
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds over the counter words (int64, 0 <= word < 2**32), keyed by the int64 ``seed``; all broadcast.
 
-    Two words are multiplied in each round: they lie in one tensor, as do the other two and the two keys, for with few
-    counters a round costs as much as it has operations.
+    With few counters a round costs as much as it has operations. So the two words that are multiplied lie in one
+    tensor, the other two and the two keys in others, and the halves of the products are views of them.
     """
     c0, c1, c2, c3, seed = torch.broadcast_tensors(c0, c1, c2, c3, seed)
-    pair = (2,) + (1,) * seed.dim()
-    factors = seed.new_tensor((_ROUND_A, _ROUND_B)).view(pair)
-    raises = seed.new_tensor([(number * _KEY_A, number * _KEY_B) for number in range(_ROUNDS)]).view(-1, *pair)
-    key = torch.stack((seed & _MASK, (seed >> 32) & _MASK))
-    factor, others = torch.stack((c0, c2)), torch.stack((c1, c3))
-    for raised in (key + raises).unbind():
-        # Crossed over: each word meets the other's product. What stands above the 32 bits of the lower halves and of
-        # the keys falls to the mask.
-        product = (factor * factors).flip(0)
-        factor = (product >> 32).bitwise_xor_(others).bitwise_xor_(raised).bitwise_and_(_MASK)
-        others = product
-    others = others & _MASK
-    return factor[0], others[0], factor[1], others[1]
+    keys = torch.stack((seed, seed >> 32)) + _RAISES.to(seed.device).view(_ROUNDS, 2, *(1,) * seed.dim())
+    words, others = torch.stack((c0, c2)), _low(torch.stack((c1, c3)))
+    first, second, low = *words.unbind(), _low(words)
+    spare = words.new_empty(2, *words.shape)
+    products = list(zip(spare[:, 0], spare[:, 1], _low(spare), spare.view(torch.int32)[..., 1::2], strict=True))
+    for turn, key in enumerate(_low(keys).unbind()):
+        # Crossed over: each word meets the other's product.
+        of_second, of_first, lower, higher = products[turn % 2]
+        torch.mul(first, _FACTOR_A, out=of_first)
+        torch.mul(second, _FACTOR_B, out=of_second)
+        torch.bitwise_xor(higher, others, out=low).bitwise_xor_(key)
+        others = lower
+    return first, of_second & _MASK, second, of_first & _MASK
 
 
 def uniform_from_bits(bits: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def first_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     if whole < size:
         chunk_max = torch.cat((chunk_max, x[..., whole:].amax(-1, keepdim=True)), -1)
     chunk = chunk_max.max(-1, keepdim=True).indices
-    index = (chunk * width + torch.arange(width, device=x.device)).clamp_max(size - 1)
+    index = torch.add(torch.arange(width, device=x.device), chunk, alpha=width).clamp_(max=size - 1)
     value, inside = x.gather(-1, index).max(-1)
     return value, index.gather(-1, inside[..., None])[..., 0]
 
@@ -67,6 +67,11 @@ def row_sum(x: Tensor) -> Tensor:
     if whole:
         total = total + x[..., :whole].unflatten(-1, (-1, _CHUNK)).sum(-1).sum(-1)
     return total
+
+
+def excess(p: Tensor, q: Tensor) -> Tensor:
+    """max(p - q, 0), and 0 beside a NaN: a fifth of the time of torch's ``where``."""
+    return torch.fmax(p - q, p.new_zeros(()))
 
 
 def exponent_scale(temperature: Tensor) -> Tensor:
@@ -117,8 +122,6 @@ def verify_draft(
     method: str = "token",
 ) -> tuple[Tensor, Tensor]:
     B, rows, V = target_logits.shape
-    tokens = draft_tokens.new_full((B, rows), -1)
-    num_accepted = draft_tokens.new_zeros(B, dtype=torch.int32)
     per_request = {
         "draft_lens": draft_lens,
         "draft_probs": draft_probs,
@@ -127,6 +130,10 @@ def verify_draft(
         "step": step,
     }
     group = max(1, GROUP_ELEMENTS // max(1, rows * V))
+    if group >= B:
+        return _verify_group(target_logits, draft_tokens, method=method, **per_request)
+    tokens = draft_tokens.new_full((B, rows), -1)
+    num_accepted = draft_tokens.new_zeros(B, dtype=torch.int32)
     for start in range(0, B, group):
         part = slice(start, start + group)
         given = {name: None if value is None else value[part] for name, value in per_request.items()}
@@ -144,7 +151,7 @@ def _accept_tokens(
     if probs is not None:
         threshold = threshold * probs.gather(2, draft[..., None])[..., 0]
     passes = threshold * total[:, :T] < weights[:, :T].gather(2, draft[..., None])[..., 0]
-    return (offered & passes).long().cumprod(1).sum(1), None
+    return (offered & passes).cumprod(1).sum(1), None
 
 
 def _accept_block(
@@ -152,7 +159,7 @@ def _accept_block(
 ) -> tuple[Tensor, Tensor | None]:
     """Algorithm 2 of arXiv 2403.10444: how many drafts stand, and the factor of p in the residual behind them."""
     T = draft.shape[1]
-    count = offered.long().cumprod(1).sum(1)
+    count = offered.cumprod(1).sum(1)
     p = weights[:, :T].gather(2, draft[..., None])[..., 0] / total[:, :T]
     q = None if probs is None else probs.gather(2, draft[..., None])[..., 0]
     path = [torch.ones_like(total[:, 0])]  # the paper's p_0, p_1, ...
@@ -169,7 +176,7 @@ def _accept_block(
                 left = path[i] * (1.0 - p[:, i])
             else:
                 ahead = weights[:, i] / total[:, i, None] * path[i][:, None]
-                left = row_sum(torch.where(ahead > probs[:, i], ahead - probs[:, i], 0.0))
+                left = row_sum(excess(ahead, probs[:, i]))
             passes = torch.where(i < count, threshold[:, t] * (left + (1.0 - path[i])) < left, passes)
         stop = torch.where(passes & (i <= count), i, stop)
     return stop, torch.stack(path, 1).gather(1, stop[:, None])[:, 0]
@@ -190,17 +197,16 @@ def _verify_group(
     T = rows - 1
     position = torch.arange(rows, device=logits.device)
     row_max, row_argmax = first_argmax(logits)
-    usable = row_max.isfinite()
-    offered = (draft_tokens >= 0) & (draft_tokens < V) & usable[:, :T]
+    usable = row_max.abs() < torch.inf
+    offered = usable[:, :T]
     if draft_lens is not None:
-        offered &= position[:T] < draft_lens[:, None]
-    num_accepted = (offered & (draft_tokens == row_argmax[:, :T])).long().cumprod(1).sum(1)
+        offered = offered & (position[:T] < draft_lens[:, None])
+    num_accepted = (offered & (draft_tokens == row_argmax[:, :T])).cumprod(1).sum(1)
     following = row_argmax.gather(1, num_accepted[:, None])[:, 0]
 
-    if temperature is None:
-        temperature = torch.zeros(B, device=logits.device)
-    sampled = (temperature > 0).nonzero()[:, 0]
-    if len(sampled):
+    sampled = () if temperature is None else (temperature > 0).nonzero()[:, 0]
+    if temperature is not None and len(sampled):
+        offered = offered & (draft_tokens >= 0) & (draft_tokens < V)
         whole = len(sampled) == B
 
         def of(value: Tensor) -> Tensor:
@@ -231,7 +237,7 @@ def _verify_group(
                 if ratio is not None:
                     p *= ratio[refused, None]
                 q = probs[refused, at]
-                weight[refused] = torch.where(p > q, p - q, 0.0)
+                weight[refused] = excess(p, q)
         num_accepted[sampled] = row
         following[sampled] = race(weight, row, seed, step, row_argmax[sampled, row])
     following = torch.where(usable.gather(1, num_accepted[:, None])[:, 0], following, -1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvops.eager.philox import ACCEPT, uniform
-from kvops.eager.verify import GROUP_ELEMENTS, exponent_scale, first_argmax, race, row_sum, softmax_weights
+from kvops.eager.verify import GROUP_ELEMENTS, excess, exponent_scale, first_argmax, race, row_sum, softmax_weights
 
 
 def verify_tree(
@@ -114,6 +114,6 @@ class _Walk:
         else:
             p = self.weight[requests] / self.mass[requests, None]
             q = probs[requests, node]
-            residual = torch.where(p > q, p - q, 0.0)
+            residual = excess(p, q)
             self.weight[requests], self.mass[requests] = residual, row_sum(residual)
         return accepted
