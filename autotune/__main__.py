@@ -13,6 +13,7 @@ from kvops.autotune.commands import add as add_commands
 from kvops.autotune.environments import environment, newest_triton
 from kvops.autotune.gates import CaseResult, load_cases, run_cases
 from kvops.autotune.inspect import TARGETS
+from kvops.console import quiet_without_reader
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -90,6 +91,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 1 if any(result.problems for result in results) else 0
 
 
+@quiet_without_reader
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvops.autotune", description="Kernel configurations of kvops.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

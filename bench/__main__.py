@@ -15,6 +15,7 @@ from bench.case import SCALES, Scale, scale_for
 from bench.cases import all_cases, select
 from bench.measure import KVOPS, measure
 from bench.timing import Clock, measure_roofline, setting
+from kvops.console import quiet_without_reader
 
 Item = TypeVar("Item")
 
@@ -243,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@quiet_without_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: something is wrong or slower than allowed; 2: it could not be run as asked."""
     arguments = _parser().parse_args(argv)

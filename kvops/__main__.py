@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import kvops
+from kvops.console import quiet_without_reader
 
 if TYPE_CHECKING:
     from kvops.policies import Compression
@@ -132,6 +133,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     )
 
 
+@quiet_without_reader
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
@@ -151,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
             from kvops.doctor import report
 
             print(report())
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError, kvops.OutOfBlocksError) as error:
         print(f"kvops {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.eager": ({"torch", "kvops.eager", "kvops.checks"}, set()),
     # What a family is tried with stands above the kernels; it is named, and imported where candidates are compiled or
     # run.
-    "kvops.autotune": ({"torch", "triton", "numpy", "kvops.autotune"}, {"tabulate", "tqdm", "kvops.workloads"}),
+    "kvops.autotune": (
+        {"torch", "triton", "numpy", "kvops.autotune", "kvops.console"},
+        {"tabulate", "tqdm", "kvops.workloads"},
+    ),
     "kvops.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
         {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup"},
@@ -41,6 +44,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"triton", "kvops.kernels", "kvops.autotune"},
     ),
     "kvops.bound": (set(), set()),
+    "kvops.console": (set(), set()),
     "kvops.pool": ({"torch", "kvops.bound"}, set()),
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),
     "kvops.cache_stats": ({"torch"}, set()),

@@ -1,0 +1,58 @@
+"""Command lines in pipes: where nobody reads on, they end without a word."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench.__main__
+import kvops.__main__
+import kvops.autotune.__main__
+from kvops import console
+from kvops.console import quiet_without_reader
+
+COMMANDS = [kvops.__main__, kvops.autotune.__main__, bench.__main__]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda module: module.__name__)
+def test_every_command_line_is_one(command):
+    assert command.main.__wrapped__.__module__ == command.__name__
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["kept until the end", "more than a pipe holds"])
+@pytest.mark.parametrize("ending", ["return 0", "raise SystemExit(0)"])
+def test_a_reader_that_leaves_is_no_error(lines, ending):
+    # Loaded by its path: without torch, in a tenth of a second.
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(console.__file__).parent)!r})
+from console import quiet_without_reader
+@quiet_without_reader
+def main():
+    sys.stdin.read()
+    for line in range({lines}):
+        print(line)
+    {ending}
+sys.exit(main())
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        complaint = process.stderr.read()
+    assert complaint == b""
+    assert process.returncode == 141
+
+
+def test_another_broken_pipe_is_an_error():
+    @quiet_without_reader
+    def main() -> int:
+        raise BrokenPipeError("a worker left")
+
+    with pytest.raises(BrokenPipeError, match="a worker left"):
+        main()
+
+
+def test_the_exit_code_is_that_of_the_command():
+    assert quiet_without_reader(lambda code: code)(3) == 3
