@@ -3,7 +3,7 @@
 #   VENV=path                   where it is made (.venv)
 #   VENV=$VIRTUAL_ENV SETUP=    use an environment of your own, complete as it is
 #   PYTEST="tests/test_x.py"    arguments for pytest in place of the whole suite
-#   ARGS="--quick"              arguments for the demo
+#   ARGS="--quick"              arguments for the demo, for training or for the run on a GPU
 #   OUT=folder                  where `make bench` writes its results (bench/results/cpu)
 
 SHELL := /bin/bash
@@ -29,7 +29,7 @@ PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 OUT ?= bench/results/cpu
 
-.PHONY: help setup test demo bench bench-quality bench-report gpu prune lint format clean
+.PHONY: help setup test demo train bench bench-quality bench-report gpu prune lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -62,6 +62,9 @@ test: $(SETUP)  ## every test; PYTEST="..." for a part
 
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)
+
+train: $(SETUP)  ## a small model learns through kvops and through torch, loss beside loss; ARGS="--plot losses.png"
+	$(BIN)/python examples/train_bytes.py $(ARGS)
 
 bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving: on this CPU: JSON, BENCHMARKS.md and plots
 	$(BIN)/python -m bench run --device cpu --seconds 1 --json $(OUT)/operators.json

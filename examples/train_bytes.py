@@ -132,7 +132,6 @@ def main() -> None:
     print(tabulate(rows, headers=["step", *curves], disable_numparse=True, colalign=["right"] * 4))
     allowed = 3 * (theirs - exact).abs().max() + torch.finfo(torch.float32).eps * exact.max()
     difference = (ours - theirs).abs().max()
-    print(f"greatest difference of kvops and torch: {difference:.2e} (rounding explains up to {allowed:.2e})")
     if arguments.plot:
         import matplotlib.pyplot as plt
 
@@ -142,7 +141,13 @@ def main() -> None:
         plt.xlabel("step")
         plt.savefig(arguments.plot)
     if not difference <= allowed:
-        raise SystemExit("the curves of kvops and torch differ by more than rounding explains")
+        raise SystemExit(
+            f"kvops and torch differ by {difference:.2e}, more than the {allowed:.2e} that rounding explains"
+        )
+    print(
+        f"After {arguments.steps} steps a byte costs {ours[-1]:.3f} nats in place of {ours[0]:.3f}, through kvops as "
+        f"through torch: they never differ by more than {difference:.2g}, where rounding explains {allowed:.2g}."
+    )
 
 
 if __name__ == "__main__":

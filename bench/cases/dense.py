@@ -26,6 +26,8 @@ from bench.case import (
 
 # (batch, KV head) pairs that are held to float64.
 _SAMPLED_HEADS = 2
+# Tokens of a prompt so short that checks and dispatch weigh beside the kernel.
+_SHORT = 128
 
 
 def heads(inputs: Inputs) -> list[tuple[int, int]]:
@@ -156,6 +158,8 @@ def cases(scale: Scale) -> Iterator[Case]:
     for model in (LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER):
         yield forward(scale.model(model), 1, longest)
     yield forward(scale.model(SMOLLM), 1, longest, causal=False)
+    if scale.prompts[0] > _SHORT:
+        yield forward(scale.model(SMOLLM), 1, _SHORT)
     for model in (LLAMA_8B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA):
         yield backward(scale.model(model), 1, scale.prompts[len(scale.prompts) // 2])
     yield backward(scale.model(SMOLLM), 1, longest, causal=False)

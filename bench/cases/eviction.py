@@ -64,7 +64,10 @@ def _shares(worth: list[list[float]], budget: int, scope: str) -> list[int]:
 
 
 def _select_plain(inputs: Inputs) -> Callable[[], Outputs]:
-    """topk, as eviction is written without ragged lists: every head of a sequence its share, or all heads together."""
+    """topk, as eviction is written without ragged lists: every head of a sequence its share, or all heads together.
+
+    It gives no lengths, takes the budget of the first sequence for all, leaves equal scores to chance and NaN on top.
+    """
     budget, heads = inputs["budget"], inputs["seq_lens"].shape[1]
 
     def call() -> Outputs:
