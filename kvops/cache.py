@@ -9,25 +9,23 @@ bound of what is in use and reads the exact number only where the bound says tha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvops import cache_file, checks
+from kvops.cache_eviction import CacheEviction
 from kvops.cache_stats import CacheStats
-from kvops.cache_storage import CacheStorage, Rows
-from kvops.ops.eviction import compact, select_blocks
+from kvops.cache_storage import Rows
+from kvops.ops.eviction import compact
 from kvops.ops.paged import paged_append, paged_attention
 from kvops.pool import OutOfBlocksError
 
 __all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache"]
 
-_T = TypeVar("_T")
 
-
-class PagedKVCache(CacheStorage):
+class PagedKVCache(CacheEviction):
     """Keys and values of ``max_batch`` sequences in one pool of blocks, each head of each layer with its own length.
 
     Args:
@@ -222,99 +220,6 @@ class PagedKVCache(CacheStorage):
         flat = torch.where(slot < lens[..., None], block, self.num_blocks) * self.block_size + slot % self.block_size
         self._scores.view(-1).scatter_(0, flat.flatten(), scores.to(torch.float32).flatten())
 
-    def evict(
-        self,
-        budget: int | Sequence[int] | Sequence[Sequence[int]] | Tensor,
-        *,
-        rows: Rows = slice(None),
-        protect_first: int = 0,
-        protect_last: int = 0,
-        min_per_head: int = 0,
-        scope: str = "sequence",
-    ) -> None:
-        """Reduce each of ``rows`` to ``budget`` blocks over all its layers and heads, keeping the best by ``scores``.
-
-        What survives is in the order it had; the blocks given up are free at once, unless another row shares them.
-        ``budget`` is one number or one for each row (int32 ``[B']``), or one for each layer of each row
-        (``[B', num_layers]``): layers then keep to their own budgets, and only the heads of a layer share or compete.
-        The other arguments are those of :func:`kvops.select_blocks`, with protection measured in original positions. A
-        row that holds less than its budget keeps everything.
-
-        Raises ValueError, before anything is changed, when protection and floor alone take more than the budget. A
-        budget that lies on a GPU is read by the host for that, unless a graph is captured; numbers are not. Rows that
-        share blocks may need free ones for copies of those that slots are moved into: :class:`OutOfBlocksError`, before
-        anything is changed.
-        """
-        index, numbers = self._resolve(rows)
-        capturing = self._pool.capturing()
-        budgets, known = self._budgets(budget, len(numbers))
-        groups = budgets.shape[1]  # that the lists of a row are in: one, or one for each layer
-        lists = self.num_layers * self.num_kv_heads // groups
-        parts = len(numbers) * groups
-        budgets = budgets.flatten()
-
-        def flat_tables() -> Tensor:
-            return self.block_tables[:, index].transpose(0, 1).reshape(parts, lists, self.max_blocks)
-
-        tables = flat_tables()
-        # A copy, as compact() writes into it: of one row, reshape would be a view of what is assigned below.
-        lens = self.seq_lens[:, index].transpose(0, 1).reshape(parts, lists).clone()
-        new_lens, keep = select_blocks(
-            self.scores,
-            tables,
-            lens,
-            budgets,
-            positions=self.positions,
-            protect_first=protect_first,
-            protect_last=protect_last,
-            min_per_head=min_per_head,
-            scope=scope,
-        )
-        bound = self._pool.bound
-        floor = max(protect_first + protect_last, min_per_head)
-        floors = [lists * -(-min(bound.longest[row], floor) // self.block_size) for row in numbers]
-        fits = known is not None and all(least <= min(most) for least, most in zip(floors, known, strict=True))
-        if not fits and not capturing:
-            self._refuse_floor(new_lens, budgets, "row" if groups == 1 else "layer")
-        if self._pool.shares(numbers) and not capturing:
-            first, stop = map(self._by_layer, self._written_by_compaction(lens, new_lens, keep))
-            self._own(index, numbers, first, stop, self.max_blocks)
-            tables = flat_tables()
-        compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
-        lens = self._by_layer(lens)
-        self._changed()
-        self.seq_lens[:, index] = lens
-        self._pool.give_back(index, numbers, self._pool.blocks_of(lens))
-        for i, row in enumerate(numbers):
-            if known is not None and not capturing:
-                bound.limit(row, sum(known[i]))
-            self.compressed[row] = True
-
-    def keep(self, layer: int, kept: Tensor, *, rows: Rows = slice(None)) -> None:
-        """Keep of each list of a layer what ``kept``, bool ``[B', Hkv, S]`` in list order, marks of its first S slots.
-
-        Slots behind these stay; marks past a list's end mean nothing. Survivors keep their order, and the blocks given
-        up are free at once, unless another row shares them.
-        """
-        index, numbers = self._resolve(rows)
-        checks.expect_tensor("kept", kept)
-        checks.expect_dtype("kept", kept, torch.bool)
-        checks.expect_shape("kept", kept, "[B', Hkv, S]", len(numbers), self.num_kv_heads, None)
-        capacity = self.max_blocks * self.block_size
-        if kept.shape[-1] > capacity:
-            raise ValueError(f"kept: expected at most {capacity} slots (max_tokens), got {kept.shape[-1]}")
-        if self._pool.bound.sharing:
-            self.unshare(rows)
-        tables, lens = self._layer(layer, rows)
-        new_lens = lens.clone()
-        whole = torch.nn.functional.pad(kept, (0, capacity - kept.shape[-1]), value=True)
-        compact(self.k_cache, self.v_cache, tables, new_lens, whole, positions=self.positions, scores=self.scores)
-        self._changed()
-        self.seq_lens[layer, index] = new_lens
-        self._pool.give_back(index, numbers, self._pool.blocks_of(self.seq_lens[:, index]))
-        for row in numbers:
-            self.compressed[row] = True
-
     def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
         """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
 
@@ -432,17 +337,6 @@ class PagedKVCache(CacheStorage):
         for new in numbers:
             self.compressed[new] = self.compressed[source]
 
-    def unshare(self, rows: Rows = slice(None)) -> None:
-        """Give ``rows`` copies of their own of all blocks that they share.
-
-        Raises :class:`OutOfBlocksError`, before anything is changed, when the pool is too small for that.
-        """
-        index, numbers = self._resolve(rows)
-        if self._pool.shares(numbers):
-            held = self._pool.held[:, index]
-            self._own(index, numbers, torch.zeros_like(held), held, self.max_blocks)
-            self._pool.bound.part(numbers)
-
     def remember(self, row: int, tokens: Sequence[int] | Tensor, *, salt: str = "") -> int:
         """Keep the blocks of ``row`` that hold the longest part of its ``tokens`` that fills whole blocks.
 
@@ -519,72 +413,6 @@ class PagedKVCache(CacheStorage):
         cache = cls(**arguments)
         cache_file.restore(cache, tensors)
         return cache
-
-    def _making_room(self, request: Callable[[], _T], *, for_copies: bool = False) -> _T:
-        """``request``, which raises before it changes anything, with remembered prefixes given up where it must be."""
-        while True:
-            try:
-                return request()
-            except OutOfBlocksError as error:
-                if not self._prefixes.give_up(error.needed - error.free, in_use=for_copies):
-                    raise
-
-    def _own(self, index: slice | Tensor, numbers: Sequence[int], first: Tensor, stop: Tensor, width: int) -> None:
-        """Copy the shared blocks from the ``first`` to before ``stop`` of each list, at most ``width``."""
-        self._copy(self._making_room(lambda: self._pool.own(index, numbers, first, stop, width), for_copies=True))
-
-    def _by_layer(self, per_list: Tensor) -> Tensor:
-        """Lists row by row, layer by layer, as ``[layers, B', heads]``."""
-        rows = per_list.numel() // (self.num_layers * self.num_kv_heads)
-        return per_list.view(rows, self.num_layers, self.num_kv_heads).transpose(0, 1)
-
-    def _written_by_compaction(self, lens: Tensor, new_lens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """The first block of each list that kept slots are moved into, and the one behind the last."""
-        slot = torch.arange(keep.shape[-1], dtype=torch.int32, device=self.device)
-        evicted = ~keep & (slot < lens[..., None])
-        first = torch.where(evicted, slot, keep.shape[-1]).amin(-1)  # all slots before it stay where they are
-        return first // self.block_size, torch.where(first < new_lens, self._pool.blocks_of(new_lens), 0)
-
-    def _budgets(
-        self, budget: int | Sequence[int] | Sequence[Sequence[int]] | Tensor, batch: int
-    ) -> tuple[Tensor, list[list[int]] | None]:
-        """``budget`` in blocks, int32 ``[B', 1 or num_layers]`` on the device, and as numbers if the host has them."""
-        known: list[list[int]] | None = None
-        if isinstance(budget, Tensor):
-            checks.expect_dtype("budget", budget, torch.int32)
-            budgets = budget[:, None] if budget.ndim == 1 else budget
-            if budget.device.type == "cpu" and not self._pool.capturing():
-                known = budgets.tolist()
-        else:
-            rows: list[int | Sequence[int]] = [budget] * batch if isinstance(budget, int) else list(budget)
-            if len(rows) != batch:
-                raise ValueError(f"budget: expected one number or {batch}, one for each row, got {len(rows)}")
-            # No more than there are blocks: what does not fit int32 is no limit either.
-            known = [[min(most, self.num_blocks) for most in ([row] if isinstance(row, int) else row)] for row in rows]
-            if len({len(row) for row in known}) > 1:
-                raise ValueError("budget: expected a number for each row, or one for each layer of every row, got both")
-            if isinstance(budget, int):  # filled on the device, so that a graph can be captured
-                budgets = torch.full((batch, 1), known[0][0] if batch else 0, dtype=torch.int32, device=self.device)
-            else:
-                budgets = torch.tensor(known, dtype=torch.int32, device=self.device).view(batch, -1 if batch else 1)
-        if budgets.ndim != 2 or budgets.shape[0] != batch or budgets.shape[1] not in (1, self.num_layers):
-            raise ValueError(
-                f"budget: expected [{batch}], one number for each row, or [{batch}, {self.num_layers}], one for each "
-                f"layer of each row, got {list(budgets.shape)}"
-            )
-        if known:
-            checks.expect_at_least("budget", min(map(min, known)), 0)
-        return budgets if budgets.device == self.device else budgets.to(self.device), known
-
-    def _refuse_floor(self, new_lens: Tensor, budgets: Tensor, part: str) -> None:
-        blocks = self._pool.blocks_of(new_lens).sum(1)
-        over = torch.stack([blocks, budgets.long()], 1).tolist()
-        for least, most in over:
-            if least > most:
-                raise ValueError(
-                    f"budget: protect_first, protect_last and min_per_head alone take {least} blocks of a {part}, "
-                    f"expected a budget of at least that, got {most}"
-                )
 
 
 def _numbers_of(tokens: Sequence[int] | Tensor) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from kvops.cache_stats import CacheStats
 from kvops.ops.blocks import copy_blocks
 from kvops.ops.paged import paged_schedule
 from kvops.ops.registry import backend
-from kvops.pool import BlockPool
+from kvops.pool import BlockPool, OutOfBlocksError
 from kvops.prefix import PrefixIndex
+
+_T = TypeVar("_T")
 
 Rows = slice | int | Sequence[int] | Tensor
 
@@ -124,6 +127,17 @@ class CacheStorage:
             lengths=self.seq_lens.cpu().clone(),
         )
 
+    def unshare(self, rows: Rows = slice(None)) -> None:
+        """Give ``rows`` copies of their own of all blocks that they share.
+
+        Raises :class:`OutOfBlocksError`, before anything is changed, when the pool is too small for that.
+        """
+        index, numbers = self._resolve(rows)
+        if self._pool.shares(numbers):
+            held = self._pool.held[:, index]
+            self._own(index, numbers, torch.zeros_like(held), held, self.max_blocks)
+            self._pool.bound.part(numbers)
+
     def _scale(self, name: str, scale: float | Tensor | None) -> Tensor | None:
         """float32 ``[num_layers, num_kv_heads]`` of what may be one number."""
         if scale is None:
@@ -188,6 +202,19 @@ class CacheStorage:
         if blocks is not None:
             self._changed()
             copy_blocks(self.k_cache, self.v_cache, *blocks, positions=self.positions, scores=self.scores)
+
+    def _making_room(self, request: Callable[[], _T], *, for_copies: bool = False) -> _T:
+        """``request``, which raises before it changes anything, with remembered prefixes given up where it must be."""
+        while True:
+            try:
+                return request()
+            except OutOfBlocksError as error:
+                if not self._prefixes.give_up(error.needed - error.free, in_use=for_copies):
+                    raise
+
+    def _own(self, index: slice | Tensor, numbers: Sequence[int], first: Tensor, stop: Tensor, width: int) -> None:
+        """Copy the shared blocks from the ``first`` to before ``stop`` of each list, at most ``width``."""
+        self._copy(self._making_room(lambda: self._pool.own(index, numbers, first, stop, width), for_copies=True))
 
     def _expect_per_row(self, name: str, value: Tensor, batch: int) -> None:
         checks.expect_tensor(name, value)

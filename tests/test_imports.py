@@ -53,6 +53,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "kvops.ops", "kvops.checks", "kvops.pool", "kvops.prefix", "kvops.cache_stats"},
         set(),
     ),
+    "kvops.cache_eviction": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache_storage"}, set()),
     "kvops.cache_file": ({"torch", "kvops.cache_storage"}, {"safetensors"}),
     "kvops.cache": (
         {
@@ -62,6 +63,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "kvops.pool",
             "kvops.cache_stats",
             "kvops.cache_storage",
+            "kvops.cache_eviction",
             "kvops.cache_file",
         },
         set(),

@@ -127,8 +127,8 @@ def _sampling(batch: int, device: torch.device) -> dict[str, Tensor]:
 def _plain(inputs: Inputs) -> Callable[[], Outputs]:
     """Speculative sampling as it is written in torch.
 
-    Sampled, it draws numbers of its own from the one generator of the process; the operator's follow from each request's
-    seed and step, which takes a third of its time on a CPU where the vocabulary is small.
+    Sampled, it draws numbers of its own, from the one generator of the process; the operator's follow from the seed and
+    step of each request, on every device the same, which takes time where the vocabulary is small.
     """
     logits, drafts = inputs["logits"], inputs["drafts"]
     T = drafts.shape[1]
