@@ -226,10 +226,10 @@ class GluonFlashForwardConfig:
 
 
 def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
-    """Chosen from the padded head size alone, 64, 128 or 256: tiles that fit and, with Triton 3.7, never spill.
+    """Chosen from the padded head size alone, 64, 128 or 256: tiles that fit and, with Triton 3.6 and 3.7, do not spill.
 
-    3.6 and 3.9 keep a few scalars in memory for some masks, most often at 256, 3.7 one for packed causal sequences
-    there; none is touched in the unmasked loop.
+    But for one scalar of packed causal sequences at 256 (3.6: of windows there, too), stored and read once a program.
+    3.9 keeps scalars in memory for some masks, most of them at 256; none is touched in the unmasked loop.
     """
     if width <= 64:
         return GluonFlashForwardConfig(64, 128, stages=3, consumer_registers=216, producer_registers=72)

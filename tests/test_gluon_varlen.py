@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gluon_model import Descriptor, Multiprocessor, ProtocolError
+from no_sync import no_synchronisation
 from oracle import assert_accurate, attention, attention_mask
 from test_gluon_flash_forward import CASES, HOPPER, on_hopper, small
 
@@ -220,6 +221,17 @@ def test_no_sequences_and_no_queries_launch_nothing(run):
     assert not model.loaded
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
+
+
+def test_the_host_neither_waits_nor_looks_at_the_lengths(hopper):
+    packed, traces = Packed(), []
+    for fill in (torch.clone, torch.zeros_like):
+        packed.ends = [fill(ends) for ends in packed.ends]
+        with no_synchronisation(run_kernels=False) as trace:
+            gluon_flash_forward_varlen(*packed.arguments, causal=True)
+        traces.append(trace)
+    assert len(traces[0].launches) == 1
+    assert traces[0] == traces[1]
 
 
 def broken(name, old, new):
