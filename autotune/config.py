@@ -226,9 +226,9 @@ class GluonFlashForwardConfig:
 
 
 def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
-    """Chosen from the padded head size alone, 64, 128 or 256: tiles that fit and, with Triton 3.6 and 3.7, do not spill.
+    """Chosen from the padded head size alone, 64, 128 or 256: the largest tiles without spills by Triton 3.7.
 
-    But for one scalar of packed causal sequences at 256 (3.6: of windows there, too), stored and read once a program.
+    Packed causal sequences at 256 (3.6: windows there, too) have one scalar in memory, stored and read once a program.
     3.9 keeps scalars in memory for some masks, most of them at 256; none is touched in the unmasked loop.
     """
     if width <= 64:
