@@ -226,7 +226,7 @@ class GluonFlashForwardConfig:
 
 
 def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
-    """Chosen from the padded head size alone, 64, 128 or 256: the largest tiles without spills by Triton 3.7.
+    """Chosen from the padded head size alone, 64, 128 or 256: tiles that fit and, by Triton 3.7, spill nothing.
 
     Packed causal sequences at 256 (3.6: windows there, too) have one scalar in memory, stored and read once a program.
     3.9 keeps scalars in memory for some masks, most of them at 256; none is touched in the unmasked loop.
