@@ -239,6 +239,37 @@ def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
 
 
 @dataclass(frozen=True)
+class GluonFlashBackwardConfig:
+    """One of the two warp-specialised kernels of the flash attention backward for Hopper.
+
+    Attributes:
+        block_m: queries to a tile, or to each of the two consumers of the kernel for dQ.
+        block_n: keys to a tile, or to each of the two consumers of the kernel for dK and dV.
+        stages: tiles of what is walked through in shared memory at a time.
+        consumer_registers, producer_registers: per thread, multiples of 8; two consumers and the producer share 504.
+        section_bytes: heads are taken in groups for which what is walked through has this size together, to stay in the
+            L2 cache.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    section_bytes: int = 16 << 20
+
+
+def gluon_flash_backward_keys_config(width: int) -> GluonFlashBackwardConfig:
+    """Chosen from the padded head size alone, 64 or 128: with Triton 3.7, the tiles never spill."""
+    return GluonFlashBackwardConfig(128 if width <= 64 else 64, 64, stages=2)
+
+
+def gluon_flash_backward_queries_config(width: int) -> GluonFlashBackwardConfig:
+    """Chosen from the padded head size alone, 64 or 128: with Triton 3.7, the tiles never spill."""
+    return GluonFlashBackwardConfig(64, 128, stages=3 if width <= 64 else 2)
+
+
+@dataclass(frozen=True)
 class PagedAttentionConfig:
     """A program keeps BLOCK_M rows (query heads of a group by tokens) against tiles of BLOCK_N slots."""
 

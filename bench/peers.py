@@ -200,6 +200,16 @@ def _gluon(inputs: Inputs) -> Callable[[], Outputs]:
     return lambda: gluon_flash_forward(inputs["q"], inputs["k"], inputs["v"], causal=inputs["causal"])
 
 
+def _gluon_backward(inputs: Inputs) -> Callable[[], Outputs]:
+    """The Hopper backward, launched directly, with delta as the operator computes it."""
+    from kvops.kernels.gluon_flash_backward import gluon_flash_backward
+
+    _require_gpu(inputs)
+    _refuse_softcap(inputs)
+    tensors = [inputs[name] for name in ("dout", "q", "k", "v", "out", "lse")]
+    return lambda: gluon_flash_backward(*tensors, causal=inputs["causal"], window_left=inputs["window"])[:3]
+
+
 def dense() -> tuple[Peer, ...]:
     """For cases whose inputs have q, k, v, causal, window and softcap, and whose outputs begin with out."""
 
@@ -230,4 +240,5 @@ def dense_backward() -> tuple[Peer, ...]:
 
         return ready
 
-    return tuple(Peer(name, backward(prepare), package) for name, package, trains, prepare in _DENSE if trains)
+    theirs = (Peer(name, backward(prepare), package) for name, package, trains, prepare in _DENSE if trains)
+    return (Peer("kvops Gluon", _gluon_backward, "kvops"), *theirs)

@@ -465,20 +465,21 @@ def flash_backward_varlen(
     return dq, dk, dv, dsinks
 
 
-def _launch(
-    dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
-    causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
-):  # fmt: skip
-    heads, head_dim = q.shape[-2:]
-    kv_heads, head_dim_v = v.shape[-2:]
-    block_d, block_dv = padded(head_dim), padded(head_dim_v)
-    if causal:
-        window_right = 0
-    delta, lse_log2 = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
+def row_terms(
+    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the first kernel: delta and lse in units of log2, float32 of the shape of ``lse``.
+
+    The rows of a head begin at multiples of 16 bytes, as TMA asks of those who copy them.
+    """
+    *outer, rows = lse.shape
+    stored = torch.empty((2, *outer, triton.cdiv(rows, 4) * 4), dtype=torch.float32, device=lse.device)
+    delta, lse_log2 = stored[..., :rows]
+    heads, head_dim_v = out.shape[-2:]
+    block_dv = padded(head_dim_v)
     # delta does not care where a sequence ends: packed rows are one long sequence.
-    rows, delta_batch = lse.shape[-1], batch if lse.dim() == 3 else 1
     block_m = max(16, min(128, 4096 // block_dv))
-    programs = triton.cdiv(rows, block_m) * heads * delta_batch
+    programs = triton.cdiv(rows, block_m) * heads * (lse.shape[0] if lse.dim() == 3 else 1)
     if programs > 0:
         flash_delta_kernel[(programs,)](
             out,
@@ -499,6 +500,30 @@ def _launch(
             BLOCK_DV=block_dv,
             num_warps=4,
         )
+    return delta, lse_log2
+
+
+def sink_gradients(
+    q: torch.Tensor, sinks: torch.Tensor | None, lse_log2: torch.Tensor, delta: torch.Tensor
+) -> torch.Tensor:
+    """[heads] of the dtype of ``sinks``, or empty without sinks."""
+    if sinks is None:
+        return q.new_empty(0, dtype=torch.float32)
+    # lse counts the sink: its probability is exp(sink - lse), and 0 in an empty row.
+    p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - lse_log2)
+    return -(p * delta).sum(-1 if lse_log2.dim() == 2 else (0, 2)).to(sinks.dtype)
+
+
+def _launch(
+    dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
+    causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
+):  # fmt: skip
+    heads, head_dim = q.shape[-2:]
+    kv_heads, head_dim_v = v.shape[-2:]
+    block_d, block_dv = padded(head_dim), padded(head_dim_v)
+    if causal:
+        window_right = 0
+    delta, lse_log2 = row_terms(dout, out, lse, dlse)
     shared = (
         heads // kv_heads,
         head_dim,
@@ -574,8 +599,4 @@ def _launch(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    if sinks is None:
-        return q.new_empty(0, dtype=torch.float32)
-    # lse counts the sink: its probability is exp(sink - lse), and 0 in an empty row.
-    p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - lse_log2)
-    return -(p * delta).sum(-1 if lse.dim() == 2 else (0, 2)).to(sinks.dtype)
+    return sink_gradients(q, sinks, lse_log2, delta)

@@ -1,9 +1,10 @@
-"""What the warp-specialised forward compiles to for Hopper, without a GPU: ``python tests/gluon_facts.py [CASE]``.
+"""What the warp-specialised kernels compile to for Hopper, without a GPU: ``python tests/gluon_facts.py [CASE]``.
 
-``CASE`` is a part of a case's name; ``--json`` prints all of them for machines. Run it with the Python of another
-environment to see another Triton's. Beside the counts that ``kvops.autotune.inspect`` reads, it looks at the order of
-instructions: in the loop over the keys, the exponentials must stand between the wait that leaves P V pending and the
-wait for P V, or nothing overlaps however asynchronous the products are.
+``CASE`` is a part of a case's name. ``--backward`` in front shows the backward's kernels instead of the forward's,
+``--json`` prints all of them for machines. Run it with the Python of another environment to see another Triton's. Beside
+the counts that ``kvops.autotune.inspect`` reads, it looks at the order of instructions: in the loop over the tiles, the
+exponentials must stand between the wait that leaves a product pending and the next wait, or nothing overlaps however
+asynchronous the products are.
 """
 
 import json
@@ -18,6 +19,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from kvops.autotune.inspect import _cuobjdump, compile_only
+from kvops.kernels.gluon_flash_backward import gluon_flash_backward
 from kvops.kernels.gluon_flash_forward import gluon_flash_forward, gluon_flash_forward_varlen
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.]*)([^;]*);", re.MULTILINE)
@@ -43,11 +45,48 @@ def cases():
             yield f"d{head_dim}-packed-{name}", head_dim, torch.bfloat16, {**FEATURES[name], "packed": True}
 
 
+def backward_cases():
+    for head_dim in (64, 128):
+        for name, features in (*FEATURES.items(), ("left", {"window_left": 500})):
+            yield f"d{head_dim}-{name}", head_dim, torch.bfloat16, features
+        yield f"d{head_dim}-causal-fp16", head_dim, torch.float16, {"causal": True}
+
+
 def facts(name, head_dim, dtype, features):
     features = dict(features)
-    packed = features.pop("packed", False)
-    q = torch.empty(2, 1000, 8, head_dim, dtype=dtype)
-    k, v = torch.empty(2, 2, 1100, 2, head_dim, dtype=dtype)
+    launch, tensors = gluon_flash_forward, inputs(head_dim, dtype)
+    if features.pop("packed", False):
+        ends = torch.empty(3, dtype=torch.int32)
+        launch = gluon_flash_forward_varlen
+        tensors = *(tensor.flatten(0, 1) for tensor in tensors), ends, ends, 1000, 1100
+    (launched,), (kernel,) = compiled(launch, *tensors, **features)
+    return {
+        "case": name,
+        **facts_of(launched, kernel),
+        "loops": 3 if "window_left" in features else 2,
+        "block_n": 64 if head_dim == 256 else 128,
+    }
+
+
+def backward_facts(name, head_dim, dtype, features):
+    q, k, v = inputs(head_dim, dtype)
+    launches, kernels = compiled(gluon_flash_backward, q, q, k, v, q, torch.empty(2, 8, 1000), **features)
+    return [
+        {"case": f"{name}-{launch.kernel}", **facts_of(launch, kernel)}
+        for launch, kernel in zip(launches, kernels, strict=True)
+        if launch.kernel.startswith("gluon")
+    ]
+
+
+def inputs(head_dim, dtype):
+    return (
+        torch.empty(2, 1000, 8, head_dim, dtype=dtype),
+        *torch.empty(2, 2, 1100, 2, head_dim, dtype=dtype),
+    )
+
+
+def compiled(launch, *arguments, **features):
+    """What a launch function launched, and the compiled kernels."""
     kernels = []
     with compile_only("sm_90") as launches:
         recorded = JITFunction.run
@@ -57,15 +96,13 @@ def facts(name, head_dim, dtype, features):
             return kernels[-1]
 
         JITFunction.run = run
-        if packed:
-            ends = torch.empty(3, dtype=torch.int32)
-            q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
-            gluon_flash_forward_varlen(q, k, v, ends, ends, 1000, 1100, **features)
-        else:
-            gluon_flash_forward(q, k, v, **features)
-    (launch,) = launches
+        launch(*arguments, **features)
+    return launches, kernels
+
+
+def facts_of(launch, kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernels[0].asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         sass = subprocess.run([_cuobjdump(), "-sass", file.name], capture_output=True, text=True, check=True).stdout
     instructions = INSTRUCTION.findall(sass)
@@ -73,16 +110,14 @@ def facts(name, head_dim, dtype, features):
     pending, overlapped, exponentials = 0, [], None
     for opcode, operands in instructions:
         if opcode == "WARPGROUP.DEPBAR.LE":
-            if "0x1" in operands:
-                pending += 1
-                exponentials = 0
-            elif exponentials is not None:
+            if exponentials is not None:
                 overlapped.append(exponentials)
-                exponentials = None
+            leaves_one = "0x1" in operands
+            pending += leaves_one
+            exponentials = 0 if leaves_one else None
         elif opcode == "MUFU.EX2" and exponentials is not None:
             exponentials += 1
     return {
-        "case": name,
         "registers": launch.registers,
         "spills": launch.spills,
         "stack": launch.stack,
@@ -94,22 +129,23 @@ def facts(name, head_dim, dtype, features):
         "BAR": opcodes["BAR"],
         "waits": sum(opcode == "WARPGROUP.DEPBAR.LE" for opcode, _ in instructions),
         "pending": pending,
-        "loops": 3 if "window_left" in features else 2,
-        "block_n": 64 if head_dim == 256 else 128,
         "overlapped_exponentials": overlapped,
     }
 
 
 def main():
+    if "--backward" in sys.argv:
+        rows = (row for case in backward_cases() for row in backward_facts(*case))
+    else:
+        rows = (facts(*case) for case in cases())
     if "--json" in sys.argv:
-        print(json.dumps([facts(*case) for case in cases()]))
+        print(json.dumps(list(rows)))
         return
     print(f"Triton {triton.__version__}, sm_90")
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
-    for case in cases():
-        if only not in case[0]:
+    only = sys.argv[-1] if len(sys.argv) > 1 and not sys.argv[-1].startswith("--") else ""
+    for row in rows:
+        if only not in row["case"]:
             continue
-        row = facts(*case)
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

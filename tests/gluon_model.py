@@ -1,4 +1,4 @@
-"""A model of a Hopper multiprocessor, enough to run the warp-specialised forward kernel's own source on a CPU.
+"""A model of a Hopper multiprocessor, enough to run the source of the warp-specialised kernels on a CPU.
 
 Triton has no interpreter for Gluon. Here the kernel's functions run as plain Python with ``gl``, ``mbarrier``, ``tma``
 and the matrix products replaced: each warp group is a thread, exactly one of which runs at a time, and a seeded random
@@ -8,7 +8,7 @@ is waited for, and a tile that is being copied reads as NaN.
 
 It raises ``ProtocolError`` for a deadlock, a slot that is overwritten while it is read or before every reader gave it
 back, too many arrivals at a barrier, an arrival that is not preceded by a barrier of the warp group, and data written
-by threads that the copy engine reads without a fence.
+by threads that the copy engine reads without a fence, or before an arrival of theirs where another group starts it.
 """
 
 import random
@@ -19,7 +19,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 
-_DTYPES = {gl.float32: torch.float32, gl.int32: torch.int32}
+_DTYPES = {gl.float32: torch.float32, gl.int32: torch.int32, gl.int64: torch.int64}
 
 
 class ProtocolError(Exception):
@@ -96,7 +96,7 @@ def _raw(value):
 
 
 class Pointer:
-    """A pointer into a contiguous tensor, or a tensor of such pointers."""
+    """A pointer into a tensor's storage, or a tensor of such pointers."""
 
     def __init__(self, tensor, offset=0):
         self.tensor = tensor
@@ -144,6 +144,7 @@ class Slot:
         self.readers = 0
         self.copying = False
         self.unfenced = None  # the group that stored to it
+        self.writer = None  # the same, until it arrives somewhere with the data fenced
 
 
 class View:
@@ -168,10 +169,15 @@ class View:
     def permute(self, order):
         return View(self.slot, lambda data: self.transform(data).permute(*order))
 
+    def load(self, layout):
+        if self.slot.copying or self.slot.unfenced:
+            raise ProtocolError("a tile is read before it arrived")
+        return Value(self.data.clone(), layout)
+
     def store(self, value):
         if self.slot.readers or self.slot.copying:
             raise ProtocolError("a slot was stored to while it is in use")
-        self.slot.unfenced = threading.current_thread()
+        self.slot.unfenced = self.slot.writer = threading.current_thread()
         self.data.copy_(value.data)
 
 
@@ -181,7 +187,8 @@ class Allocation:
     def __init__(self, dtype, shape):
         self.dtype = dtype
         self.shape = shape
-        self.items = [Barrier() if dtype is gl.int64 else Slot(shape[1:], dtype) for _ in range(shape[0])]
+        barriers = dtype is gl.int64
+        self.items = [Barrier() if barriers else Slot(shape[1:], _DTYPES.get(dtype, dtype)) for _ in range(shape[0])]
 
     def index(self, index):
         item = self.items[index]
@@ -345,7 +352,8 @@ class Multiprocessor:
                 if hasattr(argument, "block_shape"):
                     argument = Descriptor(argument)
                 elif isinstance(argument, torch.Tensor):
-                    argument = Pointer(argument.view(-1))
+                    elements = argument.untyped_storage().nbytes() // argument.element_size()
+                    argument = Pointer(argument.as_strided((elements - argument.storage_offset(),), (1,)))
                 prepared.append(argument)
             for self.program in range(grid[0]):
                 self.allocations = []
@@ -393,6 +401,9 @@ class Multiprocessor:
     def _arrive(self, barrier, count=1):
         if not self.current.together:
             raise ProtocolError("an arrival that not all warps stand behind")
+        for slot in self._slots():
+            if slot.writer is self.current and slot.unfenced is None:
+                slot.writer = None
         barrier.arrive()
         self.current.pause()
 
@@ -403,6 +414,7 @@ class Multiprocessor:
         slot = view.slot
         if slot.readers or slot.copying or slot.unfenced:
             raise ProtocolError("a tile was overwritten while it is in use")
+        slot.writer = None
         slot.data.fill_(float("nan"))
         slot.copying = True
         self.loaded.append((self.program, tuple(coordinates)))
@@ -416,7 +428,9 @@ class Multiprocessor:
         self.current.pause()
 
     def _store(self, descriptor, coordinates, view):
-        if view.slot.unfenced or not self.current.together:
+        writer = view.slot.writer
+        handed_over = writer is None or (writer is self.current and self.current.together)
+        if view.slot.unfenced or not handed_over:
             raise ProtocolError("the copy engine reads what was not fenced")
         view.slot.readers += 1
         self.current.stores.append((descriptor, list(coordinates), view.slot))
@@ -429,11 +443,13 @@ class Multiprocessor:
         self.current.stores.clear()
         self.current.together = False
 
+    def _slots(self):
+        return [item for allocation in self.allocations for item in allocation.items if isinstance(item, Slot)]
+
     def _fence(self):
-        for allocation in self.allocations:
-            for item in allocation.items:
-                if isinstance(item, Slot) and item.unfenced is threading.current_thread():
-                    item.unfenced = None
+        for slot in self._slots():
+            if slot.unfenced is threading.current_thread():
+                slot.unfenced = None
         if self.current is not None:
             self.current.together = False
 
@@ -475,7 +491,10 @@ class Multiprocessor:
         def _tensor(value, like):
             return value.data if isinstance(value, Value) else torch.tensor(value, dtype=like.dtype)
 
-        def load(pointer):
+        def load(pointer, mask=None, other=None):
+            if mask is not None:
+                found = pointer.tensor[torch.where(mask.data, pointer.offset, 0).long()]
+                return Value(torch.where(mask.data, found, other), mask.type.layout)
             # A scalar of integers is what loops run to.
             value = pointer.tensor[pointer.offset]
             return Value(value) if value.is_floating_point() or value.dim() else int(value)
@@ -503,6 +522,7 @@ class Multiprocessor:
             full=full,
             zeros=lambda shape, dtype, layout: full(shape, 0, dtype, layout),
             where=where,
+            to_tensor=lambda value: Value(torch.tensor(value)),
             load=load,
             store=store,
             maximum=extreme(torch.maximum),

@@ -172,7 +172,8 @@ def test_tests_that_fail_hang_or_kill_the_process_each_become_a_row(tmp_path):
     assert "time.sleep(600)" in log or "in test_hangs" in log
 
 
-def test_the_tests_of_the_hopper_kernel_are_among_those_that_need_a_device():
+def test_the_tests_of_the_hopper_kernels_are_among_those_that_need_a_device():
+    import test_gluon_flash_backward as backward
     import test_gluon_flash_forward as tests
 
     class Item:
@@ -185,6 +186,7 @@ def test_the_tests_of_the_hopper_kernel_are_among_those_that_need_a_device():
             return name if name in self.marks else None
 
     assert record.needs_device(Item(tests.test_on_a_gpu_it_computes_attention))
+    assert record.needs_device(Item(backward.test_on_a_gpu_it_computes_the_gradients))
     assert not record.needs_device(Item(tests.test_a_single_stage_is_refused))
 
 
@@ -438,10 +440,11 @@ def test_a_wrong_operator_and_bits_that_do_not_repeat_are_found(monkeypatch):
     assert "other bits" in cases.check(unsteady, CPU, torch.float32)[1]
 
 
-def test_the_hopper_kernel_is_skipped_with_its_reason():
+def test_the_hopper_kernels_are_skipped_with_their_reason():
     gluon = [cases.gluon_case(case) for case in one_case_of_each_operator()]
-    dense, packed = [case for case in gluon if case is not None]
-    for case in (dense, packed):
+    gluon = [case for case in gluon if case is not None]
+    assert [case.op for case in gluon] == ["gluon_flash_forward", "gluon_flash_backward", "gluon_flash_forward"]
+    for case in gluon:
         assert cases.check(case, CPU, torch.float32) == (SKIPPED, "GPU only", {})
 
 

@@ -1,6 +1,6 @@
 """The GPU run: ``python -m bench.gpu``, or ``make gpu``. Needs torch, triton, pytest, numpy and tabulate; no network.
 
-    check       every kernel in every dtype against float64: the tests, real shapes, the Hopper forward, bits that
+    check       every kernel in every dtype against float64: the tests, real shapes, the Hopper kernels, bits that
                 repeat, the real model's tokens, and compute-sanitizer where it is installed
     tune        the configurations of every kernel family, into the store of the results
     bench       every operator beside its peers

@@ -1,7 +1,7 @@
 """Every benchmark case held to float64, twice: ``python -m bench.gpu.cases --help``.
 
-The outputs of the second call must have the bits of the first. ``--gluon`` holds the warp-specialised forward for
-Hopper to the same truth, in a process of its own: it serves nobody before it was found right on the GPU at hand.
+The outputs of the second call must have the bits of the first. ``--gluon`` holds the warp-specialised kernels for
+Hopper to the same truth, in a process of its own: they serve nobody before they were found right on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def scale_named(name: str) -> Scale:
 
 
 def gluon_case(case: Case) -> Case | None:
-    """A forward's case, dense or packed, run by the Hopper kernel."""
-    if case.op not in ("flash_attention", "flash_attention_varlen"):
+    """A case of attention run by the Hopper kernels: forward, dense or packed, or dense backward."""
+    if case.op not in ("flash_attention", "flash_attention_varlen", "flash_attention_backward"):
         return None
 
-    def run(inputs: Inputs) -> Outputs:
+    def forward(inputs: Inputs) -> Outputs:
         from kvops.kernels.gluon_flash_forward import gluon_flash_forward, gluon_flash_forward_varlen
 
         qkv = inputs["q"], inputs["k"], inputs["v"]
@@ -46,18 +46,31 @@ def gluon_case(case: Case) -> Case | None:
             return gluon_flash_forward(*qkv, **options(inputs))
         return gluon_flash_forward_varlen(*qkv, *packed_lengths(inputs), **options(inputs))
 
-    return dataclasses.replace(case, op="gluon_flash_forward", run=run)
+    def backward(inputs: Inputs) -> Outputs:
+        from kvops.kernels.gluon_flash_backward import gluon_flash_backward
+
+        names = ("dout", "q", "k", "v", "out", "lse")
+        return gluon_flash_backward(*(inputs[name] for name in names), **options(inputs))[:3]
+
+    if case.op == "flash_attention_backward":
+        return dataclasses.replace(case, op="gluon_flash_backward", run=backward)
+    return dataclasses.replace(case, op="gluon_flash_forward", run=forward)
 
 
 def refusal(case: Case, inputs: Inputs) -> str:
-    """Why the Hopper kernel cannot run a case."""
-    if case.op != "gluon_flash_forward":
+    """Why the Hopper kernels cannot run a case."""
+    if case.op not in ("gluon_flash_forward", "gluon_flash_backward"):
         return ""
     if not inputs["q"].is_cuda:
         return "GPU only"
-    from kvops.kernels.gluon_flash_forward import launchable
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    if case.op == "gluon_flash_forward":
+        from kvops.kernels import gluon_flash_forward
 
-    return launchable(inputs["q"], inputs["k"], inputs["v"]) or ""
+        return gluon_flash_forward.launchable(q, k, v) or ""
+    from kvops.kernels import gluon_flash_backward
+
+    return gluon_flash_backward.launchable(inputs["dout"], q, k, v, softcap=inputs["softcap"]) or ""
 
 
 def copies(outputs: Outputs) -> list[Tensor | None]:
@@ -105,7 +118,7 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--ops", nargs="+")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th case, from the I-th")
-    parser.add_argument("--gluon", action="store_true", help="the forward by the Hopper kernel, and nothing else")
+    parser.add_argument("--gluon", action="store_true", help="attention by the Hopper kernels, and nothing else")
     parser.add_argument("--inexact", action="store_true", help="leave out the comparison with float64")
     parser.add_argument("--rows", type=Path, required=True)
     return parser.parse_args(words)

@@ -82,7 +82,7 @@ def _tests(setup: Setup) -> list[Unit]:
 
 
 def check(setup: Setup) -> Iterator[Step]:
-    """Tests, real shapes, the Hopper forward, the model and the sanitizer; the tests, most of the work, start first."""
+    """Tests, real shapes, the Hopper kernels, the model and the sanitizer; the tests, most of the work, start first."""
     scale = "tiny" if setup.rehearsal else "check"
     shares = 1 if setup.rehearsal else max(1, setup.cores // 4)
     module = "bench.gpu.cases"
