@@ -6,10 +6,17 @@ measured on that very GPU says that it is faster than its twin (``kvops.autotune
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
-from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
+from kvops.autotune.config import (
+    GluonFlashBackwardConfig,
+    GluonFlashForwardConfig,
+    gluon_flash_backward_keys_config,
+    gluon_flash_backward_queries_config,
+    gluon_flash_forward_config,
+)
 from kvops.autotune.devices import DeviceFacts
 from kvops.autotune.families import (
     DENSE_KEY,
@@ -29,7 +36,16 @@ _FORWARD_TILES = {
     128: ((128, 2, 240, 24), (128, 3, 240, 24), (64, 4, 240, 24)),
     256: ((64, 2, 240, 24), (32, 4, 240, 24), (32, 3, 240, 24)),
 }
-# Bytes of keys and values that are kept in the L2 cache of 50 MiB, beside the default's.
+# (block_m, block_n, stages) by padded head size.
+_KEYS_TILES = {
+    64: ((128, 64, 2), (64, 64, 3), (128, 64, 3), (64, 64, 2)),
+    128: ((64, 64, 2), (64, 64, 3), (32, 64, 4)),
+}
+_QUERIES_TILES = {
+    64: ((64, 128, 3), (64, 128, 2), (64, 64, 4)),
+    128: ((64, 128, 2), (64, 64, 3), (64, 64, 4)),
+}
+# Bytes of what is walked through that are kept in the L2 cache of 50 MiB, beside the default's.
 _SECTIONS = (4 << 20, 40 << 20)
 
 
@@ -64,22 +80,31 @@ def _forward_space(problem: Problem, device: DeviceFacts) -> Iterable[GluonFlash
             yield from (replace(config, section_bytes=size) for size in _SECTIONS)
 
 
-def _refuse_forward(config: GluonFlashForwardConfig, problem: Problem, device: DeviceFacts) -> str | None:
-    reason = refuse_hopper(problem, device)
-    if reason is not None:
-        return reason
-    if config.block_rows < 64 or config.block_rows & (config.block_rows - 1):
-        return f"needs block_rows to be a power of two from 64 on, it is {config.block_rows}"
-    if config.block_n < 16 or config.block_n & (config.block_n - 1):
-        return f"needs block_n to be a power of two from 16 on, it is {config.block_n}"
+def _refuse_tiles(
+    config: GluonFlashForwardConfig | GluonFlashBackwardConfig,
+    owned: str,
+    walked: str,
+    kept: int,
+    problem: Problem,
+    device: DeviceFacts,
+) -> str | None:
+    """``owned`` and ``walked`` name the rows of a consumer and of a tile; the former have ``kept`` matrices."""
+    for name, least in ((owned, 64), (walked, 16)):
+        rows = getattr(config, name)
+        if rows < least or rows & (rows - 1):
+            return f"needs {name} to be a power of two from {least} on, it is {rows}"
     registers = config.consumer_registers, config.producer_registers
     if 2 * registers[0] + registers[1] > _REGISTERS or any(not 24 <= n <= 240 or n % 8 for n in registers):
         return (
             f"needs multiples of 8 registers from 24 to 240 and {_REGISTERS} in all, it has 2 x {registers[0]} + "
             f"{registers[1]}"
         )
-    row = 2 * _width(problem)
-    return refuse_shared(2 * row * (config.block_rows + config.stages * config.block_n), device)
+    rows = 2 * kept * getattr(config, owned) + 2 * config.stages * getattr(config, walked)
+    return refuse_shared(2 * _width(problem) * rows, device)
+
+
+def _refuse_forward(config: GluonFlashForwardConfig, problem: Problem, device: DeviceFacts) -> str | None:
+    return refuse_hopper(problem, device) or _refuse_tiles(config, "block_rows", "block_n", 1, problem, device)
 
 
 def _why_forward(problem: Problem, device: DeviceFacts, config: GluonFlashForwardConfig) -> str:
@@ -110,8 +135,64 @@ def _forward(name: str, operator: str) -> OpSpec:
     )
 
 
+def _backward_space(
+    tiles: Mapping[int, tuple[tuple[int, int, int], ...]], problem: Problem, device: DeviceFacts
+) -> Iterable[GluonFlashBackwardConfig]:
+    for place, tile in enumerate(tiles.get(_width(problem), ())):
+        config = GluonFlashBackwardConfig(*tile)
+        yield config
+        if place < 2:
+            yield from (replace(config, section_bytes=size) for size in _SECTIONS)
+
+
+def _refuse_backward(
+    owned: str, walked: str, config: GluonFlashBackwardConfig, problem: Problem, device: DeviceFacts
+) -> str | None:
+    if problem["width"] > 128:
+        # dK and dV of 64 keys at 256 would take all 255 registers of a thread.
+        return f"needs head sizes up to 128, got {problem['width']}"
+    return refuse_hopper(problem, device) or _refuse_tiles(config, owned, walked, 2, problem, device)
+
+
+def _why_backward(products: int, problem: Problem, device: DeviceFacts, config: GluonFlashBackwardConfig) -> str:
+    return (
+        f"{dense_bound(products, problem, device)}; the largest tiles that compiled without spills, "
+        f"{config.block_m} x {config.block_n} to each of two consumers"
+    )
+
+
+def _backward(
+    name: str,
+    heuristic: Callable[[int], GluonFlashBackwardConfig],
+    tiles: Mapping[int, tuple[tuple[int, int, int], ...]],
+    products: int,
+    owned: str,
+    walked: str,
+) -> OpSpec:
+    return OpSpec(
+        name=f"gluon_{name}",
+        twin=name,
+        config=GluonFlashBackwardConfig,
+        key=DENSE_KEY,
+        sizes=DENSE_SIZES,
+        heuristic=lambda p, d: heuristic(_width(p)),
+        reason=partial(_why_backward, products),
+        space=partial(_backward_space, tiles),
+        refuse=partial(_refuse_backward, owned, walked),
+        # As in the forward.
+        numerics=lambda config: (config.block_m, config.block_n),
+        kernels=(f"kvops.kernels.gluon_{name}:gluon_{name}_kernel",),
+        workload=f"kvops.workloads:{name}",
+        problems=tuple(problem for problem in hopper_dense_problems() if problem["width"] <= 128),
+        proof_key=with_window,
+        operators=("flash_attention_backward",),
+    )
+
+
 HOPPER_FAMILIES: tuple[OpSpec, ...] = (
     _forward("gluon_flash_forward", "flash_attention"),
     # The same source compiled for packed sequences: what a GPU has proved of the one, it has not of the other.
     _forward("gluon_flash_forward_varlen", "flash_attention_varlen"),
+    _backward("flash_backward_keys", gluon_flash_backward_keys_config, _KEYS_TILES, 4, "block_n", "block_m"),
+    _backward("flash_backward_queries", gluon_flash_backward_queries_config, _QUERIES_TILES, 3, "block_m", "block_n"),
 )

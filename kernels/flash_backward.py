@@ -3,14 +3,22 @@
 Three kernels: delta = rowsum(dO * O) - dlse; dK and dV, where a program owns a tile of keys and walks the queries of
 every head of its group; dQ, where a program owns a tile of queries and walks the keys. That is seven matrix products
 where a fused kernel needs five, and the same bits every time.
+
+On Hopper, warp-specialised kernels (``kvops.kernels.gluon_flash_backward``) take the place of the last two where they
+were measured there and found faster.
 """
+
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kvops.autotune.lookup import choose
-from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
+from kvops.autotune.config import AttentionConfig, GluonFlashBackwardConfig
+from kvops.autotune.lookup import choose, choose_proven
+from kvops.kernels.dense import dense_problem, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import (
     LOG2_E,
@@ -408,6 +416,27 @@ def flash_backward_queries_kernel(
     store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)
 
 
+class Backward(NamedTuple):
+    """What the kernels read: a causal mask has ``window_right`` 0, packed sequences have cumulative lengths."""
+
+    dout: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    lse_log2: torch.Tensor
+    delta: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
+    alibi_slopes: torch.Tensor | None
+
+
 def flash_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -427,11 +456,13 @@ def flash_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the dense kernels; see ``kvops.flash_attention_backward``."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dsinks = _launch(
-        dout, q, k, v, out, lse, dq, dk, dv, None, None, q.shape[0], q.shape[1], k.shape[1],
-        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
+    call = prepare(
+        dout, q, k, v, out, lse, None, None, q.shape[0], q.shape[1], k.shape[1],
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
     )  # fmt: skip
-    return dq, dk, dv, dsinks
+    launch_keys(call, dk, dv)
+    launch_queries(call, dq)
+    return dq, dk, dv, sink_gradients(call, sinks)
 
 
 def flash_backward_varlen(
@@ -458,21 +489,22 @@ def flash_backward_varlen(
     """Launch the kernels on packed sequences; see ``kvops.flash_attention_varlen_backward``."""
     # Tokens after the last sequence belong to nobody: their gradient is 0.
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dsinks = _launch(
-        dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1,
-        max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
+    call = prepare(
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k,
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
     )  # fmt: skip
-    return dq, dk, dv, dsinks
+    launch_keys(call, dk, dv)
+    launch_queries(call, dq)
+    return dq, dk, dv, sink_gradients(call, sinks)
 
 
-def row_terms(
-    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the first kernel: delta and lse in units of log2, float32 of the shape of ``lse``.
-
-    The rows of a head begin at multiples of 16 bytes, as TMA asks of those who copy them.
-    """
+def prepare(
+    dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
+    causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
+) -> Backward:  # fmt: skip
+    """Launch the first kernel, for delta and lse in units of log2."""
     *outer, rows = lse.shape
+    # The rows of a head begin at multiples of 16 bytes, as TMA asks of those who copy them.
     stored = torch.empty((2, *outer, triton.cdiv(rows, 4) * 4), dtype=torch.float32, device=lse.device)
     delta, lse_log2 = stored[..., :rows]
     heads, head_dim_v = out.shape[-2:]
@@ -500,103 +532,122 @@ def row_terms(
             BLOCK_DV=block_dv,
             num_warps=4,
         )
-    return delta, lse_log2
+    return Backward(
+        dout, q, k, v, lse_log2, delta, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
+        window_left, 0 if causal else window_right, q.shape[-1] ** -0.5 if scale is None else scale, softcap,
+        alibi_slopes,
+    )  # fmt: skip
 
 
-def sink_gradients(
-    q: torch.Tensor, sinks: torch.Tensor | None, lse_log2: torch.Tensor, delta: torch.Tensor
-) -> torch.Tensor:
+def sink_gradients(call: Backward, sinks: torch.Tensor | None) -> torch.Tensor:
     """[heads] of the dtype of ``sinks``, or empty without sinks."""
     if sinks is None:
-        return q.new_empty(0, dtype=torch.float32)
+        return call.q.new_empty(0, dtype=torch.float32)
     # lse counts the sink: its probability is exp(sink - lse), and 0 in an empty row.
-    p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - lse_log2)
-    return -(p * delta).sum(-1 if lse_log2.dim() == 2 else (0, 2)).to(sinks.dtype)
+    p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - call.lse_log2)
+    return -(p * call.delta).sum(-1 if call.lse_log2.dim() == 2 else (0, 2)).to(sinks.dtype)
 
 
-def _launch(
-    dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
-    causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, dlse,
-):  # fmt: skip
-    heads, head_dim = q.shape[-2:]
-    kv_heads, head_dim_v = v.shape[-2:]
-    block_d, block_dv = padded(head_dim), padded(head_dim_v)
-    if causal:
-        window_right = 0
-    delta, lse_log2 = row_terms(dout, out, lse, dlse)
-    shared = (
-        heads // kv_heads,
-        head_dim,
-        head_dim_v,
-        window_left >= 0,
-        window_right >= 0,
-        softcap > 0,
+@cache
+def _hopper() -> ModuleType:
+    """The kernels' twins, imported where they run: elsewhere Gluon's parts for Hopper need not even be there."""
+    import kvops.kernels.gluon_flash_backward as hopper
+
+    return hopper
+
+
+def _for_hopper(op: str, call: Backward, problem: tuple[int, ...]) -> GluonFlashBackwardConfig | None:
+    """What a kernel's twin would run with, where it was measured and found faster."""
+    if call.cu_seqlens_q is not None:
+        return None
+    tensors, options = call[:4], {"softcap": call.softcap, "alibi_slopes": call.alibi_slopes}
+    return choose_proven(op, current_device(), *problem, refusal=lambda: _hopper().launchable(*tensors, **options))
+
+
+def _arguments(call: Backward, heads: int, config: AttentionConfig) -> tuple[tuple, tuple]:
+    """The end of the list of arguments that both kernels have: scalars, then constants."""
+    head_dim, head_dim_v = call.q.shape[-1], call.v.shape[-1]
+    scalars = heads, call.seqlen_q, call.seqlen_k, call.window_left, call.window_right, call.scale, call.softcap
+    constants = (
+        call.q.shape[-2] // call.k.shape[-2], head_dim, head_dim_v, call.window_left >= 0, call.window_right >= 0,
+        call.softcap > 0, config.block_m, config.block_n, padded(head_dim), padded(head_dim_v),
+    )  # fmt: skip
+    return scalars, constants
+
+
+def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    """Launch the kernel for dK and dV, or its twin for Hopper."""
+    problem = dense_problem(call.q, call.v, *call[8:13])
+    proven = _for_hopper("gluon_flash_backward_keys", call, problem)
+    if proven is not None:
+        _hopper().launch_keys(call, dk, dv, proven)
+        return
+    config = choose("flash_backward_keys", current_device(), *problem)
+    kv_heads = call.k.shape[-2]
+    programs = triton.cdiv(call.seqlen_k, config.block_n) * kv_heads * call.batch
+    if programs == 0:
+        return
+    scalars, constants = _arguments(call, kv_heads, config)
+    flash_backward_keys_kernel[(programs,)](
+        call.q,
+        call.k,
+        call.v,
+        call.dout,
+        call.lse_log2,
+        call.delta,
+        dk,
+        dv,
+        call.alibi_slopes,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        *token_strides(call.q),
+        *token_strides(call.k),
+        *token_strides(call.v),
+        *token_strides(call.dout),
+        *row_strides(call.delta),
+        *token_strides(dk),
+        *token_strides(dv),
+        slope_stride(call.alibi_slopes),
+        *scalars,
+        *constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
-    scalars = (seqlen_q, seqlen_k, window_left, window_right, head_dim**-0.5 if scale is None else scale, softcap)
-    width, mask = max(block_d, block_dv), mask_kind(window_left, window_right)
-    problem = (current_device(), width, q.element_size(), mask, batch * heads, seqlen_q, seqlen_k)
-    config = choose("flash_backward_keys", *problem)
-    programs = triton.cdiv(seqlen_k, config.block_n) * kv_heads * batch
-    if programs > 0:
-        flash_backward_keys_kernel[(programs,)](
-            q,
-            k,
-            v,
-            dout,
-            lse_log2,
-            delta,
-            dk,
-            dv,
-            alibi_slopes,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            *token_strides(q),
-            *token_strides(k),
-            *token_strides(v),
-            *token_strides(dout),
-            *row_strides(delta),
-            *token_strides(dk),
-            *token_strides(dv),
-            slope_stride(alibi_slopes),
-            kv_heads,
-            *scalars,
-            *shared,
-            config.block_m,
-            config.block_n,
-            block_d,
-            block_dv,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    config = choose("flash_backward_queries", *problem)
-    programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
-    if programs > 0:
-        flash_backward_queries_kernel[(programs,)](
-            q,
-            k,
-            v,
-            dout,
-            lse_log2,
-            delta,
-            dq,
-            alibi_slopes,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            *token_strides(q),
-            *token_strides(k),
-            *token_strides(v),
-            *token_strides(dout),
-            *row_strides(delta),
-            *token_strides(dq),
-            slope_stride(alibi_slopes),
-            heads,
-            *scalars,
-            *shared,
-            config.block_m,
-            config.block_n,
-            block_d,
-            block_dv,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return sink_gradients(q, sinks, lse_log2, delta)
+
+
+def launch_queries(call: Backward, dq: torch.Tensor) -> None:
+    """Launch the kernel for dQ, or its twin for Hopper."""
+    problem = dense_problem(call.q, call.v, *call[8:13])
+    proven = _for_hopper("gluon_flash_backward_queries", call, problem)
+    if proven is not None:
+        _hopper().launch_queries(call, dq, proven)
+        return
+    config = choose("flash_backward_queries", current_device(), *problem)
+    heads = call.q.shape[-2]
+    programs = triton.cdiv(call.seqlen_q, config.block_m) * heads * call.batch
+    if programs == 0:
+        return
+    scalars, constants = _arguments(call, heads, config)
+    flash_backward_queries_kernel[(programs,)](
+        call.q,
+        call.k,
+        call.v,
+        call.dout,
+        call.lse_log2,
+        call.delta,
+        dq,
+        call.alibi_slopes,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        *token_strides(call.q),
+        *token_strides(call.k),
+        *token_strides(call.v),
+        *token_strides(call.dout),
+        *row_strides(call.delta),
+        *token_strides(dq),
+        slope_stride(call.alibi_slopes),
+        *scalars,
+        *constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

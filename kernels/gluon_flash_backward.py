@@ -9,14 +9,11 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kvops.autotune.config import (
-    GluonFlashBackwardConfig,
-    gluon_flash_backward_keys_config,
-    gluon_flash_backward_queries_config,
-)
-from kvops.kernels.dense import describable
+from kvops.autotune.config import GluonFlashBackwardConfig
+from kvops.autotune.lookup import choose
+from kvops.kernels.dense import dense_problem, describable, padded
 from kvops.kernels.device import current_device
-from kvops.kernels.flash_backward import row_terms, sink_gradients
+from kvops.kernels.flash_backward import Backward, prepare, sink_gradients
 from kvops.kernels.gluon_flash_backward_keys import gluon_flash_backward_keys_kernel
 from kvops.kernels.gluon_flash_backward_queries import gluon_flash_backward_queries_kernel
 from kvops.kernels.gluon_flash_forward import _LOG2_E, _descriptor
@@ -82,22 +79,23 @@ def gluon_flash_backward(
     reason = launchable(dout, q, k, v, softcap=softcap, alibi_slopes=alibi_slopes)
     if reason is not None:
         raise ValueError(f"gluon_flash_backward: {reason}")
-    if causal:
-        window_right = 0
-    if keys_config is None:
-        keys_config = gluon_flash_backward_keys_config(_width(q, v))
-    if queries_config is None:
-        queries_config = gluon_flash_backward_queries_config(_width(q, v))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta, lse_log2 = row_terms(dout, out, lse, dlse)
-    shared = dout, q, k, v, lse_log2, delta
-    launch_keys(*shared, dk, dv, window_left, window_right, scale, keys_config)
-    launch_queries(*shared, dq, window_left, window_right, scale, queries_config)
-    return dq, dk, dv, sink_gradients(q, sinks, lse_log2, delta)
+    call = prepare(
+        dout, q, k, v, out, lse, None, None, q.shape[0], q.shape[1], k.shape[1],
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
+    )  # fmt: skip
+    problem = dense_problem(q, v, *call[8:13])
+    launch_keys(call, dk, dv, keys_config or choose("gluon_flash_backward_keys", current_device(), *problem))
+    launch_queries(call, dq, queries_config or choose("gluon_flash_backward_queries", current_device(), *problem))
+    return dq, dk, dv, sink_gradients(call, sinks)
 
 
-def _width(q: torch.Tensor, v: torch.Tensor) -> int:
-    return max(64, triton.next_power_of_2(max(q.shape[3], v.shape[3])))
+def _bounded(call: Backward) -> tuple[bool, bool]:
+    """Whether there is a window on the left and on the right: one that reaches past the ends is none.
+
+    Positions run from seqlen_k - seqlen_q to seqlen_k - 1.
+    """
+    return 0 <= call.window_left < call.seqlen_k - 1, 0 <= call.window_right < call.seqlen_q - 1
 
 
 def _rows_descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
@@ -106,53 +104,37 @@ def _rows_descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(rows, [batch * heads, length], [rows.stride(1), 1], [1, block], _ROWS_LAYOUT)
 
 
-def launch_keys(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse_log2: torch.Tensor,
-    delta: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    config: GluonFlashBackwardConfig,
-) -> None:
-    """dK and dV of what is ``launchable``; a causal mask has ``window_right`` 0."""
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, kv_heads = k.shape[1:3]
-    group = heads // kv_heads
-    # A window that reaches past the ends is none: positions run from seqlen_k - seqlen_q to seqlen_k - 1.
-    has_low = 0 <= window_right < seqlen_q - 1
-    has_high = 0 <= window_left < seqlen_k - 1
-    width = _width(q, v)
-    blocks = triton.cdiv(seqlen_k, 2 * config.block_n)
-    bytes_per_head = group * seqlen_q * (head_dim + v.shape[3]) * q.element_size()
-    section = min(kv_heads * batch, max(1, config.section_bytes // bytes_per_head))
-    gluon_flash_backward_keys_kernel[(blocks * kv_heads * batch,)](
-        _descriptor(q, config.block_m, width),
-        _descriptor(k, config.block_n, width),
-        _descriptor(v, config.block_n, width),
-        _descriptor(dout, config.block_m, width),
-        _rows_descriptor(lse_log2, config.block_m),
-        _rows_descriptor(delta, config.block_m),
+def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor, config: GluonFlashBackwardConfig) -> None:
+    """dK and dV of what is ``launchable``."""
+    heads, kv_heads = call.q.shape[2], call.k.shape[2]
+    group, all_heads, offset = heads // kv_heads, kv_heads * call.batch, call.seqlen_k - call.seqlen_q
+    left, right = _bounded(call)
+    width = max(64, padded(call.q.shape[3]), padded(call.v.shape[3]))
+    blocks = triton.cdiv(call.seqlen_k, 2 * config.block_n)
+    bytes_per_head = group * call.seqlen_q * (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()
+    section = min(all_heads, max(1, config.section_bytes // bytes_per_head))
+    gluon_flash_backward_keys_kernel[(blocks * all_heads,)](
+        _descriptor(call.q, config.block_m, width),
+        _descriptor(call.k, config.block_n, width),
+        _descriptor(call.v, config.block_n, width),
+        _descriptor(call.dout, config.block_m, width),
+        _rows_descriptor(call.lse_log2, config.block_m),
+        _rows_descriptor(call.delta, config.block_m),
         _descriptor(dk, config.block_n, width),
         _descriptor(dv, config.block_n, width),
         kv_heads,
-        seqlen_q,
-        seqlen_k,
-        seqlen_q - seqlen_k - window_right if has_low else 0,
-        seqlen_q - seqlen_k + window_left + 1 if has_high else 0,
+        call.seqlen_q,
+        call.seqlen_k,
+        -offset - call.window_right if right else 0,
+        -offset + call.window_left + 1 if left else 0,
         blocks,
-        kv_heads * batch,
+        all_heads,
         section,
         section * blocks,
-        (head_dim**-0.5 if scale is None else scale) * _LOG2_E,
+        call.scale * _LOG2_E,
         GROUP=group,
-        HAS_LOW=has_low,
-        HAS_HIGH=has_high,
+        HAS_LOW=right,
+        HAS_HIGH=left,
         STAGES=config.stages,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
@@ -160,50 +142,37 @@ def launch_keys(
     )
 
 
-def launch_queries(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse_log2: torch.Tensor,
-    delta: torch.Tensor,
-    dq: torch.Tensor,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    config: GluonFlashBackwardConfig,
-) -> None:
-    """dQ of what is ``launchable``; a causal mask has ``window_right`` 0."""
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, kv_heads = k.shape[1:3]
-    has_low = 0 <= window_left < seqlen_k - 1
-    has_high = 0 <= window_right < seqlen_q - 1
-    width = _width(q, v)
-    blocks = triton.cdiv(seqlen_q, 2 * config.block_m)
-    bytes_per_head = seqlen_k * (head_dim + v.shape[3]) * q.element_size()
-    section = min(heads * batch, heads // kv_heads * max(1, config.section_bytes // bytes_per_head))
-    gluon_flash_backward_queries_kernel[(blocks * heads * batch,)](
-        _descriptor(q, config.block_m, width),
-        _descriptor(k, config.block_n, width),
-        _descriptor(v, config.block_n, width),
-        _descriptor(dout, config.block_m, width),
+def launch_queries(call: Backward, dq: torch.Tensor, config: GluonFlashBackwardConfig) -> None:
+    """dQ of what is ``launchable``."""
+    heads, kv_heads = call.q.shape[2], call.k.shape[2]
+    group, all_heads, offset = heads // kv_heads, heads * call.batch, call.seqlen_k - call.seqlen_q
+    left, right = _bounded(call)
+    width = max(64, padded(call.q.shape[3]), padded(call.v.shape[3]))
+    blocks = triton.cdiv(call.seqlen_q, 2 * config.block_m)
+    bytes_per_head = call.seqlen_k * (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()
+    section = min(all_heads, group * max(1, config.section_bytes // bytes_per_head))
+    gluon_flash_backward_queries_kernel[(blocks * all_heads,)](
+        _descriptor(call.q, config.block_m, width),
+        _descriptor(call.k, config.block_n, width),
+        _descriptor(call.v, config.block_n, width),
+        _descriptor(call.dout, config.block_m, width),
         _descriptor(dq, config.block_m, width),
-        lse_log2,
-        delta,
-        delta.stride(1),
+        call.lse_log2,
+        call.delta,
+        call.delta.stride(1),
         heads,
-        seqlen_q,
-        seqlen_k,
-        seqlen_k - seqlen_q - window_left if has_low else 0,
-        seqlen_k - seqlen_q + window_right + 1 if has_high else 0,
+        call.seqlen_q,
+        call.seqlen_k,
+        offset - call.window_left if left else 0,
+        offset + call.window_right + 1 if right else 0,
         blocks,
-        heads * batch,
+        all_heads,
         section,
         section * blocks,
-        (head_dim**-0.5 if scale is None else scale) * _LOG2_E,
-        GROUP=heads // kv_heads,
-        HAS_LOW=has_low,
-        HAS_HIGH=has_high,
+        call.scale * _LOG2_E,
+        GROUP=group,
+        HAS_LOW=left,
+        HAS_HIGH=right,
         STAGES=config.stages,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,

@@ -7,7 +7,8 @@ References are the eager operators on the same inputs in float64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from kvops.eager import scores as eager_scores
 from kvops.eager import varlen as eager_varlen
 from kvops.eager import verify as eager_verify
 from kvops.eager import verify_tree as eager_verify_tree
+
+if TYPE_CHECKING:
+    from kvops.kernels.flash_backward import Backward
 
 _DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
 _GROUP = 4  # query heads to a KV head, as most models have
@@ -92,9 +96,10 @@ def gluon_flash_forward_varlen(problem: Problem, device: str, small: bool) -> Wo
     )
 
 
-def flash_backward(problem: Problem, device: str, small: bool) -> Workload:
-    from kvops.kernels.flash_backward import flash_backward as launch
-
+def _backward(
+    problem: Problem, device: str, small: bool
+) -> tuple[Callable[[], Backward], Callable[[], tuple[Tensor, ...]]]:
+    """What both kernels read, prepared by the first call, and the gradients (dq, dk, dv) in float64."""
     (q, k, v), options = _dense(problem, device, small)
     dout = _random(*q.shape, itemsize=problem["itemsize"], device=device, seed=4)
     if device == "cpu":
@@ -103,13 +108,46 @@ def flash_backward(problem: Problem, device: str, small: bool) -> Workload:
         from kvops.kernels.flash_forward import flash_forward as forward
 
         out, lse = forward(q, k, v, **options)
-    return Workload(
-        run=lambda: launch(dout, q, k, v, out, lse, **options)[:3],
-        exact=lambda: eager_attention.flash_attention_backward(*_double((dout, q, k, v, out, lse)), **options)[:3],
-    )
+    tensors = dout, q, k, v, out, lse
+
+    @cache
+    def prepared() -> Backward:
+        from kvops.kernels.flash_backward import prepare
+
+        window = options["causal"], options.get("window_left", -1), -1
+        return prepare(*tensors, None, None, q.shape[0], q.shape[1], k.shape[1], *window, None, 0.0, None, None)
+
+    return prepared, lambda: eager_attention.flash_attention_backward(*_double(tensors), **options)[:3]
 
 
-flash_backward_keys = flash_backward_queries = flash_backward
+def flash_backward_keys(problem: Problem, device: str, small: bool) -> Workload:
+    """The kernel for dK and dV, whichever of the two."""
+    from kvops.kernels.flash_backward import launch_keys
+
+    prepared, exact = _backward(problem, device, small)
+
+    def run() -> tuple[Tensor, ...]:
+        call = prepared()
+        gradients = torch.empty_like(call.k), torch.empty_like(call.v)
+        launch_keys(call, *gradients)
+        return gradients
+
+    return Workload(run, exact=lambda: exact()[1:])
+
+
+def flash_backward_queries(problem: Problem, device: str, small: bool) -> Workload:
+    """The kernel for dQ, whichever of the two."""
+    from kvops.kernels.flash_backward import launch_queries
+
+    prepared, exact = _backward(problem, device, small)
+
+    def run() -> tuple[Tensor, ...]:
+        call = prepared()
+        gradient = torch.empty_like(call.q)
+        launch_queries(call, gradient)
+        return (gradient,)
+
+    return Workload(run, exact=lambda: exact()[:1])
 
 
 def attention_scores(problem: Problem, device: str, small: bool) -> Workload:

@@ -1,8 +1,8 @@
 """What the warp-specialised kernels compile to for Hopper, without a GPU: ``python tests/gluon_facts.py [CASE]``.
 
 ``CASE`` is a part of a case's name. ``--backward`` in front shows the backward's kernels instead of the forward's,
-``--json`` prints all of them for machines. Run it with the Python of another environment to see another Triton's. Beside
-the counts that ``kvops.autotune.inspect`` reads, it looks at the order of instructions: in the loop over the tiles, the
+``--json`` prints all for machines. Run it with the Python of another environment to see another Triton's. Beside the
+counts that ``kvops.autotune.inspect`` reads, it looks at the order of instructions: in the loop over the tiles, the
 exponentials must stand between the wait that leaves a product pending and the next wait, or nothing overlaps however
 asynchronous the products are.
 """
