@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from autotune_fakes import record
 from gluon_model import Multiprocessor, ProtocolError
 from oracle import assert_accurate, attention, attention_backward, attention_mask
 
+from kvops.autotune import lookup
 from kvops.autotune.config import (
     GluonFlashBackwardConfig,
     gluon_flash_backward_keys_config,
     gluon_flash_backward_queries_config,
 )
+from kvops.autotune.store import Layer, Store
+from kvops.kernels import flash_backward as twin
 from kvops.kernels import gluon_flash_backward as module
 from kvops.kernels.device import Device
 from kvops.kernels.gluon_flash_backward import gluon_flash_backward, launchable
@@ -207,16 +211,14 @@ def test_the_result_does_not_depend_on_the_order_of_events_or_of_works(run):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_it_agrees_with_the_triton_kernels(run, dtype):
     """float16 computed by both; the twin in float32 on the same numbers says that both mean the same."""
-    from kvops.kernels.flash_backward import flash_backward
-
     dout, q, k, v = inputs(1, 70, 90, 4, 2, 24, torch.float16)
     sinks, options = torch.randn(4), {"causal": True, "window_left": 40}
     out, lse = attended(q, k, v, attention_mask(70, 90, **options), sinks=sinks)
     found, _ = run(dout, q, k, v, out, lse, sinks=sinks, **options, **small())
-    twin = flash_backward(*(x.to(dtype) for x in (dout, q, k, v, out)), lse, sinks=sinks, **options)
-    for ours, theirs in zip(found, twin, strict=True):
+    theirs = twin.flash_backward(*(x.to(dtype) for x in (dout, q, k, v, out)), lse, sinks=sinks, **options)
+    for ours, expected in zip(found, theirs, strict=True):
         rounding = torch.finfo(torch.float16).eps
-        assert (ours.float() - theirs.float()).abs().max() <= 4 * rounding * theirs.abs().max()
+        assert (ours.float() - expected.float()).abs().max() <= 4 * rounding * expected.abs().max()
 
 
 def broken(kernel, name, old, new):
@@ -282,6 +284,38 @@ def test_the_model_notices_a_broken_protocol(run, kernel, name):
 def test_the_model_notices_a_tile_that_is_given_back_early(run, kernel):
     wait, indent = BEFORE_ITS_PRODUCTS_ARE_DONE[kernel]
     assert_noticed(run, kernel, broken(kernel, "_consumer", wait, f"_give_back(empty.index(slot))\n{indent}{wait}"))
+
+
+# Where they run
+
+
+@pytest.mark.parametrize("faster", [(), (KEYS,), (QUERIES,), (KEYS, QUERIES)], ids=str)
+def test_each_runs_where_a_record_has_it_faster_than_its_twin(run, tmp_path, monkeypatch, faster):
+    """The operator's launch function on a pretended H100: every combination gives the same gradients."""
+    problem = {"width": 64, "itemsize": 2, "mask": 1, "heads": 2, "seqlen_q": 70, "seqlen_k": 90}
+    layer = Layer("user", tmp_path, writable=True)
+    for name in (KEYS, QUERIES):
+        family = name.removesuffix("_kernel")
+        assert layer.insert(record(family, us=90.0 if name in faster else 110.0, **problem))
+        assert layer.insert(record(family.removeprefix("gluon_"), us=100.0, **problem))
+    monkeypatch.setattr(twin, "current_device", lambda: HOPPER)
+    monkeypatch.setattr(twin, "_hopper", lambda: module)
+    models = {name: Multiprocessor(getattr(module, name), 1) for name in (KEYS, QUERIES)}
+    for name, model in models.items():
+        monkeypatch.setattr(module, name, model)
+
+    def operator(*arguments, **options):
+        for model in models.values():
+            model.loaded.clear()
+        wanted = {name: value for name, value in options.items() if name in ("causal", "alibi_slopes")}
+        return twin.flash_backward(*arguments, **wanted), models
+
+    tensors = inputs(1, 70, 90, 2, 1, 64, torch.float16)
+    with lookup.using(Store([layer])):
+        assert_correct(operator, *tensors, causal=True)
+        assert tuple(name for name in models if models[name].loaded) == faster
+        operator(*tensors, tensors[0], torch.zeros(1, 2, 70), alibi_slopes=torch.zeros(2), causal=True)
+        assert not any(model.loaded for model in models.values())
 
 
 # What it refuses
@@ -368,14 +402,14 @@ def test_on_a_gpu_it_computes_the_gradients(name, seqlen_q, seqlen_k, head_dim, 
 @on_hopper
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_on_a_gpu_it_agrees_with_the_triton_kernels_and_repeats_itself(head_dim, causal):
-    from kvops.kernels.flash_backward import flash_backward
+def test_on_a_gpu_it_agrees_with_the_triton_kernels_and_repeats_itself(head_dim, causal, monkeypatch):
     from kvops.kernels.flash_forward import flash_forward
 
+    monkeypatch.setattr(twin, "choose_proven", lambda *arguments, **options: None)
     dout, q, k, v = inputs(3, 2049, 1999, 16, 4, head_dim, torch.bfloat16, device="cuda")
     arguments = dout, q, k, v, *flash_forward(q, k, v, causal=causal)
     first = gluon_flash_backward(*arguments, causal=causal)
-    for ours, theirs in zip(first, flash_backward(*arguments, causal=causal), strict=True):
+    for ours, theirs in zip(first, twin.flash_backward(*arguments, causal=causal), strict=True):
         if theirs.numel():
             rounding = torch.finfo(torch.bfloat16).eps
             assert (ours.float() - theirs.float()).abs().max() <= 4 * rounding * theirs.abs().max()
