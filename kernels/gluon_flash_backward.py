@@ -16,7 +16,7 @@ from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward import Backward, prepare, sink_gradients
 from kvops.kernels.gluon_flash_backward_keys import gluon_flash_backward_keys_kernel
 from kvops.kernels.gluon_flash_backward_queries import gluon_flash_backward_queries_kernel
-from kvops.kernels.gluon_flash_forward import _LOG2_E, _descriptor
+from kvops.kernels.gluon_flash_forward import _LOG2_E, descriptor
 
 _ROWS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
@@ -114,14 +114,14 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor, config: Gluo
     bytes_per_head = group * call.seqlen_q * (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()
     section = min(all_heads, max(1, config.section_bytes // bytes_per_head))
     gluon_flash_backward_keys_kernel[(blocks * all_heads,)](
-        _descriptor(call.q, config.block_m, width),
-        _descriptor(call.k, config.block_n, width),
-        _descriptor(call.v, config.block_n, width),
-        _descriptor(call.dout, config.block_m, width),
+        descriptor(call.q, config.block_m, width),
+        descriptor(call.k, config.block_n, width),
+        descriptor(call.v, config.block_n, width),
+        descriptor(call.dout, config.block_m, width),
         _rows_descriptor(call.lse_log2, config.block_m),
         _rows_descriptor(call.delta, config.block_m),
-        _descriptor(dk, config.block_n, width),
-        _descriptor(dv, config.block_n, width),
+        descriptor(dk, config.block_n, width),
+        descriptor(dv, config.block_n, width),
         kv_heads,
         call.seqlen_q,
         call.seqlen_k,
@@ -152,11 +152,11 @@ def launch_queries(call: Backward, dq: torch.Tensor, config: GluonFlashBackwardC
     bytes_per_head = call.seqlen_k * (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()
     section = min(all_heads, group * max(1, config.section_bytes // bytes_per_head))
     gluon_flash_backward_queries_kernel[(blocks * all_heads,)](
-        _descriptor(call.q, config.block_m, width),
-        _descriptor(call.k, config.block_n, width),
-        _descriptor(call.v, config.block_n, width),
-        _descriptor(call.dout, config.block_m, width),
-        _descriptor(dq, config.block_m, width),
+        descriptor(call.q, config.block_m, width),
+        descriptor(call.k, config.block_n, width),
+        descriptor(call.v, config.block_n, width),
+        descriptor(call.dout, config.block_m, width),
+        descriptor(dq, config.block_m, width),
         call.lse_log2,
         call.delta,
         call.delta.stride(1),
