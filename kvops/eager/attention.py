@@ -73,6 +73,12 @@ class Window(NamedTuple):
             self.right is None or high - 1 <= start + self.offset + self.right
         )
 
+    def hidden(self, start: int, end: int, low: int, high: int) -> list[tuple[int, int]]:
+        """The ranges of keys within low..high-1 that not every row of start..end-1 sees: some at either end, or all."""
+        first = low if self.left is None else max(low, end - 1 + self.offset - self.left)
+        last = high if self.right is None else min(high, start + self.offset + self.right + 1)
+        return [(low, first), (last, high)] if first < last else [(low, high)]
+
     def distance(self, start: int, end: int, low: int, high: int, device: torch.device) -> Tensor:
         """int64 [rows, keys]: how far each key is behind each query."""
         position = torch.arange(start, end, device=device) + self.offset
@@ -143,13 +149,12 @@ def score_tile(
     if softcap > 0:
         capped = scores.tanh_()
         scores = capped * softcap
-    masked = not window.sees_all(start, start + T, low, low + K)
-    if masked or slopes is not None:
-        distance = window.distance(start, start + T, low, low + K, q.device)
-        if slopes is not None:
-            scores -= slopes * distance.abs()
-        if masked:
-            scores.masked_fill_(~window.seen(distance), float("-inf"))
+    if slopes is not None:
+        scores -= slopes * window.distance(start, start + T, low, low + K, q.device).abs()
+    for first, last in window.hidden(start, start + T, low, low + K):
+        if first < last:
+            distance = window.distance(start, start + T, first, last, q.device)
+            scores[..., first - low : last - low].masked_fill_(~window.seen(distance), float("-inf"))
     return scores, capped
 
 
