@@ -190,20 +190,23 @@ def compact(
     positions: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> Tensor:
-    size = k_cache.shape[1]
-    kept = keep & (torch.arange(keep.shape[2]) < seq_lens[..., None])
-    new_lens = kept.sum(2, dtype=torch.int32)
-    target = kept.cumsum(2, dtype=torch.int32) - 1
-    moved = kept & (target != torch.arange(keep.shape[2], dtype=torch.int32))
-    batch, head, source = moved.nonzero(as_tuple=True)
-    target = target[batch, head, source]
-    slots = [block_tables[batch, head, slot // size].long() * size + slot % size for slot in (source, target)]
+    size, table, width = k_cache.shape[1], block_tables.shape[2], keep.shape[2]
+    slot = torch.arange(width)
+    kept = keep & (slot < seq_lens[..., None])
+    target = kept.cumsum(2).sub_(1)
+    place = (kept & (target != slot)).flatten().nonzero()[:, 0]
+    lists = torch.div(place, width, rounding_mode="trunc")
+    moves = torch.stack((place - lists * width, target.flatten()[place]))  # from where to where in a list
+    page = torch.div(moves, size, rounding_mode="trunc")
+    block = block_tables.flatten()[torch.add(page, lists, alpha=table)]
+    sources, targets = torch.add(moves, block - page, alpha=size).unbind()
     for side in (k_cache, v_cache, positions, scores):
         if side is not None:
-            _move(side.view(INTEGERS[side.element_size()]), *slots)
-    freed = ((seq_lens + (size - 1)) // size - (new_lens + (size - 1)) // size).contiguous()
-    seq_lens.copy_(new_lens)
-    return freed
+            _move(side.view(INTEGERS[side.element_size()]), sources, targets)
+    old, new = seq_lens.tolist(), kept.sum(2).tolist()
+    seq_lens.copy_(torch.tensor(new, dtype=torch.int32).view_as(seq_lens))
+    freed = [[-(-n // size) + (-m // size) for n, m in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)]
+    return torch.tensor(freed, dtype=torch.int32).view_as(seq_lens)
 
 
 def _move(side: Tensor, source: Tensor, target: Tensor) -> None:
