@@ -25,19 +25,20 @@ def prompt_lookup(
     if B == 0 or L < 2 or num_draft == 0:
         return tokens.new_full((B, num_draft), -1), lens.new_zeros(B, dtype=torch.int32)
     # Few positions hold the text's last token: only those are compared further back.
-    back = torch.arange(1, min(max_ngram, L - 1), device=tokens.device)
-    last = tokens.gather(1, (lens - 1).clamp_min(0))
-    earlier = tokens.gather(1, (lens - 1 - back).clamp_min(0))
-    row, end = ((tokens[:, : L - 1] == last) & (torch.arange(1, L, device=tokens.device) < lens)).nonzero().unbind(1)
+    back = torch.arange(min(max_ngram, L - 1), device=tokens.device)
+    suffix = tokens.gather(1, (lens - 1 - back).clamp_(min=0))  # the last token first
+    end = torch.arange(L - 1, device=tokens.device)
+    row, end = ((tokens[:, :-1] == suffix[:, :1]) & (end < lens - 1)).nonzero().unbind(1)
     at = end[:, None] - back
-    equal = (tokens[row[:, None], at.clamp_min(0)] == earlier[row]) & (at >= 0)
-    matched = 1 + equal.cumprod(1).sum(1)
+    matched = ((tokens[row[:, None], at.clamp(min=0)] == suffix[row]) & (at >= 0)).cumprod(1).sum(1)
     # The longest match wins, then the latest: a key of both; the draft starts behind the match, 0 where there is none.
-    key = (matched * L + end + 1).masked_fill_(matched < min_ngram, 0)
+    key = torch.add(end + 1, matched, alpha=L)
+    if min_ngram > 1:
+        key.masked_fill_(matched < min_ngram, 0)
     start = lens.new_zeros(B).scatter_reduce_(0, row, key, "amax")[:, None] % L
     at = start + torch.arange(num_draft, device=tokens.device)
     inside = (start > 0) & (at < lens)
-    draft_tokens = tokens.gather(1, at.clamp_max(L - 1)).masked_fill_(~inside, -1)
+    draft_tokens = tokens.gather(1, at.clamp_(max=L - 1)).masked_fill_(~inside, -1)
     return draft_tokens, inside.sum(1, dtype=torch.int32)
 
 
