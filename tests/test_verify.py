@@ -411,6 +411,16 @@ def test_a_residual_lost_in_rounding_still_emits_a_token(backend, device):
     assert torch.equal(tokens[:, 0].cpu()[refused], logits[:, 0].argmax(-1)[refused])
 
 
+def test_few_numbers_are_those_of_many():
+    """Few are drawn one by one."""
+    seed, step = torch.randint(-(2**63), 2**63 - 1, (2, 40, 1))
+    position = torch.arange(3)
+    many = philox.uniform(philox.ACCEPT, position, seed, step)
+    few = [philox.uniform(philox.ACCEPT, position, *each) for each in zip(seed, step, strict=True)]
+    assert torch.equal(torch.stack(few), many)
+    assert philox.uniform(philox.ACCEPT, position[0], seed[0, 0], step[0, 0]) == many[0, 0]
+
+
 def test_philox_gives_the_published_numbers():
     """The known answers of Random123, counter and key of zeros, ones and the digits of pi."""
     cases = [

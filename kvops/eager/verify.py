@@ -45,11 +45,11 @@ def prompt_lookup(
 def first_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and its lowest index along the last dimension; a NaN is its row's maximum.
 
-    torch's own max with indices is scalar code: 25 times slower than amax over a row of 49,152.
+    torch's own max with indices is scalar code: 25 times slower than amax over a row of 49,152, but one operation.
     """
     width = 128
     size = x.shape[-1]
-    if size < 8 * width:
+    if size < width or x.numel() <= 1 << 14:
         return x.max(-1)
     whole = size // width * width
     chunk_max = x[..., :whole].unflatten(-1, (-1, width)).amax(-1)
@@ -71,8 +71,15 @@ def row_sum(x: Tensor) -> Tensor:
 
 
 def excess(p: Tensor, q: Tensor) -> Tensor:
-    """max(p - q, 0), and 0 beside a NaN: a fifth of the time of torch's ``where``."""
-    return torch.fmax(p - q, p.new_zeros(()))
+    """max(p - q, 0), and 0 beside a NaN; ``where`` takes 4 to 13 times as long where neither is always larger."""
+    return (p - q).clamp_(min=0).nan_to_num_(0.0, posinf=torch.inf)
+
+
+def _rows(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """A copy of ``x[first, second]`` [n, V]; whole rows at once take a third of the time."""
+    if not x.is_contiguous():
+        return x[first, second]
+    return x.flatten(0, 1).index_select(0, torch.add(second, first, alpha=x.shape[1]))
 
 
 def exponent_scale(temperature: Tensor) -> Tensor:
@@ -226,7 +233,7 @@ def _verify_group(
             accept = _accept_block if method == "block" else _accept_tokens
             row, ratio = accept(weights, total, draft[:, :T], offered[:, :T], probs, threshold)
         each = torch.arange(len(sampled), device=logits.device)
-        weight = weights[each, row] if T else weights[:, 0]
+        weight = _rows(weights, each, row)
         # A row behind a draft that was offered and refused has its residual left to draw from.
         refused = offered[each, row].nonzero()[:, 0]
         if len(refused):
@@ -234,11 +241,10 @@ def _verify_group(
             if probs is None:
                 weight[refused, draft[refused, at]] = 0.0
             else:
-                p = weight[refused] / total[refused, at, None]
+                p = weight.index_select(0, refused).div_(total[refused, at, None])
                 if ratio is not None:
                     p *= ratio[refused, None]
-                q = probs[refused, at]
-                weight[refused] = excess(p, q)
+                weight.index_copy_(0, refused, excess(p, _rows(probs, refused, at)))
         num_accepted[sampled] = row
         following[sampled] = race(weight, row, seed, step, row_argmax[sampled, row])
     following = torch.where(usable.gather(1, num_accepted[:, None])[:, 0], following, -1)
