@@ -151,6 +151,9 @@ def _refuse_backward(
     if problem["width"] > 128:
         # dK and dV of 64 keys at 256 would take all 255 registers of a thread.
         return f"needs head sizes up to 128, got {problem['width']}"
+    if config.block_m < 32:
+        # Less than the 128 bytes to which TMA aligns a tile's rows of lse and of delta.
+        return f"needs block_m to be at least 32, it is {config.block_m}"
     return refuse_hopper(problem, device) or _refuse_tiles(config, owned, walked, 2, problem, device)
 
 

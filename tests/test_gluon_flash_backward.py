@@ -5,21 +5,25 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from autotune_fakes import record
+from autotune_fakes import H100, record
 from gluon_model import Multiprocessor, ProtocolError
 from oracle import assert_accurate, attention, attention_backward, attention_mask
 
-from kvops.autotune import lookup
+from kvops.autotune import lookup, specs
 from kvops.autotune.config import (
     GluonFlashBackwardConfig,
     gluon_flash_backward_keys_config,
     gluon_flash_backward_queries_config,
 )
+from kvops.autotune.devices import by_name
+from kvops.autotune.prune import build_workload
 from kvops.autotune.store import Layer, Store
+from kvops.autotune.timing import relative_error
 from kvops.kernels import flash_backward as twin
 from kvops.kernels import gluon_flash_backward as module
 from kvops.kernels.device import Device
@@ -318,6 +322,22 @@ def test_each_runs_where_a_record_has_it_faster_than_its_twin(run, tmp_path, mon
         assert not any(model.loaded for model in models.values())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the model of a multiprocessor")
+@pytest.mark.parametrize("name", [KEYS, QUERIES])
+def test_what_the_tuner_runs_is_the_kernel_held_to_its_reference(hopper, monkeypatch, name):
+    spec = specs()[name.removesuffix("_kernel")]
+    problem = {"width": 64, "itemsize": 2, "mask": 2, "heads": 2, "seqlen_q": 100, "seqlen_k": 150}
+    monkeypatch.setattr(twin, "current_device", lambda: HOPPER)
+    monkeypatch.setattr(twin, "_hopper", lambda: module)
+    model = Multiprocessor(getattr(module, name), 1)
+    monkeypatch.setattr(module, name, model)
+    workload = build_workload(spec, problem, "cpu", True)
+    with lookup.override(spec.name, spec.heuristic(problem, H100)):
+        outputs = workload.run()
+    assert model.loaded
+    assert relative_error(outputs, workload.exact()) < torch.finfo(torch.bfloat16).eps
+
+
 # What it refuses
 
 
@@ -338,6 +358,27 @@ def test_launchable_says_why_not(hopper, monkeypatch):
         gluon_flash_backward(dout, q, k, v, dout, lse, alibi_slopes=torch.zeros(4))
     monkeypatch.setattr(module, "current_device", lambda: HOPPER._replace(arch="sm_100"))
     assert launchable(dout, q, k, v) == "needs a Hopper GPU (sm_90), this is sm_100"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        (KEYS, {"block_n": 32}, "block_n to be a power of two from 64 on"),
+        (KEYS, {"block_m": 16}, "block_m to be at least 32"),
+        (QUERIES, {"block_m": 32}, "block_m to be a power of two from 64 on"),
+        (QUERIES, {"block_n": 96}, "block_n"),
+        (QUERIES, {"stages": 6}, "shared memory"),
+        (KEYS, {"producer_registers": 32}, "2 x 240 + 32"),
+    ],
+)
+def test_tiles_that_cannot_run_are_refused_with_the_reason(family, changes, reason):
+    spec = specs()[family.removesuffix("_kernel")]
+    problem = {**spec.problems[0], "width": 128}
+    default = spec.heuristic(problem, H100)
+    assert spec.refuse(default, problem, H100) is None
+    assert reason in spec.refuse(replace(default, **changes), problem, H100)
+    assert "head sizes up to 128" in spec.refuse(default, {**problem, "width": 256}, H100)
+    assert "sm_80" in spec.refuse(default, problem, by_name("sm_80"))
 
 
 # The binary
