@@ -306,8 +306,9 @@ def paged_attention_config(
     if itemsize == 4 and block_m > 16:
         # float32 products run on the ordinary units: the tile is what registers hold.
         block_m, block_n = 32 if head_dim <= 128 else 16, min(block_n, 32)
-    if cache_itemsize == 1 and head_dim >= 128:
-        # A float8 tile is in registers twice, as it comes and as it is multiplied: 64 slots spill on sm_100.
+    if cache_itemsize == 1 and (head_dim >= 128 or arch.startswith("sm_8")):
+        # A float8 tile is in registers twice, as it comes and as it is multiplied: 64 slots of 128 spill on sm_100, 128
+        # of 64 on sm_80.
         block_n = min(block_n, max(16, 4096 // head_dim))
     num_stages = 2
     if nvidia:

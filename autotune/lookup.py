@@ -22,7 +22,7 @@ from kvops.autotune.families import FAMILIES
 from kvops.autotune.feasibility import Verdict, current_source, judge
 from kvops.autotune.hopper import HOPPER_FAMILIES
 from kvops.autotune.records import Record
-from kvops.autotune.spec import Config, OpSpec, Problem, words
+from kvops.autotune.spec import Config, OpSpec, Problem, config_to_json, words
 from kvops.autotune.store import Journal, Store
 
 _OURS = (*FAMILIES, *HOPPER_FAMILIES)
@@ -187,15 +187,27 @@ def resolve(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Choice:
     told = tuple(refused)
     refusal = spec.refuse(default, problem, device)
     if refusal is None:
-        return Choice(
-            spec, problem, device, default, "heuristic", why or spec.reason(problem, device, default), refused=told
-        )
+        config, spills = _without_spills(spec, default, problem, device, must)
+        reason = (why or spec.reason(problem, device, config)) + spills
+        return Choice(spec, problem, device, config, "heuristic", reason, refused=told)
     for config in spec.candidates(problem, device):
         if must(config):
             return Choice(spec, problem, device, config, "safe", f"the heuristic's choice {refusal}", refused=told)
     return Choice(
         spec, problem, device, default, "heuristic", f"nothing else fits either, and this {refusal}", refused=told
     )
+
+
+def _without_spills(
+    spec: OpSpec, default: Config, problem: Problem, device: DeviceFacts, must: Callable[[Config], bool]
+) -> tuple[Config, str]:
+    """The first candidate that compiled without spills, where the heuristic's choice is known to spill; and a word on
+    that. Where all do, the heuristic's."""
+    if judge(spec, default, problem, device).status == "spills":
+        for config in spec.candidates(problem, device):
+            if must(config) and judge(spec, config, problem, device).status == "proven":
+                return config, f"; {words(config_to_json(default))} spills"
+    return default, ""
 
 
 def contest(spec: OpSpec, problem: Problem, device: DeviceFacts) -> tuple[bool, Choice]:
