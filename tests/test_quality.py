@@ -311,4 +311,6 @@ def test_the_study_says_what_the_rows_say(tmp_path):
     for place in result["rows"]:
         if place["setting"] == TEXT and place["policy"] == "snapkv":
             place["reading"] = 2.5
-    assert any(line.endswith("as a multiple of reading it: snapkv 2.5 (4k).") for line in study.summary(kept(result)))
+    assert any(
+        line.endswith("as a multiple of reading it: snapkv 2.5 (2.5 to 2.5).") for line in study.summary(kept(result))
+    )

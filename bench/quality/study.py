@@ -116,15 +116,13 @@ def summary(found: Kept) -> list[str]:
 
 def _reading(found: Kept) -> list[str]:
     """What a recital costs: it is a second reading, of longer rows."""
-    taken: dict[str, dict[str, list[float]]] = {}
-    for label in _labels(found):
-        for row in found.rows:
-            if "reading" in row and label_of(row) == label:
-                by_label = taken.setdefault(row["policy"], {})
-                by_label.setdefault(label.removeprefix("text "), []).append(row["reading"])
+    taken: dict[str, list[float]] = {}
+    for row in found.rows:
+        if row["setting"] == TEXT and "reading" in row:
+            taken.setdefault(row["policy"], []).append(row["reading"])
     each = "; ".join(
-        f"{policy} {', '.join(f'{median(times):.1f} ({label})' for label, times in by_label.items())}"
-        for policy, by_label in sorted(taken.items())
+        f"{policy} {median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+        for policy, times in sorted(taken.items())
     )
     return [f"What a recital costs, reading a prompt with it as a multiple of reading it: {each}."] if taken else []
 
