@@ -56,11 +56,11 @@ def even_shares(least: list[int], most: list[int], budget: int) -> list[int]:
     level = budget // len(least)
     if not max(least) <= level < min(most):  # some head gets more than its share, or less
         level = bisect_right(range(1, max(most) + 1), budget, key=lambda level: sum(shares(level)))
-    even, higher = shares(level), shares(level + 1)
+    even = shares(level)
     left = budget - sum(even)
-    for head, share in enumerate(higher):
-        if left > 0 and share > even[head]:
-            even[head] = share
+    for head, (low, high) in enumerate(zip(least, most, strict=True)):
+        if left > 0 and low <= level < high:
+            even[head] += 1
             left -= 1
     return even
 
@@ -126,19 +126,18 @@ def select_blocks(
     slots = blocks * size
     if blocks == 0:
         return torch.zeros(batch, heads, dtype=torch.int32), torch.zeros(batch, heads, table * size, dtype=torch.bool)
-    lens = seq_lens[..., None]
-    lists = block_tables[..., :blocks]
+    lists = block_tables if blocks == table else block_tables[..., :blocks]
     if shortest <= slots - size:  # tables hold anything past a list's length
-        lists = torch.where(torch.arange(0, slots, size) < lens, lists, 0)
+        lists = torch.where(torch.arange(0, slots, size) < seq_lens[..., None], lists, 0)
     lists = lists.flatten()
     x = scores.index_select(0, lists).view(batch, heads, slots)
     absent = protected = None
     if shortest < slots:
-        absent = torch.arange(slots) >= lens
+        absent = torch.arange(slots) >= seq_lens[..., None]
         x.masked_fill_(absent, -torch.inf)
     floor = [[min(length, min_per_head) for length in each] for each in lengths]
     if protect_first or protect_last:
-        place, last = torch.arange(slots), lens - 1
+        place, last = torch.arange(slots), seq_lens[..., None] - 1
         if positions is not None:
             place = positions.index_select(0, lists).view(batch, heads, slots)
             last = place.gather(2, last.long().clamp_(min=0))
