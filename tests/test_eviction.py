@@ -233,6 +233,16 @@ def test_protection_and_floor_win_over_the_budget(backend, device, scope):
     assert new_lens.tolist() == [[4, 4, 3], [4, 0, 4]]
 
 
+@SCOPES
+@pytest.mark.parametrize("protection", [{"protect_first": 3}, {"protect_last": 3}, {"min_per_head": 3}])
+def test_each_protection_alone_of_full_lists(backend, device, scope, protection):
+    lists = make_lists(2, 2, 3, 4, lens=12, seed=8)
+    new_lens, keep = select(lists, [3, 1], device, scope=scope, **protection)
+    wanted_lens, wanted_keep = expected_choice(lists, [3, 1], scope=scope, **protection)
+    assert torch.equal(new_lens, wanted_lens)
+    assert torch.equal(keep, wanted_keep)
+
+
 def test_protection_is_measured_in_original_positions(backend, device):
     lists = make_lists(1, 1, 2, 4, lens=8)
     for slot, position in zip(lists.slots(0, 0), [0, 3, 4, 50, 96, 97, 99, 100], strict=True):

@@ -147,7 +147,7 @@ def select_blocks(
         if absent is not None:
             protected = protected & ~absent
         x.masked_fill_(protected, torch.inf)
-        fixed = protected.sum(2).expand(batch, heads).tolist()
+        fixed = protected.expand_as(x).sum(2).tolist()
         floor = [[*map(max, *pair)] for pair in zip(floor, fixed, strict=True)]
     least, most = ([[-(-n // size) for n in each] for each in numbers] for numbers in (floor, lengths))
     budgets = [max(0, number) for number in budget.tolist()]
