@@ -234,6 +234,24 @@ def test_protection_and_floor_win_over_the_budget(backend, device, scope):
 
 
 @SCOPES
+def test_the_worst_scores_that_there_are_come_before_slots_that_are_not(backend, device, scope):
+    """-inf and NaN within the budget, in lists that end inside a block."""
+    lists = make_lists(1, 1, 3, 4, lens=10)  # as many NaN as slots that are not
+    for slot, score in zip(lists.slots(0, 0), [math.nan, -math.inf, math.nan, *range(7)], strict=True):
+        lists.scores[slot] = score
+    _, keep = select(lists, [3], device, scope=scope)
+    assert keep[0, 0].tolist() == [True] * 10 + [False] * 2
+    for seed in range(3):
+        lists = make_lists(2, 2, 3, 4, values="any", seed=seed)
+        held = ((lists.lens + 3) // 4).sum(1)
+        for budget in (held, held - 1):
+            new_lens, keep = select(lists, budget, device, scope=scope)
+            wanted_lens, wanted_keep = expected_choice(lists, budget, scope=scope)
+            assert torch.equal(new_lens, wanted_lens)
+            assert torch.equal(keep, wanted_keep)
+
+
+@SCOPES
 @pytest.mark.parametrize("protection", [{"protect_first": 3}, {"protect_last": 3}, {"min_per_head": 3}])
 def test_each_protection_alone_of_full_lists(backend, device, scope, protection):
     lists = make_lists(2, 2, 3, 4, lens=12, seed=8)

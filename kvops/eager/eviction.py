@@ -17,30 +17,35 @@ _MOST = 2**31 - 1
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def largest(x: Tensor, number: list[list[int]], ranked: Tensor, order: Callable[[], Tensor]) -> Tensor:
-    """bool: of each row of float32 ``x`` ``[B, H, N]`` the ``number`` ``[B][H]`` largest, of equals those of higher
-    ``order()``; NaN counts as lowest.
+def preferences(x: Tensor, order: Tensor) -> Tensor:
+    """int64, all different: they order as float32 ``x`` does, NaN lowest, and equal ones as ``order`` (int64) does."""
+    bits = (x + 0.0).view(torch.int32)  # the two zeros are equal
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(x.isnan(), 1 - 2**31)
+    return torch.add(order, keys.long(), alpha=2**32)
 
-    ``ranked`` are the largest ones as ``topk`` finds them. All from some value on are the largest if they are so many:
-    only equals on both sides of a limit, and NaN, need ``order()``, int64 keys that are all different.
+
+def largest(x: Tensor, number: list[list[int]], ranked: Tensor, preferred: Callable[[], Tensor]) -> Tensor:
+    """bool: the ``number`` ``[B][H]`` best of each row of float32 ``x`` ``[B, H, N]``, in which -inf may mean nothing.
+
+    ``ranked`` are the largest of ``x`` as ``topk`` finds them. All from some finite value on are the best if they are
+    so many: only equals on both sides of a limit, -inf and NaN need the :func:`preferences` of ``preferred()``.
     """
-    chosen = _from_nth(x, number, ranked)
+    chosen = _from_nth(x, number, ranked, torch.finfo(x.dtype).min)
     if chosen.sum(2).tolist() == number:
         return chosen
-    bits = (x + 0.0).view(torch.int32)  # the two zeros are equal
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(x.isnan(), 1 - 2**31).long()
-    keys = torch.add(order(), keys, alpha=2**32)
-    return _from_nth(keys, number, keys.topk(ranked.shape[2]).values)
+    keys = preferred()
+    return _from_nth(keys, number, keys.topk(ranked.shape[2]).values, torch.iinfo(keys.dtype).min)
 
 
-def _from_nth(x: Tensor, number: list[list[int]], ranked: Tensor) -> Tensor:
-    """bool: all of each row of ``x`` that are at least the ``number``-th of ``ranked``; none where ``number`` is 0."""
+def _from_nth(x: Tensor, number: list[list[int]], ranked: Tensor, least: float) -> Tensor:
+    """bool: all of each row of ``x`` that are at least the ``number``-th of ``ranked``, and ``least``; none where
+    ``number`` is 0."""
     if ranked.shape[2] == 0:
         return torch.zeros(x.shape, dtype=torch.bool)
     place = torch.tensor([[[n - 1] for n in each] for each in number])
     if min(map(min, number)) > 0:
-        return x >= ranked.gather(2, place)
-    return (x >= ranked.gather(2, place.clamp(min=0))).logical_and_(place >= 0)
+        return x >= ranked.gather(2, place).clamp_(min=least)
+    return (x >= ranked.gather(2, place.clamp(min=0)).clamp_(min=least)).logical_and_(place >= 0)
 
 
 def even_shares(least: list[int], most: list[int], budget: int) -> list[int]:
@@ -96,11 +101,12 @@ def competed_shares(
     fixed = [*map(sum, least)]
     room = [[max(0, min(total, sum(high)) - low)] for total, low, high in zip(budget, fixed, most, strict=True)]
 
-    def order() -> Tensor:  # the lower block first, then the lower head
-        return -(torch.arange(blocks) * heads + torch.arange(heads)[:, None]).flatten()
-
     rivals = worth.view(batch, 1, heads * blocks)
-    taken = largest(rivals, room, rivals.topk(max(map(max, room))).values, order)
+
+    def preferred() -> Tensor:  # of equals the lower block, then the lower head
+        return preferences(rivals, -(torch.arange(blocks) * heads + torch.arange(heads)[:, None]).flatten())
+
+    taken = largest(rivals, room, rivals.topk(max(map(max, room))).values, preferred)
     won = taken.view(batch, heads, blocks).sum(2).tolist()
     return [[*map(add, *pair)] for pair in zip(least, won, strict=True)]
 
@@ -167,13 +173,14 @@ def select_blocks(
     if scope == "head":
         ranked = x.topk(max(map(max, kept))).values
 
-    def order() -> Tensor:  # the later slot first; what is protected before, what is not there behind all others
-        slot = torch.arange(slots)
-        if absent is not None:
-            slot = torch.where(absent, slot - slots, slot)
-        return slot if protected is None else torch.where(protected, slot + slots, slot)
+    def preferred() -> Tensor:
+        slot = torch.arange(slots)  # of equals the later one
+        order = slot if protected is None else torch.where(protected, slot + slots, slot)
+        if absent is None:
+            return preferences(x, order)
+        return preferences(x.masked_fill(absent, torch.nan), torch.where(absent, order - slots, order))
 
-    chosen = largest(x, kept, ranked, order)
+    chosen = largest(x, kept, ranked, preferred)
     if blocks < table:
         chosen = torch.nn.functional.pad(chosen, (0, table * size - slots))
     return torch.tensor(kept, dtype=torch.int32), chosen
