@@ -138,7 +138,7 @@ def verify_draft(
         "step": step,
     }
     group = max(1, GROUP_ELEMENTS // max(1, rows * V))
-    if group >= B:
+    if 0 < B <= group:
         return _verify_group(target_logits, draft_tokens, method=method, **per_request)
     tokens = draft_tokens.new_full((B, rows), -1)
     num_accepted = draft_tokens.new_zeros(B, dtype=torch.int32)
