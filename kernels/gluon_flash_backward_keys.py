@@ -6,6 +6,10 @@ a ring of STAGES slots; two consumers own BLOCK_N keys each and keep dK and dV i
 transposed, [keys, queries]: P^T and dS^T are then left operands as they stand in registers. While a consumer computes
 P^T, the tensor cores multiply V dO^T; while it computes dS^T, P^T dO; the other consumer's products cover the rest.
 
+The grid has a program for each block of keys, the first keys first: under a causal mask they are seen by the most
+queries. It is not persistent, for the state of a loop over works would not fit in the registers, and a program that
+ends early makes room for the next.
+
 The next tile's K Q^T is not begun before this tile's dS^T Q is waited for: an accumulator that is pending across the
 loop's end makes the assembler serialise all products (C7512, C7514).
 

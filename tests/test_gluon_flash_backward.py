@@ -12,6 +12,7 @@ import pytest
 import torch
 from autotune_fakes import H100, record
 from gluon_model import Multiprocessor, ProtocolError
+from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_backward, attention_mask
 
 from kvops.autotune import lookup, specs
@@ -409,20 +410,6 @@ def test_the_binaries_overlap_and_spill_nothing():
 
 
 # A Hopper GPU
-
-
-def _no_hopper() -> str:
-    if not torch.cuda.is_available():
-        return "no GPU"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "no Hopper GPU"
-    return "" if module.current_device().arch == "sm_90" else "the kernels were imported for the interpreter"
-
-
-def on_hopper(test):
-    """Runs with the kernels themselves."""
-    skip = pytest.mark.skipif(bool(_no_hopper()), reason=_no_hopper() or "runs")
-    return pytest.mark.gpu(skip(test))
 
 
 def launched(*arguments, seed, replace_functions, keys_config=None, queries_config=None, **keywords):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gluon_model import Multiprocessor, ProtocolError
+from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_mask
 
 from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
@@ -317,20 +318,6 @@ def test_the_binary_overlaps_and_spills_nothing():
 
 
 # A Hopper GPU
-
-
-def _no_hopper() -> str:
-    if not torch.cuda.is_available():
-        return "no GPU"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "no Hopper GPU"
-    return "" if module.current_device().arch == "sm_90" else "the kernels were imported for the interpreter"
-
-
-def on_hopper(test):
-    """Runs with the kernel itself."""
-    skip = pytest.mark.skipif(bool(_no_hopper()), reason=_no_hopper() or "runs")
-    return pytest.mark.gpu(skip(test))
 
 
 @on_hopper
