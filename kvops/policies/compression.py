@@ -32,7 +32,7 @@ class Compression:
         mib: at most so many MiB of keys and values.
         chunk: 0: a prompt is read whole and compressed afterwards. N: it is read N tokens at a time and compressed to
             its budget after each: the cache never holds more than the budget and one chunk. The policy then judges by
-            the queries of a chunk instead of those at the prompt's end, and each chunk is recited as soon as it is read.
+            the queries of a chunk instead of those at the prompt's end, and each chunk is recited once it is read.
     """
 
     ratio: float | None = None
