@@ -34,8 +34,8 @@ class Recital:
     Attributes:
         chunk: how many tokens of the prompt a pass recites. Fewer where the model has no positions left for so many.
         lead: how many tokens in front of them it reads again, which tell the place.
-        ask: token ids of an instruction, such as ``tokenizer.encode("\\n\\nRepeat the previous context:")``, as the paper
-            has it. None by default: a text that begins anew asks by itself, and a policy knows no tokenizer.
+        ask: token ids of an instruction, such as ``tokenizer.encode("\\n\\nRepeat the previous context:")``, as in
+            the paper. None by default: a text that begins anew asks by itself, and a policy knows no tokenizer.
     """
 
     chunk: int = 2048
