@@ -17,9 +17,9 @@ class KVzip(Policy):
     """The most attention that any query paid to a key while the prompt was recited (Kim et al. 2025, arXiv 2505.23416).
 
     No question is known when a document is compressed; what it takes to repeat all of it serves any of them. Heads of
-    all layers compete. The softmax is over all that the model sees; the paper's leaves out what stands before the chunk,
-    but for the sinks, which is the same where one chunk is the whole prompt. Tokens that have not been recited, those of an answer, are judged by the last ``observe``
-    queries, and a key is never worth less than it was.
+    all layers compete. The softmax is over all that the model sees; the paper's leaves other chunks out, but for the
+    sinks, which is the same where one chunk is the whole prompt. Tokens that have not been recited, those of an answer,
+    are judged by the last ``observe`` queries, and a key is never worth less than it was.
 
     Attributes:
         recital: how the prompt is recited.
