@@ -260,11 +260,8 @@ class GluonFlashBackwardConfig:
 
 
 def gluon_flash_backward_keys_config(width: int) -> GluonFlashBackwardConfig:
-    """Chosen from the padded head size alone, 64 or 128: with Triton 3.7, the tiles never spill.
-
-    3.6 and 3.9 keep one number in memory at 128 under a mask, which the loop over the tiles does not touch.
-    """
-    return GluonFlashBackwardConfig(128 if width <= 64 else 64, 64, stages=2)
+    """Chosen from the padded head size alone, 64 or 128: with Triton 3.7, the tiles never spill."""
+    return GluonFlashBackwardConfig(64, 64, stages=3 if width <= 64 else 2)
 
 
 def gluon_flash_backward_queries_config(width: int) -> GluonFlashBackwardConfig:

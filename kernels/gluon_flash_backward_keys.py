@@ -166,12 +166,12 @@ def _consumer(
             lse = gl.expand_dims(lse_rows.index(slot).reshape([BLOCK_M]).load(QUERY_LAYOUT), 0)
             p = gl.exp2(s * scale - lse)
             row = gl.expand_dims(i * BLOCK_M + gl.arange(0, BLOCK_M, QUERY_LAYOUT), 0)
-            if HAS_LOW or HAS_HIGH:  # noqa: SIM102 (this one is for the compiler)
-                if (i < full_first) | (i >= full_last):
-                    if HAS_LOW:
-                        p = gl.where(row >= first_row, p, 0.0)
-                    if HAS_HIGH:
-                        p = gl.where(row < end_row, p, 0.0)
+            # At 128 the products take longer than the mask, and to branch takes registers that are not there.
+            if BLOCK_D > 64 or (i < full_first) | (i >= full_last):
+                if HAS_LOW:
+                    p = gl.where(row >= first_row, p, 0.0)
+                if HAS_HIGH:
+                    p = gl.where(row < end_row, p, 0.0)
             dv_pending = warpgroup_mma(gl.convert_layout(p.to(DTYPE), P_LAYOUT), dout, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[dp_pending])
             delta = gl.expand_dims(delta_rows.index(slot).reshape([BLOCK_M]).load(QUERY_LAYOUT), 0)

@@ -347,12 +347,12 @@ CASES += [
 GLUON_BACKWARD = ("gluon_flash_backward_keys_kernel", "gluon_flash_backward_queries_kernel")
 
 
-def gluon_flash_backward_or_its_twin(head_dim, dtype, **features):
+def gluon_flash_backward_or_its_twin(head_dim, dtype, kv_heads=2, **features):
     from kvops.kernels.flash_backward import flash_backward
     from kvops.kernels.gluon_flash_backward import gluon_flash_backward, launchable
 
     q = torch.empty(2, 1000, 8, head_dim, dtype=dtype)
-    k, v = torch.empty(2, 2, 1100, 2, head_dim, dtype=dtype)
+    k, v = torch.empty(2, 2, 1100, kv_heads, head_dim, dtype=dtype)
     launch = gluon_flash_backward if launchable(q, q, k, v) is None else flash_backward
     launch(q, q, k, v, q, torch.empty(2, 8, 1000), **features)
 
@@ -366,7 +366,7 @@ CASES += [
         targets=("sm_90",),
     )
     for head_dim in (64, 128)
-    for name, features in FLASH_MASKS.items()
+    for name, features in {**FLASH_MASKS, "causal-ungrouped": {"causal": True, "kv_heads": 8}}.items()
 ]
 
 
