@@ -194,10 +194,9 @@ def _gluon(inputs: Inputs) -> Callable[[], Outputs]:
     from kvops.kernels.gluon_flash_forward import gluon_flash_forward
 
     _require_gpu(inputs)
-    _refuse_softcap(inputs)
-    if inputs["window"] >= 0:
-        raise UnavailableError("has no window")
-    return lambda: gluon_flash_forward(inputs["q"], inputs["k"], inputs["v"], causal=inputs["causal"])
+    tensors = [inputs[name] for name in ("q", "k", "v")]
+    causal, window, softcap = inputs["causal"], inputs["window"], inputs["softcap"]
+    return lambda: gluon_flash_forward(*tensors, causal=causal, window_left=window, softcap=softcap)
 
 
 def _gluon_backward(inputs: Inputs) -> Callable[[], Outputs]:
