@@ -313,7 +313,9 @@ def paged_attention_config(
     num_stages = 2
     if nvidia:
         num_stages = 5 if block_n * slot_bytes <= stage else 3
-    return PagedAttentionConfig(block_m, block_n, 4 if block_m * max(block_n, head_dim) < 8192 else 8, num_stages)
+    # On sm_8x, 8 warps leave 64 x 128 sums too few registers each.
+    few = 8192 if arch.startswith("sm_8") else 8191
+    return PagedAttentionConfig(block_m, block_n, 4 if block_m * max(block_n, head_dim) <= few else 8, num_stages)
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,8 @@ def _without_spills(
     spec: OpSpec, default: Config, problem: Problem, device: DeviceFacts, must: Callable[[Config], bool]
 ) -> tuple[Config, str]:
     """The first candidate that compiled without spills, where the heuristic's choice is known to spill; and a word on
-    that. Where all do, the heuristic's."""
-    if judge(spec, default, problem, device).status == "spills":
+    that. Where all do, the heuristic's; and of a family with a twin, of which nothing unmeasured runs."""
+    if not spec.twin and judge(spec, default, problem, device).status == "spills":
         for config in spec.candidates(problem, device):
             if must(config) and judge(spec, config, problem, device).status == "proven":
                 return config, f"; {words(config_to_json(default))} spills"

@@ -259,7 +259,7 @@ def test_every_operator_is_explained_for_every_known_gpu_without_one(operator):
     for name, device in KNOWN_DEVICES.items():
         for choice in explain(operator, None, name):
             assert choice.device == device
-            assert choice.verdict.status == "proven", choice
+            assert choice.verdict.status == "proven" or (choice.spec.twin and choice.verdict.status == "spills"), choice
             assert "\n" not in choice.reason
             assert len(choice.reason) > 20
             assert choice.spec.config_from_json(vars(choice.config)) == choice.config
