@@ -47,8 +47,8 @@ class ScoreFold:
 
 
 def alike(tables: Tensor, least: int, total: int, block_size: int) -> int:
-    """How many leading blocks lie side by side in every list, the lists equally far apart; 0 where that is less than
-    half of the ``total`` slots. ``least``: the slots of the shortest list."""
+    """How many leading blocks lie side by side in every list, the lists equally far apart; 0 where they are too few to
+    pay: below ``_LONG`` slots of a list or half of the ``total``. ``least``: the slots of the shortest list."""
     lists, most = tables.shape[0], least // block_size
     if least < _LONG or 2 * least * lists < total:
         return 0
