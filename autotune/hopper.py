@@ -109,7 +109,7 @@ def _refuse_forward(config: GluonFlashForwardConfig, problem: Problem, device: D
 
 def _why_forward(problem: Problem, device: DeviceFacts, config: GluonFlashForwardConfig) -> str:
     return (
-        f"{dense_bound(2, problem, device)}; the largest tiles that compiled without spills, two consumers of "
+        f"{dense_bound(2, problem, device)}; the largest tiles that registers hold, two consumers of "
         f"{config.block_rows} x {config.block_n}"
     )
 

@@ -436,6 +436,13 @@ class Backward(NamedTuple):
     softcap: float
     alibi_slopes: torch.Tensor | None
 
+    @property
+    def problem(self) -> tuple[int, ...]:
+        """What the configurations are chosen by."""
+        return dense_problem(
+            self.q, self.v, self.batch, self.seqlen_q, self.seqlen_k, self.window_left, self.window_right
+        )
+
 
 def flash_backward(
     dout: torch.Tensor,
@@ -560,7 +567,8 @@ def _for_hopper(op: str, call: Backward, problem: tuple[int, ...]) -> GluonFlash
     """What a kernel's twin would run with, where it was measured and found faster."""
     if call.cu_seqlens_q is not None:
         return None
-    tensors, options = call[:4], {"softcap": call.softcap, "alibi_slopes": call.alibi_slopes}
+    tensors = call.dout, call.q, call.k, call.v
+    options = {"softcap": call.softcap, "alibi_slopes": call.alibi_slopes}
     return choose_proven(op, current_device(), *problem, refusal=lambda: _hopper().launchable(*tensors, **options))
 
 
@@ -577,7 +585,7 @@ def _arguments(call: Backward, heads: int, config: AttentionConfig) -> tuple[tup
 
 def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
     """Launch the kernel for dK and dV, or its twin for Hopper."""
-    problem = dense_problem(call.q, call.v, *call[8:13])
+    problem = call.problem
     proven = _for_hopper("gluon_flash_backward_keys", call, problem)
     if proven is not None:
         _hopper().launch_keys(call, dk, dv, proven)
@@ -617,7 +625,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
 
 def launch_queries(call: Backward, dq: torch.Tensor) -> None:
     """Launch the kernel for dQ, or its twin for Hopper."""
-    problem = dense_problem(call.q, call.v, *call[8:13])
+    problem = call.problem
     proven = _for_hopper("gluon_flash_backward_queries", call, problem)
     if proven is not None:
         _hopper().launch_queries(call, dq, proven)

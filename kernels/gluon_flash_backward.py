@@ -11,12 +11,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kvops.autotune.config import GluonFlashBackwardConfig
 from kvops.autotune.lookup import choose
-from kvops.kernels.dense import dense_problem, describable, padded
+from kvops.kernels.dense import describable, padded
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward import Backward, prepare, sink_gradients
 from kvops.kernels.gluon_flash_backward_keys import gluon_flash_backward_keys_kernel
 from kvops.kernels.gluon_flash_backward_queries import gluon_flash_backward_queries_kernel
-from kvops.kernels.gluon_flash_forward import _LOG2_E, descriptor
+from kvops.kernels.gluon_flash_forward import _LOG2_E, bounded, descriptor
 
 _ROWS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
@@ -84,18 +84,9 @@ def gluon_flash_backward(
         dout, q, k, v, out, lse, None, None, q.shape[0], q.shape[1], k.shape[1],
         causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
     )  # fmt: skip
-    problem = dense_problem(q, v, *call[8:13])
-    launch_keys(call, dk, dv, keys_config or choose("gluon_flash_backward_keys", current_device(), *problem))
-    launch_queries(call, dq, queries_config or choose("gluon_flash_backward_queries", current_device(), *problem))
+    launch_keys(call, dk, dv, keys_config or choose("gluon_flash_backward_keys", current_device(), *call.problem))
+    launch_queries(call, dq, queries_config or choose("gluon_flash_backward_queries", current_device(), *call.problem))
     return dq, dk, dv, sink_gradients(call, sinks)
-
-
-def _bounded(call: Backward) -> tuple[bool, bool]:
-    """Whether there is a window on the left and on the right: one that reaches past the ends is none.
-
-    Positions run from seqlen_k - seqlen_q to seqlen_k - 1.
-    """
-    return 0 <= call.window_left < call.seqlen_k - 1, 0 <= call.window_right < call.seqlen_q - 1
 
 
 def _rows_descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
@@ -108,7 +99,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor, config: Gluo
     """dK and dV of what is ``launchable``."""
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
     group, all_heads, offset = heads // kv_heads, kv_heads * call.batch, call.seqlen_k - call.seqlen_q
-    left, right = _bounded(call)
+    left, right = bounded(call.window_left, call.window_right, call.seqlen_q, call.seqlen_k)
     width = max(64, padded(call.q.shape[3]), padded(call.v.shape[3]))
     blocks = triton.cdiv(call.seqlen_k, 2 * config.block_n)
     bytes_per_head = group * call.seqlen_q * (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()
@@ -146,7 +137,7 @@ def launch_queries(call: Backward, dq: torch.Tensor, config: GluonFlashBackwardC
     """dQ of what is ``launchable``."""
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
     group, all_heads, offset = heads // kv_heads, heads * call.batch, call.seqlen_k - call.seqlen_q
-    left, right = _bounded(call)
+    left, right = bounded(call.window_left, call.window_right, call.seqlen_q, call.seqlen_k)
     width = max(64, padded(call.q.shape[3]), padded(call.v.shape[3]))
     blocks = triton.cdiv(call.seqlen_q, 2 * config.block_m)
     bytes_per_head = call.seqlen_k * (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()

@@ -49,7 +49,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kvops.autotune.config import GluonFlashForwardConfig
 from kvops.autotune.lookup import choose
-from kvops.kernels.dense import dense_problem
+from kvops.kernels.dense import dense_problem, describable, padded
 from kvops.kernels.device import current_device
 
 # Triton 3.6 and 3.7 spell these differently from what came after.
@@ -508,13 +508,20 @@ def launchable(
             return f"needs {name} to have elements, got shape {list(tensor.shape)}"
         if tensor.dim() == 3 and tensor.shape[0] > _TURN:
             return f"needs {name} to have at most 2^30 tokens, got shape {list(tensor.shape)}"
-        strides = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1]
-        if tensor.data_ptr() % 16 or any(stride <= 0 or stride % 8 for stride in strides):
+        if not describable(tensor):
             return f"needs {name} aligned to 16 bytes, base and strides, got strides {list(tensor.stride())}"
     return None
 
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def bounded(window_left: int, window_right: int, seqlen_q: int, seqlen_k: int) -> tuple[bool, bool]:
+    """Whether there is a window on the left and on the right: one that reaches past the ends is none.
+
+    Positions run from seqlen_k - seqlen_q to seqlen_k - 1.
+    """
+    return 0 <= window_left < seqlen_k - 1, 0 <= window_right < seqlen_q - 1
 
 
 def descriptor(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
@@ -617,11 +624,9 @@ def launch(
     """Launch what is ``launchable``; a causal mask has ``window_right`` 0, packed sequences their largest lengths."""
     heads, head_dim = q.shape[-2:]
     heads_kv, head_dim_v = v.shape[-2:]
-    # A window that reaches past the ends is none: positions run from seqlen_k - seqlen_q to seqlen_k - 1.
-    has_low = 0 <= window_left < seqlen_k - 1
-    has_high = 0 <= window_right < seqlen_q - 1
+    has_low, has_high = bounded(window_left, window_right, seqlen_q, seqlen_k)
     scale = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
-    width = max(64, triton.next_power_of_2(max(head_dim, head_dim_v)))
+    width = max(64, padded(head_dim), padded(head_dim_v))
     if cu_seqlens_q is None:
         out = q.new_empty(batch, seqlen_q, heads, head_dim_v)
         lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)

@@ -98,7 +98,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, which takes 0.9 µs to find that there is nothing to do."""
+    """``x.to(dtype)``, which is slow to find that there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

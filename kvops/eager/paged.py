@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvops.eager.paged_decode import ScoreFold, alike, attend_tiles
+from kvops.eager.paged_decode import Alike, ScoreFold, alike, attend_tiles
 from kvops.eager.paged_rows import (
     MIN_ROWS,
     Piece,
@@ -229,7 +229,7 @@ class _Attention:
     tree_mask: Tensor | None
     positions: Tensor | None = None
     query_positions: Tensor | None = None
-    leading: int = 0  # blocks that all lists have alike
+    leading: Alike | None = None  # what all lists have side by side
     scores: Tensor | None
     score_reduce: str
     score_decay: float
@@ -352,7 +352,7 @@ class _Attention:
             return True
         if not self.keys.by_head:
             self.leading = alike(self.tables, self.least(), total, self.block_size)
-            if self.leading:
+            if self.leading is not None:
                 return True
         if max(self.lens) * lists > 2 * total:  # half of a batch in place would be padding
             return True

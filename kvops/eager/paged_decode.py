@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,32 +47,42 @@ class ScoreFold:
     decay: float
 
 
-def alike(tables: Tensor, least: int, total: int, block_size: int) -> int:
-    """How many leading blocks lie side by side in every list, the lists equally far apart; 0 where they are too few to
-    pay: below ``_LONG`` slots of a list or half of the ``total``. ``least``: the slots of the shortest list."""
+class Alike(NamedTuple):
+    """The leading ``blocks`` of every list lie side by side: of the first list from block ``first`` on, of the next
+    ``step`` blocks behind."""
+
+    blocks: int
+    first: int
+    step: int
+
+
+def alike(tables: Tensor, least: int, total: int, block_size: int) -> Alike | None:
+    """What lies side by side in every list; None where that is too little to pay: below ``_LONG`` slots of a list or
+    half of the ``total``. ``least``: the slots of the shortest list."""
     lists, most = tables.shape[0], least // block_size
     if least < _LONG or 2 * least * lists < total:
-        return 0
+        return None
     leading = tables[:, :most]
     beside = (leading[:, 1:] - leading[:, :-1] == 1).all(0).tolist()
     blocks = beside.index(False) + 1 if False in beside else most
     if blocks * block_size < _LONG or 2 * blocks * block_size * lists < total:
-        return 0
+        return None
     first = leading[:, 0].tolist()
     step = first[1] - first[0] if lists > 1 else 0
     if step < 0 or any(after - before != step for before, after in pairwise(first)):
-        return 0
-    return blocks
+        return None
+    return Alike(blocks, first[0], step)
 
 
 class _Run:
-    """The leading ``blocks`` of every list, which are :func:`alike`, read where they are."""
+    """What is :func:`alike` in all lists, ``blocks`` [lists, m] of the pool, read where it is."""
 
     own = garbage = None
 
-    def __init__(self, keys: Rows, values: Rows, blocks: Tensor) -> None:
-        self.keys, self.values, self.blocks = keys, values, blocks
-        self.count, self.size = blocks.shape[0], blocks.shape[1] * keys.block_size
+    def __init__(self, keys: Rows, values: Rows, tables: Tensor, leading: Alike) -> None:
+        self.keys, self.values, self.leading = keys, values, leading
+        self.blocks = tables[:, : leading.blocks]
+        self.count, self.size = tables.shape[0], leading.blocks * keys.block_size
 
     def lists(self) -> Tensor:
         return torch.arange(self.count)
@@ -82,9 +93,8 @@ class _Run:
     def run(self, q: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """q [lists, rows, D] -> out [lists, rows, D] and lse [lists, rows]; ``scores`` [lists, rows, size] takes the
         logits."""
-        first = self.blocks[:2, 0].tolist()
-        step = first[-1] - first[0]
-        k, v = (rows.alike(first[0], step, self.count, self.size) for rows in (self.keys, self.values))
+        _, first, step = self.leading
+        k, v = (rows.alike(first, step, self.count, self.size) for rows in (self.keys, self.values))
         if scores is not None:
             torch.bmm(q, k.mT, out=scores)
         threads = torch.get_num_threads()
@@ -247,13 +257,13 @@ def attend_tiles(
     stops: list[int],
     limits: Tensor | None,
     *,
-    leading: int,
+    leading: Alike | None,
     sinks: Tensor | None,
     fold: ScoreFold | None,
 ) -> tuple[Tensor, Tensor]:
     """q [lists, T, group, D], scaled; tables [lists, max_blocks]; stops: the slots of each list that some token sees,
     from the first on; limits int64 [lists, T]: those that each token sees, None where they all see the list's stop and
-    no list is empty; leading: blocks that are :func:`alike` and seen by every token; sinks [lists, 1, group]
+    no list is empty; leading: what is :func:`alike` and seen by every token; sinks [lists, 1, group]
     -> out [lists, T, group, D], lse [lists, T, group]."""
     lists, T, G, D = q.shape
     if lists * T == 0 or max(stops) <= 0:
@@ -267,12 +277,12 @@ def attend_tiles(
         logits.append(None if fold is None else q.new_empty(part.count, T * G, part.size))
         return logits[-1]
 
-    rest, skipped = limits, leading * keys.block_size
-    if leading:
-        run = _Run(keys, values, tables[:, :leading])
+    rest = limits
+    if leading is not None:
+        run = _Run(keys, values, tables, leading)
         found.append(run.run(q.reshape(lists, T * G, D), room(run)))
-        tables, stops = tables[:, leading:], [stop - skipped for stop in stops]
-        rest = None if limits is None else limits - skipped
+        tables, stops = tables[:, leading.blocks :], [stop - run.size for stop in stops]
+        rest = None if limits is None else limits - run.size
     if max(stops) > 0:
         tiles = _Tiles(tables, stops, keys.block_size, D)
         found.append(tiles.merge(*_Work(q, keys, values, tiles, rest).run(room(tiles))))

@@ -45,7 +45,7 @@ def prompt_lookup(
 def first_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and its lowest index along the last dimension; a NaN is its row's maximum.
 
-    torch's own max with indices is scalar code: 25 times slower than amax over a row of 49,152, but one operation.
+    torch's own max with indices is scalar code: much slower than amax over a long row, but one operation.
     """
     width = 128
     size = x.shape[-1]
@@ -71,12 +71,12 @@ def row_sum(x: Tensor) -> Tensor:
 
 
 def excess(p: Tensor, q: Tensor) -> Tensor:
-    """max(p - q, 0), and 0 beside a NaN; ``where`` takes 4 to 13 times as long where neither is always larger."""
+    """max(p - q, 0), and 0 beside a NaN; ``where`` takes several times as long where neither is always larger."""
     return (p - q).clamp_(min=0).nan_to_num_(0.0, posinf=torch.inf)
 
 
 def _rows(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """A copy of ``x[first, second]`` [n, V]; whole rows at once take a third of the time."""
+    """A copy of ``x[first, second]`` [n, V]; whole rows at once are faster."""
     if not x.is_contiguous():
         return x[first, second]
     return x.flatten(0, 1).index_select(0, torch.add(second, first, alpha=x.shape[1]))

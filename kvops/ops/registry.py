@@ -132,7 +132,7 @@ def register(
         launch_for: Callable[[tuple[Any, ...], dict[str, Any]], Callable[..., Any]],
     ) -> Callable[[tuple[Any, ...], dict[str, Any]], Callable[..., Any]]:
         """What serves a valid call. Checks and preparation look at everything but data, so calls alike share both:
-        decoding is at its launch after 14 µs instead of 59 (``python -m bench.overhead``)."""
+        decoding is at its launch after 15 µs instead of 59 (``python -m bench.overhead``)."""
         launches: dict[tuple[Any, ...], Callable[..., Any]] = {}
         _launches.append(launches)
 
@@ -194,7 +194,7 @@ def register_autograd(operator: Any, apply: Callable[..., Any]) -> None:
     """Give ``operator`` a gradient: a call in which some tensor requires one is ``apply(below, *args, **kwargs)``, with
     ``below`` the operator without autograd.
 
-    Written out: ``torch.library.register_autograd`` takes no keyword-only tensors, and its calls take 13 µs longer.
+    Written out: ``torch.library.register_autograd`` takes no keyword-only tensors, and its calls take longer.
     """
     name = operator._schema.name.split("::")[1]
     on_cpu, redispatch = _on_cpu[name], operator._handle.redispatch_boxed

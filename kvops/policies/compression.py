@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvops import checks
 from kvops.cache import PagedKVCache
 from kvops.policies.base import Policy, share_out
 from kvops.policies.snapkv import SnapKV
@@ -53,8 +54,7 @@ class Compression:
             if getattr(self, name) is not None
         }
         for name, minimum in least.items():
-            if not getattr(self, name) >= minimum:
-                raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
+            checks.expect_at_least(name, getattr(self, name), minimum)
 
     def budget(self, cache: PagedKVCache, num_tokens: int) -> int:
         """Blocks that a sequence of ``num_tokens`` tokens may keep, over all layers and heads."""

@@ -36,8 +36,7 @@ class Standout(Policy):
 
     def __post_init__(self) -> None:
         checks.expect_odd("pool", self.pool)
-        if not self.distinctness >= 0:
-            raise ValueError(f"distinctness: expected at least 0, got {self.distinctness}")
+        checks.expect_at_least("distinctness", self.distinctness, 0)
 
     @property
     def recall(self) -> int:
