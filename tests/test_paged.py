@@ -468,10 +468,13 @@ def test_eager_long_lists_in_place_and_gathered(consecutive, num_tokens, monkeyp
 
 
 @pytest.mark.parametrize(("block_size", "dtype"), [(1, torch.float32), (16, torch.float16), (24, torch.float32)])
-@pytest.mark.parametrize(("pad", "chunk"), [(0, 1), (0, 1 << 19), (1 << 30, 1), (1 << 30, 1 << 19)])
-def test_eager_serves_few_rows_in_tiles(pad, chunk, block_size, dtype, monkeypatch):
-    """Lists cut into tiles or padded to one each, all at once or one at a time."""
+@pytest.mark.parametrize(
+    ("few", "pad", "chunk"), [(0, 0, 1), (0, 0, 1 << 19), (0, 1 << 30, 1), (0, 1 << 30, 1 << 19), (99, 0, 1)]
+)
+def test_eager_serves_few_rows_in_tiles(few, pad, chunk, block_size, dtype, monkeypatch):
+    """Lists one by one, cut into tiles or padded to one each, all at once or some at a time."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(paged_decode, "_FEW", few)
     monkeypatch.setattr(paged_decode, "_CHUNK", chunk)
     monkeypatch.setattr(paged_decode, "_PAD", pad)
     served = []
@@ -489,9 +492,10 @@ def test_eager_serves_few_rows_in_tiles(pad, chunk, block_size, dtype, monkeypat
     assert len(served) == 5
 
 
-@pytest.mark.parametrize("pad", [0, 1 << 30])
-def test_eager_tiles_of_a_uniform_cache_are_those_of_its_ragged_form(pad, monkeypatch):
+@pytest.mark.parametrize(("few", "pad"), [(0, 0), (0, 1 << 30), (99, 0)])
+def test_eager_tiles_of_a_uniform_cache_are_those_of_its_ragged_form(few, pad, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(paged_decode, "_FEW", few)
     monkeypatch.setattr(paged_decode, "_PAD", pad)
     tables = torch.randperm(160).view(8, 20).int()
     lens = torch.tensor([300, 0, 7, 16, 1, 30, 2, 9], dtype=torch.int32)
@@ -520,6 +524,7 @@ def swap_blocks(lists: Lists, table: Tensor, first: int) -> None:
 def test_eager_runs_begin_and_end_anywhere(monkeypatch):
     """Runs of consecutive blocks between scattered ones; a window begins inside a run."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(paged_decode, "_FEW", 0)
     lists = make_lists([[1999, 1333]], block_size=16, head_dim=32, consecutive=True)
     for first in (0, 40, 77):
         for table in (lists.block_tables[0, 0], lists.block_tables[0, 1]):

@@ -4,7 +4,7 @@ A list is cut into tiles of some hundred slots and the tiles of all lists stand 
 sum of the lengths, however unequal they are, and the number of calls to torch hardly grows at all. Tiles are gathered
 by chunks that stay in the caches and handed to torch's CPU flash attention as one batch; what the tiles of a list give
 is merged by their lse, as on a GPU. What a prompt left side by side in the pool, alike for all lists, is not gathered
-but read where it is.
+but read where it is. A few lists are sooner served one by one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 # Slots in a tile, about: a batch is fast from here on, and a list's last tile wastes half of it.
 _TILE = 128
+# Lists that are served sooner one by one than in tiles, and their slots: longer ones want all cores, or no copy.
+_FEW, _FEW_SLOTS = 4, 4096
 # Elements of K and of V gathered at once: 2 MiB each in float32. Smaller chunks cost calls, larger ones leave the
 # caches.
 _CHUNK = 1 << 19
@@ -45,6 +47,12 @@ class ScoreFold:
     scores: Tensor
     reduce: str
     decay: float
+
+    def reduced(self, p: Tensor) -> Tensor:
+        """[n, rows, slots] -> [n, slots]; may overwrite ``p``."""
+        if self.reduce == "max":
+            return p.amax(1)
+        return (p.square_() if self.reduce == "sumsq" else p).sum(1)
 
 
 class Alike(NamedTuple):
@@ -74,34 +82,101 @@ def alike(tables: Tensor, least: int, total: int, block_size: int) -> Alike | No
     return Alike(blocks, first[0], step)
 
 
-class _Run:
-    """What is :func:`alike` in all lists, ``blocks`` [lists, m] of the pool, read where it is."""
+class _Part:
+    """Slots of all lists in ``n`` pieces of ``size`` slots, those of ``blocks`` [n, m] of the pool.
 
-    own = garbage = None
+    ``own`` [n, m] are the blocks that do not stand there a second time and ``garbage`` the slots past a list's end,
+    counted through all pieces; None where all are and there are none.
+    """
+
+    blocks: Tensor
+    size: int
+    own: Tensor | None = None
+    garbage: Tensor | None = None
+    logits: Tensor | None = None  # [n, rows, size], kept for fold()
+
+    def lists(self) -> Tensor:
+        """[n]: the list of each piece."""
+        return torch.arange(self.blocks.shape[0])
+
+    def of_lists(self, values: Tensor) -> Tensor:
+        """[lists, ...] -> [n, ...]"""
+        return values
+
+    def fold(self, fold: ScoreFold, shift: Tensor) -> None:
+        """Add the probabilities to the scores of their slots. Overwrites the logits; shift [lists, rows]: the lse."""
+        if self.logits is None:
+            return
+        reduced = fold.reduced(self.logits.sub_(self.of_lists(shift)[..., None]).exp_())
+        seen = torch.ones_like(reduced, dtype=torch.bool)
+        if self.garbage is not None:
+            seen.view(-1).index_fill_(0, self.garbage, False)
+        fold_scores(fold.scores, fold.decay, self.blocks, self.own, self.lists(), reduced, seen)
+
+
+class _Run(_Part):
+    """What is :func:`alike` in all lists, read where it is."""
 
     def __init__(self, keys: Rows, values: Rows, tables: Tensor, leading: Alike) -> None:
         self.keys, self.values, self.leading = keys, values, leading
         self.blocks = tables[:, : leading.blocks]
-        self.count, self.size = tables.shape[0], leading.blocks * keys.block_size
+        self.size = leading.blocks * keys.block_size
 
-    def lists(self) -> Tensor:
-        return torch.arange(self.count)
-
-    def of_lists(self, values: Tensor) -> Tensor:
-        return values
-
-    def run(self, q: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
-        """q [lists, rows, D] -> out [lists, rows, D] and lse [lists, rows]; ``scores`` [lists, rows, size] takes the
-        logits."""
+    def attend(self, q: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        """q [lists, rows, D] -> out [lists, rows, D] and lse [lists, rows]."""
         _, first, step = self.leading
-        k, v = (rows.alike(first, step, self.count, self.size) for rows in (self.keys, self.values))
-        if scores is not None:
-            torch.bmm(q, k.mT, out=scores)
+        lists = q.shape[0]
+        k, v = (rows.alike(first, step, lists, self.size) for rows in (self.keys, self.values))
+        if scored:
+            self.logits = torch.bmm(q, k.mT)
         threads = torch.get_num_threads()
-        parts = 1 if self.count % threads == 0 else math.gcd(self.size, threads)
+        parts = 1 if lists % threads == 0 else math.gcd(self.size, threads)
         k, v = (x.unflatten(1, (parts, -1)) for x in (k, v))  # [lists, parts, slots, D]: work for every core
         out, lse = _flash(q[:, None].expand(-1, parts, -1, -1), k, v, 0.0, False, scale=1.0)
         return _merge(out.unbind(1), lse.unbind(1))
+
+
+class _Each:
+    """Few lists, one after the other: of each exactly what is seen, so that nothing is padded, masked or merged."""
+
+    def __init__(self, keys: Rows, values: Rows, tables: Tensor, stops: list[int]) -> None:
+        self.keys, self.values, self.tables, self.stops = keys, values, tables, stops
+        self.logits: list[Tensor] = []
+
+    def blocks(self, i: int) -> Tensor:
+        """[1, m]: those of list i, of which some slot is seen."""
+        return self.tables[i : i + 1, : -(-self.stops[i] // self.keys.block_size)]
+
+    def attend(self, q: Tensor, limits: Tensor | None, scored: bool) -> tuple[Tensor, Tensor]:
+        """q [lists, T, group, D]; limits: see :func:`attend_tiles` -> out [lists, rows, D], lse [lists, rows]."""
+        _, T, G, D = q.shape
+        found = []
+        for i, (rows, stop) in enumerate(zip(q.reshape(-1, 1, 1, T * G, D).unbind(), self.stops, strict=True)):
+            if stop <= 0:
+                found.append((torch.zeros_like(rows), rows.new_full((1, 1, T * G), _HIDDEN)))
+                continue
+            blocks, own = self.blocks(i), torch.tensor([i]) if self.keys.by_head else None
+            k, v = (cache.blocks(blocks, own)[None, :, :stop] for cache in (self.keys, self.values))
+            mask = None
+            if limits is not None:
+                mask = q.new_zeros(T, 1, stop).masked_fill_(torch.arange(stop) >= limits[i, :, None, None], _HIDDEN)
+                mask = mask.expand(T, G, stop).reshape(1, 1, T * G, stop)
+            found.append(_flash(rows, k, v, 0.0, False, attn_mask=mask, scale=1.0))
+            if scored:
+                logits = rows[0, 0] @ k[0, 0].mT
+                self.logits.append(logits if mask is None else logits.add_(mask[0, 0]))
+        outs, lses = zip(*found, strict=True)
+        return torch.cat(outs)[:, 0], torch.cat(lses)[:, 0]
+
+    def fold(self, fold: ScoreFold, shift: Tensor) -> None:
+        """See :meth:`_Part.fold`."""
+        seen = [i for i, stop in enumerate(self.stops) if stop > 0]
+        for i, logits in zip(seen, self.logits, strict=True):
+            blocks = self.blocks(i)
+            reduced = logits.new_zeros(1, blocks.shape[1] * self.keys.block_size)
+            reduced[0, : self.stops[i]] = fold.reduced(logits.sub_(shift[i, :, None]).exp_()[None])[0]
+            inside = torch.arange(reduced.shape[1])[None] < self.stops[i]
+            fold_scores(fold.scores, fold.decay, blocks, None, torch.tensor([i]), reduced, inside)
 
 
 def _merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -113,12 +188,11 @@ def _merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tens
     return (torch.stack(tuple(outs)) * (lse - joined).exp_()[..., None]).sum(0), joined
 
 
-class _Tiles:
-    """The tiles of all lists in one line: ``blocks`` [n, m] of the pool, a tile being ``size`` slots.
+class _Tiles(_Part):
+    """The tiles of all lists in one line.
 
-    ``blocks`` repeats a list's last block past its end; an empty list's tile holds block 0. ``garbage`` are the slots
-    past an end, counted through all tiles, if there are any. ``list`` [n] is the list of each tile and ``first`` [n]
-    its first slot there; None where every list is one tile.
+    ``blocks`` repeats a list's last block past its end; an empty list's tile holds block 0. ``list`` [n] is the list of
+    each tile and ``first`` [n] its first slot there; None where every list is one tile.
     """
 
     def __init__(self, tables: Tensor, stops: list[int], block_size: int, width: int) -> None:
@@ -131,8 +205,6 @@ class _Tiles:
         self.size = blocks * block_size
         self.list: Tensor | None = None
         self.first: Tensor | None = None
-        self.own: Tensor | None = None  # which of ``blocks`` do not stand there a second time, if not all
-        self.garbage: Tensor | None = None
         column = torch.arange(blocks)[None]  # of the table
         stop = torch.tensor(stops)
         self.count, left = lists, stop  # slots of the list from the tile's first on
@@ -164,6 +236,12 @@ class _Tiles:
     def of_lists(self, values: Tensor) -> Tensor:
         """[lists, ...] -> [n, ...]"""
         return values if self.list is None else values.index_select(0, self.list)
+
+    def attend(self, q: Tensor, keys: Rows, values: Rows, limits: Tensor | None, scored: bool) -> tuple[Tensor, Tensor]:
+        """q [lists, T, group, D]; limits: see :func:`attend_tiles` -> out [lists, rows, D], lse [lists, rows]."""
+        if scored:
+            self.logits = q.new_empty(self.count, q.shape[1] * q.shape[2], self.size)
+        return self.merge(*_Work(q, keys, values, self, limits).run(self.logits))
 
     def sum(self, values: Tensor) -> Tensor:
         """[n, ...] -> [lists, ...], in the order of the tiles."""
@@ -249,6 +327,11 @@ class _Work:
         return out[:, 0], lse[:, 0]
 
 
+def one_by_one(stops: list[int]) -> bool:
+    """Whether lists of so many slots are few and short enough to be served one after the other."""
+    return len(stops) <= _FEW and max(stops) <= _FEW_SLOTS
+
+
 def attend_tiles(
     q: Tensor,
     keys: Rows,
@@ -268,24 +351,25 @@ def attend_tiles(
     lists, T, G, D = q.shape
     if lists * T == 0 or max(stops) <= 0:
         return torch.zeros_like(q), q.new_full((lists, T, G), -torch.inf)
-    parts: list[_Run | _Tiles] = []
-    logits: list[Tensor | None] = []
+    scored = fold is not None
+    parts: list[_Part | _Each] = []
     found: list[tuple[Tensor, Tensor]] = []
-
-    def room(part: _Run | _Tiles) -> Tensor | None:
-        parts.append(part)
-        logits.append(None if fold is None else q.new_empty(part.count, T * G, part.size))
-        return logits[-1]
-
     rest = limits
     if leading is not None:
         run = _Run(keys, values, tables, leading)
-        found.append(run.run(q.reshape(lists, T * G, D), room(run)))
+        parts.append(run)
+        found.append(run.attend(q.reshape(lists, T * G, D), scored))
         tables, stops = tables[:, leading.blocks :], [stop - run.size for stop in stops]
         rest = None if limits is None else limits - run.size
     if max(stops) > 0:
-        tiles = _Tiles(tables, stops, keys.block_size, D)
-        found.append(tiles.merge(*_Work(q, keys, values, tiles, rest).run(room(tiles))))
+        if one_by_one(stops):
+            each = _Each(keys, values, tables, stops)
+            parts.append(each)
+            found.append(each.attend(q, rest, scored))
+        else:
+            tiles = _Tiles(tables, stops, keys.block_size, D)
+            parts.append(tiles)
+            found.append(tiles.attend(q, keys, values, rest, scored))
     out, lse = _merge(*zip(*found, strict=True))
     if sinks is not None:
         joined = torch.logaddexp(lse, sinks.expand(lists, T, G).flatten(1))
@@ -297,19 +381,6 @@ def attend_tiles(
 
     if fold is not None:
         shift = lse if empty is None else lse.masked_fill(empty, torch.inf)
-        for part, p in zip(parts, logits, strict=True):
-            if p is not None:
-                _fold(fold, part, p.sub_(part.of_lists(shift)[..., None]).exp_())
+        for part in parts:
+            part.fold(fold, shift)
     return out.reshape(lists, T, G, D), lse.reshape(lists, T, G)
-
-
-def _fold(fold: ScoreFold, part: _Run | _Tiles, p: Tensor) -> None:
-    """Add probabilities [n, rows, size] to the scores of their slots."""
-    if fold.reduce == "max":
-        reduced = p.amax(1)
-    else:
-        reduced = (p.square_() if fold.reduce == "sumsq" else p).sum(1)
-    seen = torch.ones_like(reduced, dtype=torch.bool)
-    if part.garbage is not None:
-        seen.view(-1).index_fill_(0, part.garbage, False)
-    fold_scores(fold.scores, fold.decay, part.blocks, part.own, part.lists(), reduced, seen)

@@ -175,6 +175,8 @@ class Rows:
 
     def blocks(self, blocks: Tensor, lists: Tensor | None, room: Tensor | None = None) -> Tensor:
         """Whole blocks [n, m] of ``lists`` [n] -> [n, m * block_size, D], a copy; see :func:`read_blocks`."""
+        if room is None and not self.by_head and self.cache.dtype == self.dtype:  # most calls, without a detour
+            return self.cache.index_select(0, blocks.flatten()).view(blocks.shape[0], -1, self.cache.shape[-1])
         picked = read_blocks(*by_block(self.cache, blocks, lists, by_head=self.by_head), room)
         return picked.flatten(1, 2).to(self.dtype)
 
