@@ -6,8 +6,12 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from kvops.kernels.interpreter import mend_loop_bounds
+
 # The kernels were decorated for the interpreter: there is no driver to ask then.
 _INTERPRETED = bool(knobs.runtime.interpret)
+if _INTERPRETED:
+    mend_loop_bounds()
 
 
 class Device(NamedTuple):
