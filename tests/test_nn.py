@@ -1,16 +1,11 @@
-"""kvops.nn.Attention against attention written out in float64, torch's module and the layers of transformers."""
-
-import copy
+"""kvops.nn.Attention against attention written out in float64 and torch's module."""
 
 import pytest
 import torch
-import transformers
 from oracle import assert_accurate, attention_mask
 from oracle import attention as exact_attention
-from test_transformers import MODELS, TINY, assert_no_worse, make_model, padded, rows, train
 
 import kvops
-from kvops.integrations.transformers import KVOpsCache
 from kvops.nn import Attention
 from kvops.policies import SnapKV
 from kvops.rotary import rotate
@@ -89,78 +84,6 @@ def test_the_projections_of_torchs_module_are_taken_over(causal, bias):
         torch.testing.assert_close(Attention.from_torch(theirs)(x, context=context), expected)
 
 
-FAMILIES = MODELS | {"Qwen3": ("Qwen3Config", {}), "Gemma": ("GemmaConfig", {})}
-
-
-def make_any(family: str, monkeypatch, **changes) -> torch.nn.Module:
-    monkeypatch.setitem(MODELS, family, FAMILIES[family])
-    model = make_model(family, **changes)
-    for name, weight in model.named_parameters():
-        if name.endswith("norm.weight"):  # ones or zeros hide a norm that was forgotten
-            torch.nn.init.normal_(weight, 1.0, 0.3)
-    return model
-
-
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2"])
-@torch.no_grad()
-def test_a_layer_of_transformers_is_taken_over(family, monkeypatch):
-    model = make_any(family, monkeypatch)
-    model.set_attn_implementation("eager")
-    seen = {}
-
-    def record(module, args, kwargs, output):
-        seen[module.layer_idx] = kwargs.get("hidden_states", args[0] if args else None), output[0]
-
-    layers = [layer.self_attn for layer in model.model.layers]
-    for layer in layers:
-        layer.register_forward_hook(record, with_kwargs=True)
-    model(torch.cat(rows()[:1]))
-    for index, layer in enumerate(layers):
-        own = Attention.from_transformers(layer)
-        assert own.q_proj is layer.q_proj
-        x, expected = seen[index]
-        torch.testing.assert_close(own(x), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replaced_layers_give_the_models_logits_gradients_and_tokens(family, monkeypatch):
-    model, batch = make_any(family, monkeypatch), padded("left")
-    alone = [{"input_ids": row} for row in rows()]
-    reference, names = copy.deepcopy(model), list(model.state_dict())
-    report = kvops.nn.replace(model)
-    assert (report.swapped, str(report)) == (2, "2 of 2 attention layers run on kvops.nn.Attention")
-    assert list(model.state_dict()) == names
-    theirs = train(reference, "eager", alone)
-    assert_no_worse(train(model, "kvops", [batch]), theirs, train(reference.double(), "eager", alone))
-    prompt = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    options = {"max_new_tokens": 4, "do_sample": False}
-    cache = KVOpsCache(model.config, max_tokens=32, block_size=4)
-    replaced = model.generate(**prompt, **options, past_key_values=cache)
-    assert torch.equal(replaced, model.generate(**prompt, **options))
-
-
-def test_the_report_tells_what_was_left_and_why():
-    model = make_model("Llama")
-    model.model.layers[0].self_attn.attention_dropout = 0.5
-
-    class OwnAttention(torch.nn.Module):
-        pass
-
-    model.first, model.second = torch.nn.MultiheadAttention(4, 2), OwnAttention()
-    report = kvops.nn.replace(model)
-    assert report.swapped == 1
-    assert str(report).splitlines() == [
-        "1 of 4 attention layers run on kvops.nn.Attention",
-        "  left: model.layers.0.self_attn (LlamaAttention): attention_dropout is 0.5, kvops has no dropout: set it to "
-        "0 in the config",
-        "  left: first (MultiheadAttention): takes query, key and value: build kvops.nn.Attention.from_torch and call "
-        "it with x",
-        "  left: second (OwnAttention): not one of Gemma2Attention, Gemma3Attention, GemmaAttention, GptOssAttention, "
-        "LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention",
-    ]
-    assert kvops.nn.replace(model).swapped == 0, "a layer is swapped once"
-
-
 def test_packed_sequences_attend_to_themselves(backend, device):
     module, lengths = make(device, window=4), (5, 0, 1, 3)
     x = torch.randn(sum(lengths), HIDDEN, device=device)
@@ -237,8 +160,3 @@ def test_misuse_is_told_apart():
             call()
     with torch.no_grad(), pytest.raises(ValueError, match=r"q_lens: expected None along with prefill"):
         module(x.repeat(2, 1, 1), positions, cache=cache, prefill=True, q_lens=torch.ones(2, dtype=torch.int32))
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
-    layer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, rope_parameters=scaled)).model.layers[0]
-    with pytest.raises(ValueError, match=r"rope: expected the frequencies, .* rotary_emb.inv_freq"):
-        Attention.from_transformers(layer.self_attn)
-    assert Attention.from_transformers(layer.self_attn, rope=torch.ones(4)).rope.tolist() == [1.0] * 4

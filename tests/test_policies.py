@@ -6,8 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from oracle import attention, attention_mask
 
 import kvops
@@ -31,7 +29,6 @@ from kvops.policies import (
     SnapKV,
     Standout,
     Streaming,
-    share_out,
 )
 
 
@@ -263,17 +260,6 @@ def test_every_policy_keeps_to_the_budget(policy):
 def test_every_named_policy_is_exported():
     named = {value for value in vars(kvops.policies).values() if isinstance(value, type) and issubclass(value, Policy)}
     assert set(POLICIES.values()) == named - {Policy}
-
-
-@given(
-    st.integers(0, 400), st.lists(st.floats(0.05, 3), min_size=1, max_size=12), st.integers(0, 9), st.integers(9, 40)
-)
-def test_a_total_is_shared_out_whole_and_within_bounds(total, weights, least, most):
-    parts = share_out(total, weights, least=least, most=most)
-    assert all(least <= part <= most for part in parts)
-    assert sum(parts) == min(max(total, least * len(weights)), most * len(weights))
-    by_weight = [part for _, part in sorted(zip(weights, parts, strict=True), key=lambda pair: pair[0])]
-    assert all(small <= large + 1 for small, large in itertools.pairwise(by_weight))
 
 
 @pytest.mark.parametrize("scope", ["head", "sequence"])

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kvops
 
@@ -79,18 +77,6 @@ def test_a_text_of_several_tiles(backend, device):
         texts.append([*text, 1, 2, 3])
     texts.append(list(range(5000)))
     expect_drafts(kvops.prompt_lookup(*packed(texts, device), num_draft=6), texts, 6, 3, 1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(st.lists(st.integers(0, 2), max_size=24), min_size=1, max_size=4),
-    max_ngram=st.integers(1, 5),
-    num_draft=st.integers(0, 6),
-)
-def test_any_small_batch(texts, max_ngram, num_draft):
-    min_ngram = max(1, max_ngram - 2)
-    result = kvops.prompt_lookup(*packed(texts, "cpu"), num_draft=num_draft, max_ngram=max_ngram, min_ngram=min_ngram)
-    expect_drafts(result, texts, num_draft, max_ngram, min_ngram)
 
 
 def test_no_room_no_text_no_batch(backend, device):
