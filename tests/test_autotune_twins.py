@@ -104,7 +104,7 @@ DECIDED = {
     "another device": ([(GLUON, 90.0, {"device": H200})], TRITON, "has not been measured"),
     "another device beside this": ([(GLUON, 110.0, {}), (TRITON, 100.0, {"device": H200})], GLUON, "no record of that"),
     "older sources": ([(GLUON, 90.0, {"source": "older"})], TRITON, "other-version"),
-    "another Triton": ([(GLUON, 90.0, {"triton": "3.6.0"})], TRITON, "other-version"),
+    "another Triton": ([(GLUON, 90.0, {"triton": "3.5.0"})], TRITON, "other-version"),
     "not measured": ([(GLUON, 90.0, {"borrowed": True})], TRITON, "has not been measured"),
     "an older record of the twin": ([(GLUON, 90.0, {}), (TRITON, 80.0, {"source": "older"})], TRITON, "80.0"),
     "another mask": ([(GLUON, 90.0, {"mask": 0})], TRITON, "no record"),
