@@ -28,8 +28,8 @@ from kvops.kernels.paged_plan import PagedKind
 from kvops.kernels.paged_schedule import paged_schedule
 from kvops.kernels.paged_scores import paged_scores_kernel
 from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visible_range, visible_slots
-from kvops.kernels.prepared import prepared
 from kvops.kernels.primitives import LN_2, LOG2_E, dot, log2_scores, online_softmax_step, page_address
+from kvops.prepared import prepared
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "places", "window_left"])

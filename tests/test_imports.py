@@ -27,7 +27,8 @@ INTEGRATIONS = {
 RULES: dict[str, tuple[set[str], set[str]]] = {
     # module prefix: (at import time, lazily)
     "kvops.checks": ({"torch"}, set()),
-    "kvops.eager": ({"torch", "kvops.eager", "kvops.checks"}, set()),
+    "kvops.prepared": (set(), set()),
+    "kvops.eager": ({"torch", "kvops.eager", "kvops.checks", "kvops.prepared"}, set()),
     # What a family is tried with stands above the kernels; it is named, and imported where candidates are compiled or
     # run.
     "kvops.autotune": (
@@ -36,7 +37,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "kvops.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
-        {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup"},
+        {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup", "kvops.prepared"},
         set(),
     ),
     "kvops.ops": (

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvops.prepared import prepared
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -238,58 +240,88 @@ def _equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
+class _Kind:
+    """What calls alike have in common: see :func:`kvops.prepared.prepared`."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = False,
+        window_left: int = -1,
+        window_right: int = -1,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> None:
+        B, Sq, Hq, D = q.shape
+        self.dtype = compute_dtype(q.dtype)
+        self.window = Window.of(Sq, v.shape[1], causal, window_left, window_right)
+        self.scale = default_scale(scale, D)
+        self.empty = B == 0 or Hq == 0 or self.window.first_row == Sq
+        self.calls = _calls(self.window, 0 if alibi_slopes is None else alibi_slopes.numel())
+        # One call of torch's kernel and nothing around it: a short prompt notices.
+        self.plain = (
+            not (self.empty or softcap > 0 or sinks is not None or alibi_slopes is not None)
+            and (self.scale > 0 and q.dtype == self.dtype and v.shape[3] == D)
+            and self.calls in ((_Call(0, Sq, 0, v.shape[1]),), (_Call(0, Sq, 0, v.shape[1], causal=True),))
+        )
+
+
+@prepared(_Kind)
 def flash_attention(
+    kind: _Kind,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    **in_kind: object,
 ) -> tuple[Tensor, Tensor]:
-    B, Sq, Hq, D = q.shape
-    Sk, Hkv, Dv = v.shape[1:]
-    dtype = compute_dtype(q.dtype)
-    window = Window.of(Sq, Sk, causal, window_left, window_right)
+    """See :func:`kvops.flash_attention`."""
+    if kind.plain:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out, lse = _forward(q, k, v, 0.0, kind.calls[0].causal, scale=kind.scale)
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
+    B, Sq, Hq, _ = q.shape
+    Hkv, Dv = v.shape[2:]
+    dtype = kind.dtype
     slopes = group_slopes(alibi_slopes, Hkv, dtype)
-    scale = default_scale(scale, D)
-    if B == 0 or Hq == 0 or window.first_row == Sq:
+    if kind.empty:
         return q.new_zeros(B, Sq, Hq, Dv), q.new_full((B, Hq, Sq), float("-inf"), dtype=dtype)
     if softcap > 0:
-        out, lse = _tiled_forward(q, k, v, window, scale, softcap, slopes, dtype)
+        out, lse = _tiled_forward(q, k, v, kind.window, kind.scale, softcap, slopes, dtype)
     else:
-        out, lse = _fused_forward(cast(q, dtype), cast(k, dtype), cast(v, dtype), window, scale, slopes)
+        out, lse = _fused_forward(kind, cast(q, dtype), cast(k, dtype), cast(v, dtype), slopes)
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks)
     return cast(out, q.dtype).contiguous(), lse.contiguous()
 
 
 def _part(x: Tensor, start: int, end: int) -> Tensor:
-    """Tokens start..end-1 of [B, H, S, D] or [B, H, S]; a short prompt notices what a view of everything costs."""
+    """Tokens start..end-1 of [B, H, S, D] or [B, H, S]."""
     return x if end - start == x.shape[2] else x[:, :, start:end]
 
 
-def _fused_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, slopes: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fused_forward(kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
     B, Sq, Hq, D = q.shape
     Dv = v.shape[3]
-    q, scale = _positive_scale(q, scale)
+    q, scale = _positive_scale(q, kind.scale)
     if Dv != D:
         q, k, v = _equal_width(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    calls = _calls(window, 0 if slopes is None else slopes.numel())
-    whole = calls[0].start == 0 and calls[0].end == Sq
+    whole = kind.calls[0].start == 0 and kind.calls[0].end == Sq
     if not whole:
         out, lse = q.new_zeros(B, Sq, Hq, Dv), q.new_full((B, Hq, Sq), float("-inf"))
     done = 0
-    for call in calls:
+    for call in kind.calls:
         start, end, low, high, causal, masked = call
-        mask = _mask(window, call, slopes, q.dtype, q.device) if masked else None
+        mask = _mask(kind.window, call, slopes, q.dtype, q.device) if masked else None
         part, part_lse = _forward(
             _part(q, start, end), _part(k, low, high), _part(v, low, high), 0.0, causal, attn_mask=mask, scale=scale
         )

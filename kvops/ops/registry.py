@@ -34,18 +34,16 @@ def backend(device: torch.device | str = "cpu") -> str:
     return "triton-interpreter" if checks.interpreting() else "eager"
 
 
-class _Lazy:
+def _kernel(target: str) -> Callable[..., Any]:
     """A launch function, ``"module:function"``, imported at its first call: Triton stays out of ``import kvops``."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
-    def __init__(self, target: str) -> None:
-        self.target = target
 
-    def launch_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """What launches this call and all that differ in nothing but data (see ``kvops.kernels.prepared``)."""
-        module, name = self.target.split(":")
-        function = getattr(importlib.import_module(module), name)
-        prepare = getattr(function, "prepare", None)
-        return function if prepare is None else prepare(*args, **kwargs)
+def _launch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """What serves this call and all that differ in nothing but data: see :mod:`kvops.prepared`."""
+    prepare = getattr(function, "prepare", None)
+    return function if prepare is None else prepare(*args, **kwargs)
 
 
 _launches: list[dict[tuple[Any, ...], Callable[..., Any]]] = []
@@ -152,15 +150,12 @@ def register(
 
         return launch_of
 
-    lazy = _Lazy(kernel)
-    kernel_for = remembering(lambda args, kwargs: lazy.launch_for(args, kwargs))
-    eager_for = remembering(lambda args, kwargs: eager)
+    kernel_for = remembering(lambda args, kwargs: _launch(_kernel(kernel), args, kwargs))
+    eager_for = remembering(lambda args, kwargs: _launch(eager, args, kwargs))
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        if checks.interpreting():
-            return kernel_for(args, kwargs)(*args, **kwargs)
-        serve = eager_for(args, kwargs)
-        with torch._C._AutoDispatchBelowAutograd():  # each of its operations would look for a gradient: 0.4 µs
+        serve = (kernel_for if checks.interpreting() else eager_for)(args, kwargs)
+        with torch._C._AutoDispatchBelowAutograd():  # each of its operations would look for a gradient
             return serve(*args, **kwargs)
 
     def on_gpu(*args: Any, **kwargs: Any) -> Any:
@@ -201,8 +196,8 @@ def register_autograd(operator: Any, apply: Callable[..., Any]) -> None:
     after_autograd, implementations = torch._C._after_autograd_keyset, torch._C._after_ADInplaceOrView_keyset
 
     def below(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        # Where no mode, wrapper or trace stands in between, the dispatcher could only find the CPU: 4 µs less.
-        if keyset & implementations == _CPU and not checks.interpreting():
+        # Where no mode, wrapper or trace stands in between, the dispatcher could only find the CPU.
+        if keyset & implementations == _CPU:
             return on_cpu(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return redispatch(keyset & after_autograd, *args, **kwargs)

@@ -1,4 +1,6 @@
-"""Launch functions that work out grids and strides once for all calls alike."""
+"""Functions that work out once for all calls alike what does not follow from data: grids, strides, ranges of keys."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, update_wrapper
@@ -6,11 +8,11 @@ from typing import Any
 
 
 def prepared(prepare: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make ``launch(kind, *args, **kwargs)`` a launch function of ``args`` and ``kwargs``.
+    """Make ``launch(kind, *args, **kwargs)`` a function of ``args`` and ``kwargs``.
 
     ``prepare(*args, **kwargs)`` returns ``kind``: whatever follows from shapes, strides, dtypes, numbers and which
-    tensors there are, and nothing that follows from data or the device. The registry of operators asks the launch
-    function's own ``prepare`` for a launch with its ``kind`` in place and keeps that for all calls alike.
+    tensors there are, and nothing that follows from data or the device. The registry of operators asks the function's
+    own ``prepare`` for a launch with its ``kind`` in place and keeps that for all calls alike.
     """
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
