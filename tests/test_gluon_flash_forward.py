@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gluon_model import Multiprocessor, ProtocolError
-from hopper import on_hopper
+from hopper import TRITON_3_6, on_hopper
 from oracle import assert_accurate, attention, attention_mask
 
 from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
@@ -301,11 +301,13 @@ def test_the_binary_overlaps_and_spills_nothing():
     done = subprocess.run([sys.executable, script, "--json"], capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)
     assert len(rows) == 22
+    # Packed at 256, the number of the program is kept for the producer: once, outside of the loops over tiles. Under a
+    # causal mask always, under a window by the ptxas of Triton 3.6.
+    kept = ["d256-packed-causal", *(["d256-packed-window"] if TRITON_3_6 else [])]
     for row in rows:
         name = row["case"]
-        # Packed and causal at 256, the number of the program is kept for the producer: once, outside of every loop.
-        assert row["spills"] <= (3 if name == "d256-packed-causal" else 0), name
-        assert row["stack"] <= (8 if name == "d256-packed-causal" else 0), name
+        assert row["spills"] <= (3 if name in kept else 0), name
+        assert row["stack"] <= (8 if name in kept else 0), name
         assert row["shared_memory"] <= 232_448, name
         assert row["HGMMA"] > 0, name
         assert row["HMMA"] == 0, name
