@@ -222,6 +222,7 @@ class KVOpsCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens of every row back."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a 0-d tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a number from 0 down, got {tokens_to_remove}")
         if self._length + tokens_to_remove < self._trimmed:
