@@ -377,7 +377,7 @@ FAMILIES: tuple[OpSpec, ...] = (
     ),
     _dense(
         "flash_backward_keys",
-        "kvops.kernels.flash_backward:flash_backward_keys_kernel",
+        "kvops.kernels.flash_backward_keys:flash_backward_keys_kernel",
         lambda p, d: flash_backward_keys_config(p["width"], p["itemsize"], d.arch),
         _KEYS_TILES,
         4,
@@ -386,7 +386,7 @@ FAMILIES: tuple[OpSpec, ...] = (
     ),
     _dense(
         "flash_backward_queries",
-        "kvops.kernels.flash_backward:flash_backward_queries_kernel",
+        "kvops.kernels.flash_backward_queries:flash_backward_queries_kernel",
         lambda p, d: flash_backward_queries_config(p["width"], p["itemsize"], p["seqlen_q"], d.arch),
         _QUERIES_TILES,
         3,

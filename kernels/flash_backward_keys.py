@@ -1,0 +1,195 @@
+"""dK and dV: a program owns a tile of keys and walks the queries of every head of its group."""
+
+import triton
+import triton.language as tl
+
+from kvops.kernels.primitives import (
+    alibi_slope,
+    dot,
+    in_window,
+    load_rows,
+    log2_scores,
+    program_tile,
+    sequence_tokens,
+    store_rows,
+    window_blocks,
+)
+
+
+@triton.jit
+def _gather_key_gradients(
+    dk,
+    dv,
+    k,
+    v,
+    keys,
+    q_ptr,
+    dout_ptr,
+    lse_log2_ptr,
+    delta_ptr,
+    stride_qm,
+    stride_dom,
+    start,
+    end,
+    seqlen_q,
+    offset,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    slope,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Add what the query blocks from ``start`` to ``end`` of one head give to dK and dV.
+
+    Rows past the end need no mask: their lse reads as +inf, which makes P 0.
+
+    Scores are computed transposed, [keys, queries], so that P^T and dS^T are left operands as they stand.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    for start_m in tl.range(start, end, BLOCK_M):
+        first = tl.cast(start_m, tl.int64)
+        left = seqlen_q - start_m
+        q = load_rows(  # [BLOCK_M, BLOCK_D]
+            q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, True
+        )
+        lse = tl.load(lse_log2_ptr + start_m + rows, mask=rows < left, other=float("inf"))
+        delta = tl.load(delta_ptr + start_m + rows, mask=rows < left, other=0.0)
+        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))  # [BLOCK_N, BLOCK_M]
+        distance = (start_m + rows + offset)[None, :] - keys[:, None]
+        s, slope_of_cap = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+        p = tl.exp2(s - lse[None, :])
+        if MASKED:
+            p = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)
+        dout = load_rows(  # [BLOCK_M, BLOCK_DV]
+            dout_ptr + first * stride_dom, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True
+        )
+        dv = dot(p.to(dout.dtype), dout, dv)
+        dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        ds = p * (dp - delta[None, :])
+        if HAS_SOFTCAP:
+            ds *= slope_of_cap
+        dk = dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+def flash_backward_keys_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_log2_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_dob,
+    stride_dom,
+    stride_doh,
+    stride_lb,
+    stride_lh,
+    stride_dkb,
+    stride_dkn,
+    stride_dkh,
+    stride_dvb,
+    stride_dvn,
+    stride_dvh,
+    stride_slopes_b,
+    kv_heads,
+    seqlen_q,
+    seqlen_k,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    # Under a causal mask the first keys are seen by the most queries: they start first.
+    start_n, kv_head, batch = program_tile(seqlen_k, kv_heads, BLOCK_N, LAST_FIRST=False)
+    first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
+    first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
+    if start_n >= seqlen_k:
+        return
+    first_k += start_n
+    q_ptr += batch * stride_qb + first_q * stride_qm
+    dout_ptr += batch * stride_dob + first_q * stride_dom
+    lse_log2_ptr += batch * stride_lb + first_q
+    delta_ptr += batch * stride_lb + first_q
+    k_ptr += batch * stride_kb + kv_head * stride_kh + first_k * stride_kn
+    v_ptr += batch * stride_vb + kv_head * stride_vh + first_k * stride_vn
+    dk_ptr += batch * stride_dkb + kv_head * stride_dkh + first_k * stride_dkn
+    dv_ptr += batch * stride_dvb + kv_head * stride_dvh + first_k * stride_dvn
+    columns = tl.arange(0, BLOCK_N)
+    keys = start_n + columns
+    left = seqlen_k - start_n
+    k = load_rows(k_ptr, columns, stride_kn, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    # A key j is seen by the queries at positions j - right ... j + left.
+    offset = seqlen_k - seqlen_q
+    last_key = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
+    start, full_start, _, end = window_blocks(
+        start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
+    )
+    # A window on the left masks every block (a second loop beside it spills on sm_120 and gfx950), the boundary on the
+    # right its own.
+    if HAS_LEFT:
+        full_start = end
+    elif not HAS_RIGHT:
+        full_start = start
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
+        qh_ptr = q_ptr + head * stride_qh
+        douth_ptr = dout_ptr + head * stride_doh
+        lseh_ptr = lse_log2_ptr + head * stride_lh
+        deltah_ptr = delta_ptr + head * stride_lh
+        if HAS_LEFT or HAS_RIGHT:
+            dk, dv = _gather_key_gradients(
+                dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, start, full_start,
+                seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        if not HAS_LEFT:
+            dk, dv = _gather_key_gradients(
+                dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_start, end,
+                seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+
+    store_rows(dk_ptr, columns, stride_dkn, left, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, columns, stride_dvn, left, dv, HEAD_DIM_V, BLOCK_DV)

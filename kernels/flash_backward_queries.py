@@ -1,0 +1,172 @@
+"""dQ: a program owns a tile of queries and walks the keys."""
+
+import triton
+import triton.language as tl
+
+from kvops.kernels.primitives import (
+    alibi_slope,
+    block_at,
+    block_range,
+    dot,
+    in_window,
+    load_rows,
+    log2_scores,
+    program_tile,
+    sequence_tokens,
+    store_rows,
+    window_blocks,
+)
+
+
+@triton.jit
+def _gather_query_gradient(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    position,
+    k_ptr,
+    v_ptr,
+    stride_kn,
+    stride_vn,
+    start,
+    full_start,
+    full_end,
+    end,
+    seqlen_k,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    slope,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Add what the key blocks that need a mask (if MASKED, else the others) give to dQ."""
+    columns = tl.arange(0, BLOCK_N)
+    low, high = block_range(start, full_start, full_end, end, HAS_LEFT, MASKED)
+    for place in tl.range(low, high, BLOCK_N):
+        start_n = block_at(place, full_start, full_end, HAS_LEFT, MASKED)
+        first = tl.cast(start_n, tl.int64)
+        left = seqlen_k - start_n
+        k = load_rows(  # [BLOCK_N, BLOCK_D]
+            k_ptr + first * stride_kn, columns, stride_kn, left, HEAD_DIM, BLOCK_D, MASKED
+        )
+        v = load_rows(  # [BLOCK_N, BLOCK_DV]
+            v_ptr + first * stride_vn, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, MASKED
+        )
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+        distance = position[:, None] - (start_n + columns)[None, :]
+        s, slope_of_cap = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+        p = tl.exp2(s - lse[:, None])
+        if MASKED:
+            seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT) & (columns < left)[None, :]
+            p = tl.where(seen, p, 0.0)
+        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds *= slope_of_cap
+        dq = dot(ds.to(k.dtype), k, dq)  # [BLOCK_M, BLOCK_D]
+    return dq
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+def flash_backward_queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_log2_ptr,
+    delta_ptr,
+    dq_ptr,
+    slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_dob,
+    stride_dom,
+    stride_doh,
+    stride_lb,
+    stride_lh,
+    stride_dqb,
+    stride_dqm,
+    stride_dqh,
+    stride_slopes_b,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    start_m, head, batch = program_tile(seqlen_q, heads, BLOCK_M, LAST_FIRST=True)
+    first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
+    first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
+    if cu_seqlens_q_ptr is not None:  # noqa: SIM102 - asked of dense inputs, it spills float32 (sm_80)
+        if start_m >= seqlen_q:
+            return
+    first_q += start_m
+    q_ptr += batch * stride_qb + head * stride_qh + first_q * stride_qm
+    dout_ptr += batch * stride_dob + head * stride_doh + first_q * stride_dom
+    dq_ptr += batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
+    lse_log2_ptr += batch * stride_lb + head * stride_lh + first_q
+    delta_ptr += batch * stride_lb + head * stride_lh + first_q
+    k_ptr += batch * stride_kb + head // GROUP * stride_kh + first_k * stride_kn
+    v_ptr += batch * stride_vb + head // GROUP * stride_vh + first_k * stride_vn
+    slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
+
+    rows = tl.arange(0, BLOCK_M)
+    left = seqlen_q - start_m
+    offset = seqlen_k - seqlen_q
+    position = start_m + rows + offset
+    q = load_rows(q_ptr, rows, stride_qm, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(dout_ptr, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    lse = tl.load(lse_log2_ptr + rows, mask=rows < left, other=float("inf"))
+    delta = tl.load(delta_ptr + rows, mask=rows < left, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    last_position = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1 + offset
+    start, full_start, full_end, end = window_blocks(
+        start_m + offset, last_position, window_left, window_right, seqlen_k, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    dq = _gather_query_gradient(
+        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
+        seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+        HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    dq = _gather_query_gradient(
+        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
+        seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+        HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)
