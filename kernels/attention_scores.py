@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvops.autotune.lookup import choose
-from kvops.kernels.dense import mask_kind, padded, row_strides, slope_stride, token_strides
+from kvops.kernels.dense import FAR, mask_bounds, mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.primitives import (
     LOG2_E,
@@ -243,8 +243,7 @@ def _launch(
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     block_d = padded(head_dim)
-    if causal:
-        window_right = 0
+    window_left, window_right = mask_bounds(causal, window_left, window_right)
     mask = mask_kind(window_left, window_right)
     config = choose(
         "attention_scores", current_device(), block_d, q.element_size(), mask, batch * heads, seqlen_q, seqlen_k
@@ -255,7 +254,7 @@ def _launch(
     bounded_right = window_right >= 0
     if skip_recent > 0:
         # A key that must stand so far behind the query is a window that ends before the query.
-        window_right, bounded_right = -skip_recent, True
+        window_right, bounded_right = -min(skip_recent, FAR), True
     attention_scores_kernel[(programs,)](
         q,
         k,

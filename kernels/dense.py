@@ -6,6 +6,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvops.autotune.config import CAUSAL, FULL, WINDOW
 
+# Further than any two tokens lie apart: a window of 2^31 - 1, added to a position, would not stay within int32.
+FAR = 1 << 30
+
 
 def padded(head_dim: int) -> int:
     """The width of a tile that holds ``head_dim``: a power of two that a matrix product accepts."""
@@ -25,6 +28,11 @@ def row_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 def slope_stride(alibi_slopes: torch.Tensor | None) -> int:
     """Batch stride of ALiBi slopes [heads] or [batch, heads]."""
     return alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
+
+
+def mask_bounds(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:
+    """How far a query sees to the left and to the right, -1 for no limit: a causal mask ends at the query itself."""
+    return min(window_left, FAR), 0 if causal else min(window_right, FAR)
 
 
 def mask_kind(window_left: int, window_right: int) -> int:

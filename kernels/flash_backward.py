@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kvops.autotune.config import AttentionConfig, GluonFlashBackwardConfig
 from kvops.autotune.lookup import choose, choose_proven
-from kvops.kernels.dense import dense_problem, padded, row_strides, slope_stride, token_strides
+from kvops.kernels.dense import dense_problem, mask_bounds, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward_keys import flash_backward_keys_kernel
 from kvops.kernels.flash_backward_queries import flash_backward_queries_kernel
@@ -196,7 +196,7 @@ def prepare(
         )
     return Backward(
         dout, q, k, v, lse_log2, delta, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
-        window_left, 0 if causal else window_right, q.shape[-1] ** -0.5 if scale is None else scale, softcap,
+        *mask_bounds(causal, window_left, window_right), q.shape[-1] ** -0.5 if scale is None else scale, softcap,
         alibi_slopes,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from kvops.kernels.dense import (
     dense_problem,
     describable,
     descriptor,
+    mask_bounds,
     padded,
     row_strides,
     slope_stride,
@@ -252,8 +253,7 @@ def flash_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the dense kernel, or its twin for Hopper; see ``kvops.flash_attention``."""
     batch, seqlen_q, heads, _ = q.shape
-    if causal:
-        window_right = 0
+    window_left, window_right = mask_bounds(causal, window_left, window_right)
     problem = dense_problem(q, v, batch, seqlen_q, k.shape[1], window_left, window_right)
 
     proven = choose_proven(
@@ -294,8 +294,7 @@ def flash_forward_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel, or its twin for Hopper, on packed sequences; see ``kvops.flash_attention_varlen``."""
     batch = cu_seqlens_q.shape[0] - 1
-    if causal:
-        window_right = 0
+    window_left, window_right = mask_bounds(causal, window_left, window_right)
     problem = dense_problem(q, v, batch, max_seqlen_q, max_seqlen_k, window_left, window_right)
     proven = choose_proven(
         "gluon_flash_forward_varlen",

@@ -49,7 +49,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kvops.autotune.config import GluonFlashForwardConfig
 from kvops.autotune.lookup import choose
-from kvops.kernels.dense import dense_problem, describable, padded
+from kvops.kernels.dense import dense_problem, describable, mask_bounds, padded
 from kvops.kernels.device import current_device
 
 # Triton 3.6 and 3.7 spell these differently from what came after.
@@ -562,8 +562,7 @@ def gluon_flash_forward(
     Raises ValueError with the reason where ``launchable`` gives one.
     """
     _refuse(launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes))
-    if causal:
-        window_right = 0
+    window_left, window_right = mask_bounds(causal, window_left, window_right)
     sizes = q.shape[0], q.shape[1], k.shape[1]
     config = config or choose(
         "gluon_flash_forward", current_device(), *dense_problem(q, v, *sizes, window_left, window_right)
@@ -591,8 +590,7 @@ def gluon_flash_forward_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel on packed sequences; see ``kvops.flash_attention_varlen`` and ``gluon_flash_forward``."""
     _refuse(launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes))
-    if causal:
-        window_right = 0
+    window_left, window_right = mask_bounds(causal, window_left, window_right)
     sizes = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
     config = config or choose(
         "gluon_flash_forward_varlen", current_device(), *dense_problem(q, v, *sizes, window_left, window_right)

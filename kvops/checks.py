@@ -6,6 +6,7 @@ reads no device data; what only the device could tell is checked when ``KVOPS_DE
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -95,6 +96,11 @@ def expect_head_ratio(name: str, query_heads: int, kv_name: str, kv_heads: int) 
 def expect_at_least(name: str, value: float, minimum: float) -> None:
     if not value >= minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def expect_finite(name: str, value: float) -> None:
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def expect_odd(name: str, value: int) -> None:

@@ -65,6 +65,22 @@ def test_keys_that_no_query_sees_are_not_read(backend):
         assert torch.equal(tensor, other)
 
 
+@pytest.mark.parametrize("far", [2**31 - 1, 2**63 - 1])
+def test_the_widest_window_is_none(backend, far):
+    """A bound of 2^31 - 1 added to a position wrapped round in the kernels: nothing was seen, or all scored twice."""
+    q, k, v = torch.randn(1, 3, 2, 16), torch.randn(1, 5, 1, 16), torch.randn(1, 5, 1, 16)
+    results = []
+    for left, right in ((-1, -1), (far, far)):
+        window = {"window_left": left, "window_right": right}
+        out, lse = kvops.flash_attention(q, k, v, **window)
+        gradients = kvops.flash_attention_backward(out, q, k, v, out, lse, **window)
+        scores = kvops.attention_scores(q, k, lse, **window)
+        results.append((out, lse, *gradients, scores))
+        assert (kvops.attention_scores(q, k, lse, **window, skip_recent=far) == 0).all()
+    for bounded, free in zip(*results, strict=True):
+        torch.testing.assert_close(bounded, free)
+
+
 def test_scores_far_apart_do_not_overflow(backend):
     q, k, v = torch.randn(1, 40, 1, 16) * 30, torch.randn(1, 70, 1, 16) * 30, torch.randn(1, 70, 1, 16)
     check(q, k, v, sinks=torch.tensor([500.0]))
@@ -139,6 +155,8 @@ GOOD = {"q": (2, 5, 4, 16), "k": (2, 7, 2, 16), "v": (2, 7, 2, 8)}
         ({"window_left": -2}, ValueError, r"window_left: expected at least -1, got -2"),
         ({"window_right": -3}, ValueError, r"window_right: expected at least -1, got -3"),
         ({"softcap": -1.0}, ValueError, r"softcap: expected at least 0.0, got -1.0"),
+        ({"softcap": float("inf")}, ValueError, r"softcap: expected a finite number, got inf"),
+        ({"scale": float("nan")}, ValueError, r"scale: expected a finite number, got nan"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \[heads\] = \[4\], got \[2\]"),
         ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, r"sinks: expected dtype .*got int32"),
         ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, r"alibi_slopes: expected shape .*\[2, 4\], got \[3, 4\]"),

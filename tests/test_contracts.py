@@ -337,6 +337,17 @@ def test_opcheck(name):
 
 
 @every_operator
+def test_none_for_a_tensor_is_named(name):
+    """The dispatcher takes None for any tensor."""
+    args, keywords = SAMPLES[name]()
+    tensors = [place for place, value in enumerate(args) if isinstance(value, torch.Tensor)]
+    for place in tensors if len(tensors) > 1 else []:  # without any tensor the dispatcher finds nobody to ask
+        wrong = [*args[:place], None, *args[place + 1 :]]
+        with pytest.raises(TypeError, match=f"^{CONTRACT[name].positional[place]}: expected a torch.Tensor, got None"):
+            operator(name)(*wrong, **keywords)
+
+
+@every_operator
 def test_gradients_are_given_or_refused_never_lost(name):
     args, keywords = SAMPLES[name]()
     differentiable = [

@@ -131,6 +131,20 @@ def test_windows_count_original_positions_where_given(backend, device, num_token
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("far", [2**31 - 1, 2**32, 2**63 - 1])
+def test_the_widest_window_is_none(backend, device, far):
+    """A window of 2^32 less an int32 position wrapped round to one of 0."""
+    lists = make_lists([[9, 1, 5]], block_size=8, head_dim=16, device=device)
+    q = queries(lists, 1, 2)
+    places = {"positions": lists.positions, "query_positions": torch.tensor([[30, 31]], device=device).int()}
+    free = kvops.paged_attention(q, *lists.arguments)
+    for options in ({}, places):
+        for wide, all_seen in zip(
+            kvops.paged_attention(q, *lists.arguments, window_left=far, **options), free, strict=True
+        ):
+            torch.testing.assert_close(wide, all_seen)
+
+
 def test_softcap_scale_and_sinks(backend, device):
     lists = make_lists([[90, 33], [41, 0]], block_size=16, head_dim=64, device=device)
     sinks = torch.tensor([0.0, 5.0, -100.0, 300.0], device=device)

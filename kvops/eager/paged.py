@@ -491,7 +491,8 @@ class _Attention:
         if self.query_positions is not None and self.positions is not None:
             by_head = self.positions.dim() == 3
             position = read_blocks(*by_block(self.positions, group.blocks, group.index, by_head=by_head)).flatten(1)
-            oldest = self.query_positions[group.index // self.num_kv_heads, first:last] - self.window_left
+            newest = self.query_positions[group.index // self.num_kv_heads, first:last].long()
+            oldest = newest - min(self.window_left, 1 << 32)  # further than two int32 lie apart
             hidden |= position[:, None, skip + column : skip + width] < oldest[:, :, None]
         elif self.window_left >= 0:
             hidden |= slot[:, None] < (query - self.window_left)[:, :, None]

@@ -34,7 +34,7 @@ def _check_forward(
 ) -> None:
     check_queries_and_keys(q, k, DENSE)
     check_values(v, k, q, DENSE)
-    check_options(q, q.shape[0], window_left, window_right, softcap, sinks, alibi_slopes)
+    check_options(q, q.shape[0], window_left, window_right, scale, softcap, sinks, alibi_slopes)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

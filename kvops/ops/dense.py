@@ -48,18 +48,27 @@ def check_rows(name: str, tensor: Tensor, q: Tensor) -> None:
     checks.expect_last_contiguous(name, tensor)
 
 
+def check_scores(scale: float | None, softcap: float) -> None:
+    """What scores are multiplied and capped by."""
+    if scale is not None:
+        checks.expect_finite("scale", scale)
+    checks.expect_at_least("softcap", softcap, 0.0)
+    checks.expect_finite("softcap", softcap)
+
+
 def check_options(
     q: Tensor,
     batch: int,
     window_left: int,
     window_right: int,
+    scale: float | None,
     softcap: float,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
 ) -> None:
     checks.expect_at_least("window_left", window_left, -1)
     checks.expect_at_least("window_right", window_right, -1)
-    checks.expect_at_least("softcap", softcap, 0.0)
+    check_scores(scale, softcap)
     heads = q.shape[-2]
     if sinks is not None:
         checks.expect_dtype("sinks", sinks, *checks.FLOAT_DTYPES)

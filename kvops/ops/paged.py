@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import paged as eager
+from kvops.ops.dense import check_scores
 from kvops.ops.registry import LIBRARY, register
 
 _REDUCTIONS = ("sum", "sumsq", "max")
@@ -206,7 +207,7 @@ def _check_attention(
     checks.expect_head_ratio("q", Hq, "k_cache" if k_cache.dim() == 4 else "block_tables", num_heads)
     _check_q_lens(q_lens, "q", q)
     checks.expect_at_least("window_left", window_left, -1)
-    checks.expect_at_least("softcap", softcap, 0.0)
+    check_scores(scale, softcap)
     if (positions is None) != (query_positions is None):
         missing, given = ("positions", "query_positions") if positions is None else ("query_positions", "positions")
         raise ValueError(f"{missing}: expected along with {given}, got None")
@@ -303,22 +304,24 @@ _schedule = register(
 )
 
 
-def _scale_tensor(scale: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """A number as a 0-d tensor: filled on the device, so that a graph can capture it."""
+def _scale_tensor(name: str, scale: object, reference: Tensor) -> Tensor | None:
+    """A number as a 0-d tensor: filled on the device of ``reference``, so that a graph can capture it."""
     if scale is None or isinstance(scale, Tensor):
         return scale
-    return torch.full((), scale, dtype=torch.float32, device=device)
+    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a float or a float32 tensor, got {type(scale).__name__}")
+    return torch.full((), scale, dtype=torch.float32, device=reference.device)
 
 
 def _append_with_numbers(k: Tensor, *args: Tensor, **kwargs: object) -> None:
     for name in ("k_scale", "v_scale"):
-        kwargs[name] = _scale_tensor(kwargs.get(name), k.device)  # type: ignore[arg-type]
+        kwargs[name] = _scale_tensor(name, kwargs.get(name), k)
     _append(k, *args, **kwargs)
 
 
 def _attention_with_numbers(q: Tensor, *args: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
     for name in ("k_scale", "v_scale"):
-        kwargs[name] = _scale_tensor(kwargs.get(name), q.device)  # type: ignore[arg-type]
+        kwargs[name] = _scale_tensor(name, kwargs.get(name), q)
     return _attention(q, *args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -391,8 +394,8 @@ def paged_append(
         positions=positions,
         token_positions=token_positions,
         scores=scores,
-        k_scale=_scale_tensor(k_scale, k.device),
-        v_scale=_scale_tensor(v_scale, k.device),
+        k_scale=_scale_tensor("k_scale", k_scale, k),
+        v_scale=_scale_tensor("v_scale", v_scale, k),
     )
 
 
@@ -492,8 +495,8 @@ def paged_attention(
         softcap=softcap,
         sinks=sinks,
         tree_mask=tree_mask,
-        k_scale=_scale_tensor(k_scale, q.device),
-        v_scale=_scale_tensor(v_scale, q.device),
+        k_scale=_scale_tensor("k_scale", k_scale, q),
+        v_scale=_scale_tensor("v_scale", v_scale, q),
         scores=scores,
         score_reduce=score_reduce,
         score_decay=score_decay,

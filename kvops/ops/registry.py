@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 
@@ -120,6 +121,8 @@ def register(
         )
 
     def validate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for argument, value in zip(leading, args, strict=False):  # the dispatcher takes None for any tensor
+            checks.expect_tensor(argument.name, value)
         if not differentiable:
             refuse_gradient(args, kwargs)
         if forward_ad._current_level >= 0:
@@ -138,7 +141,11 @@ def register(
             if checks.debug() or forward_ad._current_level >= 0:  # data and tangents are looked at every time
                 validate(args, kwargs)
                 return launch_for(args, kwargs)
-            likeness = _likeness(tensors, args, kwargs)
+            try:
+                likeness = _likeness(len(leading), args, kwargs)
+            except AttributeError:
+                validate(args, kwargs)
+                raise
             launch = launches.get(likeness)
             if launch is None:
                 validate(args, kwargs)
@@ -177,8 +184,7 @@ def register(
     LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
     torch.library.register_fake(f"kvops::{name}", on_fake, lib=LIBRARY)
     operator = getattr(torch.ops.kvops, name).default
-    kinds = [isinstance(argument.type, torch.TensorType) for argument in operator._schema.arguments]
-    tensors = (*kinds, False).index(False)
+    leading = list(takewhile(lambda argument: isinstance(argument.type, torch.TensorType), operator._schema.arguments))
     if autocast:
         for device_type in ("cpu", "cuda"):
             _register_autocast(operator, device_type, autocast, autocast_like)

@@ -34,7 +34,8 @@ def _check_scores(
     group: str = "sum",
 ) -> None:
     check_queries_and_keys(q, k, DENSE)
-    _check_scoring(q, lse, q.shape[0], window_left, window_right, softcap, alibi_slopes, skip_recent, reduce, group)
+    batch = q.shape[0]
+    _check_scoring(q, lse, batch, window_left, window_right, scale, softcap, alibi_slopes, skip_recent, reduce, group)
 
 
 def _check_scoring(
@@ -43,6 +44,7 @@ def _check_scoring(
     batch: int,
     window_left: int,
     window_right: int,
+    scale: float | None,
     softcap: float,
     alibi_slopes: Tensor | None,
     skip_recent: int,
@@ -50,7 +52,7 @@ def _check_scoring(
     group: str,
 ) -> None:
     check_rows("lse", lse, q)
-    check_options(q, batch, window_left, window_right, softcap, None, alibi_slopes)
+    check_options(q, batch, window_left, window_right, scale, softcap, None, alibi_slopes)
     checks.expect_at_least("skip_recent", skip_recent, 0)
     checks.expect_choice("reduce", reduce, ("sum", "sumsq", "max"))
     checks.expect_choice("group", group, ("sum", "mean", "max"))
@@ -93,7 +95,7 @@ def _check_varlen(
     check_queries_and_keys(q, k, PACKED)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     batch = cu_seqlens_q.shape[0] - 1
-    _check_scoring(q, lse, batch, window_left, window_right, softcap, alibi_slopes, skip_recent, reduce, group)
+    _check_scoring(q, lse, batch, window_left, window_right, scale, softcap, alibi_slopes, skip_recent, reduce, group)
 
 
 def _fake_varlen(q: Tensor, k: Tensor, *rest: object, **options: object) -> Tensor:

@@ -45,7 +45,7 @@ def _check_forward(
     check_queries_and_keys(q, k, PACKED)
     check_values(v, k, q, PACKED)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_options(q, cu_seqlens_q.shape[0] - 1, window_left, window_right, softcap, sinks, alibi_slopes)
+    check_options(q, cu_seqlens_q.shape[0] - 1, window_left, window_right, scale, softcap, sinks, alibi_slopes)
 
 
 def _fake_forward(
