@@ -310,7 +310,7 @@ def _scale_tensor(name: str, scale: object, reference: Tensor) -> Tensor | None:
         return scale
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a float or a float32 tensor, got {type(scale).__name__}")
-    return torch.full((), scale, dtype=torch.float32, device=reference.device)
+    return torch.full((), scale, dtype=torch.float32, device=reference.device)  # type: ignore[arg-type]
 
 
 def _append_with_numbers(k: Tensor, *args: Tensor, **kwargs: object) -> None:
