@@ -197,17 +197,18 @@ def test_what_is_asked_lies_within_the_size_and_the_answer_is_not_given_away(tin
     for size in tasks.SIZES.values():
         units = tasks.units(tokenizer, size)
         assert len({unit.name for unit in units}) == len(units)
-        assert sum(unit.setting == BEFORE for unit in units) == size.before + 1
+        assert sum(unit.setting == BEFORE for unit in units) == len(size.facts) * size.before + 1
         for unit in units:
-            longest = max([length for length, _ in size.texts] + [size.facts + 64])
+            longest = max([length for length, _ in size.texts] + [length + 64 for length, _ in size.facts])
             assert unit.length + max(len(probe.tail) + len(probe.answer) for probe in unit.probes) <= longest + 2
             assert len({probe.tail[0] for probe in unit.probes}) == 1
-        facts = next(unit for unit in units if unit.name == "facts")
-        text = tokenizer.decode(facts.prefix)
-        for probe in facts.probes:
-            answer = tokenizer.decode(probe.answer)
-            assert answer in text
-            assert answer not in tokenizer.decode(probe.tail)
+        for _, part in size.facts:
+            facts = next(unit for unit in units if unit.name == f"facts, part {part}")
+            text = tokenizer.decode(facts.prefix)
+            for probe in facts.probes:
+                answer = tokenizer.decode(probe.answer)
+                assert answer in text
+                assert answer not in tokenizer.decode(probe.tail)
     digits = next(unit for unit in units if unit.name == "digits")
     assert tokenizer.decode(digits.prefix).startswith(f"Digits:{tokenizer.decode(digits.probes[0].answer)}")
 

@@ -26,13 +26,13 @@ the full cache's:
 
 - **text**: a part of Python's manual and the {held_out} tokens that follow it. Perplexity (the full cache's over the
   compressed one's) and agreement (how often the most likely token is that of the full cache).
-- **asked after**: facts hidden in the manual, {facts} tokens together, and {digits} random digits; the questions come
-  after eviction, when no policy could know them. Single needles, several of one kind, key-value pairs, questions about
-  a report, the first {repeated} digits to be repeated. The facts lie evenly spread, the last one at the very end, which
-  every policy keeps. An answer counts when greedy decoding gives all of it (each digit by itself).
-- **asked before**: some of the same questions, as the end of the prompt that is compressed. Only its last token comes
-  after eviction: no token of an answer is predicted by the full cache. Where a policy has the prompt recited, context
-  and question are read one after the other and each is recited right behind.
+- **asked after**: facts hidden in the manual (contexts of {facts} tokens) and {digits} random digits; the questions
+  come after eviction, when no policy could know them. Single needles, several of one kind, key-value pairs, questions
+  about a report, the first {repeated} digits to be repeated. The facts lie evenly spread, the last one at the very end,
+  which every policy keeps. An answer counts when greedy decoding gives all of it (each digit by itself).
+- **asked before**: {before} of the questions about each context, as the end of the prompt that is compressed. Only its
+  last token comes after eviction: no token of an answer is predicted by the full cache. Where a policy has the prompt
+  recited, context and question are read one after the other and each is recited right behind.
 
 Only answers that the full cache gets right are counted. A task's share is the mean over its answers, a setting's the
 mean over its tasks, and **overall** is the mean over the three settings. *Ragged* heads compete for blocks (those of a
@@ -49,7 +49,10 @@ def render(result: Result, source: Path, page: Path, pictures: Sequence[Path]) -
     size = SIZES[result["setting"]["size"]]
     link = Path(os.path.relpath(source, page.parent)).as_posix()
     shown = {path.stem.rpartition("-")[2]: Path(os.path.relpath(path, page.parent)).as_posix() for path in pictures}
-    how = _HOW.format(held_out=size.held_out, facts=size.facts, digits=size.digits, repeated=size.repeated)
+    lengths = " and ".join(str(length) for length, _ in size.facts)
+    how = _HOW.format(
+        held_out=size.held_out, facts=lengths, before=size.before, digits=size.digits, repeated=size.repeated
+    )
     parts = [
         "# What compression keeps",
         f"Made by `python -m bench report` from [`{source.name}`]({link}); nothing here is typed by hand. "

@@ -26,19 +26,35 @@ rabbit ribbon river rocket saddle salmon shadow silver spider summer sunset temp
 turtle valley velvet violet walnut whisper willow window winter wizard yellow
 """
 _NAMES = ("Alma", "Boris", "Clara", "Daniel", "Elena", "Frank", "Greta", "Hugo")
-_STORY = (
-    "Report on the Harrow expedition. The expedition was led by Ingrid Solberg, a geologist from Bergen. It left the "
-    "harbour of Tromso in March 1931 with eleven sailors aboard a ship named Perseverance. The cook of the ship was "
-    "Anton Weiss. After forty days the crew reached the island of Kvitoya, where they found a chest made of copper. "
-    "The chest held nine silver coins and a map drawn by a monk named Aurelio."
-)
-_ASKED = (
-    ("Who led the Harrow expedition?", "The expedition was led by", "Ingrid Solberg"),
-    ("Who was the cook of the ship?", "The cook of the ship was", "Anton Weiss"),
-    ("Which island did the crew reach?", "The crew reached the island of", "Kvitoya"),
-    ("From where did the expedition leave?", "The expedition left the harbour of", "Tromso"),
-    ("What was the chest made of?", "The chest was made of", "copper"),
-    ("Who drew the map?", "The map was drawn by a monk named", "Aurelio"),
+_STORIES = (
+    (
+        "Report on the Harrow expedition. The expedition was led by Ingrid Solberg, a geologist from Bergen. It left "
+        "the harbour of Tromso in March 1931 with eleven sailors aboard a ship named Perseverance. The cook of the "
+        "ship was Anton Weiss. After forty days the crew reached the island of Kvitoya, where they found a chest made "
+        "of copper. The chest held nine silver coins and a map drawn by a monk named Aurelio.",
+        (
+            ("Who led the Harrow expedition?", "The expedition was led by", "Ingrid Solberg"),
+            ("Who was the cook of the ship?", "The cook of the ship was", "Anton Weiss"),
+            ("Which island did the crew reach?", "The crew reached the island of", "Kvitoya"),
+            ("From where did the expedition leave?", "The expedition left the harbour of", "Tromso"),
+            ("What was the chest made of?", "The chest was made of", "copper"),
+            ("Who drew the map?", "The map was drawn by a monk named", "Aurelio"),
+        ),
+    ),
+    (
+        "Notes on the Lindqvist observatory. The observatory was founded by Lucia Marchetti, an astronomer from Padua. "
+        "It opened in October 1958 on a mountain named Bellavista, with seven rooms and a telescope made of brass. The "
+        "gardener of the observatory was Otto Brandt. In its third winter a student named Ravi saw a comet from the "
+        "roof, and the comet was named Tamarind. The drawings of the comet hang in the library of Geneva.",
+        (
+            ("Who founded the Lindqvist observatory?", "The observatory was founded by", "Lucia Marchetti"),
+            ("Who was the gardener?", "The gardener of the observatory was", "Otto Brandt"),
+            ("On which mountain did it open?", "It opened on a mountain named", "Bellavista"),
+            ("What was the telescope made of?", "The telescope was made of", "brass"),
+            ("How was the comet named?", "The comet was named", "Tamarind"),
+            ("Where do the drawings hang?", "The drawings hang in the library of", "Geneva"),
+        ),
+    ),
 )
 
 
@@ -49,23 +65,23 @@ class Size:
     Attributes:
         texts: lengths of contexts of prose with the ``held_out`` tokens that follow, each with the number of its part
             of the manual.
-        facts: of the context that has facts hidden in it.
-        before: how many of the questions about it are also part of the prompt, one prompt each.
+        facts: of the contexts that have facts hidden in them, as for ``texts``; every context has other facts.
+        before: how many of the questions about each of them are also part of the prompt, one prompt each.
         digits: how many random digits are to be repeated; the first ``repeated`` of them are asked for.
     """
 
     name: str
     texts: tuple[tuple[int, int], ...]
     held_out: int
-    facts: int
+    facts: tuple[tuple[int, int], ...]
     before: int
     digits: int
     repeated: int
 
 
-FULL = Size("full", ((4096, 0), (2048, 1), (8192, 2), (4096, 3)), 96, 4096, 8, 800, 48)
-QUICK = Size("quick", ((1024, 0),), 32, 1024, 2, 200, 16)
-TINY = Size("tiny", ((224, 0),), 8, 300, 1, 48, 8)
+FULL = Size("full", ((4096, 0), (2048, 1), (8192, 2), (4096, 3)), 96, ((4096, 0), (4096, 1)), 25, 800, 48)
+QUICK = Size("quick", ((1024, 0),), 32, ((1024, 0),), 2, 200, 16)
+TINY = Size("tiny", ((224, 0),), 8, ((300, 0),), 1, 48, 8)
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}
 
 
@@ -101,7 +117,7 @@ def units(tokenizer: Tokenizer, size: Size) -> list[Unit]:
     first, *others = size.texts
     return [
         *_prose(tokenizer, size, *first),
-        *_hidden(tokenizer, size),
+        *(unit for number in range(len(size.facts)) for unit in _hidden(tokenizer, size, number)),
         *_digits(tokenizer, size),
         *(unit for text in others for unit in _prose(tokenizer, size, *text)),
     ]
@@ -129,8 +145,10 @@ def _prose(tokenizer: Tokenizer, size: Size, length: int, part: int) -> list[Uni
     return [Unit(f"text {name}, part {part}", TEXT, tokens[: start - 1], (), (probe,))]
 
 
-def _hidden(tokenizer: Tokenizer, size: Size) -> list[Unit]:
-    rng = random.Random(2026)
+def _hidden(tokenizer: Tokenizer, size: Size, number: int) -> list[Unit]:
+    length, part = size.facts[number]
+    story, questions = _STORIES[number]
+    rng = random.Random(2026 + number)
     words = _WORDS.split()
     rng.shuffle(words)
 
@@ -145,38 +163,34 @@ def _hidden(tokenizer: Tokenizer, size: Size) -> list[Unit]:
     passwords = {f"The password of {name} is": phrase() for name in _NAMES}
     pairs = {words.pop(): phrase() for _ in range(12)}
     inserted = [f"{start} {end}." for start, end in (needles | passwords).items()]
-    inserted += [_STORY, "\n".join(f"{key}: {value}" for key, value in pairs.items())]
+    inserted += [story, "\n".join(f"{key}: {value}" for key, value in pairs.items())]
     rng.shuffle(inserted)
-    context = _spread(tokenizer, inserted, size.facts)
+    context = _spread(tokenizer, inserted, length, part)
 
     asked = [("needle", start, end) for start, end in needles.items()]
     asked += [("several needles", start, end) for start, end in passwords.items()]
     asked += [("key-value", f"{key}:", value) for key, value in list(pairs.items())[:8]]
-    asked += [("questions", f"Question: {question}\nAnswer: {start}", end) for question, start, end in _ASKED]
+    asked += [("questions", f"Question: {question}\nAnswer: {start}", end) for question, start, end in questions]
     gap = _encode(tokenizer, "\n\n")
     probes = [
         Probe(task, [*gap, *_encode(tokenizer, start)], _encode(tokenizer, f" {end}")) for task, start, end in asked
     ]
-    known = [probes[place * len(probes) // size.before] for place in range(size.before)]
+    known = [place * len(probes) // size.before for place in range(size.before)]
+
+    def asked_before(probe: Probe, name: str) -> Unit:
+        answered = Probe(probe.task, probe.tail[-1:], probe.answer)
+        return Unit(name, BEFORE, context, probe.tail[:-1], (answered,))
+
     return [
-        Unit("facts", AFTER, context, (), tuple(probes)),
-        *(
-            Unit(
-                f"facts, question {number}",
-                BEFORE,
-                context,
-                probe.tail[:-1],
-                (Probe(probe.task, probe.tail[-1:], probe.answer),),
-            )
-            for number, probe in enumerate(known)
-        ),
+        Unit(f"facts, part {part}", AFTER, context, (), tuple(probes)),
+        *(asked_before(probes[place], f"facts, part {part}, question {place}") for place in known),
     ]
 
 
-def _spread(tokenizer: Tokenizer, inserted: Sequence[str], length: int) -> list[int]:
-    """Paragraphs of the manual with ``inserted`` spread evenly between them, about ``length`` tokens together."""
+def _spread(tokenizer: Tokenizer, inserted: Sequence[str], length: int, part: int) -> list[int]:
+    """Paragraphs of a part of the manual with ``inserted`` spread evenly between them, about ``length`` tokens."""
     room = max(0, length - len(_encode(tokenizer, "\n\n".join(inserted))))
-    filler = _encode(tokenizer, _manual(0)[: 10 * room + 1])[:room]
+    filler = _encode(tokenizer, _manual(part)[: 10 * room + 1])[:room]
     paragraphs = tokenizer.decode(filler).split("\n\n")
     mixed: list[str] = []
     for number, fact in enumerate(inserted):
