@@ -85,7 +85,7 @@ bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving
 	$(BIN)/python -m bench.throughput --device cpu --json $(OUT)/throughput.json
 	$(BIN)/python -m bench report
 
-bench-quality: $(SETUP)  ## what every policy keeps at every ratio, 40 minutes, goes on where it stopped; docs/compression.md
+bench-quality: $(SETUP)  ## what every policy keeps at every ratio, an hour, goes on where it stopped; docs/compression.md
 	$(BIN)/python -m bench quality --json $(OUT)/quality.json
 	$(BIN)/python -m bench quality --times --json $(OUT)/quality.json
 	$(BIN)/python -m bench report
