@@ -145,7 +145,7 @@ class CacheStorage:
         if self.k_cache.dtype != torch.float8_e4m3fn:
             raise ValueError(f"{name}: expected only with dtype float8_e4m3fn, got a cache of {self.k_cache.dtype}")
         if not isinstance(scale, Tensor):
-            scale = torch.tensor(float(scale))
+            scale = torch.tensor(float(scale), dtype=torch.float32)
         checks.expect_dtype(name, scale, torch.float32)
         if scale.ndim:
             checks.expect_shape(name, scale, "[num_layers, num_kv_heads]", self.num_layers, self.num_kv_heads)

@@ -121,7 +121,7 @@ class _Numbers:
             raise TypeError(f"{name}: expected a number or a float32 tensor [batch], got {type(value).__name__}")
         if not lowest <= value <= highest:
             raise ValueError(f"{name}: expected a number from {lowest} to {highest}, got {value}")
-        return torch.full((1, 1, 1), float(value), device=self.logits.device)
+        return torch.full((1, 1, 1), value, dtype=torch.float32, device=self.logits.device)
 
     def integers(self, name: str, value: int | Tensor | None) -> Tensor | None:
         if value is None:
@@ -183,7 +183,7 @@ class _Line:
         if skip is not None:
             text = text.masked_fill(torch.arange(text.shape[1], device=text.device) < skip[:, None], -1)
         B, T = self.drafts.shape[0], self.drafts.shape[1] + 1
-        count = torch.zeros((B, T, V), device=text.device)
+        count = torch.zeros((B, T, V), dtype=torch.float32, device=text.device)
         each = torch.arange(B, device=text.device)
         for row in range(T):
             tokens = self.drafts[:, row - 1 : row] if row else text

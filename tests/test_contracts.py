@@ -337,6 +337,26 @@ def test_opcheck(name):
 
 
 @every_operator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(name, dtype):
+    """Who loads a model may well have set one: what is float32 says so itself."""
+    results = []
+    for default in (torch.float32, dtype):
+        torch.manual_seed(0)
+        args, keywords = SAMPLES[name]()
+        torch.set_default_dtype(default)
+        try:
+            result = operator(name)(*args, **keywords)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        outputs = (result,) if isinstance(result, torch.Tensor) else result or ()
+        results.append([*outputs, *(keywords[key] for key in CONTRACT[name].written & keywords.keys())])
+    for one, two in zip(*results, strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+
+
+@every_operator
 def test_none_for_a_tensor_is_named(name):
     """The dispatcher takes None for any tensor."""
     args, keywords = SAMPLES[name]()

@@ -182,6 +182,21 @@ def test_low_precision_logits_are_processed_in_float32(dtype):
     assert torch.equal(kvops.process_logits(x, **arguments), kvops.process_logits(x.float(), **arguments))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(default):
+    """In bfloat16 a temperature of 0.7 was one of 0.6992, and 257 occurrences were 256."""
+    logits, context = torch.randn(1, 2, 9), torch.zeros(1, 300, dtype=torch.int64)
+    filters = {"temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+    expected = kvops.process_logits(logits, **filters, context=context)
+    torch.set_default_dtype(default)
+    try:
+        processed = kvops.process_logits(logits, **filters, context=context)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert processed.dtype == torch.float32
+    assert torch.equal(processed, expected)
+
+
 def test_hopeless_rows_stay_hopeless():
     x = torch.zeros(3, 1, 4)
     x[0] = -math.inf

@@ -92,7 +92,7 @@ def competed_shares(
         lens = torch.tensor(lengths)[..., None]
         padding = values.gather(2, (lens - 1).clamp_(0, slots - 1)).clamp_(max=0)
         values = torch.where(torch.arange(slots) < lens, values, padding)
-    worth = torch.zeros(batch, heads, blocks)
+    worth = torch.zeros(batch, heads, blocks, dtype=torch.float32)
     for slot in values.mul_(1 / size).view(batch, heads, blocks, size).unbind(3):
         worth.add_(slot)  # one order of summation, here and in the kernel
     if any(map(any, least)) or min(map(min, most)) < blocks:

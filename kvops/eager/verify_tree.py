@@ -24,7 +24,7 @@ def verify_tree(
     tokens = draft_tokens.new_full((B, N), -1)
     num_accepted = parents.new_zeros(B)
     if temperature is None:
-        temperature = torch.zeros(B, device=target_logits.device)
+        temperature = torch.zeros(B, dtype=torch.float32, device=target_logits.device)
     seed, step = (draft_tokens.new_zeros(B) if value is None else value for value in (seed, step))
     group = max(1, GROUP_ELEMENTS // V)
     for start in range(0, B, group):
@@ -54,8 +54,9 @@ class _Walk:
         self.depth = torch.zeros_like(self.node)
         self.argmax = torch.zeros_like(self.node)
         self.usable = torch.zeros_like(self.sampled)
-        self.weight = torch.empty((B, V) if bool(self.sampled.any()) else (B, 0), device=logits.device)
-        self.mass = torch.zeros(B, device=logits.device)
+        width = V if bool(self.sampled.any()) else 0
+        self.weight = torch.empty(B, width, dtype=torch.float32, device=logits.device)
+        self.mass = torch.zeros(B, dtype=torch.float32, device=logits.device)
         self.path = torch.full((B, N), -1, dtype=torch.int32, device=logits.device)
         self.tokens = torch.full((B, N), -1, dtype=torch.int64, device=logits.device)
         self.enter(torch.arange(B, device=logits.device))

@@ -122,7 +122,8 @@ def recite(
     rows, length = slice(row, row + 1), tokens.shape[1]
     lens = cache.seq_lens[:, row].tolist()
     width = max(map(max, lens))
-    found = [Recited(*torch.zeros(2, 1, cache.num_kv_heads, width, device=cache.device)) for _ in lens]
+    shape = 2, 1, cache.num_kv_heads, width
+    found = [Recited(*torch.zeros(shape, dtype=torch.float32, device=cache.device)) for _ in lens]
     for read, chunk in recital.passes(tokens, model.config.max_positions - length, start):
         positions = length + torch.arange(read.shape[1], dtype=torch.int32, device=cache.device)[None]
         judged = slice(width - length + chunk.start, width - length + chunk.stop)

@@ -46,7 +46,7 @@ class Sampler:
         self.temperature = torch.tensor(heat, dtype=torch.float32, device=device) if any(heat) else None
         self.seed = torch.tensor(one_each("seed", seed, batch, 1), dtype=torch.int64, device=device)
         self._filters: dict[str, Any] = {}
-        one = torch.zeros(1, 1, vocab)
+        one = torch.zeros(1, 1, vocab, dtype=torch.float32)
         for name, value in filters.items():
             if value is None:
                 continue

@@ -260,7 +260,7 @@ class ModelDrafter:
         B, W, device = len(lens), self.width, text.device
         tokens = torch.empty((B, 0), dtype=torch.int64, device=device)
         parents = torch.full((B, 1), -1, dtype=torch.int32, device=device)
-        joint = torch.zeros((B, 1), device=device)
+        joint = torch.zeros((B, 1), dtype=torch.float32, device=device)
         hidden, self._cached = root, torch.zeros_like(limit)
         for t in range(count):
             if t:

@@ -121,7 +121,7 @@ class Prefill(Seen):
     @property
     def earlier(self) -> Tensor:  # type: ignore[override]
         batch, length, heads = self.k.shape[:3]
-        return torch.zeros(batch, heads, length, device=self.k.device)
+        return torch.zeros(batch, heads, length, dtype=torch.float32, device=self.k.device)
 
     def attention(
         self,
