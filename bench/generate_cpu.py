@@ -15,6 +15,7 @@ import datetime
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import kvops
+from kvops.console import quiet_without_reader
 from kvops.environment import processor
 from kvops.models.generate import stream
 from kvops.models.llama import Llama
@@ -97,7 +99,8 @@ def with_kvops(model: Llama, **options: object) -> Run:
     return run
 
 
-def main() -> None:
+@quiet_without_reader
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=96)
@@ -156,6 +159,20 @@ def main() -> None:
                     "total_speed_ratio": statistics.median(f + r for _, f, r in times["transformers"]) / total,
                 }
             )
+    setting = {
+        "processor": processor(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kvops": kvops.__version__,
+        "model": loaded.name,
+        "dtype": "float32",
+        "rounds": arguments.rounds,
+        "date": datetime.date.today().isoformat(),
+    }
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
     print(
         tabulate(
             [
@@ -185,22 +202,9 @@ def main() -> None:
             colalign=("left", "left", *6 * ["right"]),
         )
     )
-    setting = {
-        "processor": processor(),
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvops": kvops.__version__,
-        "model": loaded.name,
-        "dtype": "float32",
-        "rounds": arguments.rounds,
-        "date": datetime.date.today().isoformat(),
-    }
     print("\n" + ", ".join(f"{name} {value}" for name, value in setting.items()))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

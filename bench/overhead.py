@@ -26,6 +26,7 @@ from bench import results, table
 from bench.timing import setting
 from kvops.autotune.inspect import TARGETS, CompileOnlyDriver
 from kvops.autotune.lookup import choose
+from kvops.console import quiet_without_reader
 from kvops.kernels.device import current_device
 from kvops.kernels.paged_append import paged_append as launch_append
 from kvops.kernels.paged_attention import paged_attention as launch_attention
@@ -150,6 +151,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+@quiet_without_reader
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
@@ -157,14 +159,14 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(arguments.rounds)
+    facts = setting(torch.device("cpu")) | {"target": _TARGET, "threads": 1}
+    if arguments.json:
+        results.save(arguments.json, "overhead", facts, rows)
     width = max(len(row["part"]) for row in rows)
     print(f"{'':{width}}   median      min   x torch.add")
     for row in rows:
         print(f"{row['part']:{width}} {row['us_p50']:8.2f} {row['us_min']:8.2f} {row['x_torch_add']:10.1f}   µs")
-    facts = setting(torch.device("cpu")) | {"target": _TARGET, "threads": 1}
     print(table.setting_text(facts))
-    if arguments.json:
-        results.save(arguments.json, "overhead", facts, rows)
     return 0
 
 

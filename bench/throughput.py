@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import itertools
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ from bench.measure import reason
 from bench.table import render
 from bench.timing import captured, setting
 from kvops.cache import PagedKVCache
+from kvops.console import quiet_without_reader
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
 from kvops.models.passes import decode, prefill
@@ -367,7 +369,8 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main() -> None:
+@quiet_without_reader
+def main() -> int:
     arguments = arguments_of()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
@@ -412,7 +415,8 @@ def main() -> None:
         f"{facts['runs']}; {SHAPES[name].tokens_in} tokens in, {SHAPES[name].tokens_out} out, random weights; "
         f"each draft accepted with probability {arguments.accept} (simulated). Published multiples: KV-Compress."
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

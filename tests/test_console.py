@@ -7,12 +7,22 @@ from pathlib import Path
 import pytest
 
 import bench.__main__
+import bench.gpu.__main__
+import bench.overhead
+import bench.throughput
 import kvops.__main__
 import kvops.autotune.__main__
 from kvops import console
 from kvops.console import quiet_without_reader
 
-COMMANDS = [kvops.__main__, kvops.autotune.__main__, bench.__main__]
+COMMANDS = [
+    kvops.__main__,
+    kvops.autotune.__main__,
+    bench.__main__,
+    bench.gpu.__main__,
+    bench.overhead,
+    bench.throughput,
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda module: module.__name__)

@@ -30,6 +30,7 @@ from bench.gpu.phases import PHASES, Setup
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import PASSED, Outcome, Unit, read_rows, run_units
 from bench.timing import setting
+from kvops.console import quiet_without_reader
 
 # What a phase may leave on the result files beside its rows.
 MERGED = {"bench": ("operators.json", "operators"), "throughput": ("throughput.json", "throughput")}
@@ -125,6 +126,7 @@ def _write(phase: str, setup: Setup, facts: dict[str, Any], outcomes: Sequence[O
             results.save(setup.out / name, kind, parts[0]["setting"] | {"commit": facts["commit"]}, merged)
 
 
+@quiet_without_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all is good; 1: something failed or was not reached."""
     arguments = parse(argv)
