@@ -553,6 +553,7 @@ def test_eager_reads_what_all_lists_have_side_by_side_where_it_is(broken, thread
     """A run that all lists have alike, and what each has behind it: nothing, a part of a block, or scattered blocks."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(paged_decode, "_FEW", 0)
     monkeypatch.setattr(paged_decode, "_LONG", 256)
     monkeypatch.setattr(eager, "_LONG", 256)
     runs = []
@@ -572,6 +573,27 @@ def test_eager_reads_what_all_lists_have_side_by_side_where_it_is(broken, thread
     whole = make_lists([[512, 512]], block_size=16, head_dim=32, consecutive=True)
     check(queries(whole, 3), whole, scores=True)
     assert runs[6:] == 2 * [512]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_eager_reads_what_each_of_few_lists_begins_with_where_it_is(threads, monkeypatch):
+    """Runs of different lengths, a list without one, and a list that is one run."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(paged_decode, "_LONG", 128)
+    runs = []
+    read = Rows.alike
+    monkeypatch.setattr(Rows, "alike", lambda *arguments: runs.append(arguments[-1]) or read(*arguments))
+    lists = make_lists([[608, 900, 512]], block_size=16, head_dim=32, consecutive=True)
+    for head, first in ((0, 25), (1, 3)):
+        swap_blocks(lists, lists.block_tables[0, head], first)
+    sinks = torch.linspace(-1, 6, 9)
+    check(queries(lists, 3), lists, scores=True, score_decay=0.5, sinks=sinks)
+    assert runs == [400, 400, 512, 512]
+    check(queries(lists, 3, 2), lists, scores=True, score_reduce="sumsq", causal=False)
+    assert runs[4:] == [400, 400, 512, 512]
+    check(queries(lists, 3, 3), lists, scores=True, score_reduce="max")
+    assert runs[8:] == [400, 400, 496, 496]  # the first of 3 tokens sees 510 slots of the last list
 
 
 def test_eager_memory_is_linear_in_the_lengths(monkeypatch):

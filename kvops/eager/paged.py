@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvops.eager.paged_decode import Alike, ScoreFold, alike, attend_tiles, one_by_one
+from kvops.eager.paged_decode import Alike, ScoreFold, alike, attend_tiles, few
 from kvops.eager.paged_rows import (
     MIN_ROWS,
     Piece,
@@ -354,8 +354,7 @@ class _Attention:
             self.leading = alike(self.tables, self.least(), total, self.block_size)
             if self.leading is not None:
                 return True
-        # Half of a batch in place would be padding, or few lists are gathered sooner.
-        if max(self.lens) * lists > 2 * total or one_by_one(self.lens):
+        if few(lists) or max(self.lens) * lists > 2 * total:  # half of a batch in place would be padding
             return True
         blocks = self.tables[:, : max(0, min(self.lens)) // self.block_size]
         return int((blocks[:, 1:] - blocks[:, :-1] == 1).sum()) < blocks.numel() // 2

@@ -4,7 +4,7 @@ A list is cut into tiles of some hundred slots and the tiles of all lists stand 
 sum of the lengths, however unequal they are, and the number of calls to torch hardly grows at all. Tiles are gathered
 by chunks that stay in the caches and handed to torch's CPU flash attention as one batch; what the tiles of a list give
 is merged by their lse, as on a GPU. What a prompt left side by side in the pool, alike for all lists, is not gathered
-but read where it is. A few lists are sooner served one by one.
+but read where it is. Few lists are sooner served one by one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 # Slots in a tile, about: a batch is fast from here on, and a list's last tile wastes half of it.
 _TILE = 128
-# Lists that are served sooner one by one than in tiles, and their slots: longer ones want all cores, or no copy.
+# Lists that are served sooner one by one than in tiles, and the slots that are gathered of each: more want all cores.
 _FEW, _FEW_SLOTS = 4, 4096
 # Elements of K and of V gathered at once: 2 MiB each in float32. Smaller chunks cost calls, larger ones leave the
 # caches.
@@ -64,16 +64,22 @@ class Alike(NamedTuple):
     step: int
 
 
+def few(lists: int) -> bool:
+    """Whether so few lists are served here sooner than anywhere else, whatever their lengths."""
+    return lists <= _FEW
+
+
 def alike(tables: Tensor, least: int, total: int, block_size: int) -> Alike | None:
-    """What lies side by side in every list; None where that is too little to pay: below ``_LONG`` slots of a list or
-    half of the ``total``. ``least``: the slots of the shortest list."""
+    """What lies side by side in every list; None where that is too little to pay: below ``_LONG`` slots of a list
+    (twice that of few lists) or half of the ``total``. ``least``: the slots of the shortest list."""
     lists, most = tables.shape[0], least // block_size
-    if least < _LONG or 2 * least * lists < total:
+    enough = 2 * _LONG if few(lists) else _LONG
+    if least < enough or 2 * least * lists < total:
         return None
     leading = tables[:, :most]
     beside = (leading[:, 1:] - leading[:, :-1] == 1).all(0).tolist()
     blocks = beside.index(False) + 1 if False in beside else most
-    if blocks * block_size < _LONG or 2 * blocks * block_size * lists < total:
+    if blocks * block_size < enough or 2 * blocks * block_size * lists < total:
         return None
     first = leading[:, 0].tolist()
     step = first[1] - first[0] if lists > 1 else 0
@@ -137,45 +143,73 @@ class _Run(_Part):
 
 
 class _Each:
-    """Few lists, one after the other: of each exactly what is seen, so that nothing is padded, masked or merged."""
+    """Few lists, one after the other: of each exactly what is seen, so that nothing is padded or masked for another.
+    What a long list begins with side by side is read where it is."""
 
-    def __init__(self, keys: Rows, values: Rows, tables: Tensor, stops: list[int]) -> None:
-        self.keys, self.values, self.tables, self.stops = keys, values, tables, stops
+    def __init__(self, keys: Rows, values: Rows, tables: Tensor, stops: list[int], limits: Tensor | None) -> None:
+        """limits: see :func:`attend_tiles`."""
+        self.keys, self.values, self.limits, self.stops = keys, values, limits, stops
+        size = keys.block_size
+        self.blocks = [tables[i : i + 1, : -(-stop // size)] for i, stop in enumerate(stops)]
+        self.runs: list[_Run | None] = []
+        for i, stop in enumerate(stops):
+            leading = None
+            if keys.in_place and values.in_place and not keys.by_head:
+                leading = alike(self.blocks[i], stop if limits is None else int(limits[i].min()), stop, size)
+            self.runs.append(None if leading is None else _Run(keys, values, self.blocks[i], leading))
+        self.begins = [0 if run is None else run.size for run in self.runs]  # the first slot that is gathered
         self.logits: list[Tensor] = []
 
-    def blocks(self, i: int) -> Tensor:
-        """[1, m]: those of list i, of which some slot is seen."""
-        return self.tables[i : i + 1, : -(-self.stops[i] // self.keys.block_size)]
+    @property
+    def longest(self) -> int:
+        """The most slots that are gathered of a list."""
+        return max(stop - begin for begin, stop in zip(self.begins, self.stops, strict=True))
 
-    def attend(self, q: Tensor, limits: Tensor | None, scored: bool) -> tuple[Tensor, Tensor]:
-        """q [lists, T, group, D]; limits: see :func:`attend_tiles` -> out [lists, rows, D], lse [lists, rows]."""
-        _, T, G, D = q.shape
-        found = []
-        for i, (rows, stop) in enumerate(zip(q.reshape(-1, 1, 1, T * G, D).unbind(), self.stops, strict=True)):
-            if stop <= 0:
-                found.append((torch.zeros_like(rows), rows.new_full((1, 1, T * G), _HIDDEN)))
-                continue
-            blocks, own = self.blocks(i), torch.tensor([i]) if self.keys.by_head else None
-            k, v = (cache.blocks(blocks, own)[None, :, :stop] for cache in (self.keys, self.values))
+    def attend(self, q: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        """q [lists, T, group, D] -> out [lists, rows, D], lse [lists, rows]."""
+        lists, T, G, D = q.shape
+        rows = q.reshape(lists, 1, T * G, D).unbind()
+        outs, lses = zip(*[self.attend_one(i, rows[i], T, scored) for i in range(lists)], strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+    def attend_one(self, i: int, q: Tensor, num_tokens: int, scored: bool) -> tuple[Tensor, Tensor]:
+        """q [1, rows, D] -> out [1, rows, D], lse [1, rows]."""
+        begin, stop, run = self.begins[i], self.stops[i], self.runs[i]
+        if stop <= 0:
+            self.logits.append(q.new_empty(q.shape[1], 0))
+            return torch.zeros_like(q), q.new_full(q.shape[:2], _HIDDEN)
+        found, logits = [], []
+        if run is not None:
+            found.append(run.attend(q, scored))
+            if run.logits is not None:
+                logits.append(run.logits[0])
+        if begin < stop:
+            blocks = self.blocks[i] if run is None else self.blocks[i][:, run.leading.blocks :]
+            own = torch.tensor([i]) if self.keys.by_head else None
+            k = self.keys.blocks(blocks, own).narrow(1, 0, stop - begin)
+            v = self.values.blocks(blocks, own).narrow(1, 0, stop - begin)
             mask = None
-            if limits is not None:
-                mask = q.new_zeros(T, 1, stop).masked_fill_(torch.arange(stop) >= limits[i, :, None, None], _HIDDEN)
-                mask = mask.expand(T, G, stop).reshape(1, 1, T * G, stop)
-            found.append(_flash(rows, k, v, 0.0, False, attn_mask=mask, scale=1.0))
+            if self.limits is not None:
+                hidden = torch.arange(begin, stop) >= self.limits[i, :, None]
+                mask = q.new_zeros(num_tokens, stop - begin).masked_fill_(hidden, _HIDDEN)
+                mask = mask.repeat_interleave(q.shape[1] // num_tokens, 0)[None, None]
+            out, lse = _flash(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 0.0, False, attn_mask=mask, scale=1.0)
+            found.append((out.squeeze(1), lse.squeeze(1)))
             if scored:
-                logits = rows[0, 0] @ k[0, 0].mT
-                self.logits.append(logits if mask is None else logits.add_(mask[0, 0]))
-        outs, lses = zip(*found, strict=True)
-        return torch.cat(outs)[:, 0], torch.cat(lses)[:, 0]
+                seen = q[0] @ k[0].mT
+                logits.append(seen if mask is None else seen.add_(mask[0, 0]))
+        if scored:
+            self.logits.append(torch.cat(logits, 1))
+        return found[0] if len(found) == 1 else _merge(*zip(*found, strict=True))
 
     def fold(self, fold: ScoreFold, shift: Tensor) -> None:
         """See :meth:`_Part.fold`."""
-        seen = [i for i, stop in enumerate(self.stops) if stop > 0]
-        for i, logits in zip(seen, self.logits, strict=True):
-            blocks = self.blocks(i)
+        for i, (blocks, logits, stop) in enumerate(zip(self.blocks, self.logits, self.stops, strict=True)):
+            if stop <= 0:
+                continue
             reduced = logits.new_zeros(1, blocks.shape[1] * self.keys.block_size)
-            reduced[0, : self.stops[i]] = fold.reduced(logits.sub_(shift[i, :, None]).exp_()[None])[0]
-            inside = torch.arange(reduced.shape[1])[None] < self.stops[i]
+            reduced[0, :stop] = fold.reduced(logits.sub_(shift[i, :, None]).exp_()[None])[0]
+            inside = torch.arange(reduced.shape[1])[None] < stop
             fold_scores(fold.scores, fold.decay, blocks, None, torch.tensor([i]), reduced, inside)
 
 
@@ -327,11 +361,6 @@ class _Work:
         return out[:, 0], lse[:, 0]
 
 
-def one_by_one(stops: list[int]) -> bool:
-    """Whether lists of so many slots are few and short enough to be served one after the other."""
-    return len(stops) <= _FEW and max(stops) <= _FEW_SLOTS
-
-
 def attend_tiles(
     q: Tensor,
     keys: Rows,
@@ -362,10 +391,10 @@ def attend_tiles(
         tables, stops = tables[:, leading.blocks :], [stop - run.size for stop in stops]
         rest = None if limits is None else limits - run.size
     if max(stops) > 0:
-        if one_by_one(stops):
-            each = _Each(keys, values, tables, stops)
+        each = _Each(keys, values, tables, stops, rest) if few(lists) else None
+        if each is not None and each.longest <= _FEW_SLOTS:
             parts.append(each)
-            found.append(each.attend(q, rest, scored))
+            found.append(each.attend(q, scored))
         else:
             tiles = _Tiles(tables, stops, keys.block_size, D)
             parts.append(tiles)
