@@ -69,6 +69,15 @@ def few(lists: int) -> bool:
     return lists <= _FEW
 
 
+def whole(stops: list[int], width: int) -> bool:
+    """Whether lists of so many slots are served sooner as one batch, padded to the longest, than cut into tiles; width
+    of a row of K or V."""
+    lists, longest = len(stops), max(stops)
+    return longest * lists * width <= _PAD or (
+        longest * lists <= _WASTE * sum(stops) and longest * width <= _CHUNK // torch.get_num_threads()
+    )
+
+
 def alike(tables: Tensor, least: int, total: int, block_size: int) -> Alike | None:
     """What lies side by side in every list; None where that is too little to pay: below ``_LONG`` slots of a list
     (twice that of few lists) or half of the ``total``. ``least``: the slots of the shortest list."""
@@ -232,10 +241,7 @@ class _Tiles(_Part):
     def __init__(self, tables: Tensor, stops: list[int], block_size: int, width: int) -> None:
         """stops: the slots of each list that any row sees, from the first on; width of a row of K or V."""
         lists, longest = len(stops), max(stops)
-        whole = longest * lists * width <= _PAD or (
-            longest * lists <= _WASTE * sum(stops) and longest * width <= _CHUNK // torch.get_num_threads()
-        )
-        blocks = -(-longest // block_size) if whole else max(1, _TILE // block_size)
+        blocks = -(-longest // block_size) if whole(stops, width) else max(1, _TILE // block_size)
         self.size = blocks * block_size
         self.list: Tensor | None = None
         self.first: Tensor | None = None
@@ -391,7 +397,9 @@ def attend_tiles(
         tables, stops = tables[:, leading.blocks :], [stop - run.size for stop in stops]
         rest = None if limits is None else limits - run.size
     if max(stops) > 0:
-        each = _Each(keys, values, tables, stops, rest) if few(lists) else None
+        each = None
+        if few(lists) and (lists == 1 or not whole(stops, D)):
+            each = _Each(keys, values, tables, stops, rest)
         if each is not None and each.longest <= _FEW_SLOTS:
             parts.append(each)
             found.append(each.attend(q, scored))
