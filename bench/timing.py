@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -70,19 +71,19 @@ class Clock:
         seconds: float = float("inf"),
         reset: Callable[[str], object] = lambda name: None,
     ) -> dict[str, list[float]]:
-        """Milliseconds by contender: every contender once a round, each round starting with another one.
+        """Milliseconds by contender: every contender once a round, in an order drawn for each round (the same in every
+        run), as who always follows a contender that empties the caches is slower for it.
 
         Two rounds of warm-up come first. When ``seconds`` are over no round begins, but five are always completed.
         ``reset`` is given the contender's name before every call and is not timed.
         """
-        names = list(contenders)
+        names, lots = list(contenders), random.Random(0)
         samples: dict[str, list[float]] = {name: [] for name in names}
         until = time.perf_counter() + seconds
         for turn in range(-_WARM_UP_ROUNDS, rounds):
             if turn >= 5 and time.perf_counter() > until:
                 break
-            first = turn % len(names) if names else 0
-            for name in names[first:] + names[:first]:
+            for name in lots.sample(names, len(names)):
                 reset(name)
                 milliseconds = self.once(contenders[name])
                 if turn >= 0:
