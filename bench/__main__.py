@@ -15,7 +15,8 @@ from bench.case import SCALES, Scale, scale_for
 from bench.cases import all_cases, select
 from bench.measure import KVOPS, measure
 from bench.timing import Clock, measure_roofline, setting
-from kvops.console import quiet_without_reader
+from kvops.console import positive, quiet_without_reader
+from kvops.environment import chosen_device
 
 Item = TypeVar("Item")
 
@@ -30,12 +31,8 @@ def progress(items: Sequence[Item], unit: str) -> Iterable[Item]:
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = chosen_device(name)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device: expected a device that is here, got cuda; next step: --device cpu")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
@@ -118,6 +115,8 @@ def quality(arguments: argparse.Namespace) -> int:
     from bench.quality.study import overall_table, summary
     from bench.quality.tasks import FULL, QUICK
 
+    if arguments.ratios and min(arguments.ratios) < 1:
+        raise ValueError(f"--ratios: expected at least 1, got {min(arguments.ratios)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     run = policies.Run(
@@ -182,7 +181,7 @@ def _measuring(parser: argparse.ArgumentParser, *, rounds: int, seconds: float, 
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float32 on a CPU"
     )
-    parser.add_argument("--rounds", type=int, default=rounds, help="at most (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=rounds, help="at most (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=seconds, help=f"for each {each} (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch has it)")
     parser.add_argument("--json", type=Path, metavar="PATH", help=f"write the results here, {each} by {each}")

@@ -27,7 +27,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import kvops
-from kvops.console import quiet_without_reader
+from kvops.console import positive, quiet_without_reader
 from kvops.environment import processor
 from kvops.models.generate import stream
 from kvops.models.llama import Llama
@@ -102,10 +102,10 @@ def with_kvops(model: Llama, **options: object) -> Run:
 @quiet_without_reader
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--new-tokens", type=positive, default=96)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -26,7 +26,7 @@ from bench import results, table
 from bench.timing import setting
 from kvops.autotune.inspect import TARGETS, CompileOnlyDriver
 from kvops.autotune.lookup import choose
-from kvops.console import quiet_without_reader
+from kvops.console import positive, quiet_without_reader
 from kvops.kernels.device import current_device
 from kvops.kernels.paged_append import paged_append as launch_append
 from kvops.kernels.paged_attention import paged_attention as launch_attention
@@ -154,7 +154,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 @quiet_without_reader
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=positive, default=100)
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

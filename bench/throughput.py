@@ -40,7 +40,8 @@ from bench.measure import reason
 from bench.table import render
 from bench.timing import captured, setting
 from kvops.cache import PagedKVCache
-from kvops.console import quiet_without_reader
+from kvops.console import positive, quiet_without_reader
+from kvops.environment import chosen_device
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
 from kvops.models.passes import decode, prefill
@@ -360,8 +361,8 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--shape", choices=["auto", *SHAPES], default="auto", help="default: by the device's memory")
-    parser.add_argument("--compression", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--equal-batch", type=int, help="default: what fits at 1x")
+    parser.add_argument("--compression", type=positive, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--equal-batch", type=positive, help="default: what fits at 1x")
     parser.add_argument("--num-draft", type=int, default=3)
     parser.add_argument("--accept", type=float, default=0.5, help="probability of a draft, simulated (%(default)s)")
     parser.add_argument("--json", type=Path)
@@ -372,7 +373,11 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
 @quiet_without_reader
 def main() -> int:
     arguments = arguments_of()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = chosen_device(arguments.device)
+    except ValueError as error:
+        print(f"python -m bench.throughput: {error}", file=sys.stderr)
+        return 2
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     name = shape_for(device) if arguments.shape == "auto" else arguments.shape

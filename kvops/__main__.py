@@ -85,12 +85,13 @@ def _compression(arguments: argparse.Namespace) -> Compression | None:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from kvops.environment import chosen_device
     from kvops.models.generate import GenerationStats, stream
     from kvops.models.llama import Llama
     from kvops.models.loading import load
 
     compression = _compression(arguments)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     loaded = load(arguments.model, dtype=dtype, device=device)
     model, tokenizer = Llama(loaded.config, loaded.weights), loaded.tokenizer

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
@@ -32,6 +33,13 @@ def quiet_without_reader(main: Callable[_P, int]) -> Callable[_P, int]:
             return 128 + signal.SIGPIPE
 
     return quiet
+
+
+def positive(text: str) -> int:
+    """The type of an argparse argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
 
 
 def _nobody_reads(pipe: int) -> bool:

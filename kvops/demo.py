@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kvops
-from kvops.environment import what_runs
+from kvops.environment import chosen_device, what_runs
 from kvops.models.evaluate import agreement, forced_logits, perplexity
 from kvops.models.generate import Generation, generate, new_cache
 from kvops.models.llama import Llama
@@ -76,7 +76,7 @@ def run(
     from tabulate import tabulate
     from tqdm import tqdm
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(device)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     loaded = load(model_path, dtype=dtype, device=place)
     model, tokenizer = Llama(loaded.config, loaded.weights), loaded.tokenizer

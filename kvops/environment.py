@@ -21,6 +21,21 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """What a command's ``--device`` names; None: the GPU where there is one, otherwise the CPU. ValueError for a
+    device that is not here."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch knows no such kind
+        device = None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+        raise ValueError(f"--device: expected a device that is here, got {name}; next step: --device cpu")
+    return device
+
+
 def what_runs(device: torch.device) -> str:
     """One line: what serves the operators for tensors on ``device``, and what that device is."""
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import bench.throughput
 import kvops.__main__
 import kvops.autotune.__main__
 from kvops import console
-from kvops.console import quiet_without_reader
+from kvops.console import positive, quiet_without_reader
+from kvops.environment import chosen_device
 
 COMMANDS = [
     kvops.__main__,
@@ -66,3 +68,20 @@ def test_another_broken_pipe_is_an_error():
 
 def test_the_exit_code_is_that_of_the_command():
     assert quiet_without_reader(lambda code: code)(3) == 3
+
+
+def test_a_count_is_at_least_one():
+    assert positive("12") == 12
+    for text in ("0", "-3", "two", ""):
+        with pytest.raises(ArgumentTypeError, match="expected a number of at least 1, got"):
+            positive(text)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_named(name, capsys):
+    with pytest.raises(ValueError, match=f"--device: expected a device that is here, got {name}"):
+        chosen_device(name)
+    for command in (["generate", "--prompt", "Hi"], ["demo"]):
+        assert kvops.__main__.main([*command, "--device", name]) == 2
+        assert "--device: expected a device that is here" in capsys.readouterr().err
+    assert bench.__main__.main(["run", "--device", name]) == 2
