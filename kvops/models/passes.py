@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from kvops.policies import Cached, Compression, Policy, Prefill, RecentQueries, 
 Reduction = Literal["sum", "sumsq", "max"]
 
 
-@runtime_checkable
 class Decoder(Protocol):
     """What generation asks of a model; :class:`kvops.models.llama.Llama` is one.
 
@@ -45,6 +44,13 @@ class Decoder(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> [..., vocab_size]."""
+
+
+def is_decoder(value: object) -> TypeGuard[Decoder]:
+    """Whether ``value`` has what a Decoder has. ``isinstance`` with a protocol overlooks, from Python 3.12 on, what
+    torch's modules find in ``__getattr__``: parameters, buffers and submodules."""
+    names = ("config", "embedding", "rope", "options", "logits")
+    return callable(value) and all(hasattr(value, name) for name in names)
 
 
 def new_cache(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
-from kvops.models.passes import Decoder, decode, new_cache, prefill
+from kvops.models.passes import Decoder, decode, is_decoder, new_cache, prefill
 from kvops.models.sampler import Sampler
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import verify_tree
@@ -302,7 +302,7 @@ def make_drafter(
     """
     if draft == "prompt_lookup":
         return LookupDrafter(num_draft, width, min_ngram=min_ngram, max_ngram=max_ngram)
-    if not isinstance(draft, Decoder):
+    if not is_decoder(draft):
         raise ValueError(f"draft: expected None, 'prompt_lookup' or a model, got {draft!r}")
     ours, theirs = model.config, draft.config
     if theirs.vocab_size != ours.vocab_size:
