@@ -28,7 +28,7 @@ _ROUNDS = 10
 _RAISES = [(number * _KEY_A, number * _KEY_B) for number in range(_ROUNDS)]
 _RAISE = torch.tensor(_RAISES, device="cpu")
 _FACTOR_A, _FACTOR_B = torch.tensor((_ROUND_A, _ROUND_B), device="cpu").unbind()
-# So many numbers are drawn sooner one by one, with Python's integers, than as a tensor: 4 µs each against 140 for all.
+# So many numbers are drawn sooner one by one, with Python's integers, than as a tensor: that has a fixed cost.
 _FEW = 24
 # A group of 1024 vocabulary entries is 4 lanes of 256: the four words of one Philox block serve four entries that lie
 # 256 apart, so a kernel loads contiguous logits for each word and moves no data between threads.
