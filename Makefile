@@ -99,6 +99,7 @@ gpu:  ## on a machine with a GPU: correctness, tuning, benchmarks, throughput, g
 
 prune: $(SETUP)  ## compile every candidate of every kernel for every GPU, without one: only what changed since the last time
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvops.autotune prune --jobs $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compiled.py
 
 lint: $(SETUP)  ## ruff and mypy
 	$(BIN)/ruff check .

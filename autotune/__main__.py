@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvops.autotune.commands import add as add_commands
+from kvops.autotune.arguments import add as add_commands
 from kvops.autotune.environments import environment, newest_triton
 from kvops.autotune.gates import CaseResult, load_cases, run_cases
 from kvops.autotune.inspect import TARGETS
@@ -26,7 +26,7 @@ def table(results: Sequence[CaseResult]) -> str:
     for result in results:
         for launch in result.launches:
             instructions = " ".join(f"{name} {count}" for name, count in launch.matrix_instructions.items())
-            rows[launch.target, result.case, launch.hash] = (
+            rows[launch.target, result.case, launch.identity] = (
                 launch.target,
                 result.case,
                 launch.kernel,
@@ -54,6 +54,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         command += ["--cases", str(arguments.cases), "--targets", arguments.targets]
         command += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
         command += ["--json", str(arguments.json)] if arguments.json else []
+        command += ["--known", str(arguments.known)] if arguments.known else []
         return subprocess.run(command, env=environment(version)).returncode
     targets = arguments.targets.split(",")
     unknown = [target for target in targets if target not in TARGETS]
@@ -62,9 +63,10 @@ def inspect(arguments: argparse.Namespace) -> int:
     count = sum(arguments.only in case.name for case in load_cases(arguments.cases)) * len(targets)
     if not count:
         raise ValueError(f"--only: expected part of a case's name in {arguments.cases}, got {arguments.only!r}")
+    known = json.loads(arguments.known.read_text()) if arguments.known else None
     results = list(
         tqdm(
-            run_cases(arguments.cases, targets, only=arguments.only, jobs=arguments.jobs),
+            run_cases(arguments.cases, targets, only=arguments.only, jobs=arguments.jobs, known=known),
             total=count,
             desc="compile",
             disable=None,
@@ -115,6 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="use this Triton, or the newest: installed once, below .cache/triton",
     )
     command.add_argument("--json", type=Path, metavar="PATH", help="also write everything as JSON")
+    command.add_argument(
+        "--known",
+        type=Path,
+        metavar="PATH",
+        help="JSON: the facts of launches by their identity, both as --json writes them; these are not compiled",
+    )
     command.set_defaults(run=inspect)
     add_commands(commands)
     arguments = parser.parse_args(argv)

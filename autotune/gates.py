@@ -7,10 +7,11 @@ import importlib.util
 import multiprocessing
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvops.autotune.config import HAVE_TMA
 from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch, compile_only
@@ -79,10 +80,13 @@ def check_launches(case: CompileCase, target: str, launches: Sequence[CompiledLa
     return problems
 
 
-def run_case(case: CompileCase, target: str) -> CaseResult:
-    """Compile one case for one target in this process."""
+Known = Mapping[str, Mapping[str, Any]]
+
+
+def run_case(case: CompileCase, target: str, known: Known | None = None) -> CaseResult:
+    """Compile one case for one target in this process, but for the launches whose facts are ``known``."""
     try:
-        with compile_only(target) as launches:
+        with compile_only(target, known) as launches:
             case.function()
     except Exception:
         return CaseResult(case.name, target, problems=[traceback.format_exc(limit=-4)])
@@ -90,27 +94,43 @@ def run_case(case: CompileCase, target: str) -> CaseResult:
 
 
 def run_cases(
-    path: str | Path, targets: Sequence[str], *, only: str = "", jobs: int | None = None
+    path: str | Path,
+    targets: Sequence[str],
+    *,
+    only: str = "",
+    jobs: int | None = None,
+    known: Known | None = None,
 ) -> Iterator[CaseResult]:
     """Compile the cases of a file whose names contain ``only``, each for every target, in ``jobs`` fresh processes.
 
     The kernels are imported without ``TRITON_INTERPRET`` whatever this process does. Results come as they are done.
+    ``known`` is ``compile_only``'s. With one job it is this process that compiles: starting another takes seconds.
     """
     cases = [case for case in load_cases(path) if only in case.name]
     work = [(case.name, target) for target in targets for case in cases if not case.targets or target in case.targets]
+    if jobs == 1:
+        _begin(known)
+        yield from (_run_named_case(str(path), name, target) for name, target in work)
+        return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=_compile_for_gpus) as pool:
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=_begin, initargs=(known,)) as pool:
         futures = [pool.submit(_run_named_case, str(path), name, target) for name, target in work]
         for future in as_completed(futures):
             yield future.result()
 
 
-def _compile_for_gpus() -> None:
+_known: Known | None = None  # of a process of the pool
+
+
+def _begin(known: Known | None) -> None:
+    """Compile for GPUs, whatever the process that asks for it does."""
+    global _known
     os.environ.pop("TRITON_INTERPRET", None)
+    _known = known
 
 
 _cases_of = functools.cache(load_cases)
 
 
 def _run_named_case(path: str, name: str, target: str) -> CaseResult:
-    return run_case(next(case for case in _cases_of(path) if case.name == name), target)
+    return run_case(next(case for case in _cases_of(path) if case.name == name), target, _known)

@@ -13,6 +13,7 @@ launch. NVIDIA facts are read with the ``cuobjdump`` that Triton bundles, AMD fa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -20,20 +21,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from triton import __version__ as triton_version
 from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from kvops.autotune.source_hash import SourceError, source_hash
+
 # Raise it when `_facts` changes: the facts cached beside Triton's binaries carry this number in their name.
-_FACTS_VERSION = 2
+_FACTS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,12 @@ class CompiledLaunch:
     ``spill_stores`` and ``spill_loads`` the instructions that move registers to and from that stack, ``shared_memory``
     bytes per program. ``matrix_instructions`` counts by family: HGMMA (Hopper), HMMA (Ampere's), UTCHMMA (Blackwell),
     v_mfma (AMD) ... ``waits`` counts Hopper's waits for them (``WARPGROUP.DEPBAR``; where there is one for each HGMMA
-    they run one after the other) and ``tma_loads`` the loads through tensor descriptors, 0 on GPUs without them.
-    ``dots_16bit`` and ``descriptor_loads`` count what the source asks for: matrix products of float16 or bfloat16
-    operands, and loads through tensor descriptors.
+    they run one after the other), ``overlaps`` the exponentials that run after each wait that leaves a product pending
+    and before the next wait, ``tma_loads`` and ``tma_stores`` what goes through tensor descriptors; 0 on other GPUs.
+    ``instructions`` are all that the binary has. ``dots_16bit`` and ``descriptor_loads`` count what the source asks
+    for: matrix products of float16 or bfloat16 operands, and loads through tensor descriptors. ``identity`` is a hash
+    of everything that the binary depends on: the sources as ``source_hash`` sees them, specialisation, options, target
+    and the version of Triton; empty, and equal to nothing, where the sources are not there to read.
     """
 
     kernel: str
@@ -96,11 +105,14 @@ class CompiledLaunch:
     spill_loads: int
     matrix_instructions: dict[str, int]
     waits: int
+    overlaps: list[int]
     tma_loads: int
+    tma_stores: int
+    instructions: int
     dots_16bit: int
     descriptor_loads: int
     compile_seconds: float
-    hash: str
+    identity: str
 
     @property
     def spills(self) -> int:
@@ -108,6 +120,14 @@ class CompiledLaunch:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# What the binary shows, the same whenever it is compiled: the fields that ``known`` must have.
+FACTS = tuple(
+    f.name
+    for f in fields(CompiledLaunch)
+    if f.name not in ("kernel", "target", "grid", "constants", "compile_seconds", "identity")
+)
 
 
 @dataclass(frozen=True)
@@ -169,26 +189,45 @@ class CompileOnlyDriver:
 
 
 @contextmanager
-def compile_only(target: str | Target) -> Iterator[list[CompiledLaunch]]:
+def compile_only(
+    target: str | Target, known: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[list[CompiledLaunch]]:
     """Inside this context launches compile for ``target`` and are recorded in the list it yields; nothing runs.
 
-    Not thread-safe: it replaces ``JITFunction.run`` for the whole process while it is entered. The kernels must have
-    been imported without ``TRITON_INTERPRET=1``. Raises ValueError for an unknown target and RuntimeError for kernels
-    that were decorated for the interpreter.
+    ``known`` has the facts (``FACTS``) of launches by their identity, from an earlier compilation: those are taken
+    from there and not compiled.
+
+    Not thread-safe: it replaces methods of ``JITFunction`` for the whole process while it is entered. The kernels must
+    have been imported without ``TRITON_INTERPRET=1``. Raises ValueError for an unknown target and RuntimeError for
+    kernels that were decorated for the interpreter.
     """
     if isinstance(target, str):
         if target not in TARGETS:
             raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
         target = TARGETS[target]
-    known = target
+    gpu = target
     launches: list[CompiledLaunch] = []
-    original_run = JITFunction.run
+    original_run, original_compile = JITFunction.run, JITFunction._do_compile
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        start = time.perf_counter()
         kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
-        seconds = time.perf_counter() - start
-        launches.append(_record(self, kernel, known, _resolve_grid(self, grid, args, kwargs), seconds))
+        where = {"kernel": self.fn.__name__, "target": gpu.name, "grid": _resolve_grid(self, grid, args, kwargs)}
+        launches.append(CompiledLaunch(**where, **kernel.kvops_launch))
+        return kernel
+
+    def do_compile(
+        self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> Any:
+        identity = _identity(self, gpu, signature, constants, options, attributes)
+        facts = known.get(identity) if known and identity else None
+        if facts is not None:
+            kernel: Any = SimpleNamespace()  # Triton does not keep it: another context may not know it
+            facts = {**facts, "compile_seconds": 0.0}
+        else:
+            start = time.perf_counter()
+            kernel = original_compile(self, key, signature, device, constants, options, attributes, warmup)
+            facts = _facts(kernel, gpu, time.perf_counter() - start)
+        kernel.kvops_launch = {"identity": identity, "constants": _plain(self, constants), **facts}
         return kernel
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,14 +239,14 @@ def compile_only(target: str | Target) -> Iterator[list[CompiledLaunch]]:
     interpreter = sys.modules.get("triton.runtime.interpreter")
     original_interpreted = interpreter.InterpretedFunction.run if interpreter else None
     previous = driver._active
-    driver.set_active(CompileOnlyDriver.of(known))  # type: ignore[arg-type]
-    JITFunction.run = run
+    driver.set_active(CompileOnlyDriver.of(gpu))  # type: ignore[arg-type]
+    JITFunction.run, JITFunction._do_compile = run, do_compile
     if interpreter:
         interpreter.InterpretedFunction.run = refuse
     try:
         yield launches
     finally:
-        JITFunction.run = original_run
+        JITFunction.run, JITFunction._do_compile = original_run, original_compile
         if interpreter:
             interpreter.InterpretedFunction.run = original_interpreted
         driver.set_active(previous)  # type: ignore[arg-type]
@@ -222,26 +261,44 @@ def _resolve_grid(function: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[
     return tuple(int(size) for size in grid)
 
 
-def _record(function: Any, kernel: Any, target: Target, grid: tuple[int, ...], seconds: float) -> CompiledLaunch:
-    constants = {
+def _plain(function: Any, constants: Mapping[tuple[int, ...], Any]) -> dict[str, Any]:
+    """The constexprs that are numbers or words, by name."""
+    return {
         function.arg_names[path[0]]: value
-        for path, value in kernel.src.constants.items()
+        for path, value in constants.items()
         if len(path) == 1
         and function.params[path[0]].is_constexpr
         and (value is None or isinstance(value, (bool, int, float, str)))
     }
-    facts = _facts(kernel, target, seconds)
-    return CompiledLaunch(
-        kernel=function.fn.__name__,
-        target=target.name,
-        grid=grid,
-        constants=constants,
-        num_warps=kernel.metadata.num_warps,
-        num_stages=kernel.metadata.num_stages,
-        shared_memory=kernel.metadata.shared,
-        hash=kernel.hash,
-        **facts,
+
+
+def _identity(
+    function: Any, target: Target, signature: Mapping[str, Any], constants: Any, options: Any, attributes: Any
+) -> str:
+    try:
+        sources = _source_of(function)
+        values = {path: _source_of(v) if isinstance(v, JITFunction) else repr(v) for path, v in constants.items()}
+    except (SourceError, OSError, SyntaxError):
+        return ""
+    # The libraries that an option names come with Triton; their places differ between machines.
+    chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}
+    everything = (
+        triton_version,
+        get_cache_invalidating_env_vars(),
+        target.gpu,
+        function.fn.__name__,
+        sources,
+        signature,
+        sorted(values.items()),
+        sorted(chosen.items()),
+        sorted(attributes.items()),
     )
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+
+
+@cache
+def _source_of(function: Any) -> str:
+    return source_hash([function])
 
 
 def _facts(kernel: Any, target: Target, seconds: float) -> dict[str, Any]:
@@ -259,15 +316,22 @@ def _facts(kernel: Any, target: Target, seconds: float) -> dict[str, Any]:
     source = kernel.asm.get("ttir", "")
     facts["dots_16bit"] = len(_DOT_16BIT.findall(source))
     facts["descriptor_loads"] = source.count("tt.descriptor_load")
-    facts["compile_seconds"] = round(seconds, 3)
+    facts |= {
+        "num_warps": kernel.metadata.num_warps,
+        "num_stages": kernel.metadata.num_stages,
+        "shared_memory": kernel.metadata.shared,
+        "compile_seconds": round(seconds, 3),
+    }
     manager.put(json.dumps(facts), name, binary=False)
     return facts
 
 
 _DOT_16BIT = re.compile(r"tt\.dot .*:\s*tensor<\d+x\d+xb?f16>")
 _WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\b")
+_WAIT_OR_EXPONENTIAL = re.compile(r"\bWARPGROUP\.DEPBAR\.LE( [^;]*);|\bMUFU\.EX2\b")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+_AMD_INSTRUCTION = re.compile(r"^\s+[a-z]+_\w+", re.MULTILINE)
 
 
 @cache
@@ -293,8 +357,24 @@ def _nvidia_facts(cubin: bytes) -> dict[str, Any]:
         "spill_loads": opcodes["LDL"],
         "matrix_instructions": {name: count for name, count in sorted(opcodes.items()) if name.endswith("MMA")},
         "waits": len(_WAIT.findall(sass)),
+        "overlaps": _overlaps(sass),
         "tma_loads": opcodes["UTMALDG"],
+        "tma_stores": opcodes["UTMASTG"],
+        "instructions": opcodes.total(),
     }
+
+
+def _overlaps(sass: str) -> list[int]:
+    found: list[int] = []
+    exponentials: int | None = None  # since a wait that left one product pending
+    for operands in _WAIT_OR_EXPONENTIAL.findall(sass):
+        if not operands:
+            exponentials = None if exponentials is None else exponentials + 1
+            continue
+        if exponentials is not None:
+            found.append(exponentials)
+        exponentials = 0 if "0x1" in operands else None
+    return found
 
 
 def _amd_facts(assembly: str) -> dict[str, Any]:
@@ -313,5 +393,8 @@ def _amd_facts(assembly: str) -> dict[str, Any]:
         "spill_loads": count("scratch_load"),
         "matrix_instructions": {name: count(name) for name in ("v_mfma", "v_wmma") if count(name)},
         "waits": 0,
+        "overlaps": [],
         "tma_loads": 0,
+        "tma_stores": 0,
+        "instructions": len(_AMD_INSTRUCTION.findall(assembly)),
     }

@@ -2,8 +2,8 @@
 
 Each case calls a LAUNCH function of ``kvops.kernels`` with CPU tensors inside ``kvops.autotune.inspect.compile_only``:
 the kernels compile and nothing runs, so outputs hold garbage and a case must not look at them. Import the launch
-function inside the case. Keep the list short (a kernel costs 1 to 2 s for each target): one dtype and head size unless
-another compiles differently, but every constexpr branch that ships. For example::
+function inside the case. Keep the list short (a kernel costs 1 to 2 s for each target when its source changes): one
+dtype and head size unless another compiles differently, but every constexpr branch that ships. For example::
 
     def attention_float16_head_dim_128():
         from kvops.kernels.attention import flash_forward
@@ -31,7 +31,8 @@ CASES: list[CompileCase] = []
 
 @dataclass(frozen=True)
 class KnownException:
-    """How many spill instructions ``triton`` may make of ``kernel`` in ``case`` on ``target``, and why."""
+    """How many spill instructions ``triton`` (empty: every version) may make of ``kernel`` in ``case`` on ``target``, and
+    why."""
 
     triton: str
     target: str
@@ -41,7 +42,7 @@ class KnownException:
     spills: int
 
     def covers(self, triton: str, target: str, case: str, problem: str) -> bool:
-        if (triton, target, case) != (self.triton, self.target, self.case):
+        if (target, case) != (self.target, self.case) or self.triton not in ("", triton):
             return False
         if not problem.startswith(f"{self.kernel} ("):
             return False
@@ -62,13 +63,24 @@ _FOUND = {
     ("gluon_flash_backward_keys_kernel", "a number that is kept for the loop over tiles"): {
         ("sm_90", 2): "gluon-backward-d128-causal gluon-backward-d128-window",
     },
+    ("gluon_flash_forward_kernel", "the number of the program"): {("sm_90", 3): "gluon-forward-d256-packed-window"},
     ("paged_schedule_kernel", "a number, in what runs once a step"): {
         (target, 2): "paged-decode-bf16-d128 paged-decode-fp16-d256 paged-drafts-bf16-d128 paged-chunk-bf16-d128"
         for target in ("sm_90", "sm_100")
     },
     ("paged_attention_kernel", "how it allots registers"): {("sm_80", 32): "paged-drafts-bf16-d128"},
 }
-KNOWN_EXCEPTIONS = tuple(
+KNOWN_EXCEPTIONS = (
+    KnownException(
+        "",
+        "sm_90",
+        "gluon-forward-d256-packed-causal",
+        "gluon_flash_forward_kernel",
+        "the number of the program is kept for the producer: once, outside of the loops over tiles",
+        spills=3,
+    ),
+)
+KNOWN_EXCEPTIONS += tuple(
     KnownException("3.6.0", target, case, kernel, reason, spills)
     for (kernel, reason), places in _FOUND.items()
     for (target, spills), cases in places.items()
@@ -330,17 +342,6 @@ def gluon_flash_forward_or_its_twin(head_dim, dtype, **features):
     launch(q, k, v, **features)
 
 
-CASES += [
-    CompileCase(
-        f"gluon-forward-d{head_dim}-{name}",
-        partial(gluon_flash_forward_or_its_twin, head_dim, torch.bfloat16, **features),
-        targets=("sm_90",),
-    )
-    for head_dim in (64, 128, 256)
-    for name, features in {"full": {}, "causal": {"causal": True}}.items()
-]
-
-
 def gluon_flash_forward_packed_or_its_twin(head_dim, dtype, **features):
     from kvops.kernels.flash_forward import flash_forward_varlen
     from kvops.kernels.gluon_flash_forward import gluon_flash_forward_varlen, launchable
@@ -352,13 +353,20 @@ def gluon_flash_forward_packed_or_its_twin(head_dim, dtype, **features):
     launch(q, k, v, ends, ends, 1000, 1100, **features)
 
 
+SOFTCAP, SINKS = {"causal": True, "softcap": 30.0}, {"causal": True, "sinks": torch.empty(8)}
+GLUON_FORWARD = [
+    *((name, gluon_flash_forward_or_its_twin, torch.bfloat16, features) for name, features in FLASH_MASKS.items()),
+    ("causal-fp16", gluon_flash_forward_or_its_twin, torch.float16, FLASH_MASKS["causal"]),
+    ("sinks", gluon_flash_forward_or_its_twin, torch.bfloat16, SINKS),
+    ("softcap", gluon_flash_forward_or_its_twin, torch.bfloat16, SOFTCAP),
+    ("packed-causal", gluon_flash_forward_packed_or_its_twin, torch.bfloat16, FLASH_MASKS["causal"]),
+    ("packed-window", gluon_flash_forward_packed_or_its_twin, torch.bfloat16, FLASH_MASKS["window"]),
+]
 CASES += [
-    CompileCase(
-        f"gluon-forward-packed-d{head_dim}",
-        partial(gluon_flash_forward_packed_or_its_twin, head_dim, torch.bfloat16, causal=True),
-        targets=("sm_90",),
-    )
-    for head_dim in (64, 128)
+    CompileCase(f"gluon-forward-d{head_dim}-{name}", partial(launch, head_dim, dtype, **features), targets=("sm_90",))
+    for head_dim in (64, 128, 256)
+    for name, launch, dtype, features in GLUON_FORWARD
+    if head_dim < 256 or name not in ("sinks", "softcap")
 ]
 
 
@@ -375,16 +383,19 @@ def gluon_flash_backward_or_its_twin(head_dim, dtype, kv_heads=2, **features):
     launch(q, q, k, v, q, torch.empty(2, 8, 1000), **features)
 
 
+GLUON_BACKWARD_FEATURES = {**FLASH_MASKS, "causal-ungrouped": {"causal": True, "kv_heads": 8}}
 CASES += [
     CompileCase(
         f"gluon-backward-d{head_dim}-{name}",
-        partial(gluon_flash_backward_or_its_twin, head_dim, torch.bfloat16, **features),
+        partial(gluon_flash_backward_or_its_twin, head_dim, dtype, **features),
         matrix=GLUON_BACKWARD,
         warpgroup=GLUON_BACKWARD,
         targets=("sm_90",),
     )
-    for head_dim in (64, 128)
-    for name, features in {**FLASH_MASKS, "causal-ungrouped": {"causal": True, "kv_heads": 8}}.items()
+    for head_dim, name, dtype, features in (
+        *((d, name, torch.bfloat16, features) for d in (64, 128) for name, features in GLUON_BACKWARD_FEATURES.items()),
+        (128, "left-fp16", torch.float16, {"window_left": 1024}),
+    )
 ]
 
 

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_torch_features.py train; spawned, so in a module of its own."""
+"""What the processes of tests/test_torch_features.py train; processes of their own, so in a module of its own."""
 
 from pathlib import Path
 

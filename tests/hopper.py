@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-import triton
 
 from kvops.kernels.device import current_device
-
-TRITON_3_6 = triton.__version__.startswith("3.6.")
 
 
 def _no_hopper() -> str:

@@ -7,15 +7,12 @@ import sys
 import pytest
 import torch
 from compile_cases import CASES, KnownException, unexpected_problems
-from compiled import report
+from compiled import OTHER_VERSIONS, TESTED, record, report, sample, unrecorded
 
 from kvops.autotune.gates import check_launches
 from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch
 
 pytestmark = pytest.mark.compile
-
-
-TESTED = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +28,61 @@ def test_all_launches_compile_within_the_limits_of(target, rows):
     assert {row["case"] for row in own} == expected
     problems = unexpected_problems(own)
     assert not problems, "\n".join(problems)
+
+
+def test_every_launch_is_recorded_and_compiling_again_gives_what_the_record_says(rows):
+    """``compiled.report`` compiled a launch of each kernel for each architecture."""
+    version = rows[0]["triton"]
+    if version not in record() or version in OTHER_VERSIONS:
+        pytest.skip("the launches were recorded with another version of Triton: they were compiled")
+    wrong = unrecorded(rows)
+    assert not wrong, "kernels, configurations or cases changed: make prune records what did\n" + "\n".join(wrong)
+    again = sample(version, ",".join(TESTED))
+    launched = {launch["identity"]: launch["kernel"] for row in rows for launch in row["launches"]}
+    assert set(again.values()) <= set(launched), "the record has more than the cases launch: make prune"
+    assert {kernel for kernel, _ in again} == set(launched.values())
+
+
+def launches_of(rows, prefix):
+    found = [
+        (row["case"], launch)
+        for row in rows
+        for launch in row["launches"]
+        if row["case"].startswith(prefix) and launch["kernel"].startswith("gluon")
+    ]
+    if not found:
+        pytest.skip("this Triton has no Gluon to compile them with")
+    assert {name for name, _ in found} == {case.name for case in CASES if case.name.startswith(prefix)}
+    return found
+
+
+def test_the_warp_specialised_forward_overlaps_its_products_with_exponentials(rows):
+    for name, launch in launches_of(rows, "gluon-forward"):
+        assert launch["matrix_instructions"].keys() == {"HGMMA"}, name
+        assert launch["tma_loads"] >= 4, name
+        assert launch["tma_stores"] == 2, name
+        # Two consumers: a loop without a mask for each, and one for each side that has a mask.
+        loops = 3 if "window" in name else 2
+        assert len(launch["overlaps"]) == 2 * loops, name
+        # The exponentials run while P V is under way, not after the wait for it.
+        assert min(launch["overlaps"]) >= 0.9 * max(launch["overlaps"]), name
+        assert min(launch["overlaps"]) >= (32 if "d256" in name else 64), name
+
+
+def test_the_warp_specialised_backward_overlaps_its_products_with_exponentials(rows):
+    for name, launch in launches_of(rows, "gluon-backward"):
+        of_keys = launch["kernel"] == "gluon_flash_backward_keys_kernel"
+        assert launch["matrix_instructions"].keys() == {"HGMMA"}, name
+        assert launch["matrix_instructions"]["HGMMA"] >= 32, name
+        assert launch["tma_loads"] >= (8 if of_keys else 6), name
+        assert launch["tma_stores"] >= (4 if of_keys else 2), name
+        # Two consumers, and one loop for each: a wait for S, one for dP and one for the accumulators.
+        assert launch["waits"] == 6, name
+        assert len(launch["overlaps"]) == (4 if of_keys else 2), name
+        # The exponentials run while dP is under way, not after the wait for it.
+        exponentials = launch["overlaps"][:: 2 if of_keys else 1]
+        assert len(exponentials) == 2, name
+        assert min(exponentials) >= 32, name
 
 
 def test_a_known_exception_covers_its_own_figure_and_nothing_else():
@@ -66,11 +118,14 @@ def launch(**changes) -> CompiledLaunch:
         "spill_loads": 0,
         "matrix_instructions": {"HGMMA": 4},
         "waits": 1,
+        "overlaps": [],
         "tma_loads": 0,
+        "tma_stores": 0,
+        "instructions": 100,
         "dots_16bit": 1,
         "descriptor_loads": 0,
         "compile_seconds": 1.0,
-        "hash": "0",
+        "identity": "0",
     }
     return CompiledLaunch(**(facts | changes))
 
@@ -150,7 +205,7 @@ def test_compile_only_leaves_triton_as_it_was(tmp_path):
     script = PROBE + (
         "from triton.runtime import driver\n"
         "from triton.runtime.jit import JITFunction\n"
-        "before = JITFunction.run, driver._active\n"
+        "before = JITFunction.run, JITFunction._do_compile, driver._active\n"
         "try:\n"
         "    with compile_only('sm_90') as launches:\n"
         "        call(16)\n"
@@ -159,9 +214,34 @@ def test_compile_only_leaves_triton_as_it_was(tmp_path):
         "        raise KeyError\n"
         "except KeyError:\n"
         "    pass\n"
-        "assert (JITFunction.run, driver._active) == before\n"
-        "hashes = [launch.hash for launch in launches]\n"
-        "assert hashes[0] == hashes[1] != hashes[2], hashes\n"  # a stride of 255 is another specialisation
+        "assert (JITFunction.run, JITFunction._do_compile, driver._active) == before\n"
+        "names = [launch.identity for launch in launches]\n"
+        "assert names[0] == names[1] != names[2], names\n"  # a stride of 255 is another specialisation
+    )
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
+
+
+def test_a_known_launch_is_not_compiled_and_one_of_other_sources_is(tmp_path):
+    (tmp_path / "same.py").write_text(PROBE)
+    (tmp_path / "changed.py").write_text(
+        PROBE.replace("acc = tl.dot(tile, tile, acc)", "acc += tl.dot(tile, tile) + 1")
+    )
+    script = (
+        "import changed, same\n"
+        "from kvops.autotune.inspect import FACTS, compile_only\n"
+        "def registers(module, known=None, **options):\n"
+        "    module.probe.device_caches.clear()\n"
+        "    with compile_only('sm_90', known) as launches:\n"
+        "        module.call(16, **options)\n"
+        "    return launches[0].registers, launches[0]\n"
+        "compiled, launch = registers(same)\n"
+        "known = {launch.identity: {name: getattr(launch, name) for name in FACTS} | {'registers': 7}}\n"
+        "assert registers(same, known)[0] == 7 != compiled\n"
+        "assert registers(same, known)[1].grid == launch.grid\n"
+        "assert registers(same)[0] == compiled\n"  # nothing of it stays behind
+        "assert registers(same, known, stride=255)[0] != 7\n"
+        "assert registers(changed, known)[0] != 7\n"
     )
     (tmp_path / "script.py").write_text(script)
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)

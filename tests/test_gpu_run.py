@@ -20,7 +20,7 @@ from bench.gpu import cases, graphs, greedy, operators, phases, record, tune
 from bench.gpu.phases import PHASES, Setup, Step
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import FAILED, PASSED, SKIPPED, Outcome, Unit, read_rows, report, run_unit, run_units
-from kvops.autotune import commands
+from kvops.autotune.arguments import add as add_autotune_commands
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -296,7 +296,7 @@ def test_every_unit_of_every_phase_is_started_with_words_that_it_takes(phase, de
             continue
         module = importlib.import_module(words[2])
         if words[2] == "kvops.autotune":
-            commands.add(parser.add_subparsers())
+            add_autotune_commands(parser.add_subparsers())
             parser.parse_args(words[3:])
             continue
         arguments = module.arguments_of(words[3:])

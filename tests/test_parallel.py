@@ -1,10 +1,8 @@
 """Context and tensor parallelism: two and four gloo processes compute what one process computes."""
 
-import socket
-
+import processes
 import pytest
 import torch
-import torch.multiprocessing as mp
 from oracle import assert_accurate, attention_mask
 from oracle import attention as exact_attention
 from parallel_scenarios import ATTENTION, CONFIG, PAIR, PROMPTS, WORLD, inputs, model_weights, run
@@ -20,10 +18,7 @@ SIZES = [len(PAIR), WORLD]
 def results(tmp_path_factory):
     """By (processes, scenario): what each process came to, in the order of their ranks."""
     folder = tmp_path_factory.mktemp("parallel")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(run, (port, folder), nprocs=WORLD, start_method="spawn")
+    processes.start(run, folder, WORLD)
     by_rank = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
     ranks = {len(PAIR): PAIR, WORLD: range(WORLD)}
     return {(size, name): [by_rank[rank][size, name] for rank in ranks[size]] for size, name in by_rank[PAIR[0]]}

@@ -2,13 +2,12 @@
 
 import functools
 import shutil
-import socket
 
+import processes
 import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor
-import torch.multiprocessing as mp
 from distributed_training import WORLD, batch, loss_of, make_layers, train
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.utils.checkpoint import checkpoint
@@ -219,10 +218,7 @@ def test_deterministic_mode_is_respected_and_changes_nothing(device):
 
 
 def test_data_parallel_and_sharded_training_give_the_gradients_of_one_process(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(train, (port, tmp_path), nprocs=WORLD, start_method="spawn")
+    processes.start(train, tmp_path, WORLD)
     model = make_layers()
     loss_of(model, batch()).backward()
     for rank in range(WORLD):

@@ -5,24 +5,14 @@ environment. ``KVOPS_NEWEST_TRITON=1`` adds the newest that the package index ha
 """
 
 import os
-from pathlib import Path
 
 import pytest
 from compile_cases import unexpected_problems
-from compiled import report
+from compiled import OF_OTHER_VERSIONS, OTHER_VERSIONS, record, report, unrecorded
 
 from kvops.autotune.environments import UnreachableIndexError, environment, newest_triton
 
-VERSIONS = [
-    line.removeprefix("triton==")
-    for line in (Path(__file__).parent / "triton_versions.txt").read_text().split()
-    if line.startswith("triton==")
-]
-if os.environ.get("KVOPS_NEWEST_TRITON") == "1":
-    VERSIONS.append("newest")
-# A tile depends on the head size and the target alone, and a window takes the most registers: the other masks are only
-# compiled where the gates are strictest.
-COMPILED = (("flash-bf16-d", "sm_90"), ("-window", "sm_80,sm_100,sm_120,gfx942,gfx950"))
+VERSIONS = (*OTHER_VERSIONS, *(["newest"] if os.environ.get("KVOPS_NEWEST_TRITON") == "1" else ()))
 
 pytestmark = [pytest.mark.triton_versions, pytest.mark.compile]
 
@@ -31,12 +21,12 @@ pytestmark = [pytest.mark.triton_versions, pytest.mark.compile]
 def test_default_flash_tiles_keep_the_limits_with(version):
     try:
         version = newest_triton() if version == "newest" else version
-        rows = [row for only, targets in COMPILED for row in report(targets, only, version)]
+        rows = [row for only, targets in OF_OTHER_VERSIONS for row in report(targets, only, version)]
     except UnreachableIndexError as error:
         pytest.skip(str(error))
     assert {row["triton"] for row in rows} == {version}
     for head_dim in (64, 128, 256):
-        for target in ",".join(targets for _, targets in COMPILED).split(","):
+        for target in ",".join(targets for _, targets in OF_OTHER_VERSIONS).split(","):
             assert {
                 launch["kernel"]
                 for row in rows
@@ -45,6 +35,9 @@ def test_default_flash_tiles_keep_the_limits_with(version):
             } >= {"flash_forward_kernel", "flash_backward_keys_kernel", "flash_backward_queries_kernel"}
     problems = unexpected_problems(rows)
     assert not problems, f"Triton {version}\n" + "\n".join(problems)
+    if version in record():
+        wrong = unrecorded(rows)
+        assert not wrong, f"Triton {version}: make prune records what changed\n" + "\n".join(wrong)
 
 
 def test_a_version_that_the_index_does_not_have_is_refused(tmp_path):
