@@ -13,6 +13,30 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+
+def _patch_once_a_launch() -> None:
+    """Triton's interpreter replaces the functions of its language at a launch, and the same ones again at every call of
+    a device function from within: that takes longer than what the call computes, and changes nothing."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, launch, patched = interpreter._patch_lang, interpreter._LangPatchScope(), set()
+
+    def patch_once(function):
+        nonlocal launch
+        names = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if not launch._changes:  # the last launch has restored what it replaced
+            patched.clear()
+        elif names in patched:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        launch = launch if patched else scope
+        patched.add(names)
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
 DEVICE = os.environ.get("KVOPS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     # Triton reads this when a kernel is decorated: import every kernel while it is set.
@@ -20,6 +44,7 @@ if DEVICE == "cpu":
     for _path in sorted((pathlib.Path(__file__).parent.parent / "kernels").glob("[!_]*.py")):
         importlib.import_module(f"kvops.kernels.{_path.stem}")
     del os.environ["TRITON_INTERPRET"]
+    _patch_once_a_launch()
 else:
     # Tests that ask for deterministic algorithms multiply matrices, too: cuBLAS wants this by then.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
