@@ -31,8 +31,7 @@ CASES: list[CompileCase] = []
 
 @dataclass(frozen=True)
 class KnownException:
-    """How many spill instructions ``triton`` (empty: every version) may make of ``kernel`` in ``case`` on ``target``, and
-    why."""
+    """How many spill instructions ``triton`` (empty: any) may make of ``kernel`` in ``case`` on ``target``, and why."""
 
     triton: str
     target: str
