@@ -136,6 +136,7 @@ def test_rows_that_share_are_prepared_for_a_graph_that_evicts(device, monkeypatc
     assert cache.recall(0, range(19)) == 16
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("tree", [False, True])
 def test_a_step_in_one_cuda_graph_is_replayed_with_changing_lengths(tree):

@@ -172,9 +172,11 @@ def test_tests_that_fail_hang_or_kill_the_process_each_become_a_row(tmp_path):
     assert "time.sleep(600)" in log or "in test_hangs" in log
 
 
-def test_the_tests_of_the_hopper_kernels_are_among_those_that_need_a_device():
+def test_tests_that_need_a_gpu_are_among_those_that_it_runs():
+    import test_cache_graph as graph
     import test_gluon_flash_backward as backward
-    import test_gluon_flash_forward as tests
+    import test_gluon_flash_forward as forward
+    import test_torch_features as features
 
     class Item:
         fixturenames = ()
@@ -185,9 +187,11 @@ def test_the_tests_of_the_hopper_kernels_are_among_those_that_need_a_device():
         def get_closest_marker(self, name):
             return name if name in self.marks else None
 
-    assert record.needs_device(Item(tests.test_on_a_gpu_it_computes_attention))
+    assert record.needs_device(Item(forward.test_on_a_gpu_it_computes_attention))
     assert record.needs_device(Item(backward.test_on_a_gpu_it_computes_the_gradients))
-    assert not record.needs_device(Item(tests.test_a_single_stage_is_refused))
+    assert record.needs_device(Item(graph.test_a_step_in_one_cuda_graph_is_replayed_with_changing_lengths))
+    assert record.needs_device(Item(features.test_a_cuda_graph_replays_a_module_and_a_decoding_step))
+    assert not record.needs_device(Item(forward.test_a_single_stage_is_refused))
 
 
 def test_tests_are_collected_where_nothing_but_torch_triton_numpy_and_pytest_is_installed(tmp_path):

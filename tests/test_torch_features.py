@@ -91,6 +91,7 @@ def test_aot_inductor_packages_a_module(tmp_path):
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), Heads()(x))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @torch.no_grad()
 def test_a_cuda_graph_replays_a_module_and_a_decoding_step():
