@@ -230,6 +230,8 @@ class PagedKVCache(CacheEviction):
         index, numbers = self._resolve(rows)
         if isinstance(num_tokens, Tensor):
             self._expect_per_row("num_tokens", num_tokens, len(numbers))
+            if self._pool.exact or checks.debug():
+                checks.expect_data("num_tokens", "numbers of at least 0", num_tokens >= 0)
             new_lens = self.seq_lens[:, index] - num_tokens[:, None]
         else:
             checks.expect_at_least("num_tokens", num_tokens, 0)

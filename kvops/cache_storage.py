@@ -60,6 +60,9 @@ class CacheStorage:
         }
         for name, value in sizes.items():
             checks.expect_at_least(name, value, 1)
+        dtypes = (*checks.FLOAT_DTYPES, torch.float8_e4m3fn)
+        if dtype not in dtypes:
+            raise TypeError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype}")
         if num_blocks >= 2**31:
             raise ValueError(f"num_blocks: expected less than 2**31 (tables are int32), got {num_blocks}")
         self.num_layers, self.num_kv_heads, self.num_blocks = num_layers, num_kv_heads, num_blocks
@@ -161,6 +164,8 @@ class CacheStorage:
         if isinstance(rows, Tensor):
             rows = rows.tolist()
         numbers = (rows,) if isinstance(rows, int) else tuple(rows)
+        if any(isinstance(row, bool) for row in numbers):  # a mask would be taken for rows 1 and 0
+            raise TypeError(f"rows: expected row numbers, got {list(numbers)}; of a mask: mask.nonzero()[:, 0]")
         if len(set(numbers)) != len(numbers) or any(not 0 <= row < self.max_batch for row in numbers):
             raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {list(numbers)}")
         if numbers and numbers == tuple(range(numbers[0], numbers[-1] + 1)):

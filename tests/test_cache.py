@@ -273,6 +273,7 @@ def test_bad_input_is_named(device, monkeypatch):
         (lambda: cache.set_scores(0, torch.zeros(3, HEADS, 41, device=device)), "scores: expected at most 40 slots"),
         (lambda: cache.rollback(7, rows=[0, 1]), "num_tokens: expected at most .* shortest list, got 1 more"),
         (lambda: cache.rollback(-1), "num_tokens: expected at least 0, got -1"),
+        (lambda: cache.rollback(-q_lens, rows=[0, 1]), "num_tokens: expected numbers of at least 0, got 2"),
         (lambda: cache.evict(-1), "budget: expected at least 0, got -1"),
         (lambda: cache.evict([1, 2]), "budget: expected one number or 3, one for each row, got 2"),
         (lambda: cache.evict(4, scope="row"), "scope: expected one of 'head', 'sequence', got 'row'"),
@@ -282,6 +283,12 @@ def test_bad_input_is_named(device, monkeypatch):
     for bad, message in cases:
         with pytest.raises(ValueError, match=message):
             bad()
+    for mask in (torch.tensor([True, False, False]), [True, False, False], True):
+        with pytest.raises(TypeError, match="rows: expected row numbers, got"):
+            cache.extend(2, rows=mask)
+    for dtype in (torch.int8, torch.float64):
+        with pytest.raises(TypeError, match=f"dtype: expected one of .*, got {dtype}"):
+            make_cache(device, dtype=dtype)
     with pytest.raises(TypeError, match="q_lens: expected dtype int32, got int64"):
         cache.extend(2, q_lens=q_lens.long(), rows=[0, 1])
     assert torch.equal(cache.seq_lens, before)

@@ -307,3 +307,19 @@ def test_a_budget_that_fits_neither_rows_nor_layers_is_named(budget):
     cache = kvops.PagedKVCache(num_layers=2, num_kv_heads=1, head_dim=16, num_blocks=9, max_batch=2, max_tokens=16)
     with pytest.raises(ValueError, match=r"^budget: expected"):
         cache.evict(budget)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SnapKV(scope="heads"), ValueError, "scope: expected one of 'head', 'layer', 'sequence', got 'heads'"),
+        (lambda: KVCompress(observe=0), ValueError, "observe: expected at least 1, got 0"),
+        (lambda: RKV(floor=1.5), ValueError, "floor: expected a number from 0 to 1, got 1.5"),
+        (lambda: PyramidKV(pooling="maximum"), ValueError, "pooling: expected one of 'max', 'mean', got 'maximum'"),
+        (lambda: Compression(policy="snapkv"), TypeError, r"policy: expected a kvops.policies.Policy, .*got 'snapkv'"),
+    ],
+)
+def test_what_a_policy_cannot_follow_is_refused_when_it_is_made(make, error, message):
+    """A misspelt scope was taken for "sequence", a misspelt pooling for "mean", and no queries for all of them."""
+    with pytest.raises(error, match=f"^{message}"):
+        make()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvops import checks
 from kvops.cache import PagedKVCache
 from kvops.ops.scores import attention_scores
 from kvops.policies.recital import Recital, Recited
@@ -262,6 +263,12 @@ class Policy(ABC):
     scope: Literal["head", "layer", "sequence"] = "sequence"
     floor: float = 0.0
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = "sum"
+
+    def __post_init__(self) -> None:
+        checks.expect_choice("scope", self.scope, ("head", "layer", "sequence"))
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor: expected a number from 0 to 1, got {self.floor}")
+        checks.expect_at_least("observe", getattr(self, "observe", 1), 1)  # most policies have one; -0 would be all
 
     @property
     def recall(self) -> int:

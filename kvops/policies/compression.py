@@ -55,6 +55,8 @@ class Compression:
         }
         for name, minimum in least.items():
             checks.expect_at_least(name, getattr(self, name), minimum)
+        if not isinstance(self.policy, Policy):
+            raise TypeError(f"policy: expected a kvops.policies.Policy, such as Standout(), got {self.policy!r}")
 
     def budget(self, cache: PagedKVCache, num_tokens: int) -> int:
         """Blocks that a sequence of ``num_tokens`` tokens may keep, over all layers and heads."""

@@ -33,6 +33,7 @@ class DefensiveKV(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.expect_odd("pool", self.pool)
 
     @property

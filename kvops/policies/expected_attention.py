@@ -33,6 +33,7 @@ class ExpectedAttention(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.horizon < 1:
             raise ValueError(f"horizon: expected at least 1, got {self.horizon}")
         if self.sinks < 0:

@@ -41,6 +41,7 @@ class RKV(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.expect_odd("pool", self.pool)
         if not 0 <= self.importance <= 1:
             raise ValueError(f"importance: expected a number from 0 to 1, got {self.importance}")

@@ -29,7 +29,9 @@ class SnapKV(Policy):
     pooling: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.expect_odd("pool", self.pool)
+        checks.expect_choice("pooling", self.pooling, ("max", "mean"))
 
     def score(self, seen: Seen) -> Tensor:
         return seen.pool(seen.attention(last=self.observe), self.pool, last=self.observe, kind=self.pooling)

@@ -35,6 +35,7 @@ class Standout(Policy):
     accumulate: ClassVar[Literal["sum", "sumsq", "max"] | None] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.expect_odd("pool", self.pool)
         checks.expect_at_least("distinctness", self.distinctness, 0)
 
