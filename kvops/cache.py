@@ -386,8 +386,8 @@ class PagedKVCache(CacheEviction):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all rows and remembered prefixes to a safetensors file, every byte of them and each block once.
 
-        A file of that name is replaced when the new one is whole. Raises ImportError without safetensors
-        (``pip install "kvops[save]"``).
+        A file of that name is replaced when the new one is whole. Raises FileNotFoundError without its folder, and
+        ImportError without safetensors (``pip install "kvops[save]"``).
         """
         cache_file.save(self, path)
 

@@ -30,6 +30,9 @@ _KEY_BYTES = 32
 def save(cache: CacheStorage, path: str | os.PathLike[str]) -> None:
     """See :meth:`kvops.PagedKVCache.save`."""
     save_file = _safetensors("safetensors.torch").save_file
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: expected a file in a folder that exists, got {path}")
     device, size = cache.device, cache.block_size
     keys = cache._prefixes.oldest_first()
     entries = [cache._prefixes.entries[key] for key in keys]
@@ -64,7 +67,6 @@ def save(cache: CacheStorage, path: str | os.PathLike[str]) -> None:
         tensors[name] = content.view(side.dtype).view(len(order), *side.shape[1:])
     tensors |= {name: getattr(cache, name) for name in _SCALES if getattr(cache, name) is not None}
 
-    path = Path(path)
     config = {
         "version": _VERSION,
         "num_layers": cache.num_layers,

@@ -148,6 +148,12 @@ def test_other_files_are_refused(tmp_path):
             kvops.PagedKVCache.load(path)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    cache = kvops.PagedKVCache(num_layers=1, num_kv_heads=1, head_dim=4, num_blocks=2, max_batch=1, max_tokens=16)
+    with pytest.raises(FileNotFoundError, match="path: expected a file in a folder that exists"):
+        cache.save(tmp_path / "none" / "cache.safetensors")
+
+
 def test_without_safetensors_the_next_step_is_told(tmp_path):
     code = (
         "import sys; sys.modules['safetensors'] = sys.modules['safetensors.torch'] = None; import kvops;"
