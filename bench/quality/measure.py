@@ -22,7 +22,7 @@ from kvops.models.passes import decode, new_cache, prefill, recite
 from kvops.ops.attention import flash_attention
 from kvops.policies import Policy, Prefill, Recital, Recited
 
-_TIMED_STEPS = 3
+_TIMED_STEPS = 7
 
 Scores = dict[str, list[Tensor]]
 """By policy, of every layer: float32 ``[1, Hkv, S]``."""
