@@ -22,7 +22,7 @@ hand. `make bench` measures again; `python -m bench --help` says what else there
 
 - Every contender's output is held to float64 in the same run before it is timed: at most twice the error of plain torch
   in the tested precision plus one rounding; whole numbers must be equal. Who is wrong gets no figure, and says so.
-- Contenders take turns, each round beginning with another one; a ratio is the median over the rounds, ± half the
+- Contenders take turns, in an order drawn by lot for every round; a ratio is the median over the rounds, ± half the
   distance from the 20th to the 80th percentile. Inputs are random and made outside the timing.
 - On a GPU: CUDA events, the L2 cache flushed before every call, warm clocks, calls below 0.2 ms as replays of a graph.
   On a CPU: threads fixed, caches warm (what fits into them can stand above 100 % of the roofline), and ratios only, as
