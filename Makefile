@@ -63,7 +63,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 test: $(SETUP)  ## every test; PYTEST="..." for a part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
-test-oldest: $(OLDEST).txt  ## every test with the oldest torch and Triton that are supported, in 6 GB of their own
+test-oldest: $(OLDEST).txt  ## every test with the oldest torch and Triton that are supported, in 5 GB of their own
 	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$<
 
 # What pyproject.toml promises in the place of what is developed with; that torch wants setuptools older than 82.

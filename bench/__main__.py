@@ -115,8 +115,6 @@ def quality(arguments: argparse.Namespace) -> int:
     from bench.quality.study import overall_table, summary
     from bench.quality.tasks import FULL, QUICK
 
-    if arguments.ratios and min(arguments.ratios) < 1:
-        raise ValueError(f"--ratios: expected at least 1, got {min(arguments.ratios)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     run = policies.Run(
@@ -208,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     kept = commands.add_parser("quality", help="what compressed caches still know, policy by policy, on a real model")
     kept.add_argument("--quick", action="store_true", help="short contexts, 8x only, about a minute")
     kept.add_argument("--policies", nargs="+", metavar="NAME", help="default: all")
-    kept.add_argument("--ratios", nargs="+", type=int, metavar="N", help="default: 2 4 8 16 64, or 8 where --quick")
+    kept.add_argument(
+        "--ratios", nargs="+", type=positive, metavar="N", help="default: 2 4 8 16 64, or 8 where --quick"
+    )
     kept.add_argument("--times", action="store_true", help="instead: time a step of each, into the rows of --json")
     kept.add_argument("--model", type=Path, metavar="PATH", help="GGUF file or folder (default: SmolLM2-135M-Instruct)")
     kept.add_argument("--device", help="default: cuda where there is one, otherwise cpu")

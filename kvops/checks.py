@@ -98,6 +98,11 @@ def expect_at_least(name: str, value: float, minimum: float) -> None:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
+def expect_between(name: str, value: float, lowest: float, highest: float) -> None:
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name}: expected a number from {lowest} to {highest}, got {value}")
+
+
 def expect_finite(name: str, value: float) -> None:
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -119,8 +119,7 @@ class _Numbers:
             return self._tensor(name, value, torch.float32)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number or a float32 tensor [batch], got {type(value).__name__}")
-        if not lowest <= value <= highest:
-            raise ValueError(f"{name}: expected a number from {lowest} to {highest}, got {value}")
+        checks.expect_between(name, value, lowest, highest)
         return torch.full((1, 1, 1), value, dtype=torch.float32, device=self.logits.device)
 
     def integers(self, name: str, value: int | Tensor | None) -> Tensor | None:

@@ -209,7 +209,7 @@ class _Each:
                 logits.append(seen if mask is None else seen.add_(mask[0, 0]))
         if scored:
             self.logits.append(torch.cat(logits, 1))
-        return found[0] if len(found) == 1 else _merge(*zip(*found, strict=True))
+        return _merge(*zip(*found, strict=True))
 
     def fold(self, fold: ScoreFold, shift: Tensor) -> None:
         """See :meth:`_Part.fold`."""

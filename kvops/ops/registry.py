@@ -1,6 +1,6 @@
 """How an operator comes into ``torch.ops.kvops``: schema, checks, fake, eager and kernel tied together in one call.
 
-``Library.define`` plus ``impl`` costs a third of what ``custom_op`` does at every call, and survives ``opcheck`` and
+``Library.define`` plus ``impl`` costs less than ``custom_op`` at every call, and survives ``opcheck`` and
 ``torch.compile(fullgraph=True)`` all the same.
 """
 

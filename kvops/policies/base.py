@@ -266,8 +266,7 @@ class Policy(ABC):
 
     def __post_init__(self) -> None:
         checks.expect_choice("scope", self.scope, ("head", "layer", "sequence"))
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor: expected a number from 0 to 1, got {self.floor}")
+        checks.expect_between("floor", self.floor, 0, 1)
         checks.expect_at_least("observe", getattr(self, "observe", 1), 1)  # most policies have one; -0 would be all
 
     @property

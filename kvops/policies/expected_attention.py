@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvops import checks
 from kvops.policies.base import Policy, Seen
 from kvops.rotary import rotate
 
@@ -34,10 +35,8 @@ class ExpectedAttention(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.horizon < 1:
-            raise ValueError(f"horizon: expected at least 1, got {self.horizon}")
-        if self.sinks < 0:
-            raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
+        checks.expect_at_least("horizon", self.horizon, 1)
+        checks.expect_at_least("sinks", self.sinks, 0)
 
     @property
     def recall(self) -> int:

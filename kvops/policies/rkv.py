@@ -43,8 +43,7 @@ class RKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.expect_odd("pool", self.pool)
-        if not 0 <= self.importance <= 1:
-            raise ValueError(f"importance: expected a number from 0 to 1, got {self.importance}")
+        checks.expect_between("importance", self.importance, 0, 1)
 
     @property
     def recall(self) -> int:
