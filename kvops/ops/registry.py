@@ -42,7 +42,7 @@ def _kernel(target: str) -> Callable[..., Any]:
 
 
 def _launch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """What serves this call and all that differ in nothing but data: see :mod:`kvops.prepared`."""
+    """See :mod:`kvops.prepared`."""
     prepare = getattr(function, "prepare", None)
     return function if prepare is None else prepare(*args, **kwargs)
 
@@ -50,6 +50,11 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 _launches: list[dict[tuple[Any, ...], Callable[..., Any]]] = []
 _on_cpu: dict[str, Callable[..., Any]] = {}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# Where no mode, wrapper or trace stands between autograd and the implementation on the CPU.
+_STRAIGHT_TO_CPU = frozenset(
+    (keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)).raw_repr()
+    for keys in (_CPU, _CPU | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView))
+)
 _facts, _strides = attrgetter("shape", "dtype", "device", "requires_grad"), torch.Tensor.stride
 
 
@@ -61,9 +66,9 @@ def forget_launches() -> None:
 
 def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Everything about a call but data, ``args`` beginning with that many tensors: shapes, dtypes, devices, strides,
-    numbers, and what asks for gradients."""
+    numbers, what asks for gradients, and who serves CPU tensors."""
     first = args[:tensors]
-    found = [torch.is_grad_enabled(), *map(_facts, first), *map(_strides, first), *kwargs]
+    found = [torch.is_grad_enabled(), checks.interpreting(), *map(_facts, first), *map(_strides, first), *kwargs]
     for value in (*args[tensors:], *kwargs.values()):
         if isinstance(value, torch.Tensor):
             found += _facts(value), value.stride()
@@ -129,44 +134,39 @@ def register(
             refuse_tangents(args, kwargs)
         check(*args, **kwargs)
 
-    def remembering(
-        launch_for: Callable[[tuple[Any, ...], dict[str, Any]], Callable[..., Any]],
-    ) -> Callable[[tuple[Any, ...], dict[str, Any]], Callable[..., Any]]:
-        """What serves a valid call. Checks and preparation look at everything but data, so calls alike share both; how
-        long a launch takes then, ``python -m bench.overhead`` tells."""
-        launches: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        _launches.append(launches)
+    launches: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    _launches.append(launches)
 
-        def launch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-            if checks.debug() or forward_ad._current_level >= 0:  # data and tangents are looked at every time
-                validate(args, kwargs)
-                return launch_for(args, kwargs)
-            try:
-                likeness = _likeness(len(leading), args, kwargs)
-            except AttributeError:
-                validate(args, kwargs)
-                raise
-            launch = launches.get(likeness)
-            if launch is None:
-                validate(args, kwargs)
-                launch = launch_for(args, kwargs)
-                if len(launches) >= _MAX_LAUNCHES:
-                    launches.clear()
-                launches[likeness] = launch
-            return launch
+    def prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What serves this call, once it is found valid, and all that differ in nothing but data."""
+        validate(args, kwargs)
+        return _launch(eager if backend(args[0].device) == "eager" else _kernel(kernel), args, kwargs)
 
-        return launch_of
-
-    kernel_for = remembering(lambda args, kwargs: _launch(_kernel(kernel), args, kwargs))
-    eager_for = remembering(lambda args, kwargs: _launch(eager, args, kwargs))
+    def launch_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """Checks and preparation look at everything but data, so calls alike share both; how long a launch takes then,
+        ``python -m bench.overhead`` tells."""
+        if checks.debug() or forward_ad._current_level >= 0:  # data and tangents are looked at every time
+            return prepare(args, kwargs)
+        try:
+            likeness = _likeness(len(leading), args, kwargs)
+        except AttributeError:
+            validate(args, kwargs)
+            raise
+        launch = launches.get(likeness)
+        if launch is None:
+            launch = prepare(args, kwargs)
+            if len(launches) >= _MAX_LAUNCHES:
+                launches.clear()
+            launches[likeness] = launch
+        return launch
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        serve = (kernel_for if checks.interpreting() else eager_for)(args, kwargs)
+        launch = launch_for(args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():  # each of its operations would look for a gradient
-            return serve(*args, **kwargs)
+            return launch(*args, **kwargs)
 
     def on_gpu(*args: Any, **kwargs: Any) -> Any:
-        launch = kernel_for(args, kwargs)
+        launch = launch_for(args, kwargs)
         index = args[0].device.index
         if index == torch.cuda.current_device():
             return launch(*args, **kwargs)
@@ -199,11 +199,10 @@ def register_autograd(operator: Any, apply: Callable[..., Any]) -> None:
     """
     name = operator._schema.name.split("::")[1]
     on_cpu, redispatch = _on_cpu[name], operator._handle.redispatch_boxed
-    after_autograd, implementations = torch._C._after_autograd_keyset, torch._C._after_ADInplaceOrView_keyset
+    after_autograd = torch._C._after_autograd_keyset
 
     def below(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        # Where no mode, wrapper or trace stands in between, the dispatcher could only find the CPU.
-        if keyset & implementations == _CPU:
+        if keyset.raw_repr() in _STRAIGHT_TO_CPU:
             return on_cpu(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return redispatch(keyset & after_autograd, *args, **kwargs)
