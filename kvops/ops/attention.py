@@ -19,22 +19,10 @@ OPTIONS = (
 )
 
 
-def _check_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-) -> None:
+def _check_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
     check_queries_and_keys(q, k, DENSE)
     check_values(v, k, q, DENSE)
-    check_options(q, q.shape[0], window_left, window_right, scale, softcap, sinks, alibi_slopes)
+    check_options(q, q.shape[0], **options)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

@@ -59,13 +59,16 @@ def check_scores(scale: float | None, softcap: float) -> None:
 def check_options(
     q: Tensor,
     batch: int,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    softcap: float,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> None:
+    """The options of attention, which the dispatcher hands on only where they differ from their defaults."""
     checks.expect_at_least("window_left", window_left, -1)
     checks.expect_at_least("window_right", window_right, -1)
     check_scores(scale, softcap)

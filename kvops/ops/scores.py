@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,42 +19,24 @@ _OPTIONS = (
 )
 
 
-def _check_scores(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    query_start: int = 0,
-    skip_recent: int = 0,
-    reduce: str = "sum",
-    group: str = "sum",
-) -> None:
+def _check_scores(q: Tensor, k: Tensor, lse: Tensor, **options: Any) -> None:
     check_queries_and_keys(q, k, DENSE)
-    batch = q.shape[0]
-    _check_scoring(q, lse, batch, window_left, window_right, scale, softcap, alibi_slopes, skip_recent, reduce, group)
+    _check_scoring(q, lse, q.shape[0], **options)
 
 
 def _check_scoring(
     q: Tensor,
     lse: Tensor,
     batch: int,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    skip_recent: int,
-    reduce: str,
-    group: str,
+    *,
+    query_start: int = 0,
+    skip_recent: int = 0,
+    reduce: str = "sum",
+    group: str = "sum",
+    **options: Any,
 ) -> None:
     check_rows("lse", lse, q)
-    check_options(q, batch, window_left, window_right, scale, softcap, None, alibi_slopes)
+    check_options(q, batch, **options)
     checks.expect_at_least("skip_recent", skip_recent, 0)
     checks.expect_choice("reduce", reduce, ("sum", "sumsq", "max"))
     checks.expect_choice("group", group, ("sum", "mean", "max"))
@@ -80,22 +64,11 @@ def _check_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    query_start: int = 0,
-    skip_recent: int = 0,
-    reduce: str = "sum",
-    group: str = "sum",
+    **options: Any,
 ) -> None:
     check_queries_and_keys(q, k, PACKED)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    batch = cu_seqlens_q.shape[0] - 1
-    _check_scoring(q, lse, batch, window_left, window_right, scale, softcap, alibi_slopes, skip_recent, reduce, group)
+    _check_scoring(q, lse, cu_seqlens_q.shape[0] - 1, **options)
 
 
 def _fake_varlen(q: Tensor, k: Tensor, *rest: object, **options: object) -> Tensor:

@@ -33,19 +33,12 @@ def _check_forward(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
+    **options: Any,
 ) -> None:
     check_queries_and_keys(q, k, PACKED)
     check_values(v, k, q, PACKED)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_options(q, cu_seqlens_q.shape[0] - 1, window_left, window_right, scale, softcap, sinks, alibi_slopes)
+    check_options(q, cu_seqlens_q.shape[0] - 1, **options)
 
 
 def _fake_forward(
