@@ -29,9 +29,9 @@ def scaled_dot_product_attention(
         query: ``[B, Hq, Sq, D]``, or ``[B, Sq, D]`` for one head.
         key: ``[B, Hkv, Sk, D]``.
         value: ``[B, Hkv, Sk, Dv]``.
-        attn_mask: what can be said without a matrix: padding of keys, bool ``[B or 1, 1, 1, Sk]`` (True takes part),
-            at the ends of each row, which the host looks at; or ``torch.nn.attention.bias`` 's
-            ``causal_upper_left`` and ``causal_lower_right``.
+        attn_mask: what can be said without a matrix: padding of keys, bool ``[B or 1, 1, 1, Sk]`` (without heads
+            ``[B or 1, 1, Sk]``; True takes part), at the ends of each row, which the host looks at; or
+            ``torch.nn.attention.bias`` 's ``causal_upper_left`` and ``causal_lower_right``.
         dropout_p: 0.
         is_causal: aligned to the **top left** where lengths differ, as torch does: query i sees keys 0 to i.
             (:func:`kvops.flash_attention` aligns to the bottom right.)
@@ -53,6 +53,8 @@ def scaled_dot_product_attention(
             raise ValueError(f"{name}: expected 4 dimensions {_LAYOUT} or 3 without heads, got {list(tensor.shape)}")
     if query.dim() == 3:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unsqueeze(1)
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale).squeeze(1)
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError(f"key: expected {query.shape[1]} heads as query has, got {key.shape[1]}: set enable_gqa=True")
@@ -84,14 +86,14 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) 
     """Attention to the real keys of each row: what lies around them becomes sequences without queries."""
     B, Sq, _, _ = q.shape
     Sk = k.shape[1]
-    if mask.dtype != torch.bool or mask.shape[-1:] != (Sk,) or mask.numel() not in (Sk, B * Sk) or mask.dim() > 4:
+    # Dimensions are counted from the last, as torch broadcasts them: [B, Sk] would be a row for each query.
+    shape = (*[1] * (4 - mask.dim()), *mask.shape)
+    if mask.dtype != torch.bool or shape not in ((1, 1, 1, Sk), (B, 1, 1, Sk)):
         raise ValueError(
             f"attn_mask: expected bool [batch or 1, 1, 1, seqlen] = [{B}, 1, 1, {Sk}], got {mask.dtype} "
-            f"{list(mask.shape)}: a full matrix is what kvops never holds, use "
-            "torch.nn.functional.scaled_dot_product_attention with it"
+            f"{list(mask.shape)}: padding [batch, seqlen] is mask[:, None, None], a full matrix is what "
+            "kvops never holds, use torch.nn.functional.scaled_dot_product_attention with it"
         )
-    if mask.dim() == 4:
-        checks.expect_shape("attn_mask", mask, "[batch, 1, 1, seqlen]", None, 1, 1, Sk)
     real = mask.reshape(-1, Sk).expand(B, Sk)
     place = torch.arange(Sk, device=mask.device)
     first = torch.where(real, place, Sk).amin(1)

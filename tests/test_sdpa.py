@@ -51,6 +51,21 @@ def test_padding_of_keys(backend, device):
     assert not nobody.any()
 
 
+def test_the_dimensions_of_a_mask_are_counted_from_the_last_as_torch_broadcasts_them(device):
+    """A matrix of queries and keys was taken for padding of rows where there were as many queries as rows, and padding
+    of heads for padding of rows where there were as many heads."""
+    q, k, v = inputs((3, 3, 3, 8), (3, 3, 4, 8), device)
+    mask = torch.ones(3, 4, device=device).tril().bool()
+    for wrong in (mask, mask[:, None]):
+        with pytest.raises(ValueError, match=r"attn_mask: expected bool .* got .* padding .* mask\[:, None, None\]"):
+            kvops.scaled_dot_product_attention(q, k, v, attn_mask=wrong)
+    with pytest.raises(ValueError, match="attn_mask: expected bool"):
+        kvops.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], attn_mask=mask)
+    for right in (mask[1:2], mask[1:2, None], mask[:, None, None]):
+        assert_like_torch(q, k, v, attn_mask=right)
+    assert_like_torch(q[:, 0], k[:, 0], v[:, 0], attn_mask=mask[:, None])
+
+
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
 def test_the_biases_of_torch_say_where_causality_begins(bias, device):
     q, k, v = inputs((1, 2, 4, 8), (1, 2, 7, 8), device)
