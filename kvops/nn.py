@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,15 @@ class Attention(nn.Module):
         for name in ("q_norm", "k_norm", "sinks"):
             setattr(attention, name, getattr(source, name, None))
         return attention.train(source.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
+        """Moves and casts what the module has, apart from the frequencies, which only move: in bfloat16 they would turn
+        a token at position 1000 by up to two radians too much or too little."""
+        rope = self.rope
+        super()._apply(fn, recurse)
+        if rope is not None and self.rope is not None and self.rope.dtype != rope.dtype:
+            self.rope = rope.to(self.rope.device)
+        return self
 
     def project(
         self, x: Tensor, context: Tensor, cos: Tensor | None, sin: Tensor | None

@@ -1,5 +1,7 @@
 """kvops.nn.Attention against attention written out in float64 and torch's module."""
 
+import copy
+
 import pytest
 import torch
 from oracle import assert_accurate, attention_mask
@@ -68,6 +70,17 @@ def test_outputs_and_gradients_are_those_of_attention_written_out(variant, backe
         error, own = (torch.linalg.vector_norm(run.cpu() - truth).item() for run in (got, torch_own))
         rounding = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(truth).item()
         assert error <= 2 * own + rounding, (name, error, own, rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_module_that_is_cast_keeps_its_rotary_frequencies(dtype, device):
+    """They were rounded with the parameters: in bfloat16 tokens a thousand positions apart turned to wrong places."""
+    module = make(device)
+    frequencies = module.rope.clone()
+    for cast in (copy.deepcopy(module).to(dtype), copy.deepcopy(module).to(device, dtype).float()):
+        assert cast.rope.dtype == torch.float32
+        assert torch.equal(cast.rope, frequencies)
+        assert cast.rope.device == cast.q_proj.weight.device
 
 
 @pytest.mark.parametrize("causal", [True, False])
