@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,15 @@ class CacheStorage:
         self._views: dict[range, _Views] = {}
         self._gathered: dict[tuple[int, ...], _Views] = {}  # rows picked by number: copies, true for one step
         self._schedules: dict[tuple[Numbers, bool], tuple[Tensor, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views into other tensors: pickled, they would be tensors of their own."""
+        derived: dict[str, Any] = {"scores": None, "_views": {}, "_gathered": {}, "_schedules": {}}
+        return {**self.__dict__, **derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.scores = self._scores[: self.num_blocks]
 
     @property
     def bytes_per_block(self) -> int:

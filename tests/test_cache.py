@@ -1,6 +1,8 @@
 """The paged cache: rows that grow, are compressed and leave; what it refuses, and what it says of itself."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -59,6 +61,25 @@ def test_rolled_back_tokens_leave_their_blocks_with_the_list(device):
     assert cache.extend(9, rows=0).tolist() == [list(range(3, 12))]
     assert torch.equal(cache.block_tables, tables)
     assert cache.stats().blocks_in_use == 12
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_goes_on_as_the_original_would(copied, device):
+    """Views of tensors were pickled as tensors of their own: a cache that had been pickled never saw new scores."""
+    cache = make_cache(device)
+    feed(cache, 9)
+    cache.attend(1, torch.randn(ROWS, 1, HEADS, 3, device=device))  # the cache keeps views of its tables from here on
+    other = copied(cache)
+    q = torch.randn(ROWS, 2, HEADS, 3, device=device)
+    for each in (cache, other):
+        feed(each, 8, rows=[1])
+        for layer in range(LAYERS):
+            each.set_scores(layer, torch.arange(17.0, device=device).expand(ROWS, HEADS, 17))
+        each.evict(8)
+        feed(each, 2)
+    for layer in range(LAYERS):
+        assert torch.equal(cache.attend(layer, q), other.attend(layer, q))
+        assert cache.gather(layer, 1, 0)[2].tolist() == other.gather(layer, 1, 0)[2].tolist()
 
 
 def test_rows_may_be_named_in_any_way(device):
