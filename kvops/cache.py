@@ -8,6 +8,7 @@ bound of what is in use and reads the exact number only where the bound says tha
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 
@@ -85,7 +86,7 @@ class PagedKVCache(CacheEviction):
         ``max_tokens``, both before anything is changed.
         """
         index, numbers = self._resolve(rows)
-        checks.expect_at_least("num_tokens", num_tokens, 0)
+        checks.expect_int("num_tokens", num_tokens, 0)
         lens = self.seq_lens[:, index]
         if q_lens is None:
             new_lens = lens + num_tokens
@@ -110,7 +111,7 @@ class PagedKVCache(CacheEviction):
         the rows get copies of all blocks that they share and count as compressed from now on. Raises as :meth:`extend`
         does, before anything is changed; may read numbers from the device, so it belongs outside the graph.
         """
-        checks.expect_at_least("num_tokens", num_tokens, 0)
+        checks.expect_int("num_tokens", num_tokens, 0)
         index, numbers = self._resolve(rows)
         if evicts:
             self.unshare(rows)
@@ -131,6 +132,7 @@ class PagedKVCache(CacheEviction):
     ) -> None:
         """Write k ``[B', T, Hkv, D]`` and v ``[B', T, Hkv, Dv]`` of one layer into the room made by :meth:`extend`."""
         tables, lens = self._layer(layer, rows)
+        self._expect_rows("k", k, len(lens))
         paged_append(
             k,
             v,
@@ -173,6 +175,7 @@ class PagedKVCache(CacheEviction):
         if accumulate is not None and self._pool.bound.sharing and not self._pool.capturing():
             self.unshare(rows)
         tables, lens = self._layer(layer, rows)
+        self._expect_rows("q", q, len(lens))
         windowed = window_left >= 0
         if windowed and query_positions is None:
             after = self.next_positions[self._resolve(rows)[0]]
@@ -224,8 +227,11 @@ class PagedKVCache(CacheEviction):
         """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
 
         Their blocks stay with the lists, for the next :meth:`extend`; what their queries added to the scores of older
-        slots stays too. Only tokens that came in after the last :meth:`evict` can be taken back; where a row was
-        forked makes no difference.
+        slots stays too. Only tokens that came in after the last :meth:`evict` or :meth:`keep` that took anything can be
+        taken back; where a row was forked makes no difference.
+
+        Raises ValueError for more tokens than that, or than a list has (looked at on the CPU and with
+        ``KVOPS_DEBUG=1``).
         """
         index, numbers = self._resolve(rows)
         if isinstance(num_tokens, Tensor):
@@ -234,16 +240,24 @@ class PagedKVCache(CacheEviction):
                 checks.expect_data("num_tokens", "numbers of at least 0", num_tokens >= 0)
             new_lens = self.seq_lens[:, index] - num_tokens[:, None]
         else:
-            checks.expect_at_least("num_tokens", num_tokens, 0)
+            checks.expect_int("num_tokens", num_tokens, 0)
             new_lens = self.seq_lens[:, index] - num_tokens
-        if (self._pool.exact or checks.debug()) and new_lens.numel() and int(new_lens.amin()) < 0:
-            raise ValueError(
-                f"num_tokens: expected at most the length of the shortest list, got {-int(new_lens.amin())} more"
-            )
+        new_positions = self.next_positions[index] - num_tokens
+        if (self._pool.exact or checks.debug()) and new_lens.numel():
+            if int(new_lens.amin()) < 0:
+                raise ValueError(
+                    f"num_tokens: expected at most the length of the shortest list, got {-int(new_lens.amin())} more"
+                )
+            before = int((self._settled[index] - new_positions).amax())
+            if before > 0:
+                raise ValueError(
+                    f"num_tokens: expected at most the tokens that came in after the last eviction, got {before} more: "
+                    "free() the row and read it again, or fork() it before it is evicted"
+                )
         self._changed()
         self._pool.bound.rewind(numbers)
         self.seq_lens[:, index] = new_lens.clamp_(min=0)
-        self.next_positions[index] = (self.next_positions[index] - num_tokens).clamp_(min=0)
+        self.next_positions[index] = new_positions.clamp_(min=0)
 
     def retain(self, keep: Tensor, *, q_lens: Tensor | None = None, rows: Rows = slice(None)) -> None:
         """Of the last T tokens of every list of ``rows`` keep those that ``keep``, bool ``[B', T]``, marks.
@@ -301,7 +315,7 @@ class PagedKVCache(CacheEviction):
         self._changed()
         self._pool.give_back(index, numbers, torch.zeros_like(self.seq_lens[:, index]))
         self.seq_lens[:, index] = 0
-        self.next_positions[index] = 0
+        self.next_positions[index] = self._settled[index] = 0
         for row in numbers:
             self._pool.bound.limit(row, 0)
             self.compressed[row] = False
@@ -321,13 +335,13 @@ class PagedKVCache(CacheEviction):
             ValueError: ``row`` among ``into`` or out of range; ``num_tokens`` given for a compressed row, or more than
                 the row has (looked at on the CPU and with ``KVOPS_DEBUG=1``; otherwise all that it has are shared).
         """
-        _, (source,) = self._resolve(row)
+        source = self._one("row", row)
         index, numbers = self._resolve(into)
         if source in numbers:
             raise ValueError(f"into: expected rows other than {source} itself, got {list(numbers)}")
         lens, position = self.seq_lens[:, source], self.next_positions[source].clone()
         if num_tokens is not None:
-            checks.expect_at_least("num_tokens", num_tokens, 0)
+            checks.expect_int("num_tokens", num_tokens, 0)
             if self.compressed[source]:
                 raise ValueError(f"num_tokens: expected None, as row {source} is compressed, got {num_tokens}")
             if (self._pool.exact or checks.debug()) and num_tokens > int(position):
@@ -335,7 +349,7 @@ class PagedKVCache(CacheEviction):
             lens, position = lens.clamp(max=num_tokens), position.clamp(max=num_tokens)
         self.free(into)
         self._pool.fork(source, index, numbers, lens)
-        self.next_positions[index] = position
+        self.next_positions[index], self._settled[index] = position, self._settled[source].clone()
         for new in numbers:
             self.compressed[new] = self.compressed[source]
 
@@ -354,7 +368,7 @@ class PagedKVCache(CacheEviction):
 
         Raises ValueError for a compressed row, or more tokens than the row has (which is read from the device).
         """
-        _, (source,) = self._resolve(row)
+        source = self._one("row", row)
         tokens, held = _numbers_of(tokens), int(self.next_positions[source])
         if self.compressed[source]:
             raise ValueError(f"row: expected one that has not been compressed, got {source}, which evict() ran on")
@@ -369,7 +383,7 @@ class PagedKVCache(CacheEviction):
         on with ``tokens`` from there. What the row does then never shows in another. The order of use that decides
         what is given back first is that of calls to this method and to :meth:`remember`.
         """
-        _, (target,) = self._resolve(row)
+        target = self._one("row", row)
         found = self._prefixes.find(_numbers_of(tokens)[:-1], salt)
         self.free(target)
         if found is None:
@@ -420,5 +434,8 @@ class PagedKVCache(CacheEviction):
 def _numbers_of(tokens: Sequence[int] | Tensor) -> list[int]:
     if isinstance(tokens, Tensor):
         checks.expect_rank("tokens", tokens, "[tokens]")
-        return tokens.tolist()
-    return list(tokens)
+        tokens = tokens.tolist()
+    try:
+        return list(map(operator.index, tokens))
+    except TypeError:
+        raise TypeError(f"tokens: expected token ids, got {type(tokens).__name__} of something else") from None

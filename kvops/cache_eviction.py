@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -76,6 +77,7 @@ class CacheEviction(CacheStorage):
         compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
         lens = self._by_layer(lens)
         self._changed()
+        self._settle(index, lens)
         self.seq_lens[:, index] = lens
         self._pool.give_back(index, numbers, self._pool.blocks_of(lens))
         for i, row in enumerate(numbers):
@@ -103,10 +105,18 @@ class CacheEviction(CacheStorage):
         whole = torch.nn.functional.pad(kept, (0, capacity - kept.shape[-1]), value=True)
         compact(self.k_cache, self.v_cache, tables, new_lens, whole, positions=self.positions, scores=self.scores)
         self._changed()
+        self._settle(index, new_lens, layer)
         self.seq_lens[layer, index] = new_lens
         self._pool.give_back(index, numbers, self._pool.blocks_of(self.seq_lens[:, index]))
         for row in numbers:
             self.compressed[row] = True
+
+    def _settle(self, index: slice | Tensor, lens: Tensor, layer: int | slice = slice(None)) -> None:
+        """Before lists take these lengths: what rows that lose any slots have now cannot be rolled back any more."""
+        shorter = (self.seq_lens[layer, index] != lens).any(-1)
+        if shorter.dim() > 1:
+            shorter = shorter.any(0)
+        self._settled[index] = torch.where(shorter, self.next_positions[index], self._settled[index])
 
     def _by_layer(self, per_list: Tensor) -> Tensor:
         """Lists row by row, layer by layer, as ``[layers, B', heads]``."""
@@ -131,6 +141,9 @@ class CacheEviction(CacheStorage):
             if budget.device.type == "cpu" and not self._pool.capturing():
                 known = budgets.tolist()
         else:
+            if not isinstance(budget, Sequence):
+                checks.expect_int("budget", budget, 0)
+                budget = operator.index(budget)
             rows: list[int | Sequence[int]] = [budget] * batch if isinstance(budget, int) else list(budget)
             if len(rows) != batch:
                 raise ValueError(f"budget: expected one number or {batch}, one for each row, got {len(rows)}")

@@ -33,6 +33,8 @@ def save(cache: CacheStorage, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: expected a file in a folder that exists, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path: expected a file, got the folder {path}")
     device, size = cache.device, cache.block_size
     keys = cache._prefixes.oldest_first()
     entries = [cache._prefixes.entries[key] for key in keys]

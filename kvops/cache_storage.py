@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -59,7 +60,7 @@ class CacheStorage:
             "block_size": block_size,
         }
         for name, value in sizes.items():
-            checks.expect_at_least(name, value, 1)
+            checks.expect_int(name, value, 1)
         dtypes = (*checks.FLOAT_DTYPES, torch.float8_e4m3fn)
         if dtype not in dtypes:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype}")
@@ -85,11 +86,19 @@ class CacheStorage:
         self._prefixes = PrefixIndex(self._pool)
         self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self.compressed = [False] * max_batch
+        # Positions from which on tokens can be rolled back: evict() and keep() may have taken older ones.
+        self._settled = torch.zeros_like(self.next_positions)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         # Tables and lengths of every layer, and their schedules, by selection of rows: a step asks for them often.
         self._views: dict[range, _Views] = {}
         self._gathered: dict[tuple[int, ...], _Views] = {}  # rows picked by number: copies, true for one step
         self._schedules: dict[tuple[Numbers, bool], tuple[Tensor, ...]] = {}
+
+    def __repr__(self) -> str:
+        lists = f"{self.num_layers} layers, {self.num_kv_heads} KV heads of {self.k_cache.shape[-1]}"
+        rows = f"{self.max_batch} rows of up to {self.max_blocks * self.block_size} tokens"
+        blocks = f"{self.num_blocks} blocks of {self.block_size}"
+        return f"PagedKVCache({lists}, {rows}, {blocks}, {self.k_cache.dtype}, {self.device})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without views into other tensors: pickled, they would be tensors of their own."""
@@ -157,11 +166,20 @@ class CacheStorage:
         if self.k_cache.dtype != torch.float8_e4m3fn:
             raise ValueError(f"{name}: expected only with dtype float8_e4m3fn, got a cache of {self.k_cache.dtype}")
         if not isinstance(scale, Tensor):
-            scale = torch.tensor(float(scale), dtype=torch.float32)
+            if not 0 < scale < float("inf"):
+                raise ValueError(f"{name}: expected a finite number above 0, got {scale}")
+            scale = torch.tensor(scale, dtype=torch.float32)
         checks.expect_dtype(name, scale, torch.float32)
         if scale.ndim:
             checks.expect_shape(name, scale, "[num_layers, num_kv_heads]", self.num_layers, self.num_kv_heads)
         return scale.to(self.device).expand(self.num_layers, self.num_kv_heads).contiguous()
+
+    def _one(self, name: str, row: int) -> int:
+        """``row``, in range."""
+        checks.expect_int(name, row, 0)
+        if row >= self.max_batch:
+            raise ValueError(f"{name}: expected a row number in 0..{self.max_batch - 1}, got {row}")
+        return operator.index(row)
 
     def _resolve(self, rows: Rows) -> tuple[slice | Tensor, Numbers]:
         """``rows`` as an index for tensors (a slice where possible, which copies nothing) and as numbers."""
@@ -172,9 +190,13 @@ class CacheStorage:
             rows = covered
         if isinstance(rows, Tensor):
             rows = rows.tolist()
-        numbers = (rows,) if isinstance(rows, int) else tuple(rows)
-        if any(isinstance(row, bool) for row in numbers):  # a mask would be taken for rows 1 and 0
-            raise TypeError(f"rows: expected row numbers, got {list(numbers)}; of a mask: mask.nonzero()[:, 0]")
+        named = tuple(rows) if isinstance(rows, Iterable) else (rows,)
+        if any(isinstance(row, bool) for row in named):  # a mask would be taken for rows 1 and 0
+            raise TypeError(f"rows: expected row numbers, got {list(named)}; of a mask: mask.nonzero()[:, 0]")
+        try:
+            numbers = tuple(map(operator.index, named))
+        except TypeError:
+            raise TypeError(f"rows: expected a slice, a row number or several, got {rows!r}") from None
         if len(set(numbers)) != len(numbers) or any(not 0 <= row < self.max_batch for row in numbers):
             raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {list(numbers)}")
         if numbers and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
@@ -229,6 +251,12 @@ class CacheStorage:
     def _own(self, index: slice | Tensor, numbers: Sequence[int], first: Tensor, stop: Tensor, width: int) -> None:
         """Copy the shared blocks from the ``first`` to before ``stop`` of each list, at most ``width``."""
         self._copy(self._making_room(lambda: self._pool.own(index, numbers, first, stop, width), for_copies=True))
+
+    def _expect_rows(self, name: str, value: Tensor, batch: int) -> None:
+        """One row of tokens for each of the cache's that are meant."""
+        checks.expect_tensor(name, value)
+        if value.dim() and value.shape[0] != batch:
+            raise ValueError(f"{name}: expected {batch} rows, as many as `rows` names, got {value.shape[0]}")
 
     def _expect_per_row(self, name: str, value: Tensor, batch: int) -> None:
         checks.expect_tensor(name, value)

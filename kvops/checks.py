@@ -7,8 +7,10 @@ reads no device data; what only the device could tell is checked when ``KVOPS_DE
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +98,15 @@ def expect_head_ratio(name: str, query_heads: int, kv_name: str, kv_heads: int) 
 def expect_at_least(name: str, value: float, minimum: float) -> None:
     if not value >= minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def expect_int(name: str, value: Any, minimum: int) -> None:
+    """Expect a whole number, of Python's, NumPy's or torch's, of at least ``minimum``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    expect_at_least(name, number, minimum)
 
 
 def expect_between(name: str, value: float, lowest: float, highest: float) -> None:

@@ -63,6 +63,31 @@ def test_rolled_back_tokens_leave_their_blocks_with_the_list(device):
     assert cache.stats().blocks_in_use == 12
 
 
+def test_what_was_evicted_cannot_be_taken_back(monkeypatch, device):
+    """A rollback past an eviction took the slots of other tokens: how many a list had lost, it did not know."""
+    monkeypatch.setenv("KVOPS_DEBUG", "1")
+    cache = make_cache(device)
+    feed(cache, 12)
+    cache.evict(10**6)  # takes nothing
+    cache.rollback(2)
+    for layer in range(LAYERS):
+        cache.set_scores(layer, torch.rand(ROWS, HEADS, 10, device=device))
+    cache.evict(4, rows=[0, 2], scope="head")
+    kept = torch.ones(1, HEADS, 10, dtype=torch.bool, device=device)
+    kept[:, 1, 3] = False
+    cache.keep(1, kept, rows=1)
+    cache.fork(0, 2)
+    feed(cache, 2)
+    for row in range(ROWS):
+        with pytest.raises(ValueError, match=r"num_tokens: expected at most the tokens that came in .* got 1 more"):
+            cache.rollback(3, rows=row)
+    cache.rollback(2)
+    assert cache.next_positions.tolist() == [10] * ROWS
+    cache.free(0)
+    feed(cache, 3, rows=[0])
+    cache.rollback(3, rows=0)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_a_copy_goes_on_as_the_original_would(copied, device):
     """Views of tensors were pickled as tensors of their own: a cache that had been pickled never saw new scores."""
@@ -307,6 +332,25 @@ def test_bad_input_is_named(device, monkeypatch):
     for mask in (torch.tensor([True, False, False]), [True, False, False], True):
         with pytest.raises(TypeError, match="rows: expected row numbers, got"):
             cache.extend(2, rows=mask)
+    for bad, argument in (
+        (lambda: cache.extend(1.5, rows=0), "num_tokens: expected an int, got 1.5"),
+        (lambda: cache.rollback(1.5, rows=0), "num_tokens: expected an int, got 1.5"),
+        (lambda: cache.fork(0, 1, num_tokens=1.5), "num_tokens: expected an int, got 1.5"),
+        (lambda: cache.fork([0, 2], 1), r"row: expected an int, got \[0, 2\]"),
+        (lambda: cache.evict(1.5), "budget: expected an int, got 1.5"),
+        (lambda: cache.extend(1, rows=1.0), "rows: expected a slice, a row number or several, got 1.0"),
+        (lambda: cache.recall(1, "text"), "tokens: expected token ids, got str"),
+        (lambda: make_cache(device, num_blocks=2.5), "num_blocks: expected an int, got 2.5"),
+    ):
+        with pytest.raises(TypeError, match=argument):
+            bad()
+    k = torch.randn(2, 1, HEADS, 3, device=device)
+    for bad in (lambda: cache.append(0, k, k, torch.zeros(2, 1)), lambda: cache.attend(0, k)):
+        with pytest.raises(ValueError, match=r"[kq]: expected 3 rows, as many as `rows` names, got 2"):
+            bad()
+    for scale in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="k_scale: expected a finite number above 0"):
+            make_cache(device, dtype=torch.float8_e4m3fn, k_scale=scale)
     for dtype in (torch.int8, torch.float64):
         with pytest.raises(TypeError, match=f"dtype: expected one of .*, got {dtype}"):
             make_cache(device, dtype=dtype)

@@ -125,6 +125,8 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "cache"
     with pytest.raises(FileNotFoundError, match=r"path: expected a file that PagedKVCache.save wrote, .* none at"):
         kvops.PagedKVCache.load(path)
+    with pytest.raises(IsADirectoryError, match=r"path: expected a file, got the folder"):
+        make_cache("cpu").save(tmp_path)
     path.write_bytes(b"\x07")
     with pytest.raises(ValueError, match=r"path: expected a file that PagedKVCache.save wrote"):
         kvops.PagedKVCache.load(path)

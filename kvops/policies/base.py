@@ -267,7 +267,7 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         checks.expect_choice("scope", self.scope, ("head", "layer", "sequence"))
         checks.expect_between("floor", self.floor, 0, 1)
-        checks.expect_at_least("observe", getattr(self, "observe", 1), 1)  # most policies have one; -0 would be all
+        checks.expect_int("observe", getattr(self, "observe", 1), 1)  # most policies have one; -0 would be all
 
     @property
     def recall(self) -> int:

@@ -47,14 +47,16 @@ class Compression:
     chunk: int = 0
 
     def __post_init__(self) -> None:
-        least = {"protect_first": 0, "protect_last": 0, "every": 0, "chunk": 0}
-        least |= {
-            name: minimum
-            for name, minimum in (("ratio", 1), ("blocks", 0), ("tokens", 0), ("mib", 0))
-            if getattr(self, name) is not None
-        }
-        for name, minimum in least.items():
-            checks.expect_at_least(name, getattr(self, name), minimum)
+        for name in ("protect_first", "protect_last", "every", "chunk"):
+            checks.expect_int(name, getattr(self, name), 0)
+        for name in ("blocks", "tokens"):
+            if getattr(self, name) is not None:
+                checks.expect_int(name, getattr(self, name), 0)
+        if self.ratio is not None:
+            checks.expect_at_least("ratio", self.ratio, 1)
+        if self.mib is not None:
+            checks.expect_at_least("mib", self.mib, 0)
+            checks.expect_finite("mib", self.mib)
         if not isinstance(self.policy, Policy):
             raise TypeError(f"policy: expected a kvops.policies.Policy, such as Standout(), got {self.policy!r}")
 

@@ -43,8 +43,8 @@ class Recital:
     ask: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.expect_at_least("chunk", self.chunk, 1)
-        checks.expect_at_least("lead", self.lead, 0)
+        checks.expect_int("chunk", self.chunk, 1)
+        checks.expect_int("lead", self.lead, 0)
 
     def passes(self, tokens: Tensor, room: int, start: int = 0) -> Iterator[tuple[Tensor, slice]]:
         """What to read, int64 ``[1, T]`` each, to recite ``tokens`` int64 ``[1, S]`` from ``start`` on, and which of
