@@ -8,7 +8,6 @@ bound of what is in use and reads the exact number only where the bound says tha
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Sequence
 
@@ -434,8 +433,4 @@ class PagedKVCache(CacheEviction):
 def _numbers_of(tokens: Sequence[int] | Tensor) -> list[int]:
     if isinstance(tokens, Tensor):
         checks.expect_rank("tokens", tokens, "[tokens]")
-        tokens = tokens.tolist()
-    try:
-        return list(map(operator.index, tokens))
-    except TypeError:
-        raise TypeError(f"tokens: expected token ids, got {type(tokens).__name__} of something else") from None
+    return checks.ints("tokens", tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,17 @@ def expect_int(name: str, value: Any, minimum: int) -> None:
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {value!r}") from None
     expect_at_least(name, number, minimum)
+
+
+def ints(name: str, values: Any) -> list[int]:
+    """``values``, a sequence, array or tensor of whole numbers, as a list."""
+    given = values.tolist() if hasattr(values, "tolist") else values
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        return list(map(operator.index, given))
+    except TypeError:
+        raise TypeError(f"{name}: expected whole numbers, got {reprlib.repr(values)}") from None
 
 
 def expect_between(name: str, value: float, lowest: float, highest: float) -> None:

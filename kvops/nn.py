@@ -222,7 +222,8 @@ class Attention(nn.Module):
 
         Returns x's shape. There are no gradients through a cache.
 
-        Raises ValueError for arguments that do not go together.
+        Raises ValueError for arguments that do not go together, and, on the CPU and with ``KVOPS_DEBUG=1``, for
+        ``prefill`` of rows that are not empty.
         """
         if cache is not None:
             return self._cached(x, positions, cache, rows, q_lens, prefill, context)
@@ -292,6 +293,8 @@ class Attention(nn.Module):
             return self.o_proj(out.flatten(-2))
         if q_lens is not None:
             raise ValueError("q_lens: expected None along with prefill (prompts of one length), got a tensor")
+        if x.device.type == "cpu" or checks.debug():
+            checks.expect_data("positions", "prompts from 0 on, as prefill is for empty rows,", positions[:, :1] == 0)
         out, lse = flash_attention(q, k, v, causal=True, **self._options())
         if self.policy is not None:
             from kvops.policies import Prefill

@@ -77,6 +77,8 @@ def process_logits(
     if prompt_lens is not None:
         checks.expect_dtype("prompt_lens", prompt_lens, torch.int32, torch.int64)
         checks.expect_shape("prompt_lens", prompt_lens, "[batch]", B)
+    if not all(isinstance(word, Sequence) and not isinstance(word, str) for word in bad_words):
+        raise TypeError(f"bad_words: expected sequences of tokens, such as [[17], [3, 5]], got {bad_words}")
     if any(len(word) == 0 or min(word) < 0 or max(word) >= V for word in bad_words):
         raise ValueError(f"bad_words: expected sequences of tokens inside the vocabulary of {V}, got {bad_words}")
 

@@ -339,7 +339,7 @@ def test_bad_input_is_named(device, monkeypatch):
         (lambda: cache.fork([0, 2], 1), r"row: expected an int, got \[0, 2\]"),
         (lambda: cache.evict(1.5), "budget: expected an int, got 1.5"),
         (lambda: cache.extend(1, rows=1.0), "rows: expected a slice, a row number or several, got 1.0"),
-        (lambda: cache.recall(1, "text"), "tokens: expected token ids, got str"),
+        (lambda: cache.recall(1, "text"), "tokens: expected whole numbers, got 'text'"),
         (lambda: make_cache(device, num_blocks=2.5), "num_blocks: expected an int, got 2.5"),
     ):
         with pytest.raises(TypeError, match=argument):

@@ -280,6 +280,62 @@ def test_generate_refuses_bad_arguments_by_name(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"prompts": [1, 2, 3]}, r"prompts: expected sequences of token ids, one for each prompt, got \[1, 2, 3\]"),
+        ({"prompts": ["hello"]}, r"prompts: .* got \['hello'\]: generate\(model, \[tokenizer.encode\(text\)\]\)"),
+        ({"prompts": [[1.5]]}, r"prompts: expected whole numbers, got \[1.5\]"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected an int, got 1.5"),
+        ({"stop_tokens": "a"}, "stop_tokens: expected whole numbers, got 'a'"),
+        ({"stop_tokens": 7}, "stop_tokens: expected whole numbers, got 7"),
+        ({"seed": 1.5}, "seed: expected whole numbers"),
+        ({"temperature": None}, "temperature: expected a number, or one for each prompt, got None"),
+        ({"bad_words": [5]}, r"bad_words: expected sequences of tokens, such as \[\[17\], \[3, 5\]\], got \[5\]"),
+        ({"compression": 4}, r"compression: expected a kvops.policies.Compression, such as Compression\(4\), got 4"),
+        ({"compression": [4]}, r"compression: expected a kvops.policies.Compression, such as Compression\(4\), got 4"),
+        ({"cache": 4}, "cache: expected a kvops.PagedKVCache, got int"),
+    ],
+)
+def test_generate_refuses_arguments_of_another_type_by_name(change, message):
+    options = {"prompts": [[1, 2, 3]], "max_new_tokens": 16} | change
+    with pytest.raises(TypeError, match=f"^{message}"):
+        generate(tiny_model(), options.pop("prompts"), **options)
+
+
+def test_tokens_and_numbers_may_come_as_tensors(device):
+    """A stop token in a tensor was never met: it was looked up by its identity."""
+    model, prompts = tiny_model().to(device), prompts_of(9, 5)
+    expected = generate(model, prompts, max_new_tokens=6).tokens
+    stop = expected[0][3]
+    given = [torch.tensor(prompt, device=device) for prompt in prompts]
+    options = {"temperature": torch.zeros(2), "seed": torch.tensor([3, 4])}
+    result = generate(model, given, max_new_tokens=6, stop_tokens=torch.tensor([stop]), **options)
+    assert result.tokens == generate(model, prompts, max_new_tokens=6, stop_tokens=[stop]).tokens
+    assert result.tokens[0] == expected[0][: expected[0].index(stop) + 1]
+
+
+def test_a_cache_of_another_shape_or_with_tokens_in_it_is_refused(device):
+    """Tokens that an abandoned generation had left in a cache were attended to by the next."""
+    model, prompts = tiny_model().to(device), prompts_of(9, 5)
+    cache = new_cache(model, max_batch=2, max_tokens=32)
+    steps = stream(model, prompts, max_new_tokens=8, cache=cache)
+    next(steps)
+    with pytest.raises(ValueError, match=r"cache: expected empty rows, got some of \[9, 5\] tokens: free\(\)"):
+        generate(model, prompts, max_new_tokens=8, cache=cache)
+    steps.close()
+    assert cache.stats().blocks_in_use == 0
+    expected = generate(model, prompts, max_new_tokens=8).tokens
+    assert generate(model, prompts, max_new_tokens=8, cache=cache).tokens == expected
+    other = tiny_model(num_layers=3).to(device)
+    for wrong, message in (
+        (new_cache(model, max_batch=3, max_tokens=32), "max_batch=2, .* got 3"),
+        (new_cache(other, max_batch=2, max_tokens=32), "num_layers=2, .* got 3"),
+    ):
+        with pytest.raises(ValueError, match=f"cache: expected {message}"):
+            generate(model, prompts, max_new_tokens=8, cache=wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"ratio": 0.5}, "ratio: expected at least 1"),
         ({"protect_first": -1}, "protect_first: expected at least 0"),
         ({"protect_last": -1}, "protect_last: expected at least 0"),

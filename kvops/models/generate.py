@@ -6,6 +6,7 @@ attention; from then on every step attends to the paged cache, however its heads
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,20 +81,20 @@ def stream(
             best earlier occurrences, or of the drafting model's most probable continuations.
         verification: of chains: ``"token"`` by token, or ``"block"``, which accepts at least as much where tokens are
             sampled (:func:`kvops.verify_draft`).
-        cache: an empty cache to use, with room for ``tree * num_draft`` tokens beyond each sequence; None makes one
-            with the blocks that these prompts need at most, compressed as they are.
+        cache: an empty cache to use, with a row for each prompt and room for ``tree * num_draft`` tokens beyond each
+            sequence; it is empty again when the generation ends. None makes one with the blocks that these prompts need
+            at most, compressed as they are.
         stats: filled in as the generation goes.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong type, by its name.
         kvops.OutOfBlocksError: a given cache is too small.
     """
+    prompts = _token_ids(prompts, len(model.embedding.weight))
     batch = len(prompts)
-    if batch == 0 or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("prompts: expected at least one prompt, each with at least one token")
     for name, value in (("max_new_tokens", max_new_tokens), ("num_draft", num_draft), ("tree", tree)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        checks.expect_int(name, value, 1)
+    stops = frozenset(checks.ints("stop_tokens", stop_tokens))
     checks.expect_choice("verification", verification, ("token", "block"))
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > model.config.max_positions:
@@ -101,7 +102,10 @@ def stream(
             f"prompts: expected prompt and new tokens within the model's {model.config.max_positions} positions, "
             f"got {longest}"
         )
-    compressions = [compression] * batch if compression is None or isinstance(compression, Compression) else compression
+    compressions = list(compression) if isinstance(compression, Sequence) else [compression] * batch
+    for each in compressions:
+        if not isinstance(each, Compression | None):
+            raise TypeError(f"compression: expected a kvops.policies.Compression, such as Compression(4), got {each!r}")
     if len(compressions) != batch:
         raise ValueError(f"compression: expected one for all prompts or {batch}, one for each, got {len(compressions)}")
     if len({each.policy.accumulate for each in compressions if each and each.every}) > 1:
@@ -138,21 +142,26 @@ def stream(
     if cache is None:
         room = drafter.room if drafter else 0
         cache = _new_cache(model, [len(prompt) for prompt in prompts], compressions, max_new_tokens, room)
+    _expect_fitting(cache, model, batch)
     run = _Run(
         model,
         cache,
         sampler,
         drafter,
         compressions,
-        frozenset(stop_tokens),
+        stops,
         max_new_tokens,
         num_draft,
         verification,
         stats if stats is not None else GenerationStats(),
     )
-    yield run.read(prompts)
-    while any(run.active):
-        yield run.step()
+    try:
+        yield run.read(prompts)
+        while any(run.active):
+            yield run.step()
+    except BaseException:  # an error, or the caller goes
+        cache.free()
+        raise
 
 
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options: object) -> Generation:
@@ -163,6 +172,43 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options: object
         for row, row_tokens in enumerate(new):
             tokens[row] += row_tokens
     return Generation(tokens, stats)
+
+
+def _token_ids(prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
+    """The prompts as lists, of whatever they are made."""
+    if isinstance(prompts, str) or any(isinstance(prompt, str | int) for prompt in prompts):
+        raise TypeError(
+            f"prompts: expected sequences of token ids, one for each prompt, got {reprlib.repr(prompts)}: "
+            "generate(model, [tokenizer.encode(text)])"
+        )
+    lists = [checks.ints("prompts", prompt) for prompt in prompts]
+    if not all(lists) or not lists:
+        raise ValueError("prompts: expected at least one prompt, each with at least one token")
+    for row, tokens in enumerate(lists):
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            wrong = next(token for token in tokens if not 0 <= token < vocab)
+            raise ValueError(f"prompts: expected token ids from 0 to {vocab - 1}, got {wrong} in prompt {row}")
+    return lists
+
+
+def _expect_fitting(cache: PagedKVCache, model: Decoder, batch: int) -> None:
+    """That a cache is made for a model and a batch, and empty."""
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(f"cache: expected a kvops.PagedKVCache, got {type(cache).__name__}")
+    config = model.config
+    sizes = {
+        "max_batch": (cache.max_batch, batch),
+        "num_layers": (cache.num_layers, config.num_layers),
+        "num_kv_heads": (cache.num_kv_heads, config.num_kv_heads),
+        "head_dim": (cache.k_cache.shape[2], config.head_dim),
+    }
+    for name, (got, expected) in sizes.items():
+        if got != expected:
+            raise ValueError(f"cache: expected {name}={expected}, as the model and its prompts have, got {got}")
+    checks.expect_same_device("cache", cache.k_cache, "the model", model.embedding.weight)
+    held = cache.next_positions.tolist()
+    if any(held):
+        raise ValueError(f"cache: expected empty rows, got some of {held} tokens: free() them first")
 
 
 def _new_cache(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvops import checks
 from kvops.ops.verify import verify_draft
 from kvops.sampling import process_logits
 
@@ -41,10 +43,13 @@ class Sampler:
         **filters: float | Sequence[float] | None,
     ) -> None:
         heat = one_each("temperature", temperature, batch)
+        seeds = one_each("seed", seed, batch, 1)
+        if not all(-(2**63) <= checks.ints("seed", [each])[0] < 2**63 for each in seeds):
+            raise ValueError(f"seed: expected int64 numbers, got {seed}")
         if not all(0 <= value < float("inf") for value in heat):
             raise ValueError(f"temperature: expected finite numbers of at least 0, got {temperature}")
         self.temperature = torch.tensor(heat, dtype=torch.float32, device=device) if any(heat) else None
-        self.seed = torch.tensor(one_each("seed", seed, batch, 1), dtype=torch.int64, device=device)
+        self.seed = torch.tensor(seeds, dtype=torch.int64, device=device)
         self._filters: dict[str, Any] = {}
         one = torch.zeros(1, 1, vocab, dtype=torch.float32)
         for name, value in filters.items():
@@ -103,6 +108,9 @@ class Sampler:
 
 def one_each(name: str, value: object, batch: int, stride: int = 0) -> list:
     """``value`` as one for each request; a single number grows by ``stride`` from one to the next."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not all(isinstance(each, Real) for each in (value if isinstance(value, Sequence) else (value,))):
+        raise TypeError(f"{name}: expected a number, or one for each prompt, got {value!r}")
     if isinstance(value, Sequence):
         if len(value) != batch:
             raise ValueError(f"{name}: expected one number or {batch}, one for each prompt, got {len(value)}")
