@@ -123,6 +123,35 @@ def test_a_second_turn_adds_to_what_is_there():
     assert new_tokens(model, longer, past_key_values=cache) == new_tokens(model, longer)
 
 
+def test_a_pass_that_was_broken_off_leaves_nothing_behind():
+    """The next pass went on as the broken one: at its positions, with its padding."""
+    model = make()
+    cache = KVOpsCache(model.config, max_tokens=128, block_size=4)
+    rows = left_padded(prompts()[:2])
+    broken = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model(**rows, past_key_values=cache)
+        for layer in model.model.layers:
+            hook = layer.self_attn.o_proj.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**broken, past_key_values=cache)
+            hook.remove()
+            if layer is model.model.layers[-1]:  # all layers had attended: for the cache the pass was whole
+                cache.crop(-5)
+            new = torch.tensor([[7, 8, 9], [9, 8, 7]])
+            mask = torch.cat((rows["attention_mask"], torch.ones_like(new)), 1)
+            whole = torch.cat((rows["input_ids"], new), 1)
+            expected = model(input_ids=whole, attention_mask=mask).logits[:, -3:]
+            got = model(input_ids=new, attention_mask=mask, past_key_values=cache).logits
+            torch.testing.assert_close(got, expected)
+            assert cache.get_seq_length() == whole.shape[1]
+            cache.crop(-3)
+
+
 def test_kernels_read_the_cache(backend, device):
     model = make("Gemma2", num_hidden_layers=1).to(device)
     cache = KVOpsCache(model.config, max_tokens=16, block_size=8)
@@ -152,6 +181,15 @@ def test_misuse_is_told_apart():
             model(ids.repeat(2, 1), past_key_values=used)
     with pytest.raises(ValueError, match="tokens_to_remove: expected a number from 0 down, got 2"):
         used.crop(2)
+    with pytest.raises(ValueError, match=r"tokens_to_remove: expected at least -4, got -5$"):
+        used.crop(-5)
+    with pytest.raises(TypeError, match=r"compression: expected a kvops.policies.Compression, got 4"):
+        cache(compression=4)
+    with pytest.raises(TypeError, match=r"config: expected that of a model, model.config, got LlamaForCausalLM"):
+        KVOpsCache(model, max_tokens=16)
+    for sizes in ({"max_tokens": 0}, {"max_tokens": 16, "num_blocks": 0}, {"max_tokens": 16, "block_size": 0}):
+        with pytest.raises(ValueError, match=f"{list(sizes)[-1]}: expected at least 1, got 0"):
+            KVOpsCache(model.config, **sizes)
     with pytest.raises(ValueError, match="compression: expected chunk=0"):
         cache(compression=Compression(chunk=4))
     with pytest.raises(ValueError, match="compression: expected every=0 with ExpectedAttention"):

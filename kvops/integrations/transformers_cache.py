@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvops import checks
 from kvops.cache import CacheStats, PagedKVCache
 from kvops.integrations.transformers_config import rope_of
 from kvops.integrations.transformers_masks import Mask
@@ -69,6 +70,14 @@ class KVOpsCache(Cache):
         block_size: int = 16,
     ) -> None:
         super().__init__(layers=[])
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config: expected that of a model, model.config, got {type(config).__name__}")
+        checks.expect_int("max_tokens", max_tokens, 1)
+        checks.expect_int("block_size", block_size, 1)
+        if num_blocks is not None:
+            checks.expect_int("num_blocks", num_blocks, 1)
+        if not isinstance(compression, Compression | None):
+            raise TypeError(f"compression: expected a kvops.policies.Compression, got {compression!r}")
         text = config.get_text_config(decoder=True)
         others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if others:
@@ -137,10 +146,13 @@ class KVOpsCache(Cache):
         if not mask.causal:
             raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
         paged = self._pool()
+        if self._step is not None and layer in self._step.layers:
+            self._undo()
         if self._step is None:
             self._evict()
             self._step = _Step(paged, mask, q.shape[1], self._rope, empty=self._length == 0)
         step = self._step
+        step.layers.add(layer)
         if mask.window_left >= 0:
             self._windows[layer] = mask.window_left
         out = step.attend(layer, (q, k, v), mask.window_left, options, self.compression)
@@ -153,6 +165,12 @@ class KVOpsCache(Cache):
             if not self._recording:
                 self._evict()
         return out
+
+    def _undo(self) -> None:
+        """Take back what a pass that was broken off has put in."""
+        if self._step is not None:
+            self._step.undo()
+        self._step = None
 
     def _evict(self) -> None:
         if self._due and self.compression is not None:
@@ -225,11 +243,14 @@ class KVOpsCache(Cache):
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a 0-d tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a number from 0 down, got {tokens_to_remove}")
+        if self._length + tokens_to_remove < 0:
+            raise ValueError(f"tokens_to_remove: expected at least {-self._length}, got {tokens_to_remove}")
         if self._length + tokens_to_remove < self._trimmed:
             raise ValueError(
                 f"tokens_to_remove: expected at least {self._trimmed - self._length}, got {tokens_to_remove}: what "
                 "earlier tokens saw through a sliding window is gone"
             )
+        self._undo()
         if tokens_to_remove:
             self._pool().rollback(-tokens_to_remove)
             self._length += tokens_to_remove
@@ -273,7 +294,12 @@ class _Step:
             self.q_lens, first = packing.num_queries, packing.first_query
             tokens = torch.arange(num_tokens, device=paged.device)
             self.place = (first[:, None] + tokens).clamp(max=num_tokens - 1)
+        self.num_tokens = num_tokens
         self.positions = paged.extend(num_tokens, q_lens=self.q_lens)
+        self.layers: set[int] = set()  # that have begun
+
+    def undo(self) -> None:
+        self.paged.rollback(self.num_tokens if self.q_lens is None else self.q_lens)
 
     def attend(
         self,
