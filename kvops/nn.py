@@ -72,14 +72,24 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            checks.expect_at_least(name, value, 1)
+        for name, value, least in (
+            ("hidden_size", hidden_size, 1),
+            ("num_heads", num_heads, 1),
+            ("num_kv_heads", num_kv_heads, 1),
+            ("head_dim", 1 if head_dim is None else head_dim, 1),
+            ("window", 1 if window is None else window, 1),
+            ("layer", layer, 0),
+        ):
+            checks.expect_int(name, value, least)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {num_kv_heads}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"hidden_size: expected a multiple of num_heads {num_heads}, got {hidden_size}")
-        if window is not None:
-            checks.expect_at_least("window", window, 1)
+        if policy is not None:
+            from kvops.policies import Policy
+
+            if not isinstance(policy, Policy):
+                raise TypeError(f"policy: expected a kvops.policies.Policy, such as SnapKV(), got {policy!r}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.causal, self.window, self.softcap, self.scale = causal, window, softcap, scale
@@ -104,6 +114,8 @@ class Attention(nn.Module):
 
         Raises ValueError for dropout, ``add_bias_kv``, ``add_zero_attn`` and keys or values of another width.
         """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         if module.dropout:
             raise ValueError(f"module: expected dropout=0, got {module.dropout}: kvops has no dropout")
         if module.bias_k is not None or module.add_zero_attn:
@@ -168,12 +180,12 @@ class Attention(nn.Module):
         return attention.train(source.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
-        """Moves and casts what the module has, apart from the frequencies, which only move: in bfloat16 they would turn
-        a token at position 1000 by up to two radians too much or too little."""
+        """Moves, casts or empties what the module has, apart from the frequencies, which only move. In bfloat16 they
+        would turn a token at position 1000 by up to two radians too much or too little; no state dict brings them."""
         rope = self.rope
         super()._apply(fn, recurse)
-        if rope is not None and self.rope is not None and self.rope.dtype != rope.dtype:
-            self.rope = rope.to(self.rope.device)
+        if rope is not None and self.rope is not None:
+            self.rope = rope if self.rope.is_meta else rope.to(self.rope.device)
         return self
 
     def project(
@@ -212,8 +224,9 @@ class Attention(nn.Module):
         Args:
             x: dense ``[B, S, hidden]``; packed ``[T, hidden]`` with ``cu_seqlens`` int32 ``[sequences + 1]`` and
                 ``max_seqlen``; with a ``cache``, the next tokens ``[B', T, hidden]`` of its ``rows``.
-            positions: int ``[B, S]`` or ``[T]`` for the rotary embedding; None counts from 0 in each sequence. With a
-                cache they are what :meth:`kvops.PagedKVCache.extend` returned, once for all layers.
+            positions: int ``[B, S]`` (or ``[S]``, the same for all rows) or ``[T]`` for the rotary embedding; None
+                counts from 0 in each sequence. With a cache they are what :meth:`kvops.PagedKVCache.extend` returned,
+                once for all layers.
             context: ``[B, Sk, hidden]`` that keys and values come from (cross-attention, without rotary embedding).
             q_lens: with a cache: int32 ``[B']``, how many of a row's tokens are real, where not all are.
             prefill: with a cache: x are whole prompts of one length for empty ``rows``. They are read by dense
@@ -242,6 +255,10 @@ class Attention(nn.Module):
             if cu_seqlens is not None:
                 sequence = torch.searchsorted(cu_seqlens, positions.int(), right=True) - 1
                 positions = positions - cu_seqlens[sequence]
+        elif positions.shape not in (x.shape[:-1], x.shape[-2:-1], (1, *x.shape[-2:-1])):
+            raise ValueError(
+                f"positions: expected one for each token of x, {list(x.shape[:-1])}, got shape {list(positions.shape)}"
+            )
         q, k, v = self.project(x, x if context is None else context, *self._turns(positions))
         options = self._options() | {"causal": self.causal}
         if not self.causal:
@@ -259,7 +276,7 @@ class Attention(nn.Module):
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         if self.rope is None:
             return None, None
-        angles = positions[..., None].float() * self.rope
+        angles = positions[..., None].float() * self.rope.to(positions.device)
         return angles.cos(), angles.sin()
 
     def _cached(
@@ -294,7 +311,9 @@ class Attention(nn.Module):
         if q_lens is not None:
             raise ValueError("q_lens: expected None along with prefill (prompts of one length), got a tensor")
         if x.device.type == "cpu" or checks.debug():
-            checks.expect_data("positions", "prompts from 0 on, as prefill is for empty rows,", positions[:, :1] == 0)
+            checks.expect_data(
+                "positions", "prompts from position 0 on (prefill is for empty rows)", positions[:, :1] == 0
+            )
         out, lse = flash_attention(q, k, v, causal=True, **self._options())
         if self.policy is not None:
             from kvops.policies import Prefill
@@ -317,9 +336,14 @@ def _frequencies(rope: float | Tensor, head_dim: int, device: torch.device | str
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even size for the rotary embedding, got {head_dim}")
     if not isinstance(rope, Tensor):
-        rope = rope ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        if not 0 < rope < float("inf"):
+            raise ValueError(f"rope: expected a finite base above 0, or the frequencies, got {rope}")
+        rope = rope ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+        device = device or torch.get_default_device()
     checks.expect_shape("rope", rope, "[head_dim / 2]", head_dim // 2)
-    return rope.to(device, torch.float32)
+    if device is not None and torch.device(device).type != "meta":  # what is there cannot be had back
+        rope = rope.to(device)
+    return rope.to(torch.float32)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,18 @@ def test_a_module_that_is_cast_keeps_its_rotary_frequencies(dtype, device):
         assert cast.rope.device == cast.q_proj.weight.device
 
 
+def test_a_module_made_on_the_meta_device_has_its_rotary_frequencies(device):
+    """They became whatever was in memory: ``to_empty`` empties buffers, and no state dict brings them back."""
+    module, x = make(device), torch.randn(2, 5, HIDDEN, device=device)
+    with torch.device("meta"):
+        inside, assigned = Attention(HIDDEN, HEADS, num_kv_heads=KV_HEADS, rope=100.0), make("meta")
+        assert inside(x.to("meta")).shape == x.shape
+    inside, outside = inside.to_empty(device=device), make("meta").to_empty(device=device)
+    for loaded, assign in ((inside, False), (outside, False), (assigned, True)):
+        loaded.load_state_dict(module.state_dict(), assign=assign)
+        assert torch.equal(loaded(x), module(x))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_projections_of_torchs_module_are_taken_over(causal, bias):
@@ -150,6 +162,12 @@ def test_misuse_is_told_apart():
         (lambda: Attention(12, 3, num_kv_heads=2), r"num_kv_heads: expected a divisor of num_heads 3, got 2"),
         (lambda: Attention(9, 3, rope=10.0), r"head_dim: expected an even size"),
         (lambda: Attention(8, 2, rope=torch.ones(3)), r"rope: expected shape \[head_dim / 2\] = \[2\], got \[3\]"),
+        (lambda: make(rope=-10.0), r"rope: expected a finite base above 0, or the frequencies, got -10.0"),
+        (lambda: make(head_dim=0), r"head_dim: expected at least 1, got 0"),
+        (
+            lambda: module(x, positions[0, :-1]),
+            r"positions: .* each token of x, \[1, 4\], got shape \[3\]",
+        ),
         (lambda: module(x[0]), r"x: expected 3 dimensions"),
         (lambda: module(x, prefill=True), r"cache: expected a PagedKVCache along with prefill"),
         (lambda: module(x, max_seqlen=4), r"cu_seqlens: expected together with max_seqlen"),
@@ -171,5 +189,14 @@ def test_misuse_is_told_apart():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+    for call, message in (
+        (lambda: make(window=2.5), r"window: expected an int, got 2.5"),
+        (lambda: make(policy="snapkv"), r"policy: expected a kvops.policies.Policy, such as SnapKV\(\), got 'snapkv'"),
+        (lambda: Attention.from_torch(torch.nn.Linear(1, 1)), r"module: expected a torch.nn.MultiheadAttention, got L"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"positions: expected prompts from position 0 on"):
+        module(x.repeat(2, 1, 1), positions + 1, cache=cache, prefill=True)
     with torch.no_grad(), pytest.raises(ValueError, match=r"q_lens: expected None along with prefill"):
         module(x.repeat(2, 1, 1), positions, cache=cache, prefill=True, q_lens=torch.ones(2, dtype=torch.int32))
