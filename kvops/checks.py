@@ -97,7 +97,11 @@ def expect_head_ratio(name: str, query_heads: int, kv_name: str, kv_heads: int) 
 
 
 def expect_at_least(name: str, value: float, minimum: float) -> None:
-    if not value >= minimum:
+    try:
+        enough = value >= minimum
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not enough:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
@@ -132,7 +136,8 @@ def expect_finite(name: str, value: float) -> None:
 
 
 def expect_odd(name: str, value: int) -> None:
-    if value < 1 or value % 2 == 0:
+    expect_int(name, value, 1)
+    if value % 2 == 0:
         raise ValueError(f"{name}: expected an odd positive number, got {value}")
 
 
@@ -144,6 +149,11 @@ def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def has_data(tensor: Tensor) -> bool:
     """Whether the tensor holds numbers to look at: not so while torch.compile or make_fx trace it."""
     return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether to look at data: where that costs nothing, on the CPU, or is asked for, and never while tracing."""
+    return (tensor.device.type == "cpu" or debug()) and has_data(tensor) and not torch.compiler.is_compiling()
 
 
 def expect_data(name: str, expected: str, correct: Tensor) -> None:

@@ -15,7 +15,8 @@ memory                                      k_cache, v_cache                    
 vLLM's ``block_table [B, max_blocks]`` and ``seq_lens [B]`` are kvops' own. :func:`to_flashinfer` and
 :func:`from_flashinfer` convert FlashInfer's three arrays, :func:`slot_mapping` makes what vLLM appends by, and
 :class:`HeadBlocks` gives every head of such a cache a table and a length of its own, so that it can be compressed per
-head where it lies.
+head where it lies. Lengths and counts of pages that do not fit are a ValueError where a function synchronises anyway,
+and with ``KVOPS_DEBUG=1``.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def to_flashinfer(block_tables: Tensor, seq_lens: Tensor, page_size: int) -> tup
     Returns: int32 ``[B + 1]``, ``[pages in use]`` and ``[B]``; an empty sequence has no pages and a last length of 0.
     Synchronises, as the number of pages has to be known.
     """
-    checks.expect_at_least("page_size", page_size, 1)
+    checks.expect_int("page_size", page_size, 1)
     _expect_uniform(block_tables, seq_lens)
+    _expect_inside(block_tables, seq_lens, page_size)  # it synchronises anyway
     pages = (seq_lens + (page_size - 1)) // page_size
     used = torch.arange(block_tables.shape[1], device=block_tables.device) < pages[:, None]
     indptr = torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0))
@@ -62,7 +64,7 @@ def from_flashinfer(
         page_size: slots in a page.
         max_blocks: columns of the tables; None for as many as the longest sequence has pages, which synchronises.
     """
-    checks.expect_at_least("page_size", page_size, 1)
+    checks.expect_int("page_size", page_size, 1)
     for name, value in (("kv_indptr", kv_indptr), ("kv_indices", kv_indices), ("kv_last_page_len", kv_last_page_len)):
         checks.expect_tensor(name, value)
         checks.expect_dtype(name, value, torch.int32)
@@ -70,8 +72,20 @@ def from_flashinfer(
         checks.expect_same_device(name, value, "kv_indptr", kv_indptr)
     checks.expect_shape("kv_indptr", kv_indptr, "[B + 1]", kv_last_page_len.shape[0] + 1)
     pages = kv_indptr.diff()
+    synchronises = max_blocks is None
     if max_blocks is None:
         max_blocks = int(pages.amax()) if pages.numel() else 0
+    checks.expect_int("max_blocks", max_blocks, 0)
+    if synchronises or checks.debug():
+        named = (kv_indptr[1:] >= kv_indptr[:-1]) & (kv_indptr[:-1] >= 0) & (kv_indptr[1:] <= kv_indices.shape[0])
+        checks.expect_data(
+            "kv_indptr", f"ascending numbers from 0 to {kv_indices.shape[0]}, those of kv_indices", named
+        )
+        checks.expect_data(
+            "max_blocks", f"at least the pages of every sequence ({max_blocks} are too few)", pages <= max_blocks
+        )
+        filled = (kv_last_page_len >= 0) & (kv_last_page_len <= page_size)
+        checks.expect_data("kv_last_page_len", f"numbers from 0 to page_size = {page_size}", filled)
     column = torch.arange(max_blocks, device=kv_indptr.device)
     place = kv_indptr[:-1, None] + column
     used = column < pages[:, None]
@@ -93,12 +107,20 @@ def slot_mapping(
         num_tokens: T, the new tokens of each sequence.
         q_lens: int32 ``[B]``, where sequences have different numbers of them, each at most T.
     """
-    checks.expect_at_least("page_size", page_size, 1)
-    checks.expect_at_least("num_tokens", num_tokens, 0)
+    checks.expect_int("page_size", page_size, 1)
+    checks.expect_int("num_tokens", num_tokens, 0)
     _expect_uniform(block_tables, seq_lens)
+    if checks.debug():
+        _expect_inside(block_tables, seq_lens, page_size)
     if q_lens is not None:
+        checks.expect_tensor("q_lens", q_lens)
         checks.expect_dtype("q_lens", q_lens, torch.int32)
         checks.expect_shape("q_lens", q_lens, "[B]", seq_lens.shape[0])
+        if checks.debug():
+            within = (q_lens >= 0) & (q_lens <= num_tokens)
+            checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
+    if block_tables.shape[1] == 0:  # no sequence has any
+        return torch.full((len(seq_lens), num_tokens), -1, dtype=torch.int64, device=seq_lens.device)
     token = torch.arange(num_tokens, device=seq_lens.device)
     count = torch.full_like(seq_lens, num_tokens) if q_lens is None else q_lens
     slot = (seq_lens - count)[:, None] + token
@@ -137,6 +159,8 @@ class HeadBlocks:
         and heads lie in different proportions.
         """
         layout = "[num_pages, page_size, Hkv, D]"
+        checks.expect_tensor("k_cache", k_cache)
+        checks.expect_tensor("v_cache", v_cache)
         checks.expect_rank("k_cache", k_cache, layout)
         checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:3], None)
         steps = []
@@ -213,7 +237,15 @@ def _steps(cache: Tensor) -> tuple[int, int, int]:
     return page // unit, head // unit, unit
 
 
+def _expect_inside(block_tables: Tensor, seq_lens: Tensor, page_size: int) -> None:
+    room = block_tables.shape[1] * page_size
+    inside = (seq_lens >= 0) & (seq_lens <= room)
+    checks.expect_data("seq_lens", f"numbers from 0 to {room}, what the pages of a table hold", inside)
+
+
 def _expect_uniform(block_tables: Tensor, seq_lens: Tensor) -> None:
+    checks.expect_tensor("block_tables", block_tables)
+    checks.expect_tensor("seq_lens", seq_lens)
     checks.expect_dtype("block_tables", block_tables, torch.int32)
     checks.expect_dtype("seq_lens", seq_lens, torch.int32)
     if block_tables.ndim == 3:

@@ -199,6 +199,27 @@ def test_what_is_not_there_is_said():
         flash_attn_with_kvcache(q, q, q, rotary_cos=torch.ones(4, 2), rotary_sin=torch.ones(4, 2))
 
 
+def test_what_does_not_fit_the_cache_is_named():
+    """New tokens beyond the end of a cache were dropped, and with only one of the rotary tables nothing was rotated."""
+    q, cache = randn(2, 1, 2, 8), randn(2, 4, 2, 8)
+    table = torch.ones(4, 2)
+    for error, message, options in (
+        (ValueError, "cache_seqlens: expected numbers that the cache has room for", {"cache_seqlens": 4}),
+        (TypeError, "cache_seqlens: expected dtype int32, got int64", {"cache_seqlens": torch.tensor([1, 2])}),
+        (TypeError, r"cache_seqlens: expected an int, got \[1, 2\]", {"cache_seqlens": [1, 2]}),
+        (ValueError, "rotary_sin: expected along with rotary_cos", {"cache_seqlens": 1, "rotary_cos": table}),
+    ):
+        with pytest.raises(error, match=message):
+            flash_attn_with_kvcache(q, cache, cache.clone(), q, q, **options)
+    with pytest.raises(ValueError, match=r"k_cache.shape\[0\]: expected at least 2, got 1"):
+        flash_attn_with_kvcache(q, cache[:1], cache[:1])
+    with pytest.raises(ValueError, match=r"qkv: expected shape \[batch, seqlen, 3, heads, head_dim\]"):
+        flash_attn_qkvpacked_func(randn(1, 2, 2, 2, 8))
+    cu = torch.zeros(2, dtype=torch.int32)
+    paged = {"block_table": torch.zeros(1, 1, dtype=torch.int32)}
+    assert flash_attn_varlen_func(randn(0, 2, 8), cache, cache, cu, cu, 3, 4, **paged).shape == (0, 2, 8)
+
+
 def test_import_flash_attn_finds_it_once_asked():
     code = """
 import importlib.util, sys

@@ -29,6 +29,7 @@ from kvops.policies import (
     SnapKV,
     Standout,
     Streaming,
+    share_out,
 )
 
 
@@ -316,6 +317,12 @@ def test_a_budget_that_fits_neither_rows_nor_layers_is_named(budget):
         (lambda: KVCompress(observe=0), ValueError, "observe: expected at least 1, got 0"),
         (lambda: RKV(floor=1.5), ValueError, "floor: expected a number from 0 to 1, got 1.5"),
         (lambda: PyramidKV(pooling="maximum"), ValueError, "pooling: expected one of 'max', 'mean', got 'maximum'"),
+        (lambda: SnapKV(pool=5.5), TypeError, "pool: expected an int, got 5.5"),
+        (lambda: PyramidKV(steepness=float("inf")), ValueError, "steepness: expected a finite number, got inf"),
+        (lambda: Compression(ratio="4"), TypeError, "ratio: expected a number, got '4'"),
+        (lambda: Compression(tokens=1.5), TypeError, "tokens: expected an int, got 1.5"),
+        (lambda: Compression(mib=float("inf")), ValueError, "mib: expected a finite number, got inf"),
+        (lambda: share_out(9, [1.0, 0.0], least=0, most=9), ValueError, r"weights: .* above 0, got \[1.0, 0.0\]"),
         (lambda: Compression(policy="snapkv"), TypeError, r"policy: expected a kvops.policies.Policy, .*got 'snapkv'"),
     ],
 )

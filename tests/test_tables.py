@@ -1,5 +1,7 @@
 """Tables and caches of FlashInfer and vLLM: converted exactly both ways, attended to and compressed where they lie."""
 
+from functools import partial
+
 import pytest
 import torch
 from no_sync import no_synchronisation
@@ -195,6 +197,28 @@ def test_the_memory_of_an_engine_is_compressed_per_head_where_it_lies(backend, d
         heads.join(per_head, head_lens)
     with pytest.raises(ValueError, match="a list for each head"):
         to_flashinfer(per_head, head_lens, SIZE)
+
+
+def test_lengths_that_do_not_fit_are_named(monkeypatch):
+    """A length beyond its table was converted to pages that were not there."""
+    monkeypatch.setenv("KVOPS_DEBUG", "1")
+    ints = partial(torch.tensor, dtype=torch.int32)
+    tables, lens = torch.arange(6, dtype=torch.int32).view(2, 3), ints([5, 9])
+    indptr, indices, last = to_flashinfer(tables, lens, 4)
+    cases = [
+        (lambda: to_flashinfer(tables, ints([5, 13]), 4), "seq_lens: expected numbers from 0 to 12, .* first at .1"),
+        (lambda: to_flashinfer(tables, ints([-1, 5]), 4), "seq_lens: expected numbers from 0 to 12"),
+        (lambda: from_flashinfer(indptr, indices[:-1], last, 4), "kv_indptr: expected ascending numbers from 0 to 4"),
+        (lambda: from_flashinfer(ints([0, 3, 1]), indices, last, 4), "kv_indptr: expected ascending numbers"),
+        (lambda: from_flashinfer(indptr, indices, ints([1, 5]), 4), "kv_last_page_len: expected numbers from 0 to"),
+        (lambda: from_flashinfer(indptr, indices, last, 4, max_blocks=2), "max_blocks: expected at least the pages"),
+        (lambda: slot_mapping(tables, ints([5, 13]), 4, 2), "seq_lens: expected numbers from 0 to 12"),
+        (lambda: slot_mapping(tables, lens, 4, 2, q_lens=ints([3, 1])), "q_lens: expected numbers from 0 to"),
+    ]
+    for bad, message in cases:
+        with pytest.raises(ValueError, match=message):
+            bad()
+    assert slot_mapping(tables[:, :0], ints([0, 0]), 4, 2).tolist() == [[-1, -1]] * 2
 
 
 def test_bad_tables_are_named():

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvops import checks
 from kvops.ops.attention import flash_attention
 from kvops.ops.paged import paged_append, paged_attention
 from kvops.ops.varlen import flash_attention_varlen
@@ -120,6 +121,7 @@ def flash_attn_kvpacked_func(
 ) -> Result:
     """:func:`flash_attn_func` of q ``[B, Sq, Hq, D]`` and kv ``[B, Sk, 2, Hkv, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    checks.expect_shape("kv", kv, "[batch, seqlen, 2, heads, head_dim]", None, None, 2, None, None)
     return _result(*flash_attention(q, *kv.unbind(2), **options), return_attn_probs)
 
 
@@ -136,6 +138,7 @@ def flash_attn_qkvpacked_func(
 ) -> Result:
     """:func:`flash_attn_func` of qkv ``[B, S, 3, H, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    checks.expect_shape("qkv", qkv, "[batch, seqlen, 3, heads, head_dim]", None, None, 3, None, None)
     return _result(*flash_attention(*qkv.unbind(2), **options), return_attn_probs)
 
 
@@ -169,7 +172,7 @@ def flash_attn_varlen_func(
         return _result(*flash_attention_varlen(q, k, v, *lengths, **options), return_attn_probs)
     # The paged operator takes the queries of each sequence in a row of their own.
     q_lens = cu_seqlens_q.diff()
-    token = torch.arange(max_seqlen_q, device=q.device)
+    token = torch.arange(max_seqlen_q if len(q) else 0, device=q.device)
     place = (cu_seqlens_q[:-1, None] + token).clamp(max=max(len(q) - 1, 0))
     out, lse = _paged(q[place], k, v, block_table, cu_seqlens_k.diff(), q_lens, options)
     packed_out, packed_lse = q.new_zeros(*q.shape[:2], out.shape[-1]), lse.new_full((q.shape[1], len(q)), -torch.inf)
@@ -197,6 +200,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Result:
     """:func:`flash_attn_varlen_func` of q ``[Tq, Hq, D]`` and kv ``[Tk, 2, Hkv, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    checks.expect_shape("kv", kv, "[tokens, 2, heads, head_dim]", None, 2, None, None)
     k, v = kv.unbind(1)
     out, lse = flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
     return _result(out, lse, return_attn_probs)
@@ -217,6 +221,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Result:
     """:func:`flash_attn_varlen_func` of qkv ``[T, 3, H, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    checks.expect_shape("qkv", qkv, "[tokens, 3, heads, head_dim]", None, 3, None, None)
     q, k, v = qkv.unbind(1)
     out, lse = flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     return _result(out, lse, return_attn_probs)
@@ -260,7 +265,8 @@ def flash_attn_with_kvcache(
     Returns ``[B, T, Hq, D]``, with ``return_softmax_lse`` also lse, float32 ``[B, Hq, T]``.
 
     Raises ValueError for ``alibi_slopes``, ``cache_leftpad`` and a window to the right of several queries that are not
-    causal, which :func:`kvops.paged_attention` has not.
+    causal, which :func:`kvops.paged_attention` has not; on the CPU and with ``KVOPS_DEBUG=1`` also for more tokens than
+    the cache has room for.
     """
     if cache_leftpad is not None:
         raise ValueError("cache_leftpad: expected None, kvops keeps no padding in a cache: move rows to its beginning")
@@ -272,15 +278,25 @@ def flash_attn_with_kvcache(
             raise ValueError("cache_seqlens: expected a number or int32 [batch] with new keys or pages, got None")
         cache_seqlens = k_cache.shape[1]
     if not isinstance(cache_seqlens, Tensor):
+        checks.expect_int("cache_seqlens", cache_seqlens, 0)
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    checks.expect_dtype("cache_seqlens", cache_seqlens, torch.int32)
+    checks.expect_shape("cache_seqlens", cache_seqlens, "[batch]", batch)
+    if block_table is None and cache_batch_idx is None:
+        checks.expect_at_least("k_cache.shape[0]", k_cache.shape[0], batch)
     if block_table is None:  # a row of the cache is one long page
         rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
         block_table = rows.to(torch.int32)[:, None]
     elif cache_batch_idx is not None:
         raise ValueError("cache_batch_idx: expected None along with a block_table, which names the pages")
-    seq_lens = cache_seqlens
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_sin: expected along with rotary_cos, got only one of them")
+    seq_lens = cache_seqlens if k is None else cache_seqlens + k.shape[1]
+    if checks.may_look(seq_lens):
+        room = block_table.shape[1] * k_cache.shape[1]
+        expected = f"numbers that the cache has room for, new tokens included ({room} of them)"
+        checks.expect_data("cache_seqlens", expected, (cache_seqlens >= 0) & (seq_lens <= room))
     if k is not None and v is not None:
-        seq_lens = cache_seqlens + k.shape[1]
         if rotary_cos is not None and rotary_sin is not None:
             new = cache_seqlens[:, None] + torch.arange(k.shape[1], device=q.device)
             moving = causal or max(window_size) >= 0

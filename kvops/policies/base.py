@@ -292,8 +292,10 @@ def share_out(total: int, weights: Sequence[float], *, least: int, most: int) ->
     """``total`` cut into whole parts in proportion to ``weights``, each from ``least`` to ``most``.
 
     What a part cannot take goes to the others; the first parts get what does not divide. The sum is ``total`` wherever
-    the bounds allow it.
+    the bounds allow it. ValueError for a weight that is not above 0.
     """
+    if not 0 < min(weights) <= max(weights) < float("inf"):
+        raise ValueError(f"weights: expected finite numbers above 0, got {list(weights)}")
     low, high = 0.0, (total + 1) / min(weights)
     for _ in range(64):  # halve until the scale is the largest whose parts do not exceed the total
         middle = (low + high) / 2

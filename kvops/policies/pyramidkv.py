@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvops import checks
 from kvops.policies.snapkv import SnapKV
 
 
@@ -23,8 +24,8 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.steepness >= 1:
-            raise ValueError(f"steepness: expected at least 1, got {self.steepness}")
+        checks.expect_at_least("steepness", self.steepness, 1)
+        checks.expect_finite("steepness", self.steepness)
 
     def layer_weights(self, num_layers: int) -> list[float] | None:
         last = 1 / self.steepness
