@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from kvops.policies import POLICIES
+
     parser = argparse.ArgumentParser(prog="kvops", description=kvops.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kvops {kvops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -27,15 +29,15 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer a prompt")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from standard input")
     generate.add_argument("--raw", action="store_true", help="continue the text instead of answering it as a chat")
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most; default: 256")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    generate.add_argument("--seed", type=int, default=0, metavar="N")
-    generate.add_argument("--compression", type=float, default=1.0, metavar="R", help="keep 1/R of the cache's blocks")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default: 0")
+    generate.add_argument("--compression", type=float, metavar="R", help="keep 1/R of the cache's blocks; default: all")
     generate.add_argument("--cache-mib", type=float, metavar="X", help="keep at most X MiB of keys and values")
-    generate.add_argument("--policy", default="snapkv", help="what to keep: any of kvops.policies.POLICIES")
-    generate.add_argument("--compress-every", type=int, default=0, metavar="N", help="again after every N new tokens")
+    generate.add_argument("--policy", metavar="NAME", help=f"what to keep: {', '.join(POLICIES)}; default: snapkv")
+    generate.add_argument("--compress-every", type=int, metavar="N", help="again after every N new tokens")
     generate.add_argument(
-        "--chunk", type=int, default=0, metavar="N", help="read the prompt N tokens at a time, compressing after each"
+        "--chunk", type=int, metavar="N", help="read the prompt N tokens at a time, compressing after each"
     )
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
     generate.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable tokens that reach P")
@@ -51,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="lookup|none|PATH",
         help="guess ahead and verify, by prompt lookup (also without a value) or by a smaller model's files",
     )
-    generate.add_argument("--tree", type=int, default=1, metavar="N", help="drafts beside one another at each position")
+    generate.add_argument(
+        "--tree", type=int, metavar="N", help="drafts beside one another at each position; default: 1"
+    )
 
     for command in (demo, generate):
         command.add_argument(
@@ -69,16 +73,21 @@ def _parser() -> argparse.ArgumentParser:
 def _compression(arguments: argparse.Namespace) -> Compression | None:
     from kvops.policies import POLICIES, Compression
 
-    if arguments.policy not in POLICIES:
-        raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {arguments.policy!r}")
-    if arguments.compression == 1 and arguments.cache_mib is None:
+    if arguments.compression is None and arguments.cache_mib is None:
+        for name in ("policy", "compress_every", "chunk"):
+            if getattr(arguments, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option}: expected along with --compression or --cache-mib, which say how far")
         return None
+    policy = arguments.policy or "snapkv"
+    if policy not in POLICIES:
+        raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     return Compression(
         ratio=arguments.compression,
         mib=arguments.cache_mib,
-        policy=POLICIES[arguments.policy](),
-        every=arguments.compress_every,
-        chunk=arguments.chunk,
+        policy=POLICIES[policy](),
+        every=arguments.compress_every or 0,
+        chunk=arguments.chunk or 0,
     )
 
 
@@ -91,6 +100,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from kvops.models.loading import load
 
     compression = _compression(arguments)
+    if arguments.tree is not None and arguments.draft == "none":
+        raise ValueError("--tree: expected along with --draft, which says who drafts")
     device = chosen_device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     loaded = load(arguments.model, dtype=dtype, device=device)
@@ -117,7 +128,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         min_p=arguments.min_p,
         repetition_penalty=arguments.repetition_penalty,
         draft=draft,
-        tree=arguments.tree,
+        tree=1 if arguments.tree is None else arguments.tree,
         stats=stats,
     )
     for (tokens,) in steps:

@@ -85,3 +85,16 @@ def test_a_device_that_is_not_here_is_named(name, capsys):
         assert kvops.__main__.main([*command, "--device", name]) == 2
         assert "--device: expected a device that is here" in capsys.readouterr().err
     assert bench.__main__.main(["run", "--device", name]) == 2
+
+
+def test_an_option_that_nothing_would_come_of_is_refused(capsys):
+    """``--policy standout`` alone compressed nothing, and said nothing."""
+    for option, message in (
+        (["--policy", "standout"], "--policy: expected along with --compression or --cache-mib"),
+        (["--compress-every", "8"], "--compress-every: expected along with --compression or --cache-mib"),
+        (["--chunk", "8"], "--chunk: expected along with --compression or --cache-mib"),
+        (["--compression", "4", "--policy", "best"], "--policy: expected one of ada-kv"),
+        (["--tree", "2"], "--tree: expected along with --draft"),
+    ):
+        assert kvops.__main__.main(["generate", "--prompt", "Hi", *option]) == 2
+        assert message in capsys.readouterr().err
