@@ -124,7 +124,7 @@ class PagedKind:
         if self.scored:
             units = min(units, triton.cdiv(self.num_blocks * self.block_size, self.unit) + self.lists)
         line = units * self.unit
-        places = units if self.invariant else programs + self.lists
+        places = max(units, 1) if self.invariant else programs + self.lists  # an empty buffer would be none
         all_heads = self.lists * self.axis_heads
 
         _, num_tokens, query_heads, value_dim = self.out_shape

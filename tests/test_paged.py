@@ -1,6 +1,7 @@
 """Attention over the ragged paged cache."""
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -453,6 +454,18 @@ def test_no_sequences_and_no_tokens(backend, device, shape):
         torch.randn(B, T, 3, 32, device=device), torch.randn(B, T, 3, 32, device=device), cache, cache, tables, lens
     )
     assert kvops.paged_schedule(lens, 8, num_programs=4).shape == (2 + 3 * B + 4,)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_batch_invariant_attention_over_tables_without_room(backend, device, scored):
+    """No list can have a part then; the merge took the buffer of parts to be missing, and failed."""
+    q = torch.randn(2, 1, 4, 16, device=device)
+    cache = torch.full((3, 8, 16), math.nan, device=device)
+    lens = torch.zeros(2, 2, dtype=torch.int32, device=device)
+    tables = torch.empty(2, 2, 0, dtype=torch.int32, device=device)
+    scores = torch.rand(3, 8, device=device) if scored else None
+    out, lse = kvops.paged_attention(q, cache, cache, tables, lens, scores=scores, batch_invariant=True)
+    assert (out == 0).all() and (lse == -math.inf).all()
 
 
 def test_strided_queries_tables_and_lengths(backend, device):
