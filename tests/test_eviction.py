@@ -545,6 +545,13 @@ BAD = [
         ValueError,
         r"v_cache: expected shape .* = \[26, 4, any\], got \[25, 4, 5\]",
     ),
+    (
+        "compact",
+        "v_cache",
+        lambda t: t[..., :0],
+        ValueError,
+        r"v_cache.shape\[-1\] \(head_dim\): expected at least 1, got 0",
+    ),
     ("compact", "v_cache", lambda t: t.to("meta"), ValueError, "v_cache: expected the device of k_cache"),
     (
         "compact",

@@ -268,14 +268,15 @@ def test_float8_caches(backend, device, scale, dtype):
 
 
 def test_scales_as_numbers_reach_the_operator(backend, device):
-    lists = make_lists([[9]], block_size=8, head_dim=32, device=device)
+    lists = make_lists([[9, 5]], block_size=8, head_dim=32, device=device)
     k8, v8 = (cache.nan_to_num(0.0).to(torch.float8_e4m3fn) for cache in (lists.k_cache, lists.v_cache))
-    arguments = queries(lists, 2), k8, v8, lists.block_tables, lists.seq_lens
-    numbers = torch.ops.kvops.paged_attention(*arguments, k_scale=0.5, v_scale=2.0)
-    half, two = torch.tensor(0.5, device=device), torch.tensor(2.0, device=device)
+    arguments = queries(lists, 1), k8, v8, lists.block_tables, lists.seq_lens
+    half, two = torch.tensor(0.5, device=device), torch.tensor([2.0, 2.0], device=device)
     tensors = torch.ops.kvops.paged_attention(*arguments, k_scale=half, v_scale=two)
-    assert torch.equal(numbers[0], tensors[0])
-    assert torch.equal(numbers[1], tensors[1])
+    for k_scale, v_scale in ((0.5, 2.0), (0.5, two), (half, 2.0)):
+        numbers = torch.ops.kvops.paged_attention(*arguments, k_scale=k_scale, v_scale=v_scale)
+        assert torch.equal(numbers[0], tensors[0])
+        assert torch.equal(numbers[1], tensors[1])
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -212,6 +212,14 @@ ATTENTION_ERRORS = [
         "k_cache: expected dtype float16 or float8_e4m3fn, got float32",
     ),
     ({"v_cache": torch.randn(5, 8, 24)}, ValueError, "v_cache: expected shape"),
+    ({"v_cache": torch.randn(12, 8, 0)}, ValueError, r"v_cache.shape\[-1\] \(head_dim\): expected at least 1, got 0"),
+    (
+        {"q": torch.randn(2, 2, 6, 0), "k_cache": torch.randn(12, 8, 0)},
+        ValueError,
+        r"k_cache.shape\[-1\] \(head_dim\): expected at least 1, got 0",
+    ),
+    ({"q": None}, TypeError, "q: expected a torch.Tensor, got NoneType"),
+    ({"q": None, "k_scale": 0.5}, TypeError, "q: expected a torch.Tensor, got NoneType"),
     ({"v_cache": torch.randn(12, 8, 24).half()}, TypeError, "v_cache: expected dtype"),
     ({"block_tables": torch.zeros(2, 3, 4).long()}, TypeError, "block_tables: expected dtype int32, got int64"),
     ({"block_tables": int32([0], [0])}, ValueError, "block_tables: expected shape"),
@@ -249,6 +257,11 @@ def test_bad_input_of_attention_is_named(changes, kind, message):
 
 APPEND_ERRORS = [
     ({"k": torch.randn(2, 3, 32)}, ValueError, r"k: expected 4 dimensions"),
+    (
+        {"k": torch.randn(2, 2, 3, 0), "k_cache": torch.randn(12, 8, 0)},
+        ValueError,
+        r"k_cache.shape\[-1\] \(head_dim\): expected at least 1, got 0",
+    ),
     ({"k": torch.randn(2, 2, 4, 32)}, ValueError, "k: expected the 3 heads of the cache, got 4"),
     ({"k": torch.randn(2, 2, 3, 32).half()}, TypeError, "k_cache: expected dtype float16"),
     ({"v": torch.randn(2, 2, 3, 32)}, ValueError, r"v: expected shape .* = \[2, 2, 3, 24\]"),
@@ -272,6 +285,7 @@ def test_bad_input_of_schedule_is_named():
         (torch.zeros(2, 2, 2, 2).int(), 8, ValueError, "seq_lens: expected shape"),
         (torch.zeros(2).long(), 8, TypeError, "seq_lens: expected dtype int32"),
         (torch.zeros(2).int(), 0, ValueError, "block_size"),
+        (None, 8, TypeError, "seq_lens: expected a torch.Tensor, got NoneType"),
     ):
         with pytest.raises(kind, match=message):
             kvops.paged_schedule(lens, block_size)

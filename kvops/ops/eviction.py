@@ -102,6 +102,7 @@ def _check_compact(
     checks.expect_shape("v_cache", v_cache, "[num_blocks, block_size, Dv]", num_blocks, block_size, None)
     checks.expect_last_contiguous("v_cache", v_cache)
     for name, side in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.expect_at_least(f"{name}.shape[-1] (head_dim)", side.shape[-1], 1)
         if side.element_size() not in eager.INTEGERS:
             raise TypeError(f"{name}: expected elements of 1, 2, 4 or 8 bytes, got {side.dtype}")
     checks.expect_same_device("v_cache", v_cache, "k_cache", k_cache)
@@ -192,8 +193,8 @@ def select_blocks(
         ``new_lens`` int32 ``[B, Hkv]`` and ``keep`` bool ``[B, Hkv, max_blocks * block_size]`` in list order, False
         past a list's length.
 
-    The blocks kept never exceed the budget, except where protection and floor alone do: they win, and nothing else is
-    kept then.
+    The blocks kept never exceed the budget, except where protection and floor alone do: they win, and no further block
+    is kept then.
 
     After Feng et al., "Ada-KV" (2024), and Rehg, "KV-Compress" (2024), for competition between heads. Raises ValueError
     for wrong shapes, devices, strides or values, TypeError for wrong dtypes.

@@ -43,6 +43,8 @@ def _check_cache(
         num_heads = block_tables.shape[1]
         checks.expect_shape("seq_lens", seq_lens, "[batch, heads]", reference.shape[0], num_heads)
     checks.expect_at_least("k_cache.shape[1] (block_size)", k_cache.shape[1], 1)
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.expect_at_least(f"{name}.shape[-1] (head_dim)", tensor.shape[-1], 1)
     for name, tensor in (("block_tables", block_tables), ("seq_lens", seq_lens)):
         checks.expect_dtype(name, tensor, torch.int32)
         checks.expect_same_device(name, tensor, reference_name, reference)
@@ -304,10 +306,11 @@ _schedule = register(
 )
 
 
-def _scale_tensor(name: str, scale: object, reference: Tensor) -> Tensor | None:
+def _scale_tensor(name: str, scale: object, reference_name: str, reference: Tensor) -> Tensor | None:
     """A number as a 0-d tensor: filled on the device of ``reference``, so that a graph can capture it."""
     if scale is None or isinstance(scale, Tensor):
         return scale
+    checks.expect_tensor(reference_name, reference)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a float or a float32 tensor, got {type(scale).__name__}")
     return torch.full((), scale, dtype=torch.float32, device=reference.device)  # type: ignore[arg-type]
@@ -315,24 +318,33 @@ def _scale_tensor(name: str, scale: object, reference: Tensor) -> Tensor | None:
 
 def _append_with_numbers(k: Tensor, *args: Tensor, **kwargs: object) -> None:
     for name in ("k_scale", "v_scale"):
-        kwargs[name] = _scale_tensor(name, kwargs.get(name), k)
+        kwargs[name] = _scale_tensor(name, kwargs.get(name), "k", k)
     _append(k, *args, **kwargs)
 
 
 def _attention_with_numbers(q: Tensor, *args: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
     for name in ("k_scale", "v_scale"):
-        kwargs[name] = _scale_tensor(name, kwargs.get(name), q)
+        kwargs[name] = _scale_tensor(name, kwargs.get(name), "q", q)
     return _attention(q, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def _define_with_numbers(overload: object, function: object) -> None:
-    """A second overload that takes the scales of a float8 cache as plain numbers."""
+    """Overloads that take one or both of the scales of a float8 cache as plain numbers.
+
+    The mixed ones come first: torch would take a tensor of one element for a number, and read it back to do so.
+    """
     schema = str(overload._schema).removeprefix("kvops::")  # type: ignore[attr-defined]
     name, rest = schema.split("(", 1)
-    for scale in ("k_scale", "v_scale"):
-        rest = rest.replace(f"Tensor? {scale}=None", f"float? {scale}=None")
-    LIBRARY.define(f"{name}.scale_number({rest}")
-    LIBRARY.impl(f"{name}.scale_number", function, "CompositeImplicitAutograd")
+    for kind, scales in (
+        ("k_scale_number", ("k_scale",)),
+        ("v_scale_number", ("v_scale",)),
+        ("scale_number", ("k_scale", "v_scale")),
+    ):
+        arguments = rest
+        for scale in scales:
+            arguments = arguments.replace(f"Tensor? {scale}=None", f"float? {scale}=None")
+        LIBRARY.define(f"{name}.{kind}({arguments}")
+        LIBRARY.impl(f"{name}.{kind}", function, "CompositeImplicitAutograd")
 
 
 _define_with_numbers(_append, _append_with_numbers)
@@ -394,8 +406,8 @@ def paged_append(
         positions=positions,
         token_positions=token_positions,
         scores=scores,
-        k_scale=_scale_tensor("k_scale", k_scale, k),
-        v_scale=_scale_tensor("v_scale", v_scale, k),
+        k_scale=_scale_tensor("k_scale", k_scale, "k", k),
+        v_scale=_scale_tensor("v_scale", v_scale, "k", k),
     )
 
 
@@ -495,8 +507,8 @@ def paged_attention(
         softcap=softcap,
         sinks=sinks,
         tree_mask=tree_mask,
-        k_scale=_scale_tensor("k_scale", k_scale, q),
-        v_scale=_scale_tensor("v_scale", v_scale, q),
+        k_scale=_scale_tensor("k_scale", k_scale, "q", q),
+        v_scale=_scale_tensor("v_scale", v_scale, "q", q),
         scores=scores,
         score_reduce=score_reduce,
         score_decay=score_decay,
@@ -528,6 +540,7 @@ def paged_schedule(
         ValueError: wrong shape or value; with ``KVOPS_DEBUG=1`` also negative lengths.
         TypeError: wrong dtype.
     """
+    checks.expect_tensor("seq_lens", seq_lens)  # without a tensor the dispatcher knows no device to ask
     return _schedule(  # type: ignore[no-any-return]
         seq_lens, block_size, num_programs=num_programs, batch_invariant=batch_invariant
     )
