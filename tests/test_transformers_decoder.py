@@ -103,6 +103,28 @@ def test_models_that_decode_otherwise_are_refused():
         Decoder(transformers.LlamaForCausalLM(config))
     with pytest.raises(ValueError, match="model: expected a causal language model, got LlamaModel"):
         Decoder(transformers.LlamaModel(transformers.LlamaConfig(**TINY)))
-    config = transformers.GraniteConfig(**TINY, logits_scaling=4.0)
-    with pytest.raises(ValueError, match="model: expected logits as the output matrix gives them, got logits_scaling"):
-        Decoder(transformers.GraniteForCausalLM(config))
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1, "vocab_size": 61}
+    for model in (
+        transformers.GraniteForCausalLM(transformers.GraniteConfig(**TINY, logits_scaling=4.0)),
+        transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True)),  # a layer before the matrix
+    ):
+        with pytest.raises(ValueError, match=f"model: expected logits as the output .* got a {type(model).__name__}"):
+            Decoder(model)
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=48, n_layer=1, n_head=6, vocab_size=61))
+    with pytest.raises(
+        ValueError, match=r"model: expected one that hands keys and values on .* which BloomForCausalLM"
+    ):
+        Decoder(bloom)
+
+
+def test_a_model_without_groups_of_heads_and_with_half_a_rotary_embedding():
+    """A config that counts no heads of keys ended in an AttributeError, and policies were told of frequencies that the
+    model does not have."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1, "vocab_size": 61}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=48, n_head=6, n_layer=1, vocab_size=61)).eval()
+    phi = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, partial_rotary_factor=0.5)).eval()
+    for model in (gpt2, phi):
+        expected = by_transformers(model, repetitive())
+        decoder = Decoder(model)
+        assert decoder.rope is None
+        assert generate(decoder, repetitive(), max_new_tokens=12).tokens == expected

@@ -12,6 +12,7 @@ from kvops.integrations.transformers import enable
 from kvops.integrations.transformers_config import head_dim_of, rope_of
 from kvops.integrations.transformers_masks import Mask
 from kvops.models.llama import Attend
+from kvops.ops.attention import flash_attention
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Decoder:
         model: a causal language model with layers of full or sliding attention; its ``attn_implementation`` becomes
             ``"kvops"``.
 
-    Raises ValueError for a model whose layers or logits are of another kind.
+    Raises ValueError for a model whose layers or logits are of another kind; two tokens are run to see.
     """
 
     def __init__(self, model: Any) -> None:
@@ -43,9 +44,6 @@ class Decoder:
         others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if others:
             raise ValueError(f"model: expected layers of full or sliding attention, got {', '.join(sorted(others))}")
-        for name in ("logits_scaling", "logit_scale"):
-            if getattr(text, name, None) not in (None, 1):
-                raise ValueError(f"model: expected logits as the output matrix gives them, got {name} in the config")
         if model.get_output_embeddings() is None:
             raise ValueError(f"model: expected a causal language model, got {type(model).__name__}")
         model.set_attn_implementation(enable())
@@ -59,10 +57,38 @@ class Decoder:
         self.config = DecoderConfig(
             vocab_size=text.vocab_size,
             num_layers=text.num_hidden_layers,
-            num_kv_heads=text.num_key_value_heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             head_dim=head_dim_of(text),
-            max_positions=text.max_position_embeddings,
+            max_positions=getattr(text, "max_position_embeddings", None) or 2**31 - 1,  # a config may know no end
         )
+        if not self.embedding.weight.is_meta:
+            self._try()
+
+    def _try(self) -> None:
+        """Two tokens through the model and through this class: no list of families tells which do more than is done
+        here."""
+        device = self.embedding.weight.device
+        tokens, positions = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flash_attention(q, k, v, causal=True, **self.options(layer))[0]
+
+        training = self.model.training
+        self.model.eval()  # no dropout
+        kind = type(self.model).__name__
+        try:
+            with torch.no_grad():
+                got = self.logits(self(tokens, positions, attend)).float()
+                expected = self.model(input_ids=tokens, use_cache=False).logits.float()
+        except _LookedIntoError as error:
+            raise ValueError(f"model: {error}, which {kind} does not: use model.generate") from None
+        finally:
+            self.model.train(training)
+        if got.shape != expected.shape or bool((got - expected).abs().max() > 0.01 * expected.abs().max()):
+            raise ValueError(
+                f"model: expected logits as the output matrix gives them of the last hidden states, got a {kind}, "
+                "which does more to them: generate with model.generate and KVOpsCache"
+            )
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The hidden states after the last norm: tokens int64 [B, T], positions int [B, T] -> [B, T, hidden]."""
@@ -101,6 +127,10 @@ class _Handover:
         return query_length, 0
 
 
+class _LookedIntoError(AttributeError):
+    """A layer took keys and values for tensors."""
+
+
 @dataclass(frozen=True)
 class _NewTokens:
     """What the attention function of :mod:`kvops.integrations.transformers` is given for keys and values."""
@@ -110,6 +140,9 @@ class _NewTokens:
     layer: int
     k: Tensor
     v: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        raise _LookedIntoError("expected one that hands keys and values on to transformers' attention interface")
 
     def attend(self, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
         self.decoder._options[self.layer] = options | {"window_left": mask.window_left}
