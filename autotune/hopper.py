@@ -127,7 +127,7 @@ def _forward(name: str, operator: str) -> OpSpec:
         refuse=_refuse_forward,
         # The order of works, the depth of the ring and who holds which registers change no sum.
         numerics=lambda config: (config.block_rows, config.block_n),
-        kernels=("kvops.kernels.gluon_flash_forward:gluon_flash_forward_kernel",),
+        kernels=("kvops.kernels.gluon_flash_forward_kernel:gluon_flash_forward_kernel",),
         workload=f"kvops.workloads:{name}",
         problems=hopper_dense_problems(),
         proof_key=with_window,

@@ -16,7 +16,8 @@ from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward import Backward, prepare, sink_gradients
 from kvops.kernels.gluon_flash_backward_keys import gluon_flash_backward_keys_kernel
 from kvops.kernels.gluon_flash_backward_queries import gluon_flash_backward_queries_kernel
-from kvops.kernels.gluon_flash_forward import _LOG2_E, bounded, descriptor
+from kvops.kernels.gluon_tiles import DTYPES, bounded, descriptor
+from kvops.kernels.primitives import LOG2_E
 
 _ROWS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
@@ -34,7 +35,7 @@ def launchable(
     arch = current_device().arch
     if arch != "sm_90":
         return f"needs a Hopper GPU (sm_90), this is {arch}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    if q.dtype not in DTYPES:
         return f"needs float16 or bfloat16, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > 128:
         # dK and dV of 64 keys at 256 would take all 255 registers of a thread.
@@ -122,7 +123,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor, config: Gluo
         all_heads,
         section,
         section * blocks,
-        call.scale * _LOG2_E,
+        call.scale * LOG2_E.value,
         GROUP=group,
         HAS_LOW=right,
         HAS_HIGH=left,
@@ -160,7 +161,7 @@ def launch_queries(call: Backward, dq: torch.Tensor, config: GluonFlashBackwardC
         all_heads,
         section,
         section * blocks,
-        call.scale * _LOG2_E,
+        call.scale * LOG2_E.value,
         GROUP=group,
         HAS_LOW=left,
         HAS_HIGH=right,

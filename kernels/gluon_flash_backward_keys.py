@@ -48,7 +48,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kvops.kernels.gluon_flash_forward import LN_2, _barrier, _give_back, _load, _store, key_tiles, work_item
+from kvops.kernels.gluon_tiles import (
+    barriers,
+    consumer_tiles,
+    give_back,
+    group_barrier,
+    key_tiles,
+    skip,
+    slots,
+    tma_load,
+    tma_store,
+    work_item,
+)
+from kvops.kernels.primitives import LN_2
 
 
 @gluon.jit
@@ -73,8 +85,8 @@ def _producer(
     key = (blocks - 1 - block) * (2 * BLOCK_N)
     for c in gl.static_range(2):
         mbarrier.expect(kv_full.index(c), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        _load(k_desc, [batch, key + c * BLOCK_N, kv_head, 0], kv_full.index(c), k_tiles.index(c))
-        _load(v_desc, [batch, key + c * BLOCK_N, kv_head, 0], kv_full.index(c), v_tiles.index(c))
+        tma_load(k_desc, [batch, key + c * BLOCK_N, kv_head, 0], kv_full.index(c), k_tiles.index(c))
+        tma_load(v_desc, [batch, key + c * BLOCK_N, kv_head, 0], kv_full.index(c), v_tiles.index(c))
     first, _, _, last = key_tiles(
         key, min(2 * BLOCK_N, seqlen_k - key), low, high, seqlen_q, HAS_LOW, HAS_HIGH, BLOCK_M
     )
@@ -87,24 +99,16 @@ def _producer(
             arrived = full.index(slot)
             mbarrier.wait(empty.index(slot), (t // STAGES & 1) ^ 1)
             mbarrier.expect(arrived, TILE_BYTES)
-            _load(q_desc, [batch, i * BLOCK_M, head, 0], arrived, q_tiles.index(slot))
-            _load(lse_desc, [batch_query_head, i * BLOCK_M], arrived, lse_rows.index(slot))
-            _load(dout_desc, [batch, i * BLOCK_M, head, 0], arrived, dout_tiles.index(slot))
-            _load(delta_desc, [batch_query_head, i * BLOCK_M], arrived, delta_rows.index(slot))
+            tma_load(q_desc, [batch, i * BLOCK_M, head, 0], arrived, q_tiles.index(slot))
+            tma_load(lse_desc, [batch_query_head, i * BLOCK_M], arrived, lse_rows.index(slot))
+            tma_load(dout_desc, [batch, i * BLOCK_M, head, 0], arrived, dout_tiles.index(slot))
+            tma_load(delta_desc, [batch_query_head, i * BLOCK_M], arrived, delta_rows.index(slot))
             t += 1
     for c in gl.static_range(2):
         mbarrier.wait(written.index(c), 0)
-        _store(dk_desc, [batch, key + c * BLOCK_N, kv_head, 0], k_tiles.index(c))
-        _store(dv_desc, [batch, key + c * BLOCK_N, kv_head, 0], v_tiles.index(c))
+        tma_store(dk_desc, [batch, key + c * BLOCK_N, kv_head, 0], k_tiles.index(c))
+        tma_store(dv_desc, [batch, key + c * BLOCK_N, kv_head, 0], v_tiles.index(c))
     tma.store_wait(0)
-
-
-@gluon.jit
-def skip(first, last, full, empty, STAGES: gl.constexpr):
-    """Give back unread the tiles numbered first .. last - 1, each after it arrived."""
-    for t in range(first, last):
-        mbarrier.wait(full.index(t % STAGES), t // STAGES & 1)
-        _give_back(empty.index(t % STAGES))
 
 
 @gluon.jit
@@ -128,18 +132,10 @@ def _consumer(
     block, _ = work_item(gl.program_id(0), blocks, all_heads, section, section_works)
     block_key = (blocks - 1 - block) * (2 * BLOCK_N)
     key = block_key + CONSUMER * BLOCK_N
-    block_first, _, _, block_last = key_tiles(
-        block_key, min(2 * BLOCK_N, seqlen_k - block_key), low, high, seqlen_q, HAS_LOW, HAS_HIGH, BLOCK_M
+    block_first, tiles, first, full_first, full_last, last = consumer_tiles(
+        block_key, CONSUMER, BLOCK_N, seqlen_k, low, high, seqlen_q, HAS_LOW, HAS_HIGH, BLOCK_M
     )
-    first, full_first, full_last, last = key_tiles(
-        key, min(BLOCK_N, seqlen_k - key), low, high, seqlen_q, HAS_LOW, HAS_HIGH, BLOCK_M
-    )
-    # From here on tiles and rows are counted from the first that the block needs: fewer numbers to hold in the loop.
-    tiles = block_last - block_first
-    first -= block_first
-    full_first -= block_first
-    full_last -= block_first
-    last -= block_first
+    # Rows are counted from there, too.
     keys = key - block_first * BLOCK_M + gl.arange(0, BLOCK_N, KEY_LAYOUT)
     first_row = gl.expand_dims(keys + low, 1)
     end_row = gl.expand_dims(keys + high, 1)
@@ -178,14 +174,14 @@ def _consumer(
             ds = gl.convert_layout((p * (dp - delta)).to(DTYPE), P_LAYOUT)
             dk_pending = warpgroup_mma(ds, q, dk, is_async=True)
             dk, dv = warpgroup_mma_wait(0, deps=[dk_pending, dv_pending])
-            _give_back(empty.index(slot))
+            give_back(empty.index(slot))
         skip(start + max(0, last), start + tiles, full, empty, STAGES)
         start += tiles
     # The keys and values are read: the gradients leave from where they were.
     k.store((dk * (scale * LN_2)).to(DTYPE))
     v.store(dv.to(DTYPE))
     fence_async_shared()
-    _give_back(written.index(CONSUMER))
+    give_back(written.index(CONSUMER))
 
 
 @gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "low", "high", "blocks", "all_heads", "section", "section_works"])
@@ -196,29 +192,14 @@ def gluon_flash_backward_keys_kernel(
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Key j is seen by the queries from j + low to before j + high; ``scale`` includes log2(e)."""
-    DTYPE: gl.constexpr = q_desc.dtype
-    BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
-    BLOCK_N: gl.constexpr = k_desc.block_type.shape[1]
-    BLOCK_D: gl.constexpr = q_desc.block_type.shape[3]
-    k_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, BLOCK_N, 1, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, BLOCK_N, 1, BLOCK_D], v_desc.layout)
-    q_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_M, 1, BLOCK_D], q_desc.layout)
-    dout_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_M, 1, BLOCK_D], dout_desc.layout)
-    lse_rows = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
-    delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
-    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    written = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(2):
-        mbarrier.init(kv_full.index(c), count=1)
-        mbarrier.init(written.index(c), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    k_tiles, v_tiles = slots(k_desc, 2), slots(v_desc, 2)
+    q_tiles, dout_tiles = slots(q_desc, STAGES), slots(dout_desc, STAGES)
+    lse_rows, delta_rows = slots(lse_desc, STAGES), slots(delta_desc, STAGES)
+    kv_full, written = barriers(2, 1), barriers(2, 1)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
     # The copy engine must see the barriers as they were initialised.
     fence_async_shared()
-    _barrier()
+    group_barrier()
     gl.warp_specialize(
         [
             (

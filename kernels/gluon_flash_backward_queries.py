@@ -16,8 +16,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kvops.kernels.gluon_flash_backward_keys import skip
-from kvops.kernels.gluon_flash_forward import LN_2, _barrier, _give_back, _load, _store, key_tiles, work_item
+from kvops.kernels.gluon_tiles import (
+    barriers,
+    consumer_tiles,
+    give_back,
+    group_barrier,
+    key_tiles,
+    skip,
+    slots,
+    tma_load,
+    tma_store,
+    work_item,
+)
+from kvops.kernels.primitives import LN_2
 
 
 @gluon.jit
@@ -35,8 +46,8 @@ def _producer(
     row = block * (2 * BLOCK_M)
     for c in gl.static_range(2):
         mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-        _load(q_desc, [batch, row + c * BLOCK_M, head, 0], q_full.index(c), q_tiles.index(c))
-        _load(dout_desc, [batch, row + c * BLOCK_M, head, 0], q_full.index(c), dout_tiles.index(c))
+        tma_load(q_desc, [batch, row + c * BLOCK_M, head, 0], q_full.index(c), q_tiles.index(c))
+        tma_load(dout_desc, [batch, row + c * BLOCK_M, head, 0], q_full.index(c), dout_tiles.index(c))
     first, _, _, last = key_tiles(
         row, min(2 * BLOCK_M, seqlen_q - row), low, high, seqlen_k, HAS_LOW, HAS_HIGH, BLOCK_N
     )
@@ -46,12 +57,12 @@ def _producer(
         arrived = full.index(slot)
         mbarrier.wait(empty.index(slot), (t // STAGES & 1) ^ 1)
         mbarrier.expect(arrived, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        _load(k_desc, [batch, i * BLOCK_N, head // GROUP, 0], arrived, k_tiles.index(slot))
-        _load(v_desc, [batch, i * BLOCK_N, head // GROUP, 0], arrived, v_tiles.index(slot))
+        tma_load(k_desc, [batch, i * BLOCK_N, head // GROUP, 0], arrived, k_tiles.index(slot))
+        tma_load(v_desc, [batch, i * BLOCK_N, head // GROUP, 0], arrived, v_tiles.index(slot))
         t += 1  # noqa: SIM113 (Gluon has no enumerate)
     for c in gl.static_range(2):
         mbarrier.wait(written.index(c), 0)
-        _store(dq_desc, [batch, row + c * BLOCK_M, head, 0], q_tiles.index(c))
+        tma_store(dq_desc, [batch, row + c * BLOCK_M, head, 0], q_tiles.index(c))
     tma.store_wait(0)
 
 
@@ -76,23 +87,15 @@ def _consumer(
     block, batch_head = work_item(gl.program_id(0), blocks, all_heads, section, section_works)
     block_row = block * (2 * BLOCK_M)
     row = block_row + CONSUMER * BLOCK_M
-    block_first, _, _, block_last = key_tiles(
-        block_row, min(2 * BLOCK_M, seqlen_q - block_row), low, high, seqlen_k, HAS_LOW, HAS_HIGH, BLOCK_N
-    )
-    first, full_first, full_last, last = key_tiles(
-        row, min(BLOCK_M, seqlen_q - row), low, high, seqlen_k, HAS_LOW, HAS_HIGH, BLOCK_N
+    block_first, tiles, first, full_first, full_last, last = consumer_tiles(
+        block_row, CONSUMER, BLOCK_M, seqlen_q, low, high, seqlen_k, HAS_LOW, HAS_HIGH, BLOCK_N
     )
     rows = row + gl.arange(0, BLOCK_M, ROW_LAYOUT)
     place = gl.to_tensor(batch_head).to(gl.int64) * stride_rows + rows
     # Rows past the last query: their dO and delta are 0, and so is dS.
     lse = gl.expand_dims(gl.load(lse_ptr + place, mask=rows < seqlen_q, other=0.0), 1)
     delta = gl.expand_dims(gl.load(delta_ptr + place, mask=rows < seqlen_q, other=0.0), 1)
-    # From here on tiles and keys are counted from the first that the block needs.
-    tiles = block_last - block_first
-    first -= block_first
-    full_first -= block_first
-    full_last -= block_first
-    last -= block_first
+    # Keys are counted from there, too.
     rows -= block_first * BLOCK_N
     first_key = gl.expand_dims(rows + low, 1)
     end_key = gl.full([BLOCK_M], 0, gl.int32, ROW_LAYOUT) + (seqlen_k - block_first * BLOCK_N)
@@ -126,12 +129,12 @@ def _consumer(
         ds = gl.convert_layout((p * (dp - delta)).to(DTYPE), DS_LAYOUT)
         dq_pending = warpgroup_mma(ds, k, dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq_pending])
-        _give_back(empty.index(slot))
+        give_back(empty.index(slot))
     skip(max(0, last), tiles, full, empty, STAGES)
     # The queries are read: the gradient leaves from where they were.
     q.store((dq * (scale * LN_2)).to(DTYPE))
     fence_async_shared()
-    _give_back(written.index(CONSUMER))
+    give_back(written.index(CONSUMER))
 
 
 @gluon.jit(
@@ -146,27 +149,13 @@ def gluon_flash_backward_queries_kernel(
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Query i sees the keys from i + low to before i + high; ``scale`` includes log2(e)."""
-    DTYPE: gl.constexpr = q_desc.dtype
-    BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
-    BLOCK_N: gl.constexpr = k_desc.block_type.shape[1]
-    BLOCK_D: gl.constexpr = q_desc.block_type.shape[3]
-    q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, BLOCK_M, 1, BLOCK_D], q_desc.layout)
-    dout_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, BLOCK_M, 1, BLOCK_D], dout_desc.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, 1, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, 1, BLOCK_D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    written = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(2):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(written.index(c), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    q_tiles, dout_tiles = slots(q_desc, 2), slots(dout_desc, 2)
+    k_tiles, v_tiles = slots(k_desc, STAGES), slots(v_desc, STAGES)
+    q_full, written = barriers(2, 1), barriers(2, 1)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
     # The copy engine must see the barriers as they were initialised.
     fence_async_shared()
-    _barrier()
+    group_barrier()
     gl.warp_specialize(
         [
             (

@@ -330,7 +330,10 @@ class Multiprocessor:
         self.current = None
         self.copies = []
         self.loaded = []
-        module = kernel.fn.__globals__
+        module = dict(kernel.fn.__globals__)
+        for value in list(module.values()):
+            if isinstance(value, GluonJITFunction):  # what functions of other files see, too
+                module = value.fn.__globals__ | module
         fakes = self._language()
         self.globals = dict(module)
         for name, value in module.items():
@@ -551,7 +554,7 @@ class Multiprocessor:
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_wait": self._multiply_wait,
             "fence_async_shared": self._fence,
-            "_barrier": self._barrier,
-            "_load": self._load,
-            "_store": self._store,
+            "group_barrier": self._barrier,
+            "tma_load": self._load,
+            "tma_store": self._store,
         }

@@ -238,14 +238,14 @@ def broken(kernel, name, old, new):
 
 MUTATIONS = {
     "no wait for a tile": ("_consumer", "mbarrier.wait(full.index(slot)", "(lambda *_: None)(full.index(slot)"),
-    "no barrier before an arrival": ("_give_back", "_barrier()", "pass"),
+    "no barrier before an arrival": ("give_back", "group_barrier()", "pass"),
     "tiles skipped unseen": ("skip", "mbarrier.wait(", "(lambda barrier, phase: None)("),
     "nothing skipped": ("skip", "range(first, last)", "range(first, first)"),
     "the slot refilled early": ("_producer", "mbarrier.wait(empty.index(slot)", "(lambda *_: None)(empty.index(slot)"),
-    "a tile that is never given back": ("_consumer", "_give_back(empty.index(slot))", "pass"),
+    "a tile that is never given back": ("_consumer", "give_back(empty.index(slot))", "pass"),
     "the gradients not fenced": ("_consumer", "fence_async_shared()", "pass"),
     "stored before it was written": ("_producer", "mbarrier.wait(written.index(c), 0)", "pass"),
-    "the end of the writing not told": ("_consumer", "_give_back(written.index(CONSUMER))", "pass"),
+    "the end of the writing not told": ("_consumer", "give_back(written.index(CONSUMER))", "pass"),
     "too few bytes expected": ("_producer", "mbarrier.expect(arrived, ", "mbarrier.expect(arrived, -2 + "),
 }
 BEFORE_ITS_PRODUCTS_ARE_DONE = {
@@ -284,7 +284,7 @@ def test_the_model_notices_a_broken_protocol(run, kernel, name):
 @pytest.mark.parametrize("kernel", [KEYS, QUERIES])
 def test_the_model_notices_a_tile_that_is_given_back_early(run, kernel):
     wait, indent = BEFORE_ITS_PRODUCTS_ARE_DONE[kernel]
-    assert_noticed(run, kernel, broken(kernel, "_consumer", wait, f"_give_back(empty.index(slot))\n{indent}{wait}"))
+    assert_noticed(run, kernel, broken(kernel, "_consumer", wait, f"give_back(empty.index(slot))\n{indent}{wait}"))
 
 
 # Where they run

@@ -11,7 +11,8 @@ from oracle import assert_accurate, attention, attention_mask
 from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
 from kvops.kernels import gluon_flash_forward as module
 from kvops.kernels.device import Device
-from kvops.kernels.gluon_flash_forward import gluon_flash_forward, key_tiles, launchable, work_item
+from kvops.kernels.gluon_flash_forward import gluon_flash_forward, launchable
+from kvops.kernels.gluon_tiles import key_tiles, work_item
 
 HOPPER = Device("NVIDIA H100 80GB HBM3", "cuda", "sm_90", warp_size=32, num_sms=3, shared_memory=232_448)
 
@@ -232,14 +233,14 @@ def test_the_model_notices_a_broken_protocol(run):
             "_attend", "mbarrier.wait(v_full.index(slot), t // STAGES & 1)", "mbarrier.wait(v_full.index(slot), 0)"
         ),
         "V given back early": broken(
-            "_attend", "        acc, p = warp", "        _give_back(v_empty.index(before))\n        acc, p = warp"
+            "_attend", "        acc, p = warp", "        give_back(v_empty.index(before))\n        acc, p = warp"
         ),
-        "no barrier before an arrival": broken("_give_back", "_barrier()", "pass"),
+        "no barrier before an arrival": broken("give_back", "group_barrier()", "pass"),
         "tiles skipped unseen": broken("_skip", "mbarrier.wait(", "(lambda barrier, phase: None)("),
         "nothing skipped": broken("_skip", "range(first, last)", "range(first, first)"),
         "the slot refilled early": broken("_producer", "mbarrier.wait(k_empty.index(slot), phase)", "pass"),
         "the output not fenced": broken("_consumer", "fence_async_shared()", "pass"),
-        "the queries' slot not given back": broken("_consumer", "_give_back(q_empty.index(CONSUMER))", "pass"),
+        "the queries' slot not given back": broken("_consumer", "give_back(q_empty.index(CONSUMER))", "pass"),
     }
     for name, build in cases.items():
         noticed = 0
