@@ -11,17 +11,8 @@ import triton.language as tl
 from kvops.autotune.lookup import choose
 from kvops.kernels.dense import FAR, mask_bounds, mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
-from kvops.kernels.primitives import (
-    LOG2_E,
-    alibi_slope,
-    dot,
-    in_window,
-    load_rows,
-    log2_scores,
-    program_tile,
-    sequence_tokens,
-    window_blocks,
-)
+from kvops.kernels.flash_tiles import alibi_slope, in_window, query_blocks, row_products, sequence_tokens
+from kvops.kernels.primitives import LOG2_E, load_rows, log2_scores, program_tile
 
 
 @triton.jit
@@ -50,7 +41,6 @@ def _reduce_queries(
     REDUCE: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Reduce the query blocks from ``start`` to ``end`` of one head into ``total`` (log2 of p for a maximum)."""
@@ -64,7 +54,7 @@ def _reduce_queries(
         lse = tl.load(lse_ptr + first + rows, mask=counted, other=float("inf"))
         # A query that sees no key has lse -inf.
         lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))  # [BLOCK_N, BLOCK_M]
+        s = row_products(k, q)  # [BLOCK_N, BLOCK_M]
         distance = (start_m + rows + offset)[None, :] - keys[:, None]
         s, _ = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
         s -= lse[None, :]
@@ -136,20 +126,14 @@ def attention_scores_kernel(
     left = seqlen_k - start_n
     k = load_rows(k_ptr, columns, stride_kn, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
 
-    # A key j is seen by the queries at positions j - right ... j + left, of which those from query_start on count.
     offset = seqlen_k - seqlen_q
-    last_key = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
-    start, full_start, _, end = window_blocks(
-        start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
+    start, full_start, end = query_blocks(
+        start_n, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    # Of the queries that see a key, those from query_start on count.
     start = tl.maximum(start, query_start // BLOCK_M * BLOCK_M)
-    # A window on the left masks every block, the boundary on the right its own.
-    if HAS_LEFT:
-        full_start = end
-    elif HAS_RIGHT:
+    if not HAS_LEFT:
         full_start = tl.maximum(full_start, start)
-    else:
-        full_start = start
 
     result = tl.zeros([BLOCK_N], tl.float32)
     for member in tl.range(0, GROUP):
@@ -162,13 +146,13 @@ def attention_scores_kernel(
             total = _reduce_queries(
                 total, k, keys, qh_ptr, lseh_ptr, stride_qm, start, full_start, query_start, seqlen_q,
                 offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                HAS_ALIBI, REDUCE, True, BLOCK_M, BLOCK_N, BLOCK_D,
+                HAS_ALIBI, REDUCE, True, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         if not HAS_LEFT:
             total = _reduce_queries(
                 total, k, keys, qh_ptr, lseh_ptr, stride_qm, full_start, end, query_start, seqlen_q,
                 offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                HAS_ALIBI, REDUCE, False, BLOCK_M, BLOCK_N, BLOCK_D,
+                HAS_ALIBI, REDUCE, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         if REDUCE == "max":
             total = tl.exp2(total)

@@ -3,17 +3,16 @@
 import triton
 import triton.language as tl
 
-from kvops.kernels.primitives import (
+from kvops.kernels.flash_tiles import (
     alibi_slope,
-    dot,
     in_window,
-    load_rows,
-    log2_scores,
-    program_tile,
+    probabilities,
+    query_blocks,
+    row_products,
+    score_gradient,
     sequence_tokens,
-    store_rows,
-    window_blocks,
 )
+from kvops.kernels.primitives import dot, load_rows, program_tile, store_rows
 
 
 @triton.jit
@@ -46,7 +45,6 @@ def _gather_key_gradients(
     HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
@@ -65,20 +63,17 @@ def _gather_key_gradients(
         )
         lse = tl.load(lse_log2_ptr + start_m + rows, mask=rows < left, other=float("inf"))
         delta = tl.load(delta_ptr + start_m + rows, mask=rows < left, other=0.0)
-        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))  # [BLOCK_N, BLOCK_M]
+        s = row_products(k, q)  # [BLOCK_N, BLOCK_M]
         distance = (start_m + rows + offset)[None, :] - keys[:, None]
-        s, slope_of_cap = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-        p = tl.exp2(s - lse[None, :])
+        p, slope_of_cap = probabilities(s, distance, lse, scale, softcap, slope, 0, HAS_SOFTCAP, HAS_ALIBI)
         if MASKED:
             p = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)
         dout = load_rows(  # [BLOCK_M, BLOCK_DV]
             dout_ptr + first * stride_dom, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True
         )
         dv = dot(p.to(dout.dtype), dout, dv)
-        dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-        ds = p * (dp - delta[None, :])
-        if HAS_SOFTCAP:
-            ds *= slope_of_cap
+        dp = row_products(v, dout)
+        ds = score_gradient(p, dp, delta, slope_of_cap, 0, HAS_SOFTCAP)
         dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
 
@@ -159,18 +154,10 @@ def flash_backward_keys_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    # A key j is seen by the queries at positions j - right ... j + left.
     offset = seqlen_k - seqlen_q
-    last_key = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
-    start, full_start, _, end = window_blocks(
-        start_n - offset, last_key - offset, window_right, window_left, seqlen_q, HAS_RIGHT, HAS_LEFT, BLOCK_M
+    start, full_start, end = query_blocks(
+        start_n, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    # A window on the left masks every block (a second loop beside it spills on sm_120 and gfx950), the boundary on the
-    # right its own.
-    if HAS_LEFT:
-        full_start = end
-    elif not HAS_RIGHT:
-        full_start = start
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
@@ -182,13 +169,13 @@ def flash_backward_keys_kernel(
             dk, dv = _gather_key_gradients(
                 dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, start, full_start,
                 seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         if not HAS_LEFT:
             dk, dv = _gather_key_gradients(
                 dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_start, end,
                 seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     store_rows(dk_ptr, columns, stride_dkn, left, dk * scale, HEAD_DIM, BLOCK_D)

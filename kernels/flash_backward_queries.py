@@ -3,19 +3,18 @@
 import triton
 import triton.language as tl
 
-from kvops.kernels.primitives import (
+from kvops.kernels.flash_tiles import (
     alibi_slope,
     block_at,
     block_range,
-    dot,
     in_window,
-    load_rows,
-    log2_scores,
-    program_tile,
+    key_blocks,
+    probabilities,
+    row_products,
+    score_gradient,
     sequence_tokens,
-    store_rows,
-    window_blocks,
 )
+from kvops.kernels.primitives import dot, load_rows, program_tile, store_rows
 
 
 @triton.jit
@@ -47,7 +46,6 @@ def _gather_query_gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -65,17 +63,14 @@ def _gather_query_gradient(
         v = load_rows(  # [BLOCK_N, BLOCK_DV]
             v_ptr + first * stride_vn, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, MASKED
         )
-        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+        s = row_products(q, k)  # [BLOCK_M, BLOCK_N]
         distance = position[:, None] - (start_n + columns)[None, :]
-        s, slope_of_cap = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-        p = tl.exp2(s - lse[:, None])
+        p, slope_of_cap = probabilities(s, distance, lse, scale, softcap, slope, 1, HAS_SOFTCAP, HAS_ALIBI)
         if MASKED:
             seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT) & (columns < left)[None, :]
             p = tl.where(seen, p, 0.0)
-        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        ds = p * (dp - delta[:, None])
-        if HAS_SOFTCAP:
-            ds *= slope_of_cap
+        dp = row_products(dout, v)
+        ds = score_gradient(p, dp, delta, slope_of_cap, 1, HAS_SOFTCAP)
         dq = dot(ds.to(k.dtype), k, dq)  # [BLOCK_M, BLOCK_D]
     return dq
 
@@ -155,18 +150,14 @@ def flash_backward_queries_kernel(
     delta = tl.load(delta_ptr + rows, mask=rows < left, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    last_position = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1 + offset
-    start, full_start, full_end, end = window_blocks(
-        start_m + offset, last_position, window_left, window_right, seqlen_k, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    start, full_start, full_end, end = key_blocks(
+        start_m, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    dq = _gather_query_gradient(
-        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
-        seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-        HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    dq = _gather_query_gradient(
-        dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
-        seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-        HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+    # First the blocks that every query sees whole, then those that need a mask.
+    for MASKED in tl.static_range(2):
+        dq = _gather_query_gradient(
+            dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
+            seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_ALIBI, MASKED, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
     store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)

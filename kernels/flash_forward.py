@@ -28,22 +28,25 @@ from kvops.kernels.dense import (
     token_strides,
 )
 from kvops.kernels.device import current_device
-from kvops.kernels.primitives import (
-    LN_2,
-    LOG2_E,
+from kvops.kernels.flash_tiles import (
     alibi_slope,
     block_at,
     block_range,
-    dot,
     in_window,
-    load_rows,
+    key_blocks,
     load_tile,
+    row_products,
+    sequence_tokens,
+)
+from kvops.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    dot,
+    load_rows,
     log2_scores,
     online_softmax_step,
     program_tile,
-    sequence_tokens,
     store_rows,
-    window_blocks,
 )
 
 
@@ -82,7 +85,6 @@ def _attend(
     FOLD_SCALE: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -97,7 +99,7 @@ def _attend(
         k = load_tile(  # [BLOCK_N, BLOCK_D]
             k_desc, entry, first_k, kv_head, k_ptr, start_n, columns, stride_kn, left, HEAD_DIM, BLOCK_D, MASKED
         )
-        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+        s = row_products(q, k)  # [BLOCK_M, BLOCK_N]
         if FOLD_SCALE and not MASKED:
             # The product with the scale and the subtraction of the maximum are one fused multiply-add.
             m_new = tl.maximum(m, tl.max(s, 1) * (scale * LOG2_E))
@@ -198,24 +200,19 @@ def flash_forward_kernel(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
 
-    last_position = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1 + offset
-    start, full_start, full_end, end = window_blocks(
-        start_m + offset, last_position, window_left, window_right, seqlen_k, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    start, full_start, full_end, end = key_blocks(
+        start_m, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     # Where a descriptor finds this sequence: packed ones are all in its first batch entry.
     entry = batch if not PACKED else 0
-    acc, m, l = _attend(
-        acc, m, l, q, position, k_desc, v_desc, entry, first_k, head // GROUP, k_ptr, v_ptr, stride_kn, stride_vn,
-        start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-        HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, False, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
-        BLOCK_DV,
-    )  # fmt: skip
-    acc, m, l = _attend(
-        acc, m, l, q, position, k_desc, v_desc, entry, first_k, head // GROUP, k_ptr, v_ptr, stride_kn, stride_vn,
-        start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-        HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, True, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
-        BLOCK_DV,
-    )  # fmt: skip
+    # First the blocks that every query sees whole, then those that need a mask.
+    for MASKED in tl.static_range(2):
+        acc, m, l = _attend(
+            acc, m, l, q, position, k_desc, v_desc, entry, first_k, head // GROUP, k_ptr, v_ptr, stride_kn, stride_vn,
+            start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM,
+            HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, MASKED, PACKED, BLOCK_N, BLOCK_D,
+            BLOCK_DV,
+        )  # fmt: skip
 
     total = tl.where(l == 0.0, 1.0, l)
     lse = (m + tl.log2(total)) * LN_2

@@ -38,35 +38,6 @@ def load_rows(ptr, rows, stride_row, num_rows, WIDTH: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
-def load_tile(
-    desc,
-    entry,
-    first,
-    head,
-    ptr,
-    start,
-    rows,
-    stride_row,
-    num_rows,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
-    """The tile [len(rows), PADDED] of a head from row ``start`` on: through ``desc``, or without one from ``ptr``.
-
-    ``desc`` holds all of [batch, seqlen, heads, width] and reads 0 past its ends; the sequence begins at row ``first``
-    of the batch entry ``entry``. ``ptr`` points to row 0 of the head in the sequence, see ``load_rows``.
-    """
-    if desc is not None:
-        place = [tl.cast(entry, tl.int32), first.to(tl.int32) + start, head.to(tl.int32), 0]
-        tile = desc.load(place).reshape(rows.shape[0], PADDED)
-    else:
-        ptr += tl.cast(start, tl.int64) * stride_row
-        tile = load_rows(ptr, rows, stride_row, num_rows, WIDTH, PADDED, BOUNDED)
-    return tile
-
-
-@triton.jit
 def store_rows(ptr, rows, stride_row, num_rows, tile, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Store the first WIDTH columns of ``tile`` [len(rows), PADDED] in the rows below num_rows."""
     columns = tl.arange(0, PADDED)
@@ -89,25 +60,6 @@ def program_tile(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
         block = blocks - 1 - block
     rest = pid // blocks
     return block * BLOCK, (rest % heads).to(tl.int64), (rest // heads).to(tl.int64)
-
-
-@triton.jit
-def sequence_tokens(cu_seqlens_ptr, batch, length):
-    """The first token (int64) and the length of sequence ``batch``: 0 and ``length`` unless it is a packed one."""
-    first = 0
-    if cu_seqlens_ptr is not None:
-        first = tl.load(cu_seqlens_ptr + batch)
-        length = tl.load(cu_seqlens_ptr + batch + 1) - first
-    return tl.cast(first, tl.int64), length
-
-
-@triton.jit
-def alibi_slope(slopes_ptr, batch, head, stride_b):
-    """The ALiBi slope of a head in float32; 0 without slopes."""
-    slope = 0.0
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + batch * stride_b + head).to(tl.float32)
-    return slope
 
 
 @triton.jit
@@ -136,67 +88,6 @@ def log2_scores(dots, distance, scale, softcap, slope, HAS_SOFTCAP: tl.constexpr
     if HAS_ALIBI:
         scores -= (slope * LOG2_E) * tl.abs(distance).to(tl.float32)
     return scores, slope_of_cap
-
-
-@triton.jit
-def in_window(distance, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether a query sees a key ``distance`` positions before it (negative: after it)."""
-    seen = distance == distance
-    if HAS_LEFT:
-        seen &= distance <= left
-    if HAS_RIGHT:
-        seen &= distance >= -right
-    return seen
-
-
-@triton.jit
-def window_blocks(
-    first, last, before, after, length, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The blocks of [0, length) that the positions first..last see, each p seeing [p - before, p + after].
-
-    Returns start, full_start, full_end, end: blocks between full_start and full_end are seen whole by every position
-    and need no mask, those from start to full_start and from full_end to end do. All but ``end`` are multiples of
-    BLOCK.
-    """
-    start = 0
-    end = length
-    full_start = 0
-    full_end = length // BLOCK * BLOCK
-    if HAS_AFTER:
-        end = tl.maximum(0, tl.minimum(length, last + after + 1))
-        full_end = tl.maximum(0, tl.minimum(full_end, (first + after + 1) // BLOCK * BLOCK))
-    if HAS_BEFORE:
-        start = tl.maximum(0, first - before) // BLOCK * BLOCK
-        full_start = tl.maximum(0, last - before + BLOCK - 1) // BLOCK * BLOCK
-        full_start = tl.minimum(full_start, tl.cdiv(end, BLOCK) * BLOCK)
-    full_start = tl.maximum(start, full_start)
-    full_end = tl.maximum(full_start, full_end)
-    return start, full_start, full_end, end
-
-
-@triton.jit
-def block_range(start, full_start, full_end, end, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr):
-    """The range of a loop over blocks from ``window_blocks``: those that are masked if MASKED, else those seen whole.
-
-    One loop serves the masked blocks on both sides, and ``block_at`` tells where it is: of three loops in a kernel
-    ptxas serialises the matrix products (C7515, sm_90).
-    """
-    if not MASKED:
-        low, high = full_start, full_end
-    elif HAS_BEFORE:
-        low, high = start, end - (full_end - full_start)
-    else:
-        low, high = full_end, end
-    return low, high
-
-
-@triton.jit
-def block_at(place, full_start, full_end, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr):
-    """The block at ``place`` in ``block_range``: masked blocks on both sides jump over what lies between."""
-    if MASKED and HAS_BEFORE:
-        place += tl.where(place < full_start, 0, full_end - full_start)
-    return place
 
 
 @triton.jit
