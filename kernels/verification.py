@@ -38,6 +38,27 @@ def draft_length(draft_lens_ptr, batch, T, HAS_LENS: tl.constexpr):
 
 
 @triton.jit
+def seed_and_step(seed_ptr, step_ptr, batch, HAS_STEP: tl.constexpr):
+    """What a request's random numbers depend on, beside their stream and their place in the request."""
+    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
+    return tl.load(seed_ptr + batch), step
+
+
+@triton.jit
+def acceptance_threshold(seed, step, position):
+    """Uniform numbers u in (0, 1) for the drafts at ``position``: u < p accepts one with probability p."""
+    bits, _, _, _ = philox_words(seed, step, position, ACCEPT, position * 0)
+    return uniform_from_bits(bits)
+
+
+@triton.jit
+def row_weights(row_ptr, index, mask, row_max, scale):
+    """Unnormalised probabilities of the entries ``index`` of a row of logits: exp((x - max) / temperature), else 0."""
+    x = tl.load(row_ptr + index, mask=mask, other=float("-inf")).to(tl.float32)
+    return tl.exp2((x - row_max) * scale)
+
+
+@triton.jit
 def softmax_stats_kernel(
     logits_ptr,
     draft_lens_ptr,
@@ -87,6 +108,13 @@ def merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, mask, scale, AXIS: tl.cons
 
 
 @triton.jit
+def row_stats(max_ptr, sum_ptr, argmax_ptr, row, num_splits, scale, BLOCK_S: tl.constexpr):
+    """``merge_stats`` of one row."""
+    splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    return merge_stats(max_ptr, sum_ptr, argmax_ptr, row * num_splits + splits, splits < num_splits, scale, 0)
+
+
+@triton.jit
 def vocabulary_index(place, lane):
     """The entry at word ``lane`` of a place: 256 places cover a group of 1024 contiguous entries."""
     return place // 256 * 1024 + lane * 256 + place % 256
@@ -95,6 +123,16 @@ def vocabulary_index(place, lane):
 @triton.jit
 def race_score(weight, word):
     return tl.where(weight > 0, weight / exponential_from_uniform(uniform_from_bits(word)), -1.0)
+
+
+@triton.jit
+def race_start(seed, step, position, LANES: tl.constexpr):
+    """This program's places, their random words (numbered as race_exponentials has it), and nothing raced yet: the best
+    score and entry of each place, and the sum of its weights."""
+    place = tl.program_id(1) * LANES + tl.arange(0, LANES)  # [LANES]
+    words = philox_words(seed, step, position, RESAMPLE, place % 256)
+    nobody = tl.full((LANES,), -1.0, tl.float32)
+    return place, words, nobody, tl.full((LANES,), NO_INDEX, tl.int32), tl.zeros((LANES,), tl.float32)
 
 
 @triton.jit
@@ -107,8 +145,10 @@ def race_step(best, best_index, mass, weight, word, index):
 
 
 @triton.jit
-def store_winner(score_ptr, index_ptr, out, best, best_index, mass, seed, step, position, split):
+def store_winner(score_ptr, index_ptr, batch, best, best_index, mass, seed, step, position):
     """Groups of 256 places (1024 entries) race by their sums; the winner's best entry is this program's."""
+    split = tl.program_id(1)
+    out = batch * tl.num_programs(1) + split
     GROUPS: tl.constexpr = best.shape[0] // 256
     best = tl.reshape(best, (GROUPS, 256))
     best_index = tl.reshape(best_index, (GROUPS, 256))
@@ -143,9 +183,8 @@ def finish_request(
     BLOCK_S: tl.constexpr,
 ):
     """Emit the accepted drafts and the argmax of the row behind them, which a race may replace; -1 if unusable."""
-    splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    offset = (batch * (T + 1) + num_accepted) * num_splits + splits
-    row_max, total, argmax = merge_stats(max_ptr, sum_ptr, argmax_ptr, offset, splits < num_splits, scale, 0)
+    row = batch * (T + 1) + num_accepted
+    row_max, total, argmax = row_stats(max_ptr, sum_ptr, argmax_ptr, row, num_splits, scale, BLOCK_S)
     usable = total > 0
     following = tl.where(usable, argmax, -1).to(tl.int64)
     tl.store(accepted_ptr + batch, num_accepted)

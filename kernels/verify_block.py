@@ -13,8 +13,15 @@ import triton
 import triton.language as tl
 
 from kvops.autotune.config import VerifyConfig
-from kvops.kernels.primitives import philox_words, uniform_from_bits
-from kvops.kernels.verification import ACCEPT, draft_length, exponent_scale, finish_request, merge_stats
+from kvops.kernels.verification import (
+    acceptance_threshold,
+    draft_length,
+    exponent_scale,
+    finish_request,
+    row_stats,
+    row_weights,
+    seed_and_step,
+)
 
 
 @triton.jit
@@ -47,20 +54,17 @@ def path_kernel(
 ):
     batch = tl.program_id(0).to(tl.int64)
     scale, sampled = exponent_scale(temperature_ptr, batch, True)
-    splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
     path = tl.full((), 1.0, tl.float32)
     counting = tl.full((), 1, tl.int32)
     count = tl.full((), 0, tl.int32)
     tl.store(path_ptr + batch * (T + 1), path)
     for t in range(0, draft_length(draft_lens_ptr, batch, T, HAS_LENS)):
         row = batch * (T + 1) + t
-        row_max, total, argmax = merge_stats(
-            max_ptr, sum_ptr, argmax_ptr, row * num_splits + splits, splits < num_splits, scale, 0
-        )
+        row_max, total, argmax = row_stats(max_ptr, sum_ptr, argmax_ptr, row, num_splits, scale, BLOCK_S)
         draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt)
         offered = (counting != 0) & (draft >= 0) & (draft < V) & (total > 0)
-        x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + draft, mask=offered, other=float("-inf"))
-        p = tl.exp2((x.to(tl.float32) - tl.where(offered, row_max, 0.0)) * scale) / tl.where(offered, total, 1.0)
+        row_ptr = logits_ptr + batch * stride_lb + t * stride_lt
+        p = row_weights(row_ptr, draft, offered, tl.where(offered, row_max, 0.0), scale) / tl.where(offered, total, 1.0)
         tl.store(row_max_ptr + row, row_max)
         tl.store(row_sum_ptr + row, total)
         if HAS_PROBS:
@@ -102,8 +106,8 @@ def left_kernel(
     row = batch * (T + 1) + t
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = index < V
-    x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + index, mask=inside, other=float("-inf"))
-    p = tl.exp2((x.to(tl.float32) - tl.load(row_max_ptr + row)) * scale) / tl.load(row_sum_ptr + row)
+    row_ptr = logits_ptr + batch * stride_lb + t * stride_lt
+    p = row_weights(row_ptr, index, inside, tl.load(row_max_ptr + row), scale) / tl.load(row_sum_ptr + row)
     p *= tl.load(path_ptr + row)
     q = tl.load(probs_ptr + batch * stride_pb + t * stride_pt + index, mask=inside, other=0.0)
     tl.store(left_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(p > q, p - q, 0.0), 0))
@@ -138,41 +142,22 @@ def stop_kernel(
     batch = tl.program_id(0).to(tl.int64)
     scale, sampled = exponent_scale(temperature_ptr, batch, True)
     count = tl.load(count_ptr + batch)
-    seed = tl.load(seed_ptr + batch)
-    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
+    seed, step = seed_and_step(seed_ptr, step_ptr, batch, HAS_STEP)
     splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
     stop = tl.full((), 0, tl.int32)
     for i in range(1, count + 1):
         row = batch * (T + 1) + i
         path = tl.load(path_ptr + row)
-        bits, _, _, _ = philox_words(seed, step, i - 1, ACCEPT, i * 0)
-        u = uniform_from_bits(bits)
+        u = acceptance_threshold(seed, step, i - 1)
         left = tl.sum(tl.load(left_ptr + row * num_left + splits, mask=(splits < num_left) & (i < count), other=0.0), 0)
         passes = tl.where(i < count, u * (left + (1.0 - path)) < left, u < path)
         stop = tl.where(passes, i, stop)
     num_accepted = tl.where(sampled, stop, count)
     tl.store(ratio_ptr + batch, tl.load(path_ptr + batch * (T + 1) + num_accepted))
     finish_request(
-        batch,
-        num_accepted,
-        scale,
-        sampled,
-        drafts_ptr,
-        max_ptr,
-        sum_ptr,
-        argmax_ptr,
-        tokens_ptr,
-        accepted_ptr,
-        row_max_ptr,
-        row_sum_ptr,
-        stride_db,
-        stride_dt,
-        T,
-        num_splits,
-        True,
-        BLOCK_T,
-        BLOCK_S,
-    )
+        batch, num_accepted, scale, sampled, drafts_ptr, max_ptr, sum_ptr, argmax_ptr, tokens_ptr, accepted_ptr,
+        row_max_ptr, row_sum_ptr, stride_db, stride_dt, T, num_splits, True, BLOCK_T, BLOCK_S,
+    )  # fmt: skip
 
 
 def accept_block(

@@ -13,17 +13,17 @@ import triton.language as tl
 
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
-from kvops.kernels.primitives import philox_words, uniform_from_bits
 from kvops.kernels.verification import (
-    ACCEPT,
-    NO_INDEX,
-    RESAMPLE,
+    acceptance_threshold,
     draft_length,
     emit_kernel,
     exponent_scale,
     finish_request,
     merge_stats,
+    race_start,
     race_step,
+    row_weights,
+    seed_and_step,
     softmax_stats_kernel,
     store_winner,
     vocabulary_index,
@@ -78,39 +78,21 @@ def accept_kernel(
         offered = (draft >= 0) & (draft < V) & (total > 0)
         accept = draft == argmax
         if HAS_TEMPERATURE:
-            step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
-            bits, _, _, _ = philox_words(tl.load(seed_ptr + batch), step, t, ACCEPT, t * 0)
-            threshold = uniform_from_bits(bits)
+            seed, step = seed_and_step(seed_ptr, step_ptr, batch, HAS_STEP)
+            threshold = acceptance_threshold(seed, step, t)
             if HAS_PROBS:
                 threshold *= tl.load(probs_ptr + batch * stride_pb + t * stride_pt + draft, mask=offered, other=0.0)
-            x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + draft, mask=offered, other=float("-inf"))
+            rows_ptr = logits_ptr + batch * stride_lb + t * stride_lt
+            weight = row_weights(rows_ptr, draft, offered, tl.where(offered, row_max, 0.0), scale)
             # u < p / q, with p = weight / total
-            weight = tl.exp2((x.to(tl.float32) - tl.where(offered, row_max, 0.0)) * scale)
             accept = tl.where(sampled, threshold * total < weight, accept)
         refused = tl.min(tl.where(offered & accept, length, t), 0)
         num_accepted = tl.minimum(num_accepted, refused)
 
     finish_request(
-        batch,
-        num_accepted,
-        scale,
-        sampled,
-        drafts_ptr,
-        max_ptr,
-        sum_ptr,
-        argmax_ptr,
-        tokens_ptr,
-        accepted_ptr,
-        row_max_ptr,
-        row_sum_ptr,
-        stride_db,
-        stride_dt,
-        T,
-        num_splits,
-        HAS_TEMPERATURE,
-        BLOCK_T,
-        BLOCK_S,
-    )
+        batch, num_accepted, scale, sampled, drafts_ptr, max_ptr, sum_ptr, argmax_ptr, tokens_ptr, accepted_ptr,
+        row_max_ptr, row_sum_ptr, stride_db, stride_dt, T, num_splits, HAS_TEMPERATURE, BLOCK_T, BLOCK_S,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -144,7 +126,6 @@ def race_kernel(
 ):
     """The winner among the groups of 4 * LANES vocabulary entries, and its score."""
     batch = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
     total = tl.load(row_sum_ptr + batch)
     if total == 0:
         return
@@ -155,17 +136,11 @@ def race_kernel(
     refused = t < draft_length(draft_lens_ptr, batch, T, HAS_LENS)
     draft = tl.load(drafts_ptr + batch * stride_db + t * stride_dt, mask=refused, other=-1)
     refused = refused & (draft >= 0) & (draft < V)
-    place = split * LANES + tl.arange(0, LANES)  # [LANES]
-    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
-    seed = tl.load(seed_ptr + batch)
-    words = philox_words(seed, step, t, RESAMPLE, place % 256)  # numbered as race_exponentials has it
-    best = tl.full((LANES,), -1.0, tl.float32)
-    best_index = tl.full((LANES,), NO_INDEX, tl.int32)
-    mass = tl.zeros((LANES,), tl.float32)
+    seed, step = seed_and_step(seed_ptr, step_ptr, batch, HAS_STEP)
+    place, words, best, best_index, mass = race_start(seed, step, t, LANES)
     for lane in tl.static_range(4):
         index = vocabulary_index(place, lane)
-        x = tl.load(logits_ptr + batch * stride_lb + t * stride_lt + index, mask=index < V, other=float("-inf"))
-        weight = tl.exp2((x.to(tl.float32) - row_max) * scale)
+        weight = row_weights(logits_ptr + batch * stride_lb + t * stride_lt, index, index < V, row_max, scale)
         if HAS_PROBS:
             q = tl.load(probs_ptr + batch * stride_pb + t * stride_pt + index, mask=refused & (index < V), other=0.0)
             p = weight / total
@@ -175,8 +150,7 @@ def race_kernel(
         else:
             weight = tl.where(refused & (index == draft), 0.0, weight)
         best, best_index, mass = race_step(best, best_index, mass, weight, words[lane], index)
-    out = batch * tl.num_programs(1) + split
-    store_winner(score_ptr, index_ptr, out, best, best_index, mass, seed, step, t, split)
+    store_winner(score_ptr, index_ptr, batch, best, best_index, mass, seed, step, t)
 
 
 def verify_draft(

@@ -16,15 +16,16 @@ import triton.language as tl
 
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
-from kvops.kernels.primitives import philox_words, uniform_from_bits
 from kvops.kernels.verification import (
-    ACCEPT,
     NO_INDEX,
-    RESAMPLE,
+    acceptance_threshold,
     emit_kernel,
     exponent_scale,
-    merge_stats,
+    race_start,
     race_step,
+    row_stats,
+    row_weights,
+    seed_and_step,
     softmax_stats_kernel,
     store_winner,
     vocabulary_index,
@@ -107,10 +108,7 @@ def offer_kernel(
     if HAS_PROBS:
         probs_ptr += batch * stride_pb
     scale, sampled = exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE)
-    splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    row_max, mass, argmax = merge_stats(
-        max_ptr, sum_ptr, argmax_ptr, (batch * N + node) * num_splits + splits, splits < num_splits, scale, 0
-    )
+    row_max, mass, argmax = row_stats(max_ptr, sum_ptr, argmax_ptr, batch * N + node, num_splits, scale, BLOCK_S)
     usable = mass > 0
     nodes = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     children = tl.load(parents_ptr + nodes * stride_nn, mask=(nodes > node) & (nodes < N), other=-1) == node
@@ -124,27 +122,12 @@ def offer_kernel(
                 if sampled & inside:
                     tl.store(mass_ptr + child, mass)
                     tl.debug_barrier()  # the siblings' masses are read back through memory
-                    weight = tl.exp2((tl.load(logits_ptr + draft).to(tl.float32) - row_max) * scale)
                     weight = residual_weight(
-                        weight,
-                        draft,
-                        True,
-                        node,
-                        child,
-                        parents_ptr,
-                        drafts_ptr,
-                        probs_ptr,
-                        mass_ptr,
-                        stride_nn,
-                        stride_dn,
-                        stride_pn,
-                        V,
-                        HAS_PROBS,
-                    )
-                    # Numbered from 0 like the drafts of a chain.
-                    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
-                    bits, _, _, _ = philox_words(tl.load(seed_ptr + batch), step, child - 1, ACCEPT, child * 0)
-                    threshold = uniform_from_bits(bits)
+                        row_weights(logits_ptr, draft, True, row_max, scale), draft, True, node, child, parents_ptr,
+                        drafts_ptr, probs_ptr, mass_ptr, stride_nn, stride_dn, stride_pn, V, HAS_PROBS,
+                    )  # fmt: skip
+                    seed, step = seed_and_step(seed_ptr, step_ptr, batch, HAS_STEP)
+                    threshold = acceptance_threshold(seed, step, child - 1)  # from 0 like the drafts of a chain
                     if HAS_PROBS:
                         threshold *= tl.load(probs_ptr + child * stride_pn + draft)
                     accept = threshold * mass < weight
@@ -153,23 +136,11 @@ def offer_kernel(
                             left = tl.zeros((BLOCK,), tl.float32)
                             for start in range(0, V, BLOCK):
                                 index = start + tl.arange(0, BLOCK)  # [BLOCK]
-                                x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf")).to(tl.float32)
                                 left += residual_weight(
-                                    tl.exp2((x - row_max) * scale),
-                                    index,
-                                    index < V,
-                                    node,
-                                    child + 1,
-                                    parents_ptr,
-                                    drafts_ptr,
-                                    probs_ptr,
-                                    mass_ptr,
-                                    stride_nn,
-                                    stride_dn,
-                                    stride_pn,
-                                    V,
-                                    HAS_PROBS,
-                                )
+                                    row_weights(logits_ptr, index, index < V, row_max, scale), index, index < V, node,
+                                    child + 1, parents_ptr, drafts_ptr, probs_ptr, mass_ptr, stride_nn, stride_dn,
+                                    stride_pn, V, HAS_PROBS,
+                                )  # fmt: skip
                             mass = tl.sum(left, 0)
                     else:
                         mass -= weight
@@ -217,10 +188,7 @@ def walk_kernel(
         following = tl.min(tl.where(accept & (parents == node), nodes, NO_INDEX), 0)
 
     scale, sampled = exponent_scale(temperature_ptr, batch, HAS_TEMPERATURE)
-    splits = tl.arange(0, BLOCK_S)
-    row_max, total, argmax = merge_stats(
-        max_ptr, sum_ptr, argmax_ptr, (batch * N + node) * num_splits + splits, splits < num_splits, scale, 0
-    )
+    row_max, total, argmax = row_stats(max_ptr, sum_ptr, argmax_ptr, batch * N + node, num_splits, scale, BLOCK_S)
     usable = total > 0
     tl.store(accepted_ptr + batch, depth)
     if HAS_TEMPERATURE:
@@ -266,7 +234,6 @@ def tree_race_kernel(
 ):
     """The winner among the groups of 4 * LANES vocabulary entries, and its score."""
     batch = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
     if tl.load(row_sum_ptr + batch) == 0:
         return
     scale, _ = exponent_scale(temperature_ptr, batch, True)
@@ -275,35 +242,17 @@ def tree_race_kernel(
     logits_ptr += batch * stride_lb + node.to(tl.int64) * stride_ln
     if HAS_PROBS:
         probs_ptr += batch * stride_pb
-    place = split * LANES + tl.arange(0, LANES)  # [LANES]
-    step = tl.load(step_ptr + batch) if HAS_STEP else tl.full((), 0, tl.int64)
-    seed = tl.load(seed_ptr + batch)
-    words = philox_words(seed, step, node, RESAMPLE, place % 256)  # numbered as race_exponentials has it
-    best = tl.full((LANES,), -1.0, tl.float32)
-    best_index = tl.full((LANES,), NO_INDEX, tl.int32)
-    total = tl.zeros((LANES,), tl.float32)
+    seed, step = seed_and_step(seed_ptr, step_ptr, batch, HAS_STEP)
+    place, words, best, best_index, total = race_start(seed, step, node, LANES)
     for lane in tl.static_range(4):
         index = vocabulary_index(place, lane)
-        x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf")).to(tl.float32)
         weight = residual_weight(
-            tl.exp2((x - row_max) * scale),
-            index,
-            index < V,
-            node,
-            N,
-            parents_ptr + batch * stride_nb,
-            drafts_ptr + batch * stride_db,
-            probs_ptr,
-            mass_ptr + batch * N,
-            stride_nn,
-            stride_dn,
-            stride_pn,
-            V,
-            HAS_PROBS,
-        )
+            row_weights(logits_ptr, index, index < V, row_max, scale), index, index < V, node, N,
+            parents_ptr + batch * stride_nb, drafts_ptr + batch * stride_db, probs_ptr, mass_ptr + batch * N,
+            stride_nn, stride_dn, stride_pn, V, HAS_PROBS,
+        )  # fmt: skip
         best, best_index, total = race_step(best, best_index, total, weight, words[lane], index)
-    out = batch * tl.num_programs(1) + split
-    store_winner(score_ptr, index_ptr, out, best, best_index, total, seed, step, node, split)
+    store_winner(score_ptr, index_ptr, batch, best, best_index, total, seed, step, node)
 
 
 def verify_tree(
