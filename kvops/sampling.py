@@ -59,14 +59,15 @@ def process_logits(
         ``verify_draft`` refuses it.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or of the wrong shape or dtype, by its name.
+        ValueError, TypeError: an argument out of range, or of the wrong shape or dtype, by its name. Numbers in tensors
+            are looked at with ``KVOPS_DEBUG=1``.
     """
     checks.expect_tensor("logits", logits)
     checks.expect_rank("logits", logits, "[batch, rows, vocab]")
     checks.expect_dtype("logits", logits, *checks.FLOAT_DTYPES)
     B, T, V = logits.shape
     number = _Numbers(logits)
-    heat = number.floats("temperature", temperature, 0.0, math.inf)
+    heat = number.floats("temperature", temperature, 0.0, torch.finfo(torch.float32).max)
     k = number.integers("top_k", top_k)
     p = number.floats("top_p", top_p, 0.0, 1.0)
     floor = number.floats("min_p", min_p, 0.0, 1.0)
@@ -79,6 +80,7 @@ def process_logits(
         checks.expect_shape("prompt_lens", prompt_lens, "[batch]", B)
     if not all(isinstance(word, Sequence) and not isinstance(word, str) for word in bad_words):
         raise TypeError(f"bad_words: expected sequences of tokens, such as [[17], [3, 5]], got {bad_words}")
+    bad_words = [checks.ints("bad_words", word) for word in bad_words]
     if any(len(word) == 0 or min(word) < 0 or max(word) >= V for word in bad_words):
         raise ValueError(f"bad_words: expected sequences of tokens inside the vocabulary of {V}, got {bad_words}")
 
@@ -118,7 +120,10 @@ class _Numbers:
         if value is None:
             return None
         if isinstance(value, Tensor):
-            return self._tensor(name, value, torch.float32)
+            numbers = self._tensor(name, value, torch.float32)
+            if checks.debug():
+                checks.expect_data(name, f"numbers from {lowest} to {highest}", (value >= lowest) & (value <= highest))
+            return numbers
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number or a float32 tensor [batch], got {type(value).__name__}")
         checks.expect_between(name, value, lowest, highest)
@@ -128,7 +133,10 @@ class _Numbers:
         if value is None:
             return None
         if isinstance(value, Tensor):
-            return self._tensor(name, value, torch.int32, torch.int64).long()
+            numbers = self._tensor(name, value, torch.int32, torch.int64).long()
+            if checks.debug():
+                checks.expect_data(name, "numbers of at least 0", value >= 0)
+            return numbers
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int or an integer tensor [batch], got {type(value).__name__}")
         checks.expect_at_least(name, value, 0)

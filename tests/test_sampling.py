@@ -215,6 +215,7 @@ def test_hopeless_rows_stay_hopeless():
     [
         ({"temperature": -1.0}, ValueError, "temperature: expected a number from 0"),
         ({"temperature": math.nan}, ValueError, "temperature: expected a number from 0"),
+        ({"temperature": math.inf}, ValueError, "temperature: expected a number from 0"),
         ({"temperature": "1"}, TypeError, "temperature: expected a number or"),
         ({"temperature": torch.ones(2)}, ValueError, "temperature: expected shape"),
         ({"top_k": -1}, ValueError, "top_k: expected at least 0"),
@@ -228,6 +229,8 @@ def test_hopeless_rows_stay_hopeless():
         ({"prompt_lens": torch.zeros(2, dtype=torch.int32)}, ValueError, "prompt_lens: expected shape"),
         ({"draft_tokens": torch.zeros(3, 0, dtype=torch.int64)}, ValueError, r"draft_tokens.shape\[1\]: expected at l"),
         ({"draft_tokens": torch.zeros(3, 1, dtype=torch.int32)}, TypeError, "draft_tokens: expected dtype int64"),
+        ({"bad_words": [5]}, TypeError, "bad_words: expected sequences of tokens, such as"),
+        ({"bad_words": [[1.5]]}, TypeError, "bad_words: expected whole numbers"),
         ({"bad_words": [[]]}, ValueError, "bad_words: expected sequences"),
         ({"bad_words": [[V]]}, ValueError, "bad_words: expected sequences"),
     ],
@@ -282,3 +285,11 @@ def test_speculation_with_filters_is_lossless(sees_drafts):
     outcome = tokens[:, 0] * vocab + torch.where(accepted > 0, tokens[:, 1], more)
     expected = (exact[0, 0][:, None] * exact[:, 1]).flatten()
     assert (chi_square(outcome, expected) > 1e-4) == sees_drafts
+
+
+def test_numbers_in_tensors_are_looked_at_on_demand(monkeypatch):
+    monkeypatch.setenv("KVOPS_DEBUG", "1")
+    for name, value in (("temperature", -1.0), ("top_p", math.nan), ("top_k", -1)):
+        numbers = torch.tensor([0, value, 0], dtype=torch.int32 if name == "top_k" else torch.float32)
+        with pytest.raises(ValueError, match=rf"^{name}: expected numbers .* got 1 that are not, the first at \[1\]"):
+            kvops.process_logits(logits_batch(), **{name: numbers})
