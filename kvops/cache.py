@@ -129,7 +129,18 @@ class PagedKVCache(CacheEviction):
         q_lens: Tensor | None = None,
         rows: Rows = slice(None),
     ) -> None:
-        """Write k ``[B', T, Hkv, D]`` and v ``[B', T, Hkv, Dv]`` of one layer into the room made by :meth:`extend`."""
+        """Write the keys and values of one layer into the room that :meth:`extend` made.
+
+        Args:
+            layer: from 0.
+            k, v: ``[B', T, Hkv, D]`` and ``[B', T, Hkv, Dv]`` of the newest T tokens of ``rows``, in the cache's dtype
+                (any for a float8 cache).
+            token_positions: int32 ``[B', T]``, what :meth:`extend` returned.
+            q_lens: what :meth:`extend` was given: the first ``q_lens[b]`` tokens of a row are written.
+
+        Raises ValueError and TypeError for other shapes, dtypes and devices, before anything is written. There is no
+        gradient: call it under ``torch.no_grad()``.
+        """
         tables, lens = self._layer(layer, rows)
         self._expect_rows("k", k, len(lens))
         paged_append(
@@ -163,13 +174,22 @@ class PagedKVCache(CacheEviction):
         accumulate: str | None = None,
         decay: float = 1.0,
     ) -> Tensor:
-        """Attention of q ``[B', T, Hq, D]``, the newest T tokens, over one layer's lists: out ``[B', T, Hq, Dv]``.
+        """Attention of the newest T tokens over one layer's lists, which hold their keys: call :meth:`append` first.
 
-        ``accumulate`` ("sum", "sumsq" or "max") folds the attention that each slot receives into ``scores``, after
-        multiplying them by ``decay``. Rows that share blocks are unshared for that, in all layers at once. A window is
-        measured in original positions; ``query_positions`` int32 ``[B', T]`` are those that :meth:`extend` returned
-        unless given. ``tree_mask`` bool ``[B', T, T]`` tells which of the T tokens each of them sees, in place of
-        causality (:func:`kvops.tree_mask`).
+        Args:
+            layer: from 0.
+            q: ``[B', T, Hq, D]``; Hq is a multiple of the cache's heads.
+            q_lens: int32 ``[B']``, where not all T tokens of a row are real; the others' output is 0.
+            query_positions: int32 ``[B', T]``, by which a window is measured; None for what :meth:`extend` returned.
+            window_left: how many original positions before its own a query sees, -1 for all.
+            softcap, sinks, scale: as in :func:`kvops.flash_attention`.
+            tree_mask: bool ``[B', T, T]``, which of the T tokens each of them sees, in place of causality
+                (:func:`kvops.tree_mask`).
+            accumulate: "sum", "sumsq" or "max" folds the attention that each slot receives into ``scores``, after
+                multiplying them by ``decay``. Rows that share blocks are unshared for that, in all layers at once.
+
+        Returns ``[B', T, Hq, Dv]`` in q's dtype. Raises ValueError and TypeError as :func:`kvops.paged_attention`, and
+        :class:`OutOfBlocksError` where unsharing finds too few blocks. There is no gradient.
         """
         if accumulate is not None and self._pool.bound.sharing and not self._pool.capturing():
             self.unshare(rows)
@@ -206,7 +226,8 @@ class PagedKVCache(CacheEviction):
     def set_scores(self, layer: int, scores: Tensor, *, rows: Rows = slice(None)) -> None:
         """Store float32 ``[B', Hkv, S]`` in list order as the scores of the first S slots of each list of a layer.
 
-        Entries past a list's length are ignored. Rows that share blocks are unshared.
+        Entries past a list's length are ignored. Rows that share blocks are unshared, which may raise
+        :class:`OutOfBlocksError`. ValueError for another shape, or more slots than ``max_tokens``.
         """
         tables, lens = self._layer(layer, rows)
         capacity = self.max_blocks * self.block_size
@@ -283,6 +304,8 @@ class PagedKVCache(CacheEviction):
         if self._pool.exact or checks.debug():
             checks.expect_data("q_lens", f"numbers from 0 to {num_tokens}", (count >= 0) & (count <= num_tokens))
             checks.expect_data("keep", "at most as many tokens as the shortest list has", start >= 0)
+            newer = self.next_positions[index] - count >= self._settled[index]
+            checks.expect_data("keep", "at most the tokens that came in after the last eviction", newer)
         # The blocks that the T tokens may lie in are compacted as lists of their own, so that the cost is theirs.
         first = start // size
         self._changed()

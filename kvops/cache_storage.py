@@ -120,7 +120,10 @@ class CacheStorage:
         return self.num_layers * self.num_kv_heads * -(-tokens // self.block_size)
 
     def gather(self, layer: int, row: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises."""
+        """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises.
+
+        IndexError for a layer, row or head that is not there.
+        """
         length = int(self.seq_lens[layer, row, head])
         blocks = self.block_tables[layer, row, head, : -(-length // self.block_size)].long()
         k, v, positions = (

@@ -81,6 +81,8 @@ def test_what_was_evicted_cannot_be_taken_back(monkeypatch, device):
     for row in range(ROWS):
         with pytest.raises(ValueError, match=r"num_tokens: expected at most the tokens that came in .* got 1 more"):
             cache.rollback(3, rows=row)
+        with pytest.raises(ValueError, match="keep: expected at most the tokens that came in after the last eviction"):
+            cache.retain(torch.tensor([[True, True, False]], device=device), rows=row)
     cache.rollback(2)
     assert cache.next_positions.tolist() == [10] * ROWS
     cache.free(0)
