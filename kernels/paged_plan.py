@@ -79,7 +79,9 @@ class PagedKind:
         width = max(self.block_d, self.block_dv)
         self.problem = width, q.element_size(), k_cache.element_size(), self.block_size, self.rows, *varying
 
-        self.window_left = min(window_left, 2**31 - 1 - self.num_tokens)  # places less a window stay within int32
+        if window_left >= 2**31 - 1 - self.num_tokens:  # it hides nothing, and places less it leave int32
+            window_left = -1
+        self.window_left = window_left
         self.causal = causal and tree_mask is None
         self.scored = scores is not None
         self.score_decay, self.score_reduce = score_decay, score_reduce

@@ -274,7 +274,7 @@ def select_blocks(
         *length_strides,
         heads,
         slots,
-        min(protect_first, largest),
+        min(protect_first, largest) if protect_first else -largest - 1,  # positions may be negative
         min(protect_last, largest),
         min(min_per_head, largest),
         SIZE=size,

@@ -271,6 +271,16 @@ def test_protection_is_measured_in_original_positions(backend, device):
     assert huge[1].all()
 
 
+@pytest.mark.parametrize("protect_last", [0, 1])
+def test_without_protection_of_the_first_no_position_is_first(backend, device, protect_last):
+    """The kernel protected positions below 0, and so did eager beside a protection of the last."""
+    lists = make_lists(1, 1, 2, 4, lens=5)
+    for place, slot in enumerate(lists.slots(0, 0)):
+        lists.positions[slot] = place - 5
+    new_lens, _ = select(lists, [0], device, positions=True, protect_last=protect_last)
+    assert new_lens.tolist() == [[4 * protect_last]]
+
+
 @SCOPES
 def test_choosing_twice_gives_equal_bits(backend, device, scope):
     lists = make_lists(2, 3, 4, 4, values="any", seed=6)

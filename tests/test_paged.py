@@ -134,12 +134,15 @@ def test_windows_count_original_positions_where_given(backend, device, num_token
 
 @pytest.mark.parametrize("far", [2**31 - 1, 2**32, 2**63 - 1])
 def test_the_widest_window_is_none(backend, device, far):
-    """A window of 2^32 less an int32 position wrapped round to one of 0."""
+    """A window of 2^32 less an int32 position wrapped round to one of 0, and the last positions of all lost the first."""
     lists = make_lists([[9, 1, 5]], block_size=8, head_dim=16, device=device)
     q = queries(lists, 1, 2)
-    places = {"positions": lists.positions, "query_positions": torch.tensor([[30, 31]], device=device).int()}
     free = kvops.paged_attention(q, *lists.arguments)
-    for options in ({}, places):
+    for now in (None, 31, 2**31 - 1):
+        options = {}
+        if now is not None:
+            query_positions = torch.tensor([[now - 1, now]], dtype=torch.int32, device=device)
+            options = {"positions": lists.positions, "query_positions": query_positions}
         for wide, all_seen in zip(
             kvops.paged_attention(q, *lists.arguments, window_left=far, **options), free, strict=True
         ):

@@ -147,7 +147,7 @@ def select_blocks(
         if positions is not None:
             place = positions.index_select(0, lists).view(batch, heads, slots)
             last = place.gather(2, last.long().clamp_(min=0))
-        protected = place < min(protect_first, _MOST)
+        protected = place < (min(protect_first, _MOST) if protect_first else -_MOST - 1)
         if protect_last:
             protected = protected | (place > last - min(protect_last, _MOST))
         if absent is not None:
