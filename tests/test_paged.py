@@ -134,7 +134,7 @@ def test_windows_count_original_positions_where_given(backend, device, num_token
 
 @pytest.mark.parametrize("far", [2**31 - 1, 2**32, 2**63 - 1])
 def test_the_widest_window_is_none(backend, device, far):
-    """A window of 2^32 less an int32 position wrapped round to one of 0, and the last positions of all lost the first."""
+    """A window of 2^32 less an int32 position wrapped round to one of 0; the last positions of all lost the first."""
     lists = make_lists([[9, 1, 5]], block_size=8, head_dim=16, device=device)
     q = queries(lists, 1, 2)
     free = kvops.paged_attention(q, *lists.arguments)
