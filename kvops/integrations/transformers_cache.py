@@ -53,6 +53,9 @@ class KVOpsCache(Cache):
         paged: the :class:`kvops.PagedKVCache`, once the first token has come in (it brings batch size, dtype and
             device).
 
+    A first pass counts as the prompt: with ``generate(..., prefill_chunk_size=N)`` the first N tokens alone are judged
+    and compressed. :class:`~kvops.integrations.transformers.Decoder` reads prompts in chunks (``Compression.chunk``).
+
     Without a compression, layers with a sliding window give up what no later token sees, a few blocks at a time.
 
     Sequence lengths and positions are those of the text, whatever has been evicted. A batch is one for good: beam
