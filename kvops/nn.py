@@ -321,7 +321,7 @@ class Attention(nn.Module):
             window_left = self._options()["window_left"]
             place = self.layer, cache.num_layers
             seen = Prefill(q, k, v, lse, window_left, *place, self.rope, self.scale, self.softcap)
-            cache.set_scores(self.layer, self.policy.score(seen), rows=rows)
+            cache.set_scores(self.layer, self.policy.checked_score(seen), rows=rows)
         return self.o_proj(out.flatten(-2))
 
     def extra_repr(self) -> str:

@@ -300,6 +300,21 @@ def test_generate_refuses_arguments_of_another_type_by_name(change, message):
         generate(tiny_model(), options.pop("prompts"), **options)
 
 
+def test_a_prompt_is_read_into_an_empty_row_only(device):
+    """Dense attention over the new tokens alone: what the row held was in the cache and never seen."""
+    model = tiny_model().to(device)
+    cache, tokens = new_cache(model, max_batch=1, max_tokens=32), torch.ones(1, 5, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        prefill(model, cache, tokens, 0)
+        if device == "cpu":
+            with pytest.raises(ValueError, match="row: expected an empty one, got 0, which holds tokens"):
+                prefill(model, cache, tokens, 0)
+        with pytest.raises(ValueError, match=r"cache.max_batch: expected at least 2, got 1"):
+            prefill(model, cache, tokens, 1)
+        with pytest.raises(ValueError, match=r"tokens: expected shape \[1, S\] = \[1, any\], got \[5\]"):
+            prefill(model, cache, tokens[0], 0)
+
+
 def test_tokens_and_numbers_may_come_as_tensors(device):
     """A stop token in a tensor was never met: it was looked up by its identity."""
     model, prompts = tiny_model().to(device), prompts_of(9, 5)

@@ -2,13 +2,16 @@
 
 import itertools
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import attention, attention_mask
+from test_generate import tiny_model
 
 import kvops
+from kvops.models.generate import generate
 from kvops.policies import (
     H2O,
     POLICIES,
@@ -330,3 +333,35 @@ def test_what_a_policy_cannot_follow_is_refused_when_it_is_made(make, error, mes
     """A misspelt scope was taken for "sequence", a misspelt pooling for "mean", and no queries for all of them."""
     with pytest.raises(error, match=f"^{message}"):
         make()
+
+
+class Careless(Policy):
+    """What authors of policies get wrong: the layout, or the newest key."""
+
+    wrong: ClassVar[str] = ""
+
+    def score(self, seen):
+        scores = torch.zeros_like(seen.earlier)
+        return (
+            scores.transpose(1, 2) if self.wrong == "layout" else scores[..., :-1] if self.wrong == "newest" else scores
+        )
+
+    def layer_weights(self, num_layers):
+        return [1.0] * (num_layers + (self.wrong == "weights"))
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("layout", r"Careless.score: expected shape \[B, Hkv, S\] = \[1, 2, \d+\], got \[1, \d+, 2\]"),
+        ("newest", r"Careless.score: expected shape \[B, Hkv, S\]"),
+        ("weights", "policy: expected 2 layer_weights, one for each layer, got 3 from Careless"),
+    ],
+)
+def test_a_policy_that_is_wrong_is_named(wrong, message, chunk, monkeypatch):
+    """Scores for all keys but the newest were taken, and the newest was worth nothing."""
+    monkeypatch.setattr(Careless, "wrong", wrong)
+    compression = Compression(ratio=2, policy=Careless(), protect_last=2, chunk=chunk)
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model(), [list(range(1, 20))], max_new_tokens=2, compression=compression)

@@ -356,5 +356,5 @@ class _Step:
             rope = None if self.rope is None else self.rope.to(q.device)
             place = layer, self.paged.num_layers
             seen = Prefill(*own, lse, window_left, *place, rope, options["scale"], options["softcap"])
-            self.paged.set_scores(layer, compression.policy.score(seen), rows=rows)
+            self.paged.set_scores(layer, compression.policy.checked_score(seen), rows=rows)
         return out

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from kvops import checks
 from kvops.cache import PagedKVCache
 from kvops.models.llama import Attend
 from kvops.ops.attention import flash_attention
@@ -86,7 +87,14 @@ def prefill(
 
     With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction, or once the prompt has been
     recited where the policy asks for that; ``recent`` takes the last queries of every layer.
+
+    Raises ValueError for a row that is not empty (looked at on the CPU and with ``KVOPS_DEBUG=1``).
     """
+    checks.expect_int("row", row, 0)
+    checks.expect_at_least("cache.max_batch", cache.max_batch, row + 1)
+    checks.expect_shape("tokens", tokens, "[1, S]", 1, None)
+    if checks.may_look(cache.next_positions) and int(cache.next_positions[row]):
+        raise ValueError(f"row: expected an empty one, got {row}, which holds tokens: free() it, or decode() on top")
     rows = slice(row, row + 1)
     rope = None if policy is None else model.rope
     last: list[Tensor] = []
@@ -101,7 +109,7 @@ def prefill(
         elif policy is not None:
             options.pop("sinks", None)  # they are in the lse
             seen = Prefill(q, k, v, lse, layer=layer, num_layers=model.config.num_layers, rope=rope, **options)
-            cache.set_scores(layer, policy.score(seen), rows=rows)
+            cache.set_scores(layer, policy.checked_score(seen), rows=rows)
         if recent is not None:
             recent.begin(layer, row, q)
         return out

@@ -240,7 +240,7 @@ class Cached(Seen):
 
     def judge(self, policy: Policy) -> None:
         """Make ``policy``'s scores those of the cache."""
-        scores = policy.score(self)
+        scores = policy.checked_score(self)
         width = scores.shape[-1]
         place = torch.arange(width, device=scores.device) + (width - self._lens)
         self.cache.set_scores(self.layer, scores.gather(-1, place.clamp_max(width - 1)), rows=self.rows)
@@ -282,6 +282,13 @@ class Policy(ABC):
     @abstractmethod
     def score(self, seen: Seen) -> Tensor:
         """The worth of every key of one layer: float32 ``[B, Hkv, S]``, anything where ``seen`` is padded."""
+
+    def checked_score(self, seen: Seen) -> Tensor:
+        """What ``score`` returns, in the shape that it has to have; ValueError or TypeError where it has another."""
+        scores, name = self.score(seen), f"{type(self).__name__}.score"
+        checks.expect_tensor(name, scores)
+        checks.expect_shape(name, scores, "[B, Hkv, S]", *seen.positions.shape)
+        return scores
 
     def layer_weights(self, num_layers: int) -> list[float] | None:
         """How the layers share the budget: a weight for each, of mean 1. None: all alike, or as ``scope`` says."""

@@ -80,6 +80,11 @@ class Compression:
         layers = cache.num_layers
         lists = layers * cache.num_kv_heads
         weights = self.policy.layer_weights(layers)
+        if weights is not None and len(weights) != layers:
+            raise ValueError(
+                f"policy: expected {layers} layer_weights, one for each layer, got {len(weights)} from "
+                f"{type(self.policy).__name__}"
+            )
         totals = [self.budget(cache, tokens) for tokens in num_tokens]
         budgets: list[int] | list[list[int]] = totals
         if weights is not None or self.policy.scope == "layer":
