@@ -286,6 +286,8 @@ class PagedKVCache(CacheEviction):
         the others are taken back as :meth:`rollback` does. With ``q_lens`` int32 ``[B']`` only the last ``q_lens[b]``
         tokens of a row are meant, and the first ``q_lens[b]`` columns of its ``keep``. This is how the accepted path of
         a tree of drafts stays and its other branches go.
+
+        Raises as :meth:`rollback` does, for tokens that cannot be taken back.
         """
         index, numbers = self._resolve(rows)
         checks.expect_tensor("keep", keep)

@@ -90,6 +90,9 @@ class CacheEviction(CacheStorage):
 
         Slots behind these stay; marks past a list's end mean nothing. Survivors keep their order, and the blocks given
         up are free at once, unless another row shares them.
+
+        Raises TypeError and ValueError for another dtype or shape, and :class:`OutOfBlocksError` where rows that share
+        blocks find too few for copies of their own.
         """
         index, numbers = self._resolve(rows)
         checks.expect_tensor("kept", kept)

@@ -72,6 +72,8 @@ def test_the_biases_of_torch_say_where_causality_begins(bias, device):
     ours = kvops.scaled_dot_product_attention(q, k, v, attn_mask=bias(4, 7))
     mask = torch.ones(4, 7, dtype=torch.bool, device=device).tril(0 if bias is causal_upper_left else 3)
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    with pytest.raises(ValueError, match="attn_mask: expected a bias of 4 queries and 7 keys, got one of 4 and 6"):
+        kvops.scaled_dot_product_attention(q, k, v, attn_mask=bias(4, 6))
 
 
 def test_gradients(device):
