@@ -68,7 +68,8 @@ def scaled_dot_product_attention(
         queries, keys = (getattr(attn_mask, name) for name in ("seq_len_q", "seq_len_kv"))  # its own shape is another
         if (queries, keys) != (q.shape[1], k.shape[1]):
             raise ValueError(
-                f"attn_mask: expected a bias of {q.shape[1]} queries and {k.shape[1]} keys, got one of {queries} and {keys}"
+                f"attn_mask: expected a bias of {q.shape[1]} queries and {k.shape[1]} keys, "
+                f"got one of {queries} and {keys}"
             )
         if attn_mask.variant.name == "UPPER_LEFT":
             return _top_left(q, k, v, scale).transpose(1, 2)
