@@ -59,7 +59,7 @@ class AttentionConfig:
     """The tile of a dense attention kernel: BLOCK_M queries against BLOCK_N keys.
 
     ``descriptors``: what the loop walks comes through tensor descriptors (TMA) where the tensors allow it, else through
-    pointers, with the same bits. The forward alone knows them.
+    pointers, with the same bits. The column reductions have none.
     """
 
     block_m: int
@@ -123,17 +123,19 @@ def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> Atten
         warps = 4 if arch == "sm_120" else 8
         return AttentionConfig(16, 32, warps, 1) if head_dim <= 128 else _narrow_tile(arch)
     if head_dim > 256:
-        return _narrow_tile(arch)
-    if head_dim > 128:
-        return AttentionConfig(32 if arch.startswith("sm_") else 16, 32, 8, 1)
-    if arch == "sm_90":
-        # At 128, 32 x 64 takes twice the matrix instructions and spills when causal (3.6: 21 stores, 3.9: 1).
-        return AttentionConfig(32 if head_dim <= 64 else 16, 128, 8, 2)
-    if arch == "sm_100":
-        return AttentionConfig(64, 64, 8, 1)
-    if arch == "gfx950" and head_dim > 64:
-        return AttentionConfig(16, 64, 8, 1)  # 32 x 64 spills 35 registers, this takes 144
-    return AttentionConfig(32, 64, 8, 1)
+        config = _narrow_tile(arch)
+    elif head_dim > 128:
+        config = AttentionConfig(32 if arch.startswith("sm_") else 16, 32, 8, 1)
+    elif arch == "sm_90":
+        config = AttentionConfig(64 if head_dim <= 64 else 32, 128, 8, 2)
+    elif arch == "sm_100":
+        # 64 x 128 spills at 128 (3.9: 7 stores), this takes 158 registers.
+        config = AttentionConfig(64, 128 if head_dim <= 64 else 64, 8, 1)
+    elif arch == "gfx950" and head_dim > 64:
+        config = AttentionConfig(16, 64, 8, 1)  # 32 x 64 spills 10 registers with a window, this takes 128
+    else:
+        config = AttentionConfig(64 if arch.startswith("sm_") and head_dim > 64 else 32, 64, 8, 1)
+    return replace(config, descriptors=arch in HAVE_TMA)
 
 
 def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
@@ -145,13 +147,14 @@ def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int
     elif head_dim > 256:
         config = _narrow_tile(arch)
     elif head_dim > 128 and arch == "sm_90":
-        # Hopper's products take 64 rows: 222 registers in two stages, where one stage spills 85 stores.
+        # Hopper's products take 64 rows.
         config = AttentionConfig(64, 32, 8, 2)
     elif head_dim > 128:
         config = AttentionConfig(32, 32 if arch.startswith("sm_") else 16, 8, 1)
     else:
         config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
-    return _clip_tile(config, num_queries)
+    # sm_90, 128 x 64: 201 registers at 128 and 130 at 64, where pointers take 226 and 174.
+    return replace(_clip_tile(config, num_queries), descriptors=itemsize == 2 and arch in HAVE_TMA)
 
 
 def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:

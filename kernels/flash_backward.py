@@ -14,10 +14,20 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvops.autotune.config import AttentionConfig, GluonFlashBackwardConfig
 from kvops.autotune.lookup import choose, choose_proven
-from kvops.kernels.dense import dense_problem, mask_bounds, padded, row_strides, slope_stride, token_strides
+from kvops.kernels.dense import (
+    dense_problem,
+    describable,
+    descriptor,
+    mask_bounds,
+    padded,
+    row_strides,
+    slope_stride,
+    token_strides,
+)
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward_keys import flash_backward_keys_kernel
 from kvops.kernels.flash_backward_queries import flash_backward_queries_kernel
@@ -227,6 +237,18 @@ def _for_hopper(op: str, call: Backward, problem: tuple[int, ...]) -> GluonFlash
     return choose_proven(op, current_device(), *problem, refusal=lambda: _hopper().launchable(*tensors, **options))
 
 
+def _descriptors(
+    call: Backward, config: AttentionConfig, rows: int, *walked: torch.Tensor
+) -> tuple[TensorDescriptor | None, ...]:
+    """Of what a kernel's loop walks, ``rows`` at a time; None where it goes through pointers.
+
+    Packed sequences do: past the end of one a descriptor reads the next, which may hold a NaN, and 0 * NaN is none.
+    """
+    if config.descriptors and call.cu_seqlens_q is None and all(map(describable, walked)):
+        return tuple(descriptor(tensor, rows, padded(tensor.shape[-1])) for tensor in walked)
+    return (None,) * len(walked)
+
+
 def _arguments(call: Backward, heads: int, config: AttentionConfig) -> tuple[tuple, tuple]:
     """The end of the list of arguments that both kernels have: scalars, then constants."""
     head_dim, head_dim_v = call.q.shape[-1], call.v.shape[-1]
@@ -250,6 +272,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
     programs = triton.cdiv(call.seqlen_k, config.block_n) * kv_heads * call.batch
     if programs == 0:
         return
+    q_desc, dout_desc = _descriptors(call, config, config.block_m, call.q, call.dout)
     scalars, constants = _arguments(call, kv_heads, config)
     flash_backward_keys_kernel[(programs,)](
         call.q,
@@ -258,6 +281,8 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         call.dout,
         call.lse_log2,
         call.delta,
+        q_desc,
+        dout_desc,
         dk,
         dv,
         call.alibi_slopes,
@@ -290,6 +315,7 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
     programs = triton.cdiv(call.seqlen_q, config.block_m) * heads * call.batch
     if programs == 0:
         return
+    k_desc, v_desc = _descriptors(call, config, config.block_n, call.k, call.v)
     scalars, constants = _arguments(call, heads, config)
     flash_backward_queries_kernel[(programs,)](
         call.q,
@@ -298,6 +324,8 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
         call.dout,
         call.lse_log2,
         call.delta,
+        k_desc,
+        v_desc,
         dq,
         call.alibi_slopes,
         call.cu_seqlens_q,

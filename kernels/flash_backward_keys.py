@@ -1,4 +1,8 @@
-"""dK and dV: a program owns a tile of keys and walks the queries of every head of its group."""
+"""dK and dV: a program owns a tile of keys and walks the queries of every head of its group.
+
+Scores are computed transposed, [keys, queries], so that P^T and dS^T are left operands as they stand. Q and dO come
+through tensor descriptors (TMA) where the configuration asks for them and the tensors allow it, else through pointers.
+"""
 
 import triton
 import triton.language as tl
@@ -6,6 +10,7 @@ import triton.language as tl
 from kvops.kernels.flash_tiles import (
     alibi_slope,
     in_window,
+    load_tile,
     probabilities,
     query_blocks,
     row_products,
@@ -13,69 +18,6 @@ from kvops.kernels.flash_tiles import (
     sequence_tokens,
 )
 from kvops.kernels.primitives import dot, load_rows, program_tile, store_rows
-
-
-@triton.jit
-def _gather_key_gradients(
-    dk,
-    dv,
-    k,
-    v,
-    keys,
-    q_ptr,
-    dout_ptr,
-    lse_log2_ptr,
-    delta_ptr,
-    stride_qm,
-    stride_dom,
-    start,
-    end,
-    seqlen_q,
-    offset,
-    window_left,
-    window_right,
-    scale,
-    softcap,
-    slope,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Add what the query blocks from ``start`` to ``end`` of one head give to dK and dV.
-
-    Rows past the end need no mask: their lse reads as +inf, which makes P 0.
-
-    Scores are computed transposed, [keys, queries], so that P^T and dS^T are left operands as they stand.
-    """
-    rows = tl.arange(0, BLOCK_M)
-    for start_m in tl.range(start, end, BLOCK_M):
-        first = tl.cast(start_m, tl.int64)
-        left = seqlen_q - start_m
-        q = load_rows(  # [BLOCK_M, BLOCK_D]
-            q_ptr + first * stride_qm, rows, stride_qm, left, HEAD_DIM, BLOCK_D, True
-        )
-        lse = tl.load(lse_log2_ptr + start_m + rows, mask=rows < left, other=float("inf"))
-        delta = tl.load(delta_ptr + start_m + rows, mask=rows < left, other=0.0)
-        s = row_products(k, q)  # [BLOCK_N, BLOCK_M]
-        distance = (start_m + rows + offset)[None, :] - keys[:, None]
-        p, slope_of_cap = probabilities(s, distance, lse, scale, softcap, slope, 0, HAS_SOFTCAP, HAS_ALIBI)
-        if MASKED:
-            p = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)
-        dout = load_rows(  # [BLOCK_M, BLOCK_DV]
-            dout_ptr + first * stride_dom, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True
-        )
-        dv = dot(p.to(dout.dtype), dout, dv)
-        dp = row_products(v, dout)
-        ds = score_gradient(p, dp, delta, slope_of_cap, 0, HAS_SOFTCAP)
-        dk = dot(ds.to(q.dtype), q, dk)
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
@@ -86,6 +28,8 @@ def flash_backward_keys_kernel(
     dout_ptr,
     lse_log2_ptr,
     delta_ptr,
+    q_desc,
+    dout_desc,
     dk_ptr,
     dv_ptr,
     slopes_ptr,
@@ -144,8 +88,6 @@ def flash_backward_keys_kernel(
     delta_ptr += batch * stride_lb + first_q
     k_ptr += batch * stride_kb + kv_head * stride_kh + first_k * stride_kn
     v_ptr += batch * stride_vb + kv_head * stride_vh + first_k * stride_vn
-    dk_ptr += batch * stride_dkb + kv_head * stride_dkh + first_k * stride_dkn
-    dv_ptr += batch * stride_dvb + kv_head * stride_dvh + first_k * stride_dvn
     columns = tl.arange(0, BLOCK_N)
     keys = start_n + columns
     left = seqlen_k - start_n
@@ -158,6 +100,7 @@ def flash_backward_keys_kernel(
     start, full_start, end = query_blocks(
         start_n, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    rows = tl.arange(0, BLOCK_M)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
@@ -165,18 +108,32 @@ def flash_backward_keys_kernel(
         douth_ptr = dout_ptr + head * stride_doh
         lseh_ptr = lse_log2_ptr + head * stride_lh
         deltah_ptr = delta_ptr + head * stride_lh
-        if HAS_LEFT or HAS_RIGHT:
-            dk, dv = _gather_key_gradients(
-                dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, start, full_start,
-                seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True, BLOCK_M, BLOCK_D, BLOCK_DV,
+        # One loop with a branch around the mask: two loops spill at this tile, and fit one of half as many queries.
+        for start_m in tl.range(start, end, BLOCK_M):
+            left_q = seqlen_q - start_m
+            q = load_tile(  # [BLOCK_M, BLOCK_D]
+                q_desc, batch, first_q, head, qh_ptr, start_m, rows, stride_qm, left_q, HEAD_DIM, BLOCK_D, True
+            )
+            # Rows past the end need no mask: their lse reads as +inf, which makes P 0.
+            lse = tl.load(lseh_ptr + start_m + rows, mask=rows < left_q, other=float("inf"))
+            delta = tl.load(deltah_ptr + start_m + rows, mask=rows < left_q, other=0.0)
+            s = row_products(k, q)  # [BLOCK_N, BLOCK_M]
+            distance = (start_m + rows + offset)[None, :] - keys[:, None]
+            p, slope_of_cap = probabilities(s, distance, lse, scale, softcap, slope, 0, HAS_SOFTCAP, HAS_ALIBI)
+            if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102 - the first is known to the compiler
+                if start_m < full_start:
+                    p = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)
+            dout = load_tile(  # [BLOCK_M, BLOCK_DV]
+                dout_desc, batch, first_q, head, douth_ptr, start_m, rows, stride_dom, left_q, HEAD_DIM_V, BLOCK_DV,
+                True,
             )  # fmt: skip
-        if not HAS_LEFT:
-            dk, dv = _gather_key_gradients(
-                dk, dv, k, v, keys, qh_ptr, douth_ptr, lseh_ptr, deltah_ptr, stride_qm, stride_dom, full_start, end,
-                seqlen_q, offset, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, False, BLOCK_M, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
+            dv = dot(p.to(dout.dtype), dout, dv)
+            dp = row_products(v, dout)
+            ds = score_gradient(p, dp, delta, slope_of_cap, 0, HAS_SOFTCAP)
+            dk = dot(ds.to(q.dtype), q, dk)
 
+    # Not before the loop, which has no registers to spare.
+    dk_ptr += batch * stride_dkb + kv_head * stride_dkh + first_k * stride_dkn
+    dv_ptr += batch * stride_dvb + kv_head * stride_dvh + first_k * stride_dvn
     store_rows(dk_ptr, columns, stride_dkn, left, dk * scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr, columns, stride_dvn, left, dv, HEAD_DIM_V, BLOCK_DV)

@@ -1,4 +1,4 @@
-"""dQ: a program owns a tile of queries and walks the keys."""
+"""dQ: a program owns a tile of queries and walks the keys, which come through tensor descriptors (TMA) or pointers."""
 
 import triton
 import triton.language as tl
@@ -9,6 +9,7 @@ from kvops.kernels.flash_tiles import (
     block_range,
     in_window,
     key_blocks,
+    load_tile,
     probabilities,
     row_products,
     score_gradient,
@@ -25,6 +26,11 @@ def _gather_query_gradient(
     lse,
     delta,
     position,
+    k_desc,
+    v_desc,
+    batch,
+    first_k,
+    kv_head,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -55,13 +61,12 @@ def _gather_query_gradient(
     low, high = block_range(start, full_start, full_end, end, HAS_LEFT, MASKED)
     for place in tl.range(low, high, BLOCK_N):
         start_n = block_at(place, full_start, full_end, HAS_LEFT, MASKED)
-        first = tl.cast(start_n, tl.int64)
         left = seqlen_k - start_n
-        k = load_rows(  # [BLOCK_N, BLOCK_D]
-            k_ptr + first * stride_kn, columns, stride_kn, left, HEAD_DIM, BLOCK_D, MASKED
+        k = load_tile(  # [BLOCK_N, BLOCK_D]
+            k_desc, batch, first_k, kv_head, k_ptr, start_n, columns, stride_kn, left, HEAD_DIM, BLOCK_D, MASKED
         )
-        v = load_rows(  # [BLOCK_N, BLOCK_DV]
-            v_ptr + first * stride_vn, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, MASKED
+        v = load_tile(  # [BLOCK_N, BLOCK_DV]
+            v_desc, batch, first_k, kv_head, v_ptr, start_n, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, MASKED
         )
         s = row_products(q, k)  # [BLOCK_M, BLOCK_N]
         distance = position[:, None] - (start_n + columns)[None, :]
@@ -83,6 +88,8 @@ def flash_backward_queries_kernel(
     dout_ptr,
     lse_log2_ptr,
     delta_ptr,
+    k_desc,
+    v_desc,
     dq_ptr,
     slopes_ptr,
     cu_seqlens_q_ptr,
@@ -133,7 +140,6 @@ def flash_backward_queries_kernel(
     first_q += start_m
     q_ptr += batch * stride_qb + head * stride_qh + first_q * stride_qm
     dout_ptr += batch * stride_dob + head * stride_doh + first_q * stride_dom
-    dq_ptr += batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
     lse_log2_ptr += batch * stride_lb + head * stride_lh + first_q
     delta_ptr += batch * stride_lb + head * stride_lh + first_q
     k_ptr += batch * stride_kb + head // GROUP * stride_kh + first_k * stride_kn
@@ -156,8 +162,9 @@ def flash_backward_queries_kernel(
     # First the blocks that every query sees whole, then those that need a mask.
     for MASKED in tl.static_range(2):
         dq = _gather_query_gradient(
-            dq, q, dout, lse, delta, position, k_ptr, v_ptr, stride_kn, stride_vn, start, full_start, full_end, end,
-            seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_ALIBI, MASKED, BLOCK_N, BLOCK_D, BLOCK_DV,
+            dq, q, dout, lse, delta, position, k_desc, v_desc, batch, first_k, head // GROUP, k_ptr, v_ptr, stride_kn,
+            stride_vn, start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope,
+            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASKED, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
+    dq_ptr += batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
     store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)
