@@ -49,6 +49,10 @@ class KnownException:
         return bool(spilled) and sum(map(int, spilled.groups())) <= self.spills
 
 
+_FLASH_ON_SM_120 = (
+    "flash-bf16-d64-window flash-bf16-d64-causal flash-bf16-d64-everything flash-bf16-d128-window flash-fp16-d128 "
+    "flash-bf16-d128-causal flash-bf16-d256-window flash-bf16-d256-causal"
+)
 # What Triton 3.6.0 alone spills: by kernel and reason, target and instructions, the cases.
 _FOUND = {
     ("flash_forward_kernel", "set-up around the descriptors"): {
@@ -58,7 +62,13 @@ _FOUND = {
         ("sm_120", 12): "flash-bf16-d64-window flash-bf16-d64-causal flash-bf16-d64-everything flash-packed-fp16-d64 "
         "flash-bf16-d128-window flash-bf16-d128-causal flash-fp16-d128",
     },
-    ("flash_backward_keys_kernel", "how it allots registers"): {("gfx942", 10): "flash-bf16-d128-causal"},
+    ("flash_backward_keys_kernel", "set-up around the descriptors"): {("sm_120", 2): _FLASH_ON_SM_120},
+    ("flash_backward_queries_kernel", "set-up around the descriptors"): {("sm_120", 4): _FLASH_ON_SM_120},
+    ("flash_backward_keys_kernel", "how it allots registers"): {
+        ("sm_90", 8): "flash-bf16-d128-causal flash-fp16-d128",
+        ("sm_90", 12): "flash-packed-fp16-d64",
+        ("gfx950", 10): "flash-bf16-d64-everything",
+    },
     ("gluon_flash_backward_keys_kernel", "a number that is kept for the loop over tiles"): {
         ("sm_90", 2): "gluon-backward-d128-causal gluon-backward-d128-window",
     },
