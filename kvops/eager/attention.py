@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvops.prepared import prepared
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# Called some microseconds sooner than the operator of the same name below torch.ops.
+_forward = torch._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # Tiles of plain PyTorch: scores of this many elements stay in cache between the passes over them.

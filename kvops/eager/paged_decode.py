@@ -21,7 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from kvops.eager.paged_rows import Rows, fold_scores
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash = torch._scaled_dot_product_flash_attention_for_cpu
 
 # Slots in a tile, about: a batch is fast from here on, and a list's last tile wastes half of it.
 _TILE = 128
