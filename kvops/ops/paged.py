@@ -372,6 +372,10 @@ def paged_append(
     of the list; tokens from ``q_lens[b]`` on are padding and go nowhere. A list that is shorter than ``q_lens[b]``
     keeps the last tokens that fit.
 
+    Under ``torch.compile(dynamic=True)`` a cache that is written must not be a view that begins inside a pool, such as
+    ``pool[layer]``: inductor (PyTorch 2.13, pytorch issue 198068) forgets where it begins, of this operator as of any
+    other. A tensor for each layer is written right, and so is one pool whose tables number the blocks of all layers.
+
     Args:
         k: ``[B, T, Hkv, D]`` float16, bfloat16 or float32.
         v: ``[B, T, Hkv, Dv]``, the same dtype.
