@@ -43,8 +43,8 @@ class Sampler:
         **filters: float | Sequence[float] | None,
     ) -> None:
         heat = one_each("temperature", temperature, batch)
-        seeds = one_each("seed", seed, batch, 1)
-        if not all(-(2**63) <= checks.ints("seed", [each])[0] < 2**63 for each in seeds):
+        seeds = checks.ints("seed", one_each("seed", seed, batch, 1))
+        if not all(-(2**63) <= each < 2**63 for each in seeds):
             raise ValueError(f"seed: expected int64 numbers, got {seed}")
         if not all(0 <= value < float("inf") for value in heat):
             raise ValueError(f"temperature: expected finite numbers of at least 0, got {temperature}")
