@@ -66,9 +66,9 @@ def forget_launches() -> None:
 
 def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Everything about a call but data, ``args`` beginning with that many tensors: shapes, dtypes, devices, strides,
-    numbers, what asks for gradients, and who serves CPU tensors."""
+    numbers, and what asks for gradients."""
     first = args[:tensors]
-    found = [torch.is_grad_enabled(), checks.interpreting(), *map(_facts, first), *map(_strides, first), *kwargs]
+    found = [torch.is_grad_enabled(), *map(_facts, first), *map(_strides, first), *kwargs]
     for value in (*args[tensors:], *kwargs.values()):
         if isinstance(value, torch.Tensor):
             found += _facts(value), value.stride()
@@ -134,15 +134,18 @@ def register(
             refuse_tangents(args, kwargs)
         check(*args, **kwargs)
 
-    launches: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    _launches.append(launches)
+    served: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    interpreted: dict[tuple[Any, ...], Callable[..., Any]] = {}  # on the CPU, while TRITON_INTERPRET=1
+    _launches.extend((served, interpreted))
 
     def prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What serves this call, once it is found valid, and all that differ in nothing but data."""
         validate(args, kwargs)
         return _launch(eager if backend(args[0].device) == "eager" else _kernel(kernel), args, kwargs)
 
-    def launch_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def launch_for(
+        launches: dict[tuple[Any, ...], Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
         """Checks and preparation look at everything but data, so calls alike share both; how long a launch takes then,
         ``python -m bench.overhead`` tells."""
         if checks.debug() or forward_ad._current_level >= 0:  # data and tangents are looked at every time
@@ -161,12 +164,12 @@ def register(
         return launch
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        launch = launch_for(args, kwargs)
+        launch = launch_for(interpreted if checks.interpreting() else served, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():  # each of its operations would look for a gradient
             return launch(*args, **kwargs)
 
     def on_gpu(*args: Any, **kwargs: Any) -> Any:
-        launch = launch_for(args, kwargs)
+        launch = launch_for(served, args, kwargs)
         index = args[0].device.index
         if index == torch.cuda.current_device():
             return launch(*args, **kwargs)
