@@ -13,7 +13,7 @@ from kvops.autotune.arguments import add as add_commands
 from kvops.autotune.environments import environment, newest_triton
 from kvops.autotune.gates import CaseResult, load_cases, run_cases
 from kvops.autotune.inspect import TARGETS
-from kvops.console import quiet_without_reader
+from kvops.cli.console import quiet_without_reader
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 

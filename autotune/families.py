@@ -239,7 +239,7 @@ def _dense(
         refuse=partial(_refuse_dense, walks_keys=walks_keys),
         numerics=_all_but("num_stages", "descriptors"),
         kernels=(kernel,),
-        workload=f"kvops.workloads:{name}",
+        workload=f"kvops.autotune.workloads:{name}",
         problems=dense_problems(),
         proof_key=with_window,
         operators=operators,
@@ -420,7 +420,7 @@ FAMILIES: tuple[OpSpec, ...] = (
             "kvops.kernels.paged_attention:paged_attention_kernel",
             "kvops.kernels.paged_scores:paged_scores_kernel",
         ),
-        workload="kvops.workloads:paged_attention",
+        workload="kvops.autotune.workloads:paged_attention",
         problems=_PAGED_PROBLEMS,
         operators=("paged_attention",),
     ),
@@ -435,7 +435,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         refuse=_refuse_blocks("block_t"),
         numerics=_bits_never_change,
         kernels=("kvops.kernels.paged_append:paged_append_kernel",),
-        workload="kvops.workloads:paged_append",
+        workload="kvops.autotune.workloads:paged_append",
         problems=_APPEND_PROBLEMS,
         operators=("paged_append",),
     ),
@@ -455,7 +455,7 @@ FAMILIES: tuple[OpSpec, ...] = (
             "kvops.kernels.select_blocks:block_worth_kernel",
             "kvops.kernels.select_blocks:keep_best_kernel",
         ),
-        workload="kvops.workloads:select_blocks",
+        workload="kvops.autotune.workloads:select_blocks",
         problems=({"slots": 8192, "lists": 256}, {"slots": 2048, "lists": 90}, {"slots": 32768, "lists": 64}),
         operators=("select_blocks",),
     ),
@@ -470,7 +470,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         refuse=_refuse_compact,
         numerics=_bits_never_change,
         kernels=("kvops.kernels.compact:move_slots_kernel",),
-        workload="kvops.workloads:compact",
+        workload="kvops.autotune.workloads:compact",
         problems=tuple(
             {"itemsize": itemsize, "width": width, "slots": 8192, "lists": 64}
             for itemsize, width in ((2, 128), (2, 64), (1, 128), (4, 1), (2, 256))
@@ -492,7 +492,7 @@ FAMILIES: tuple[OpSpec, ...] = (
             "kvops.kernels.verify_draft:race_kernel",
             "kvops.kernels.verify_tree:tree_race_kernel",
         ),
-        workload="kvops.workloads:verify",
+        workload="kvops.autotune.workloads:verify",
         problems=tuple(
             {"itemsize": itemsize, "vocab": vocab} for itemsize in (2, 4) for vocab in (128256, 49152, 262144)
         ),
@@ -511,7 +511,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         refuse=_refuse_blocks("block"),
         numerics=_bits_never_change,
         kernels=("kvops.kernels.prompt_lookup:match_kernel",),
-        workload="kvops.workloads:prompt_lookup",
+        workload="kvops.autotune.workloads:prompt_lookup",
         problems=({"length": 4096}, {"length": 32768}, {"length": 512}),
         operators=("prompt_lookup",),
     ),

@@ -128,7 +128,7 @@ def _forward(name: str, operator: str) -> OpSpec:
         # The order of works, the depth of the ring and who holds which registers change no sum.
         numerics=lambda config: (config.block_rows, config.block_n),
         kernels=("kvops.kernels.gluon_flash_forward_kernel:gluon_flash_forward_kernel",),
-        workload=f"kvops.workloads:{name}",
+        workload=f"kvops.autotune.workloads:{name}",
         problems=hopper_dense_problems(),
         proof_key=with_window,
         operators=(operator,),
@@ -185,7 +185,7 @@ def _backward(
         # As in the forward.
         numerics=lambda config: (config.block_m, config.block_n),
         kernels=(f"kvops.kernels.gluon_{name}:gluon_{name}_kernel",),
-        workload=f"kvops.workloads:{name}",
+        workload=f"kvops.autotune.workloads:{name}",
         problems=tuple(problem for problem in hopper_dense_problems() if problem["width"] <= 128),
         proof_key=with_window,
         operators=("flash_attention_backward",),

@@ -15,8 +15,8 @@ from bench.case import SCALES, Scale, scale_for
 from bench.cases import all_cases, select
 from bench.measure import KVOPS, measure
 from bench.timing import Clock, measure_roofline, setting
-from kvops.console import positive, quiet_without_reader
-from kvops.environment import chosen_device
+from kvops.cli.console import positive, quiet_without_reader
+from kvops.cli.environment import chosen_device
 
 Item = TypeVar("Item")
 

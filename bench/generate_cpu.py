@@ -27,9 +27,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import kvops
-from kvops.console import positive, quiet_without_reader
-from kvops.environment import processor
-from kvops.models.generate import stream
+from kvops.cli.console import positive, quiet_without_reader
+from kvops.cli.environment import processor
+from kvops.generation.generate import stream
 from kvops.models.llama import Llama
 from kvops.models.loading import find_default_model, load
 

@@ -26,7 +26,7 @@ from bench import results, table
 from bench.timing import setting
 from kvops.autotune.inspect import TARGETS, CompileOnlyDriver
 from kvops.autotune.lookup import choose
-from kvops.console import positive, quiet_without_reader
+from kvops.cli.console import positive, quiet_without_reader
 from kvops.kernels.device import current_device
 from kvops.kernels.paged_append import paged_append as launch_append
 from kvops.kernels.paged_attention import paged_attention as launch_attention

@@ -40,11 +40,11 @@ from bench.measure import reason
 from bench.table import render
 from bench.timing import captured, setting
 from kvops.cache import PagedKVCache
-from kvops.console import positive, quiet_without_reader
-from kvops.environment import chosen_device
+from kvops.cli.console import positive, quiet_without_reader
+from kvops.cli.environment import chosen_device
+from kvops.generation.passes import decode, prefill
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
-from kvops.models.passes import decode, prefill
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.policies import Compression
 

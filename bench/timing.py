@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import kvops
-from kvops.environment import processor, what_runs
+from kvops.cli.environment import processor, what_runs
 
 # Far more than any last-level cache of a GPU; writing it takes so long (0.3 ms at 3 TB/s) that the host, which is ahead
 # by then, has queued the launches that follow: what is timed is the GPU's work and not the host's.

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from kvops.models.generate import generate
+from kvops.generation.generate import generate
 from kvops.models.llama import Llama
 from kvops.models.loading import load
 from kvops.models.tensor_parallel import tensor_parallel

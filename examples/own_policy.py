@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvops.models.generate import generate
+from kvops.generation.generate import generate
 from kvops.models.llama import Llama
 from kvops.models.loading import load
 from kvops.policies import Compression, Policy, Seen, SnapKV

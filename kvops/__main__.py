@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import kvops
-from kvops.console import quiet_without_reader
+from kvops.cli.console import quiet_without_reader
 
 if TYPE_CHECKING:
     from kvops.policies import Compression
@@ -94,8 +94,8 @@ def _compression(arguments: argparse.Namespace) -> Compression | None:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
-    from kvops.environment import chosen_device
-    from kvops.models.generate import GenerationStats, stream
+    from kvops.cli.environment import chosen_device
+    from kvops.generation.generate import GenerationStats, stream
     from kvops.models.llama import Llama
     from kvops.models.loading import load
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "demo":
-            from kvops.demo import run
+            from kvops.cli.demo import run
 
             run(
                 model_path=arguments.model,
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "generate":
             _generate(arguments)
         else:
-            from kvops.doctor import report
+            from kvops.cli.doctor import report
 
             print(report())
     except BrokenPipeError:

@@ -154,8 +154,8 @@ class Attention(nn.Module):
         Raises ValueError for another layer, or a rotary embedding that only the model knows. :func:`replace` swaps the
         layers of a whole model.
         """
-        from kvops.integrations.transformers_config import rope_of
-        from kvops.integrations.transformers_layers import options_of
+        from kvops.integrations.transformers.config import rope_of
+        from kvops.integrations.transformers.layers import options_of
 
         options = options_of(layer)
         if rope is None:
@@ -384,6 +384,6 @@ def replace(model: nn.Module) -> Replacement:
     Raises ValueError for what is no transformers model, and as
     :func:`kvops.integrations.transformers.enable`.
     """
-    from kvops.integrations.transformers_layers import replace_layers
+    from kvops.integrations.transformers.layers import replace_layers
 
     return replace_layers(model)

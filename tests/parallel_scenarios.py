@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import kvops
+from kvops.generation.generate import generate
 from kvops.models.config import LlamaConfig
-from kvops.models.generate import generate
 from kvops.models.llama import Llama
 from kvops.models.tensor_parallel import tensor_parallel
 from kvops.parallel import gather_attention, ring_attention, shard, unshard

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.multiprocessing
 
-PRELOADED = ["torch.distributed.fsdp", "kvops.models.generate", "kvops.models.tensor_parallel", "kvops.parallel"]
+PRELOADED = ["torch.distributed.fsdp", "kvops.generation.generate", "kvops.models.tensor_parallel", "kvops.parallel"]
 
 
 def start(function: Callable[[int, int, Path], None], folder: Path, count: int) -> None:

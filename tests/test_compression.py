@@ -8,9 +8,9 @@ from oracle import attention
 from test_generate import prompts_of, reference_logits, tiny_model
 
 import kvops
-from kvops.models.generate import generate, stream
+from kvops.generation.generate import generate, stream
+from kvops.generation.passes import new_cache, read_prompt
 from kvops.models.llama import rope_frequencies
-from kvops.models.passes import new_cache, read_prompt
 from kvops.policies import POLICIES, Cached, Compression, KVCompress, Policy, Prefill, RecentQueries, SnapKV
 
 HEADS, GROUP, D, SIZE = 2, 3, 16, 4

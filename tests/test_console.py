@@ -13,9 +13,9 @@ import bench.overhead
 import bench.throughput
 import kvops.__main__
 import kvops.autotune.__main__
-from kvops import console
-from kvops.console import positive, quiet_without_reader
-from kvops.environment import chosen_device
+from kvops.cli import console
+from kvops.cli.console import positive, quiet_without_reader
+from kvops.cli.environment import chosen_device
 
 COMMANDS = [
     kvops.__main__,

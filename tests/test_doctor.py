@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvops
-from kvops import doctor
+from kvops.cli import doctor
 from kvops.models import loading
 
 
@@ -56,7 +56,7 @@ class Absent:
         if name.partition(".")[0] in {"triton", "tabulate", "gguf", "tokenizers", "jinja2", "tqdm", "safetensors"}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-from kvops import doctor
+from kvops.cli import doctor
 doctor._self_checks = lambda problems, routes: [("none", "-")]
 print(doctor.report())
 """

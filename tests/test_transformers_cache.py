@@ -7,9 +7,9 @@ from test_transformers import make_model
 
 import kvops
 import kvops.integrations.transformers as kvops_transformers
+from kvops.generation.generate import generate
 from kvops.integrations.transformers import KVOpsCache
 from kvops.models.config import LlamaConfig
-from kvops.models.generate import generate
 from kvops.models.llama import Llama
 from kvops.policies import AdaKV, Compression, ExpectedAttention, KVzip, SnapKV
 

@@ -1,4 +1,4 @@
-"""transformers' models in the loop of kvops.models.generate: batches of ragged prompts, drafts, compression."""
+"""transformers' models in the loop of kvops.generation.generate: batches of ragged prompts, drafts, compression."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import transformers
 from test_transformers import MODELS, TINY, make_model
 from test_transformers_cache import left_padded, prompts
 
+from kvops.generation.generate import Compression, generate
+from kvops.generation.passes import new_cache, prefill, recite
 from kvops.integrations.transformers import Decoder, KVOpsCache
-from kvops.models.generate import Compression, generate
-from kvops.models.passes import new_cache, prefill, recite
 from kvops.policies import ByHeart, Recital, SnapKV
 
 

@@ -30,7 +30,7 @@ from bench.gpu.phases import PHASES, Setup
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import PASSED, Outcome, Unit, read_rows, run_units
 from bench.timing import setting
-from kvops.console import quiet_without_reader
+from kvops.cli.console import quiet_without_reader
 
 # What a phase may leave on the result files beside its rows.
 MERGED = {"bench": ("operators.json", "operators"), "throughput": ("throughput.json", "throughput")}

@@ -31,9 +31,9 @@ from bench.gpu.units import FAILED, PASSED, report
 from bench.measure import build, reason
 from bench.timing import captured
 from kvops.cache import PagedKVCache
+from kvops.generation.passes import decode, prefill
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
-from kvops.models.passes import decode, prefill
 from kvops.ops.verify import prompt_lookup, verify_draft
 
 NUM_DRAFT = 3

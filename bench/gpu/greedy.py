@@ -28,7 +28,7 @@ def main() -> None:
     arguments = arguments_of()
     name = f"SmolLM2-135M, {arguments.tokens} greedy tokens"
     try:
-        from kvops.models.generate import generate
+        from kvops.generation.generate import generate
         from kvops.models.llama import Llama
         from kvops.models.loading import load
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bench.quality.tasks import TEXT, Probe, Unit
 from kvops.cache import PagedKVCache
-from kvops.models.generate import Compression
+from kvops.generation.generate import Compression
+from kvops.generation.passes import decode, new_cache, prefill, recite
 from kvops.models.llama import Llama
-from kvops.models.passes import decode, new_cache, prefill, recite
 from kvops.ops.attention import flash_attention
 from kvops.policies import Policy, Prefill, Recital, Recited
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvops.cache import PagedKVCache
-from kvops.integrations.transformers import NAME, attention, enable
+from kvops.integrations.transformers.attention import NAME, attention, enable
 from kvops.policies import Compression, Policy, Prefill, Seen
 
 # What a layer was called with: the module, and its arguments by name.

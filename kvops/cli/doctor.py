@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import kvops
-from kvops.environment import processor
+from kvops.cli.environment import processor
 
 _MIN_TORCH, _MIN_TRITON = "2.11", "3.6"
 _MIN_CAPABILITY = (8, 0)
@@ -255,14 +255,14 @@ def _self_checks(problems: list[Problem], routes: Sequence[Route]) -> list[Row]:
             said = (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
             rows.append((route.name, f"FAILED: {said}"))
             variables = "TRITON_INTERPRET=1 " if route.interpret else ""
-            command = f"{variables}python -c \"from kvops.doctor import self_check; self_check('{route.device}')\""
+            command = f"{variables}python -c \"from kvops.cli.doctor import self_check; self_check('{route.device}')\""
             problems.append(Problem(f"flash_attention fails on {route.name}; its whole message comes with", command))
     return rows
 
 
 def _start(route: Route) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", f"from kvops.doctor import self_check; print(self_check({route.device!r}))"],
+        [sys.executable, "-c", f"from kvops.cli.doctor import self_check; print(self_check({route.device!r}))"],
         env={**os.environ, "TRITON_INTERPRET": "1" if route.interpret else "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

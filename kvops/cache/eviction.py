@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvops import checks
-from kvops.cache_storage import CacheStorage, Rows
+from kvops.cache.storage import CacheStorage, Rows
 from kvops.ops.eviction import compact, select_blocks
 
 

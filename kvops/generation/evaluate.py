@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
-from kvops.models.generate import decode
-from kvops.models.passes import Decoder
+from kvops.generation.generate import decode
+from kvops.generation.passes import Decoder
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvops.pool import BlockPool
+from kvops.cache.pool import BlockPool
 
 # Whoever looks for what to give up looks at all entries, so that much of what no row uses is given up at once.
 _LEAST_GIVEN_UP = 1 / 8

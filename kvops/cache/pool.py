@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvops.bound import HostBound
+from kvops.cache.bound import HostBound
 
 
 class OutOfBlocksError(RuntimeError):
@@ -37,9 +37,9 @@ class Copies(NamedTuple):
 class BlockPool:
     """Tables, lengths and blocks held of ``[layers, rows, heads]`` lists, and the stack of the blocks that are free.
 
-    Everything about blocks stays on the device: numbers are popped and pushed at places found by prefix sums. Only when
-    :class:`~kvops.bound.HostBound` says that a request might not fit are the exact numbers read, and never while a CUDA
-    graph is captured: :meth:`prepare` does the host's part before each replay.
+    Everything about blocks stays on the device: numbers are popped and pushed at places found by prefix sums. The exact
+    numbers are read only when :class:`~kvops.cache.bound.HostBound` says that a request might not fit, and never while
+    a CUDA graph is captured: :meth:`prepare` does the host's part before each replay.
 
     A block may stand in the tables of several lists (:meth:`fork`). Whoever is about to write it then is handed a copy
     in its place: methods that do so return the blocks to copy, source and target, int32 ``[N]``, target -1 where there

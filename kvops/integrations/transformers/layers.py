@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvops.integrations.transformers import attention, enable
+from kvops.integrations.transformers.attention import attention, enable
 from kvops.nn import Attention, Replacement, Swap
 
 # Layers of the same arithmetic: project, normalise per head where there are norms, rotate halves, attend, project.

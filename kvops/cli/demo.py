@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import kvops
-from kvops.environment import chosen_device, what_runs
-from kvops.models.evaluate import agreement, forced_logits, perplexity
-from kvops.models.generate import Generation, generate, new_cache
+from kvops.cli.environment import chosen_device, what_runs
+from kvops.generation.evaluate import agreement, forced_logits, perplexity
+from kvops.generation.generate import Generation, generate, new_cache
+from kvops.generation.passes import prefill
 from kvops.models.llama import Llama
 from kvops.models.loading import load
-from kvops.models.passes import prefill
 from kvops.models.tokenizer import Tokenizer
 from kvops.policies import Compression
 

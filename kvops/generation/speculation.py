@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
-from kvops.models.passes import Decoder, decode, is_decoder, new_cache, prefill
-from kvops.models.sampler import Sampler
+from kvops.generation.passes import Decoder, decode, is_decoder, new_cache, prefill
+from kvops.generation.sampler import Sampler
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import verify_tree
 

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvops import cache_file, checks
-from kvops.cache_eviction import CacheEviction
-from kvops.cache_stats import CacheStats
-from kvops.cache_storage import Rows
+from kvops import checks
+from kvops.cache import file as cache_file
+from kvops.cache.eviction import CacheEviction
+from kvops.cache.pool import OutOfBlocksError
+from kvops.cache.stats import CacheStats
+from kvops.cache.storage import Rows
 from kvops.ops.eviction import compact
 from kvops.ops.paged import paged_append, paged_attention
-from kvops.pool import OutOfBlocksError
 
 __all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache"]
 

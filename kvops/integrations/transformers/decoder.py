@@ -1,4 +1,4 @@
-"""A causal language model of transformers for :func:`kvops.models.generate.generate`."""
+"""A causal language model of transformers for :func:`kvops.generation.generate.generate`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvops.integrations.transformers import enable
-from kvops.integrations.transformers_config import head_dim_of, rope_of
-from kvops.integrations.transformers_masks import Mask
+from kvops.integrations.transformers.attention import enable
+from kvops.integrations.transformers.config import head_dim_of, rope_of
+from kvops.integrations.transformers.masks import Mask
 from kvops.models.llama import Attend
 from kvops.ops.attention import flash_attention
 

@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 
 from kvops import checks
 from kvops.cache import CacheStats, PagedKVCache
-from kvops.integrations.transformers_config import rope_of
-from kvops.integrations.transformers_masks import Mask
+from kvops.integrations.transformers.config import rope_of
+from kvops.integrations.transformers.masks import Mask
 from kvops.ops.attention import flash_attention
 from kvops.policies import Compression, Prefill
 

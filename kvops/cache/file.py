@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvops.cache_storage import CacheStorage
+from kvops.cache.storage import CacheStorage
 
 # The only entry of the file's metadata: safetensors writes several in any order.
 _FORMAT, _VERSION = "kvops paged cache", 1

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from kvops import checks
-from kvops.cache_stats import CacheStats
+from kvops.cache.pool import BlockPool, OutOfBlocksError
+from kvops.cache.prefix import PrefixIndex
+from kvops.cache.stats import CacheStats
 from kvops.ops.blocks import copy_blocks
 from kvops.ops.paged import paged_schedule
 from kvops.ops.registry import backend
-from kvops.pool import BlockPool, OutOfBlocksError
-from kvops.prefix import PrefixIndex
 
 _T = TypeVar("_T")
 

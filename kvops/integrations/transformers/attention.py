@@ -1,44 +1,18 @@
-"""Hugging Face transformers: ``attn_implementation="kvops"``, a compressed cache for ``generate``, and drafts.
-
-    import kvops.integrations.transformers as kvops_transformers
-
-    kvops_transformers.enable()
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvops")
-
-Decoder models train and generate with it: padding on either side, packed sequences, sliding windows, softcap, sinks.
-Padding and packing become cumulative lengths, never a dense mask. ``KVOpsCache`` (also found here) compresses for real
-within transformers' ``generate``; ``Decoder`` runs a model in this package's own loop, with drafts for whole batches.
-"""
+"""The attention function that transformers' models call, and its registration."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvops.integrations.transformers_masks import Mask, Packing, make_mask
+from kvops.integrations.transformers.masks import Mask, Packing, make_mask
 from kvops.ops.attention import flash_attention
 from kvops.ops.varlen import flash_attention_varlen
 
-if TYPE_CHECKING:
-    from kvops.integrations.transformers_cache import KVOpsCache as KVOpsCache
-    from kvops.integrations.transformers_decoder import Decoder as Decoder
-
 NAME = "kvops"
-
-
-def __getattr__(name: str) -> Any:
-    if name == "KVOpsCache":  # derives from a class of transformers, which importing this module does not bring in
-        from kvops.integrations.transformers_cache import KVOpsCache
-
-        return KVOpsCache
-    if name == "Decoder":  # brings kvops.models in, and imports this module
-        from kvops.integrations.transformers_decoder import Decoder
-
-        return Decoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def enable() -> str:

@@ -1,0 +1,1 @@
+"""Text generation over a :class:`kvops.PagedKVCache`: prefill, decoding, sampling, speculation, statistics."""
