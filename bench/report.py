@@ -1,4 +1,4 @@
-"""BENCHMARKS.md, docs/compression.md and their pictures, from the committed results alone: nothing is typed by hand."""
+"""BENCHMARKS.md, docs/compression-study.md and their pictures, made from the committed results alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.quality import study
 from bench.quality.kept import kept
 from bench.results import Result, Row
 
-STUDY = Path("docs") / "compression.md"
+STUDY = Path("docs") / "compression-study.md"
 
 _HEAD = """# Benchmarks
 
@@ -34,7 +34,7 @@ hand. `make bench` measures again; `python -m bench --help` says what else there
 
 def render(folder: Path, page: Path) -> list[Path]:
     """Writes ``page``, the pictures beside the results and, where there is a result of that kind, the study of quality
-    (``docs/compression.md`` beside ``page``); returns what was written. ValueError without any result."""
+    (``docs/compression-study.md`` beside ``page``); returns what was written. ValueError without any result."""
     devices = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     sections, written = [], [page]
     for device in devices:

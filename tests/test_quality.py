@@ -288,7 +288,7 @@ def test_the_study_says_what_the_rows_say(tmp_path):
     assert results.load(path) == result
     page = tmp_path / "BENCHMARKS.md"
     assert main(["report", "--results", str(tmp_path / "results"), "--page", str(page)]) == 0
-    text = (tmp_path / "docs" / "compression.md").read_text()
+    text = (tmp_path / "docs" / "compression-study.md").read_text()
     best = kept(result).overall(Form("snapkv", True), 4)
     assert f"4x smaller, snapkv with ragged heads keeps {best:.1%}: the goal of 95% is **missed**." in text
     assert "worse in 0" in text
@@ -301,7 +301,7 @@ def test_the_study_says_what_the_rows_say(tmp_path):
     for picture in ("curves", "ragged", "heads"):
         assert f"](../results/cpu/quality-{picture}.png)" in text
         assert (path.parent / f"quality-{picture}.png").stat().st_size > 5000
-    assert "docs/compression.md" in page.read_text()
+    assert "docs/compression-study.md" in page.read_text()
     for place in result["rows"]:
         if place["setting"] == TEXT and place["policy"] == "h2o":
             place |= {"ms": 10.0, "full_ms": 15.0}

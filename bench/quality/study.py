@@ -1,4 +1,4 @@
-"""docs/compression.md, from a quality result alone: every figure and every verdict in it is computed here."""
+"""docs/compression-study.md, from a quality result alone: every figure and every verdict in it is computed here."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class ByHeart(Standout):
     The last queries know what comes next, a recital what any question may ask for. All that the recital paid to a key,
     plus ``weight`` times the most that one of the last queries paid, counts; times the norm of the value, times the
     key's distinctness. Where keys compete that were recited at other times, or never, as decoded tokens, none is worth
-    less than it was. ``docs/compression.md`` has it beside the others; how the two are put together was chosen on
+    less than it was. ``docs/compression-study.md`` has it beside the others; how the two are put together was chosen on
     contexts made for that, with other facts, digits and pages than there.
 
     Attributes:

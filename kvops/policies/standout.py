@@ -21,7 +21,7 @@ class Standout(Policy):
     the value (ExpectedAttention: attention to nothing changes nothing), times ``((1 - c) / 2) ** distinctness`` with c
     the cosine between the key and the mean direction of the head's keys (KeyDiff: what resembles all others can be
     spared). Blocks compete across all layers and heads (KV-Compress).
-    ``docs/compression.md`` has it beside the others; the defaults were chosen on two of its contexts.
+    ``docs/compression-study.md`` has it beside the others; the defaults were chosen on two of its contexts.
 
     Attributes:
         observe: how many of the last queries are looked at.
