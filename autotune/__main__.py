@@ -8,20 +8,23 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvops.autotune.arguments import add as add_commands
+from kvops.autotune.devices import KNOWN_DEVICES
 from kvops.autotune.environments import environment, newest_triton
-from kvops.autotune.gates import CaseResult, load_cases, run_cases
-from kvops.autotune.inspect import TARGETS
+from kvops.cli import console
 from kvops.cli.console import quiet_without_reader
+from kvops.extras import require
+
+if TYPE_CHECKING:
+    from kvops.autotune.gates import CaseResult
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def table(results: Sequence[CaseResult]) -> str:
     """The compiled launches as text, one line for each different binary."""
-    from tabulate import tabulate
-
     rows = {}  # by binary: a case may launch the same one again
     for result in results:
         for launch in result.launches:
@@ -38,15 +41,16 @@ def table(results: Sequence[CaseResult]) -> str:
                 instructions,
                 launch.waits or "",
                 launch.tma_loads or "",
-                launch.compile_seconds,
+                f"{launch.compile_seconds:.1f}",
             )
     headers = ("target", "case", "kernel", "warps", "stages", "regs", "spills", "shared", "matrix", "waits", "TMA", "s")
-    return tabulate(rows.values(), headers=headers, floatfmt=".1f")
+    return console.table(rows.values(), headers, align="lllrrrrrlrrr")
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    import triton
-    from tqdm import tqdm
+    triton, tqdm = require("triton"), require("tqdm").tqdm
+    from kvops.autotune.gates import load_cases, run_cases
+    from kvops.autotune.inspect import TARGETS
 
     version = newest_triton() if arguments.triton == "newest" else arguments.triton
     if version and version != triton.__version__:
@@ -95,8 +99,9 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 @quiet_without_reader
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvops.autotune", description="Kernel configurations of kvops.")
+    parser = console.Parser(prog="python -m kvops.autotune", description="Kernel configurations of kvops.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    architectures = sorted({device.arch for device in KNOWN_DEVICES.values()})
     command = commands.add_parser(
         "inspect",
         help="compile kernels for GPUs, without one, and show registers, spills, shared memory and instructions",
@@ -107,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cases", type=Path, default=Path("tests/compile_cases.py"), help="file that defines CASES (%(default)s)"
     )
     command.add_argument(
-        "--targets", default=",".join(DEFAULT_TARGETS), help=f"among {','.join(TARGETS)} (%(default)s)"
+        "--targets", default=",".join(DEFAULT_TARGETS), help=f"among {','.join(architectures)} (%(default)s)"
     )
     command.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     command.add_argument("--jobs", type=int, help="processes (default: one for each core)")
@@ -128,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
         print(f"kvops.autotune: {error}", file=sys.stderr)
         return 2
 

@@ -62,7 +62,7 @@ def add(parsers: Any) -> None:
     )
     parser.add_argument("op", nargs="?", help="a family or an operator (default: all)")
     stored(parser)
-    parser.add_argument("--device", metavar="NAME", help="'NVIDIA H100 80GB HBM3', sm_90 ... (default: this GPU)")
+    parser.add_argument("--device", metavar="NAME", help="H100, 'NVIDIA H100 PCIe', sm_90 ... (default: this GPU)")
     parser.add_argument("--problem", metavar="NAME=N,...", help="(default: the family's realistic problems)")
 
     parser = command("diff", commands.diff, "compare two stores")

@@ -10,31 +10,19 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvops.autotune import feasibility, lookup
-from kvops.autotune.devices import KNOWN_DEVICES, DeviceFacts, by_name, slug, this_gpu
+from kvops.autotune.devices import KNOWN_DEVICES, DeviceFacts, by_name, matching, slug, this_gpu
 from kvops.autotune.feasibility import current_source, judge
 from kvops.autotune.ledger import Ledger
 from kvops.autotune.records import Record, dump
 from kvops.autotune.spec import OpSpec, Problem, config_to_json, words
 from kvops.autotune.store import JOURNAL, QUARANTINE, Layer, Store, collect_garbage, default_layers, read_problems
-
-
-def text_table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Columns, by tabulate where it is installed (a GPU machine may have nothing but torch)."""
-    rows = [[("" if cell is None else cell) for cell in row] for row in rows]
-    try:
-        from tabulate import tabulate
-    except ImportError:
-        cells = [[str(cell) for cell in row] for row in [headers, *rows]]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-        )
-    return tabulate(rows, headers=headers, floatfmt=".3g", disable_numparse=True)
+from kvops.cli.console import suggestion, table
+from kvops.extras import require
 
 
 def _chosen_specs(arguments: argparse.Namespace) -> list[OpSpec]:
@@ -48,7 +36,7 @@ def _chosen_specs(arguments: argparse.Namespace) -> list[OpSpec]:
     for name in arguments.ops.split(","):
         matching = [spec for spec in known.values() if name == spec.name or name in spec.operators]
         if not matching:
-            raise ValueError(f"--ops: expected names among {', '.join(known)}, got {name}")
+            raise ValueError(f"--ops: expected names among {', '.join(known)}, got {name}{suggestion(name, known)}")
         found += [spec for spec in matching if spec not in found]
     return found
 
@@ -59,7 +47,13 @@ def _store_of(folder: Path | None) -> Store:
 
 
 def _device(name: str | None) -> DeviceFacts:
-    return by_name(name) if name else this_gpu()
+    """The GPU of ``--device``, this machine's without a name; says so where the name stands for one of several."""
+    if not name:
+        return this_gpu()
+    device, *others = matching(name)
+    if others and name != device.arch:
+        print(f"{name}: {device.name}; also {', '.join(other.name for other in others)}", file=sys.stderr)
+    return device
 
 
 # --- tune -----------------------------------------------------------------------------------------------------------
@@ -113,6 +107,7 @@ class _Progress:
 
 
 def tune(arguments: argparse.Namespace) -> int:
+    require("triton")
     from kvops.autotune import tuner
     from kvops.autotune.worker import Worker
 
@@ -210,6 +205,7 @@ def _record(spec: OpSpec, problem: Problem, device: DeviceFacts, versions: dict[
 
 
 def prune(arguments: argparse.Namespace) -> int:
+    require("triton")
     from kvops.autotune import prune as pruner
 
     chosen = [spec for spec in _chosen_specs(arguments) if spec.workload is not None]
@@ -280,7 +276,7 @@ def show(arguments: argparse.Namespace) -> int:
             )
         )
         values.append({**record.as_json(), "layer": layer, "gain": gain and round(gain, 4)})
-    print(text_table(rows, ("op", "device", "problem", "config", "µs", "x heuristic", "layer", "")))
+    print(table(rows, ("op", "device", "problem", "config", "µs", "x heuristic", "layer", "")))
     print(f"{len(rows)} records")
     if arguments.json:
         arguments.json.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
@@ -344,7 +340,7 @@ def diff(arguments: argparse.Namespace) -> int:
         elif b is not None:
             rows.append(("only second", *key[:3], "", words(b.config), ""))
     if rows:
-        print(text_table(rows, ("", "op", "device", "problem", "first", "second", "speed-up")))
+        print(table(rows, ("", "op", "device", "problem", "first", "second", "speed-up")))
     print(f"{len(rows)} differences")
     return 1 if rows else 0
 
@@ -387,6 +383,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Do tables and records still say the truth about the sources as they are? Exit code 1 where they do not."""
+    require("triton")
     from kvops.autotune import prune as pruner
 
     problems: list[str] = []
@@ -394,11 +391,11 @@ def verify(arguments: argparse.Namespace) -> int:
     for spec in _chosen_specs(arguments):
         if spec.workload is None:
             continue
-        table = feasibility.load_table(spec)
+        proofs = feasibility.load_table(spec)
         counts: Counter[str] = Counter()
         for task in pruner.tasks([spec], pruner.TARGET_ORDER):
             device = by_name(task.target)
-            verdict = judge(spec, task.config, task.problem, device, table)
+            verdict = judge(spec, task.config, task.problem, device, proofs)
             counts[verdict.status] += 1
             if task.config == spec.heuristic(task.problem, device) and verdict.status == "impossible":
                 problems.append(f"{spec.name} {words(task.problem)} on {task.target}: the default {verdict.reason}")
@@ -409,7 +406,7 @@ def verify(arguments: argparse.Namespace) -> int:
             problems.append(
                 f"{spec.name}: {counts['unproven']} candidates are not proven for these sources: make prune"
             )
-    print(text_table(rows, ("op", "sources", "proven", "spills", "impossible", "unproven")))
+    print(table(rows, ("op", "sources", "proven", "spills", "impossible", "unproven")))
     for layer, spec, record in _all_records(arguments, _store_of(arguments.store)):
         where = f"{layer} {record.op} {words(record.problem)} on {record.device.name}"
         if record.source != current_source(spec):
@@ -427,7 +424,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def _recompiled(chosen: Sequence[OpSpec], count: int) -> list[str]:
     """Compile ``count`` proven candidates of every family again: the table must say what comes out."""
-    from triton import __version__ as triton
+    triton = require("triton").__version__
 
     from kvops.autotune import prune as pruner
 
@@ -435,10 +432,10 @@ def _recompiled(chosen: Sequence[OpSpec], count: int) -> list[str]:
     for spec in chosen:
         if spec.workload is None:
             continue
-        table = feasibility.load_table(spec)
+        proofs = feasibility.load_table(spec)
         proven = []
         for task in pruner.tasks([spec], pruner.TARGET_ORDER):
-            group = table.group(task.target, spec.proof_of(task.problem))
+            group = proofs.group(task.target, spec.proof_of(task.problem))
             fresh = group is not None and (group.source, group.triton) == (current_source(spec), triton)
             if fresh and group is not None and task.config in group.rows:
                 proven.append((task, group.rows[task.config]))
@@ -466,7 +463,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(f"this GPU: {device.name} ({device.arch}), " + ("known" if device.bandwidth else "not in the table"))
     except RuntimeError:
         print("this GPU: none")
-    for package in ("torch", "triton", "tabulate", "tqdm"):
+    for package in ("torch", "triton", "tqdm"):
         try:
             print(f"{package}: {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -480,7 +477,7 @@ def doctor(arguments: argparse.Namespace) -> int:
             problems.append(f"{aside} damaged files were set aside in {layer.folder / QUARANTINE}; gc removes them")
         if layer.writable and rows[-1][-1] not in ("yes", "when first written"):
             problems.append(f"{layer.folder} cannot be written: name another folder with KVOPS_CACHE_DIR")
-    print(text_table(rows, ("layer", "folder", "records", "set aside", "writable")))
+    print(table(rows, ("layer", "folder", "records", "set aside", "writable")))
     writable = next((layer for layer in default_layers() if layer.writable), None)
     if writable is not None and (writable.folder / JOURNAL).exists():
         misses = read_problems(writable.folder / JOURNAL, dict(lookup.specs()))

@@ -7,9 +7,10 @@ with float32 accumulation.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -111,16 +112,41 @@ KNOWN_DEVICES: dict[str, DeviceFacts] = {
 
 
 def by_name(name: str) -> DeviceFacts:
-    """The device called ``name``; an architecture such as ``sm_90`` names the one that stands for it.
+    """The first device of :func:`matching`."""
+    return matching(name)[0]
 
-    Raises ValueError for a name that is not in the table.
+
+def matching(name: str) -> list[DeviceFacts]:
+    """The known devices that ``name`` may mean, the one that stands for them first.
+
+    A whole name comes before a part of one: ``"NVIDIA H200"`` or ``"H200"``, in upper or lower case, is one device;
+    ``"H100"`` is every device with that word in its name and ``"sm_90"`` every device of that architecture.
+
+    Raises ValueError for a name that fits no device, with those that resemble it.
     """
-    if name in KNOWN_DEVICES:
-        return KNOWN_DEVICES[name]
-    for device in KNOWN_DEVICES.values():
-        if device.arch == name or device.name.lower() == name.lower():
-            return device
-    raise ValueError(f"device: expected one of {', '.join(KNOWN_DEVICES)}, or an architecture, got {name!r}")
+    devices = list(KNOWN_DEVICES.values())
+    words = _words(name)
+    for fits in (
+        lambda device: _words(device.name) == words or _words(device.name)[1:] == words,
+        lambda device: device.arch == name,
+        lambda device: f" {' '.join(words)} " in f" {' '.join(_words(device.name))} ",
+    ):
+        if words and (found := [device for device in devices if fits(device)]):
+            return found
+    raise ValueError(
+        f"device: expected the name of a GPU, such as H100 or 'AMD Instinct MI300X', or an architecture among "
+        f"{', '.join(sorted({device.arch for device in devices}))}, got {name!r}{_resembling(words)}"
+    )
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z0-9]+", name.lower())
+
+
+def _resembling(words: Sequence[str]) -> str:
+    known = {word: name for name in reversed(KNOWN_DEVICES) for word in _words(name)}
+    close = [known[word] for given in words for word in difflib.get_close_matches(given, known, n=3, cutoff=0.7)]
+    return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
 
 
 def facts_of(device: LaunchDevice) -> DeviceFacts:

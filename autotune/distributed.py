@@ -11,6 +11,7 @@ from kvops.autotune.feasibility import current_source
 from kvops.autotune.records import FORMAT, Record
 from kvops.autotune.spec import OpSpec
 from kvops.autotune.store import Layer, Store
+from kvops.extras import require
 
 
 class FrozenStore(Store):
@@ -26,7 +27,7 @@ class FrozenStore(Store):
 
 def snapshot() -> str:
     """Everything that look-ups of this process may answer from, as JSON, with the sources and the Triton it is for."""
-    from triton import __version__ as triton
+    triton = require("triton").__version__
 
     store = Store()
     specs = lookup.specs().values()
@@ -44,7 +45,7 @@ def snapshot() -> str:
 def load_snapshot(text: str) -> FrozenStore:
     """Raises ValueError for anything but a snapshot of these very sources and this Triton: ranks would choose
     differently."""
-    from triton import __version__ as triton
+    triton = require("triton").__version__
 
     value = json.loads(text)
     if not isinstance(value, dict) or value.get("format") != FORMAT:

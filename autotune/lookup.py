@@ -24,6 +24,8 @@ from kvops.autotune.hopper import HOPPER_FAMILIES
 from kvops.autotune.records import Record
 from kvops.autotune.spec import Config, OpSpec, Problem, config_to_json, words
 from kvops.autotune.store import Journal, Store
+from kvops.cli.console import suggestion
+from kvops.extras import require
 
 _OURS = (*FAMILIES, *HOPPER_FAMILIES)
 # Shapes that are remembered; a service that never sees the same shape twice starts over now and then.
@@ -250,7 +252,7 @@ def _ranked(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Iterator[tup
     records = store.records(spec)
     if not records:
         return
-    from triton import __version__ as triton
+    triton = require("triton").__version__
 
     key, bucket, source = spec.key_of(problem), spec.bucket_of(problem), current_source(spec)
     ranked = []
@@ -412,7 +414,10 @@ def explain(
     """
     families = [spec for spec in _specs.values() if op == spec.name or op in spec.operators]
     if not families:
-        raise ValueError(f"op: expected one of {', '.join(_specs)}, or an operator that launches one, got {op!r}")
+        raise ValueError(
+            f"op: expected one of {', '.join(_specs)}, or an operator that launches one, "
+            f"got {op!r}{suggestion(op, _specs)}"
+        )
     if device is None:
         raise ValueError("device: expected a name such as 'NVIDIA H100 80GB HBM3', got None")
     facts = (

@@ -19,6 +19,7 @@ from kvops.autotune.records import read_text
 from kvops.autotune.spec import Config, OpSpec, Problem, Workload, config_to_json
 from kvops.autotune.store import Layer
 from kvops.autotune.worker import CandidateError, Worker, resolve_function
+from kvops.extras import require
 
 # Of compiling one candidate; the slowest known takes 40 s on a busy core.
 TIME_LIMIT = 300.0
@@ -177,8 +178,7 @@ def prune(
     Returns how many candidates were compiled and how many are still missing. Raises OSError where ``folder`` cannot be
     written, ValueError for an unknown target.
     """
-    from triton import __version__ as triton
-
+    triton = require("triton").__version__
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown:
         raise ValueError(f"targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}")

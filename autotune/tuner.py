@@ -19,6 +19,7 @@ from kvops.autotune.ledger import Ledger
 from kvops.autotune.records import Times
 from kvops.autotune.spec import Config, OpSpec, Problem, config_to_json
 from kvops.autotune.worker import CandidateError, CandidateLostError, Worker
+from kvops.extras import require
 
 _FINALISTS = 4
 _FIRST_ROUNDS = 4
@@ -232,7 +233,8 @@ def refuse_to_tune() -> None:
 def environment() -> dict[str, str]:
     """Driver, CUDA, torch and Triton, as records keep them."""
     import torch
-    import triton
+
+    triton = require("triton")
 
     found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
     found["cuda"] = torch.version.cuda or torch.version.hip

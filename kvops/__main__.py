@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import kvops
-from kvops.cli.console import quiet_without_reader
+from kvops.cli.console import Parser, quiet_without_reader, suggestion
 
 if TYPE_CHECKING:
     from kvops.policies import Compression
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     from kvops.policies import POLICIES
 
-    parser = argparse.ArgumentParser(prog="kvops", description=kvops.__doc__, allow_abbrev=False)
+    parser = Parser(prog="kvops", description=kvops.__doc__)
     parser.add_argument("--version", action="version", version=f"kvops {kvops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -81,7 +81,9 @@ def _compression(arguments: argparse.Namespace) -> Compression | None:
         return None
     policy = arguments.policy or "snapkv"
     if policy not in POLICIES:
-        raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+        raise ValueError(
+            f"--policy: expected one of {', '.join(POLICIES)}, got {policy!r}{suggestion(policy, POLICIES)}"
+        )
     return Compression(
         ratio=arguments.compression,
         mib=arguments.cache_mib,

@@ -8,7 +8,7 @@ from autotune_fakes import H100, record
 
 from kvops.autotune import lookup, specs
 from kvops.autotune.__main__ import main
-from kvops.autotune.devices import KNOWN_DEVICES, by_name
+from kvops.autotune.devices import KNOWN_DEVICES, by_name, matching
 from kvops.autotune.store import JOURNAL, QUARANTINE, Layer
 
 
@@ -59,7 +59,9 @@ def test_one_problem_of_an_operator_is_explained(run):
     assert (code, text.count("flash_forward width=128")) == (0, 1)
     for bad, message in (
         (["explain", "no_kernel", "--device", "sm_90"], "op: expected one of flash_forward"),
-        (["explain", "compact", "--device", "Voodoo 2"], "device: expected one of NVIDIA A100"),
+        (["explain", "compact", "--device", "Voodoo 2"], "device: expected the name of a GPU, such as H100"),
+        (["explain", "compcat", "--device", "H200"], "got 'compcat'; did you mean compact?"),
+        (["show", "--ops", "paged_apend"], "got paged_apend; did you mean paged_append"),
         (["explain", "compact", "--device", "sm_90", "--problem", "width"], "--problem: expected NAME=INTEGER"),
         (["explain", "compact", "--device", "sm_90", "--problem", "width=1"], "problem: expected the fields itemsize"),
         (["show", "--ops", "no_kernel"], "--ops: expected names among flash_forward"),
@@ -67,6 +69,47 @@ def test_one_problem_of_an_operator_is_explained(run):
         code, text = run(*bad)
         assert code == 2
         assert message in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "others"),
+    [
+        ("H100", "NVIDIA H100 80GB HBM3", ["NVIDIA H100 PCIe", "NVIDIA H100 NVL"]),
+        ("h100 pcie", "NVIDIA H100 PCIe", []),
+        ("H20", "NVIDIA H20", []),
+        ("nvidia a10", "NVIDIA A10", []),
+        ("A100-SXM4", "NVIDIA A100-SXM4-80GB", ["NVIDIA A100-SXM4-40GB"]),
+        ("4090", "NVIDIA GeForce RTX 4090", []),
+        ("MI300X", "AMD Instinct MI300X", []),
+        ("gfx942", "AMD Instinct MI300X", ["AMD Instinct MI325X"]),
+    ],
+)
+def test_part_of_a_gpu_s_name_is_enough(run, name, expected, others):
+    """``--device H100`` was refused with a list of 23 names."""
+    assert [device.name for device in matching(name)] == [expected, *others]
+    code, text = run("explain", "compact", "--device", name)
+    assert code == 0
+    assert f" on {expected}\n" in text
+    assert (f"{name}: {expected}; also {', '.join(others)}" in text) == bool(others and name != "gfx942")
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("H101", "NVIDIA H100 80GB HBM3"),
+        ("A1000", "NVIDIA A100"),
+        ("MI30X", "AMD Instinct MI300X"),
+        ("H2", "NVIDIA H20"),
+        ("Voodoo 2", None),
+    ],
+)
+def test_a_gpu_that_is_not_known_is_answered_with_those_that_resemble_it(name, close):
+    with pytest.raises(ValueError, match=f"^device: expected the name of a GPU, .* got '{name}'") as raised:
+        matching(name)
+    message = str(raised.value)
+    assert message.count("NVIDIA") <= 4
+    assert ("did you mean" in message) == (close is not None)
+    assert (close or "") in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")

@@ -98,3 +98,44 @@ def test_an_option_that_nothing_would_come_of_is_refused(capsys):
     ):
         assert kvops.__main__.main(["generate", "--prompt", "Hi", *option]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--promt", "Hi"], "--promt: expected an option of this command; did you mean --prompt?"),
+        (
+            ["generate", "--compresion=4"],
+            "--compresion: expected an option of this command; did you mean --compression",
+        ),
+        (["generate", "--xyzzy"], "--xyzzy: expected an option of this command\n"),
+        (["demo", "--jsn", "x"], "did you mean --json?"),
+        (["doctor", "--model", "x"], "--model: expected an option of this command\n"),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_the_one_it_resembles(arguments, message, capsys):
+    """It was answered with "the following arguments are required: --prompt"."""
+    with pytest.raises(SystemExit, match="2"):
+        kvops.__main__.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_value_that_begins_with_a_dash_is_not_taken_for_an_option():
+    parser = console.Parser()
+    parser.add_argument("--number", type=float)
+    parser.add_argument("rest", nargs="*")
+    assert parser.parse_args(["--number", "-1"]).number == -1
+    assert parser.parse_args(["--", "--not-an-option"]).rest == ["--not-an-option"]
+    assert parser.parse_args(["-", "--number=2"]).rest == ["-"]
+
+
+def test_a_misspelt_name_is_answered_with_those_it_resembles(capsys):
+    assert kvops.__main__.main(["generate", "--prompt", "Hi", "--compression", "4", "--policy", "snapvk"]) == 2
+    assert "got 'snapvk'; did you mean snapkv?" in capsys.readouterr().err
+    assert console.suggestion("xyzzy", ["demo", "doctor"]) == ""
+
+
+def test_a_table_is_aligned():
+    assert console.table([("a", "bb", "c"), ("aaa", "b", None)]) == "a    bb  c\naaa  b"
+    assert console.table([("a", 1)], ["name", "count"], align="lr") == "name  count\n----  -----\na         1"
+    assert console.table([], ["none"]) == "none\n----"

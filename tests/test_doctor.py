@@ -1,14 +1,18 @@
 """The report on this machine: true on the one at hand, and right about machines that are made up here."""
 
 import importlib.metadata
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kvops
+from kvops import extras
 from kvops.cli import doctor
 from kvops.models import loading
 
@@ -34,11 +38,10 @@ def test_everything_but_torch_may_be_missing(monkeypatch, no_self_check):
     monkeypatch.setattr(importlib.metadata, "version", absent)
     monkeypatch.setattr(loading, "DEFAULT_PACKAGE", "a_package_that_is_not_there")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in ("triton", "tabulate"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     text = doctor.report()
     assert "triton  -" in text
-    assert "missing: gguf, jinja2, safetensors, tabulate, tokenizers, tqdm" in text
+    assert re.search("missing: gguf, jinja2, safetensors, .*tokenizers, tqdm", text)
     assert 'pip install "triton>=3.6"' in text
     assert 'pip install "kvops[models]"' in text
     assert 'pip install "kvops[plot]"' in text
@@ -56,6 +59,7 @@ class Absent:
         if name.partition(".")[0] in {"triton", "tabulate", "gguf", "tokenizers", "jinja2", "tqdm", "safetensors"}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
+from kvops import extras
 from kvops.cli import doctor
 doctor._self_checks = lambda problems, routes: [("none", "-")]
 print(doctor.report())
@@ -65,9 +69,88 @@ print(doctor.report())
     assert "triton is not installed" in done.stdout
 
 
-def test_plain_table_is_aligned(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tabulate", None)
-    assert doctor._table([("a", "bb", "c"), ("aaa", "b", "")]) == "a    bb  c\naaa  b"
+def without(packages: str, program: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run ``program`` in a fresh process in which none of ``packages`` (names separated by commas) can be imported."""
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages.split(",")!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+{program}
+"""
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def command(module: str, *arguments: str) -> str:
+    return f"from {module} import main\nsys.exit(main({list(arguments)!r}))"
+
+
+@pytest.mark.parametrize(
+    ("package", "program", "expected"),
+    [
+        ("gguf", command("kvops.__main__", "generate", "--prompt", "Hi"), 'pip install "kvops[models]"'),
+        ("tokenizers", command("kvops.__main__", "generate", "--prompt", "Hi"), 'pip install "kvops[models]"'),
+        ("tqdm", command("kvops.__main__", "demo", "--quick"), 'pip install "kvops[models]"'),
+        ("matplotlib", command("kvops.__main__", "demo", "--quick", "--plot", "x.png"), 'pip install "kvops[plot]"'),
+        ("triton", command("kvops.autotune.__main__", "inspect"), 'pip install "triton>=3.6"'),
+        ("triton", command("kvops.autotune.__main__", "verify"), 'pip install "triton>=3.6"'),
+    ],
+)
+def test_a_command_without_a_package_it_needs_ends_in_one_sentence_with_the_command_that_installs_it(
+    package, program, expected
+):
+    done = without(package, program)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(rf"kvops[\w. ]*: {package}: expected to be installed; next step: {re.escape(expected)}", line)
+
+
+@pytest.mark.parametrize(
+    ("package", "program", "expected"),
+    [
+        ("safetensors", "import kvops\nkvops.PagedKVCache.load(__file__ or '')", 'pip install "kvops[save]"'),
+        ("transformers", "import kvops.integrations.transformers as kt\nkt.enable()", "pip install"),
+        ("transformers", "from kvops.integrations.transformers import KVOpsCache", "pip install"),
+        ("kvpress", "from kvops.integrations import kvpress\nwith kvpress.evicting(None, None): pass", "pip install"),
+        ("triton", "import torch, kvops\nkvops.flash_attention(*torch.randn(3, 1, 4, 2, 8))", "pip install"),
+    ],
+)
+def test_a_call_without_a_package_it_needs_raises_with_the_command_that_installs_it(
+    package, program, expected, tmp_path
+):
+    """``TRITON_INTERPRET=1`` without Triton ended in "No module named 'triton'"."""
+    file = tmp_path / "cache"
+    file.touch()
+    done = without(package, f"__file__ = {str(file)!r}\n{program}", TRITON_INTERPRET="1")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: {package}: expected to be installed; next step: ")
+    assert expected in last
+
+
+def test_the_answers_of_autotune_need_no_triton(tmp_path):
+    """``autotune explain`` without Triton ended in a traceback, and so did every other command."""
+    for arguments, expected in (
+        (("explain", "compact", "--device", "sm_90"), "heuristic: bound by memory"),
+        (("show",), "0 records"),
+        (("doctor",), "built-in devices"),
+        (("gc", "--dry-run"), "0 files would be removed"),
+    ):
+        done = without("triton,tqdm", command("kvops.autotune.__main__", *arguments), KVOPS_CACHE_DIR=str(tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert expected in done.stdout
+
+
+def test_the_commands_that_install_packages_are_those_of_the_extras():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    path = Path(__file__).parent.parent / "pyproject.toml"
+    optional = tomllib.loads(path.read_text())["project"]["optional-dependencies"]
+    for package, install in extras._COMMANDS.items():
+        if extra := re.search(r"kvops\[(\w+)\]", install):
+            assert package in {re.match(r"[\w.-]+", entry)[0] for entry in optional[extra[1]]}
 
 
 def test_nothing_missing_is_said(monkeypatch, no_self_check):

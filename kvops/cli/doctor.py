@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 import kvops
+from kvops.cli.console import table
 from kvops.cli.environment import processor
 
 _MIN_TORCH, _MIN_TRITON = "2.11", "3.6"
@@ -55,7 +56,7 @@ def report() -> str:
     ]
     lines = [f"kvops {kvops.__version__} on {platform.platform()}"]
     for title, rows in sections:
-        lines += ["", title, *(f"  {line}" for line in _table(rows).splitlines())]
+        lines += ["", title, *(f"  {line}" for line in table(rows).splitlines())]
     lines += ["", "Next steps" if problems else "Nothing is missing."]
     for number, problem in enumerate(problems, 1):
         lines += [f"  {number}. {problem.what}", f"     {problem.next_step}"]
@@ -100,16 +101,6 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 
 def _largest_error(out: torch.Tensor, exact: torch.Tensor) -> float:
     return (out.cpu().double() - exact).abs().max().item()
-
-
-def _table(rows: Sequence[Row]) -> str:
-    try:
-        from tabulate import tabulate
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
-    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
 def _at_least(version: str, minimum: str) -> bool:

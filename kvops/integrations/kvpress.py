@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvops.cache import PagedKVCache
+from kvops.extras import require
 from kvops.integrations.transformers.attention import NAME, attention, enable
 from kvops.policies import Compression, Policy, Prefill, Seen
 
@@ -79,6 +80,8 @@ def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
     Raises ValueError for a press that does more than select keys (rotates, merges or prunes them, needs the matrix of
     attention, or further passes).
     """
+    require("transformers")
+    require("kvpress")
     from kvpress import BasePress, ObservedAttentionPress
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

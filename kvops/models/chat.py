@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvops.models.extras import require
+from kvops.extras import require
 
 
 def render_chat(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:

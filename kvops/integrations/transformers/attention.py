@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvops.extras import require
 from kvops.integrations.transformers.masks import Mask, Packing, make_mask
 from kvops.ops.attention import flash_attention
 from kvops.ops.varlen import flash_attention_varlen
@@ -23,6 +24,7 @@ def enable() -> str:
 
     Raises RuntimeError where the installed transformers describes masks in another way than kvops reads them.
     """
+    require("transformers")
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
