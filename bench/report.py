@@ -17,7 +17,7 @@ STUDY = Path("docs") / "compression-study.md"
 
 _HEAD = """# Benchmarks
 
-Made by `python -m bench report` from the result files under [`bench/results`](bench/results); nothing here is typed by
+Made by `python -m bench report` from the result files under `bench/results`; nothing here is typed by
 hand. `make bench` measures again; `python -m bench --help` says what else there is.
 
 - Every contender's output is held to float64 in the same run before it is timed: at most twice the error of plain torch

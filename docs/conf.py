@@ -1,11 +1,14 @@
 """The manual's Sphinx configuration: `make docs` builds it strictly, offline, into build/docs."""
 
-import sys
+import re
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
 
 import kvops
+
+# Files of the repository that are pages of the manual too.
+PAGES = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 project = "kvops"
 author = "the kvops contributors"
@@ -37,3 +40,17 @@ html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
+
+
+def bring_in(app, docname, source):
+    """A page that is ``<!-- page: ../NAME.md -->`` shows that file of the repository, its links seen from docs/."""
+    match = re.fullmatch(r"<!-- page: \.\./(\w+\.md) -->\s*", source[0])
+    if match:
+        text = (ROOT / match[1]).read_text(encoding="utf-8")
+        links = re.compile(r"(\]\()(?!\w+:|#)([^)\s]+\))")
+        text = links.sub(lambda link: link[1] + PAGES.get(link[2][:-1], "../" + link[2][:-1]) + ")", text)
+        source[0] = text.replace("](../docs/", "](")
+
+
+def setup(app):
+    app.connect("source-read", bring_in)

@@ -26,6 +26,7 @@ def programs():
             yield pytest.param(page, blocks, id=name_of(page), marks=marks)
 
 
+@pytest.mark.filterwarnings("error:kvops:DeprecationWarning")
 @pytest.mark.parametrize(("page", "blocks"), list(programs()))
 def test_python_of_a_page_runs_from_top_to_bottom(page, blocks, tmp_path, monkeypatch):
     """A page is a program: later blocks see what earlier ones defined."""
