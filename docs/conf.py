@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-
 import kvops
 
+ROOT = Path(__file__).parent.parent
 # Files of the repository that are pages of the manual too.
 PAGES = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
