@@ -294,3 +294,50 @@ def test_a_policy_of_one_s_own_is_one_method():
     Cached(cache, 0, q, rows=slice(None), width=40).judge(Oldest())
     cache.evict(2 * 3, scope="head")
     assert cache.gather(0, 0, 1)[2].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("request_", "length", "new", "expected"),
+    [
+        (
+            Compression(ratio=4),
+            37,
+            4,
+            "asked for ratio=4, 3 of the 12 blocks of 37 tokens; kept 12, which",
+        ),
+        (Compression(), 37, 4, "asked for ratio=4, 3 of the 12 blocks"),
+        (
+            Compression(mib=0.001, ratio=2),
+            300,
+            4,
+            "asked for ratio=2, mib=0.001, 1 of the 76 blocks of 300",
+        ),
+        (Compression(blocks=5), 37, 4, "asked for blocks=5, 5 of the 12 blocks"),
+        (Compression(ratio=8, chunk=16), 100, 4, "asked for ratio=8, 3 of the 28 blocks of 100 tokens; kept 12"),
+        (Compression(tokens=48), 100, 30, "asked for tokens=48, 12 blocks; holds 20 at the end, because every=0"),
+        (Compression(ratio=2), 100, 30, None),
+        (Compression(tokens=48, every=8), 100, 31, None),
+        (Compression(ratio=8, protect_last=8), 300, 4, None),
+        (Compression(ratio=1), 10, 4, None),
+    ],
+)
+def test_a_compression_that_cannot_be_had_is_in_the_statistics(request_, length, new, expected):
+    """What was asked, what came, and why; ``generate`` took it as met."""
+    model = tiny_model()
+    unmet = generate(model, prompts_of(length), max_new_tokens=new, compression=request_).stats.unmet
+    assert len(unmet) == (expected is not None)
+    if expected:
+        assert unmet[0].startswith(f"compression: prompt 0: {expected}")
+
+
+def test_only_the_prompts_whose_compression_cannot_be_had_are_told():
+    """A later compression that meets the request takes the sentence back."""
+    model, compression = tiny_model(), Compression(ratio=4, protect_last=12)
+    stats = generate(model, prompts_of(400, 20), max_new_tokens=4, compression=compression).stats
+    assert [sentence.partition(":")[2].partition(":")[0] for sentence in stats.unmet] == [" prompt 1"]
+    again = replace(compression, every=8)
+    stats = generate(model, prompts_of(20), max_new_tokens=120, compression=again).stats
+    assert stats.unmet == []
+    assert stats.compression == pytest.approx(stats.full_blocks / stats.final_blocks)
+    assert stats.compression > 2
+    assert generate(model, prompts_of(20), max_new_tokens=20).stats.compression == 1

@@ -1,11 +1,14 @@
-"""Command lines in pipes: where nobody reads on, they end without a word."""
+"""Command lines: in pipes, with misspelt options and names, and with requests that cannot be met."""
 
+import io
 import subprocess
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from test_generate import tiny_model
 
 import bench.__main__
 import bench.gpu.__main__
@@ -13,7 +16,7 @@ import bench.overhead
 import bench.throughput
 import kvops.__main__
 import kvops.autotune.__main__
-from kvops.cli import console
+from kvops.cli import console, options
 from kvops.cli.console import positive, quiet_without_reader
 from kvops.cli.environment import chosen_device
 
@@ -95,6 +98,8 @@ def test_an_option_that_nothing_would_come_of_is_refused(capsys):
         (["--chunk", "8"], "--chunk: expected along with --compression or --cache-mib"),
         (["--compression", "4", "--policy", "best"], "--policy: expected one of ada-kv"),
         (["--tree", "2"], "--tree: expected along with --draft"),
+        (["--top-p", "0.9"], "--top-p: expected along with --temperature above 0"),
+        (["--top-k", "5", "--temperature", "0"], "--top-k: expected along with --temperature above 0"),
     ):
         assert kvops.__main__.main(["generate", "--prompt", "Hi", *option]) == 2
         assert message in capsys.readouterr().err
@@ -118,6 +123,58 @@ def test_a_misspelt_option_is_answered_with_the_one_it_resembles(arguments, mess
     with pytest.raises(SystemExit, match="2"):
         kvops.__main__.main(arguments)
     assert message in capsys.readouterr().err
+
+
+class Letters:
+    """A tokenizer whose token ids are the places of letters."""
+
+    eos_token_ids = ()
+
+    def encode(self, text):
+        return [ord(letter) % 97 for letter in text]
+
+    def apply_chat_template(self, messages):
+        return messages[-1]["content"]
+
+    def stream(self):
+        return SimpleNamespace(put=lambda token: chr(32 + token), finish=lambda: "")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The commands load a tiny model."""
+    monkeypatch.setattr(options, "load_model", lambda path, device: (tiny_model(), Letters(), "tiny"))
+
+
+def test_a_compression_that_does_nothing_is_said(tiny, capsys):
+    """37 tokens, 36 of them protected, and no further compression: ``--compression 4`` kept everything in silence."""
+    assert kvops.__main__.main(["generate", "x" * 37, "--compression", "4", "--max-new-tokens", "8"]) == 0
+    *_, line, unmet = capsys.readouterr().err.splitlines()
+    assert "12 blocks, 1.0x smaller than a whole one" in line
+    assert unmet == (
+        "compression: prompt 0: asked for ratio=4, 3 of the 12 blocks of 37 tokens; kept 12, which the protected "
+        "tokens alone take (4 first, 32 last)"
+    )
+    assert kvops.__main__.main(["generate", "x" * 300, "--compression", "4", "--max-new-tokens", "8"]) == 0
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "3.3x smaller than a whole one" in line
+
+
+def test_drafts_that_are_never_made_are_said(tiny, capsys):
+    assert kvops.__main__.main(["generate", "abcdefgh", "--drafts", "--max-new-tokens", "2"]) == 0
+    assert "draft: asked for drafts, none was made: max_new_tokens=2" in capsys.readouterr().err
+
+
+def test_a_prompt_is_an_argument_or_an_option(tiny, capsys, monkeypatch):
+    answers = []
+    for arguments in (["abc"], ["--prompt", "abc"], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+        assert kvops.__main__.main(["generate", "--max-new-tokens", "4", *arguments]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2] != ""
+    for arguments in ([], ["abc", "--prompt", "abc"]):
+        assert kvops.__main__.main(["generate", *arguments]) == 2
+        assert "PROMPT: expected one text to answer, or - to read it" in capsys.readouterr().err
 
 
 def test_a_value_that_begins_with_a_dash_is_not_taken_for_an_option():

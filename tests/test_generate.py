@@ -1,14 +1,16 @@
 """The reference model and its generation: logits, greedy tokens, drafts, compression, batches."""
 
 import dataclasses
+import inspect
+import re
 
 import pytest
 import torch
 
 import kvops
 from kvops.generation.evaluate import forced_logits
-from kvops.generation.generate import GenerationStats, decode, generate, new_cache, stream
-from kvops.generation.passes import prefill
+from kvops.generation.generate import GenerationOptions, GenerationStats, generate, stream
+from kvops.generation.passes import decode, new_cache, prefill
 from kvops.models.config import Llama3RopeScaling, LlamaConfig
 from kvops.models.linear import Linear
 from kvops.models.llama import Llama, rope_frequencies
@@ -269,6 +271,9 @@ def test_rope_frequencies_of_llama_3_scaling_match_transformers():
         ({"draft": "magic"}, "draft: expected None, 'prompt_lookup' or a model, got 'magic'"),
         ({"temperature": [0.1, 0.2]}, "temperature: expected one number or 1"),
         ({"seed": [1, 2]}, "seed: expected one number or 1"),
+        ({"tree": 2}, "tree: expected 1 without drafts, got 2"),
+        ({"verification": "block"}, "verification: expected 'token' without draft or with tree > 1, got 'block'"),
+        ({"verification": "block", "draft": "prompt_lookup", "tree": 2}, "verification: expected 'token'"),
     ],
 )
 def test_generate_refuses_bad_arguments_by_name(change, message):
@@ -298,6 +303,60 @@ def test_generate_refuses_arguments_of_another_type_by_name(change, message):
     options = {"prompts": [[1, 2, 3]], "max_new_tokens": 16} | change
     with pytest.raises(TypeError, match=f"^{message}"):
         generate(tiny_model(), options.pop("prompts"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"draft": "prompt_lookup", "max_new_tokens": 2}, "draft: .* none was made: max_new_tokens=2 leaves no token"),
+        (
+            {"draft": "prompt_lookup", "max_new_tokens": 9, "compression": Compression(ratio=1, every=1)},
+            "draft: .* none was made: max_new_tokens=9 and every=1 leave no token to draft",
+        ),
+        (
+            {"draft": "prompt_lookup", "max_new_tokens": 3, "min_ngram": 4},
+            "draft: .* none was made: the last 4 to 4 tokens never occurred earlier",
+        ),
+        ({"top_k": 5, "max_new_tokens": 2}, "top_k: asked for 5, without effect: temperature=0 always takes"),
+        ({"top_p": [0.5], "temperature": [0.0], "max_new_tokens": 2}, r"top_p: asked for \[0.5\], without effect"),
+        ({"min_p": 0.5, "temperature": 0.5, "max_new_tokens": 2}, None),
+        ({"repetition_penalty": 1.5, "max_new_tokens": 2}, None),
+    ],
+)
+def test_what_was_asked_for_and_did_not_happen_is_in_the_statistics(options, expected):
+    unmet = generate(tiny_model(), prompts_of(9), **options).stats.unmet
+    assert len(unmet) == (expected is not None)
+    if expected:
+        assert re.match(expected, unmet[0])
+
+
+def test_drafts_that_are_made_are_no_unmet_request():
+    stats = generate(tiny_model(), [prompts_of(12)[0] * 3], max_new_tokens=20, draft="prompt_lookup", min_ngram=1).stats
+    assert stats.drafted > 0
+    assert stats.unmet == []
+    ended = generate(tiny_model(), prompts_of(9), max_new_tokens=9, draft="prompt_lookup", stop_tokens=range(97)).stats
+    assert ended.unmet == ["draft: asked for drafts, none was made: every prompt ended before a pass with drafts"]
+
+
+@pytest.mark.parametrize("function", [generate, stream])
+def test_a_misspelt_argument_names_the_function_that_was_called(function):
+    """``generate(max_new_token=3)`` named ``stream()``."""
+    with pytest.raises(
+        TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument 'max_new_token'"
+    ):
+        function(tiny_model(), [[1]], max_new_token=3)
+
+
+def test_generate_and_stream_take_the_options_and_what_is_theirs():
+    """One dataclass has the options; both functions write them out, for help, editors and type checkers."""
+    options = dataclasses.fields(GenerationOptions)
+    for function, own in ((generate, ["cache"]), (stream, ["cache", "stats"])):
+        parameters = dict(list(inspect.signature(function).parameters.items())[2:])
+        assert list(parameters) == [field.name for field in options] + own
+        for field in options:
+            parameter = parameters[field.name]
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            assert (parameter.default, parameter.annotation) == (field.default, field.type)
 
 
 def test_a_prompt_is_read_into_an_empty_row_only(device):

@@ -9,8 +9,8 @@ from oracle import assert_accurate
 from torch import Tensor
 
 from kvops.generation.evaluate import agreement, forced_logits
-from kvops.generation.generate import generate, new_cache
-from kvops.generation.passes import prefill
+from kvops.generation.generate import generate
+from kvops.generation.passes import new_cache, prefill
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
 from kvops.models.loading import find_default_model, load

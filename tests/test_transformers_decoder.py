@@ -6,10 +6,10 @@ import transformers
 from test_transformers import MODELS, TINY, make_model
 from test_transformers_cache import left_padded, prompts
 
-from kvops.generation.generate import Compression, generate
+from kvops.generation.generate import generate
 from kvops.generation.passes import new_cache, prefill, recite
 from kvops.integrations.transformers import Decoder, KVOpsCache
-from kvops.policies import ByHeart, Recital, SnapKV
+from kvops.policies import ByHeart, Compression, Recital, SnapKV
 
 
 def repetitive() -> list[list[int]]:

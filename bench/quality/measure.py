@@ -16,11 +16,10 @@ from torch import Tensor
 
 from bench.quality.tasks import TEXT, Probe, Unit
 from kvops.cache import PagedKVCache
-from kvops.generation.generate import Compression
 from kvops.generation.passes import decode, new_cache, prefill, recite
 from kvops.models.llama import Llama
 from kvops.ops.attention import flash_attention
-from kvops.policies import Policy, Prefill, Recital, Recited
+from kvops.policies import Compression, Policy, Prefill, Recital, Recited
 
 _TIMED_STEPS = 7
 

@@ -19,8 +19,8 @@ from kvops.cli.console import table
 from kvops.cli.environment import chosen_device, what_runs
 from kvops.extras import require
 from kvops.generation.evaluate import agreement, forced_logits, perplexity
-from kvops.generation.generate import Generation, generate, new_cache
-from kvops.generation.passes import prefill
+from kvops.generation.generate import Generation, generate
+from kvops.generation.passes import new_cache, prefill
 from kvops.models.llama import Llama
 from kvops.models.loading import load
 from kvops.models.tokenizer import Tokenizer

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
-from kvops.generation.generate import decode
-from kvops.generation.passes import Decoder
+from kvops.generation.passes import Decoder, decode
 
 
 @torch.no_grad()

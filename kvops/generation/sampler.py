@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from kvops import checks
+from kvops.generation.options import GenerationOptions
+from kvops.generation.passes import Decoder
 from kvops.ops.verify import verify_draft
 from kvops.sampling import process_logits
 
@@ -25,7 +27,7 @@ class Sampler:
         prompt_lens: how many tokens of each request are its prompt.
         temperature, seed: one number, or one for each request (one seed grows by 1 from request to request).
         bad_words: as in :func:`kvops.process_logits`.
-        filters: its other filters by name, each one number or one for each request, or None.
+        filters: the other filters of :func:`kvops.process_logits` by name: a number, one for each request, or None.
 
     Raises ValueError for numbers out of range, by the argument's name.
     """
@@ -40,7 +42,7 @@ class Sampler:
         temperature: float | Sequence[float],
         seed: int | Sequence[int],
         bad_words: Sequence[Sequence[int]] = (),
-        **filters: float | Sequence[float] | None,
+        filters: Mapping[str, float | Sequence[float] | None] | None = None,
     ) -> None:
         heat = one_each("temperature", temperature, batch)
         seeds = checks.ints("seed", one_each("seed", seed, batch, 1))
@@ -52,7 +54,7 @@ class Sampler:
         self.seed = torch.tensor(seeds, dtype=torch.int64, device=device)
         self._filters: dict[str, Any] = {}
         one = torch.zeros(1, 1, vocab, dtype=torch.float32)
-        for name, value in filters.items():
+        for name, value in (filters or {}).items():
             if value is None:
                 continue
             values = one_each(name, value, batch)
@@ -67,6 +69,21 @@ class Sampler:
         self.needs_text = bool(bad_words) or any("penalty" in name for name in self._filters)
         if self.needs_text:
             self._filters["prompt_lens"] = prompt_lens
+
+    @classmethod
+    def of(cls, options: GenerationOptions, model: Decoder, prompt_lens: Sequence[int]) -> Sampler:
+        """The sampler of a batch of prompts of these lengths."""
+        device = model.embedding.weight.device
+        return cls(
+            len(prompt_lens),
+            model.config.vocab_size,
+            device,
+            prompt_lens=torch.tensor(prompt_lens, dtype=torch.int32, device=device),
+            temperature=options.temperature,
+            seed=options.seed,
+            bad_words=options.bad_words,
+            filters=options.filters,
+        )
 
     def process(
         self, logits: Tensor, text: Tensor, drafts: Tensor | None = None, parents: Tensor | None = None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
+from kvops.generation.options import GenerationOptions
 from kvops.generation.passes import Decoder, decode, is_decoder, new_cache, prefill
 from kvops.generation.sampler import Sampler
 from kvops.ops.verify import prompt_lookup, verify_draft
@@ -48,7 +49,9 @@ class Verdict:
     path: Tensor | None = None
 
 
-def verify(drafts: Drafts, logits: Tensor, text: Tensor, lens: Tensor, sampler: Sampler, method: str) -> Verdict:
+def verify(
+    drafts: Drafts, logits: Tensor, text: Tensor, lens: Tensor, sampler: Sampler, method: Literal["token", "block"]
+) -> Verdict:
     """Verify drafts behind ``text`` (int64 [B, L] of ``lens`` [B] tokens) by the model's logits [B, T + 1, V]."""
     arguments = sampler.arguments()
     step = lens.long()  # no two calls of a request share it
@@ -285,22 +288,17 @@ class ModelDrafter:
 
 
 def make_drafter(
-    draft: str | Decoder,
-    model: Decoder,
-    sampler: Sampler,
-    *,
-    num_draft: int,
-    width: int,
-    min_ngram: int,
-    max_ngram: int,
-    max_batch: int,
-    max_tokens: int,
-) -> Drafter:
-    """The drafter that ``generate(draft=...)`` names.
+    options: GenerationOptions, model: Decoder, sampler: Sampler, *, max_batch: int, max_tokens: int
+) -> Drafter | None:
+    """The drafter that ``options.draft`` names, None for None.
 
     Raises ValueError for one that does not fit ``model``, by the argument's name.
     """
+    draft, num_draft, width = options.draft, options.num_draft, options.tree
+    if draft is None:
+        return None
     if draft == "prompt_lookup":
+        min_ngram, max_ngram = options.min_ngram, options.max_ngram
         return LookupDrafter(num_draft, width, min_ngram=min_ngram, max_ngram=max_ngram)
     if not is_decoder(draft):
         raise ValueError(f"draft: expected None, 'prompt_lookup' or a model, got {draft!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -20,9 +20,15 @@ class GenerationStats:
         decode_seconds: everything after; ``draft_seconds`` of it went to drafting.
         undrafted_steps, undrafted_seconds: the passes that had no drafts to verify, and their time.
         blocks_in_use, bytes_in_use: the most that the cache held, looked at when a sequence ended.
+        final_blocks, full_blocks: blocks that the sequences held when they ended, and those that their whole caches
+            would have taken.
+        unmet: a sentence for each thing that was asked for and did not happen: a compression that protected tokens
+            prevent, a budget that new tokens exceed, drafts that were never made, filters without effect. Complete when
+            the generation has ended.
         tokens_per_second: ``decoded_tokens / decode_seconds``.
         accepted_per_step: ``accepted / sequence_steps``.
         tokens_per_pass: ``decoded_tokens / sequence_steps``, 1 without drafts.
+        compression: ``full_blocks / final_blocks``: how many times smaller the caches ended than whole ones.
         seconds_saved: an estimate: ``plain_steps`` passes at the mean time of those without drafts, less
             ``decode_seconds``. Where every pass had drafts it is an upper bound, for then their mean, drafting left
             out, stands for that of a pass without.
@@ -44,6 +50,13 @@ class GenerationStats:
     undrafted_seconds: float = 0.0
     blocks_in_use: int = 0
     bytes_in_use: int = 0
+    final_blocks: int = 0
+    full_blocks: int = 0
+    unmet: list[str] = field(default_factory=list)
+
+    @property
+    def compression(self) -> float:
+        return self.full_blocks / self.final_blocks if self.final_blocks else 1.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -11,14 +11,17 @@ from kvops.cache import PagedKVCache
 from kvops.policies.base import Policy, share_out
 from kvops.policies.snapkv import SnapKV
 
+_BUDGETS = ("ratio", "blocks", "tokens", "mib")
+_DEFAULT_RATIO = 4.0
+
 
 @dataclass(frozen=True)
 class Compression:
     """How far, by what policy and how often a sequence's cache is compressed.
 
-    The budget is the least of those that are given, ``ratio``, ``blocks``, ``tokens`` and ``mib``; with none given the
-    cache becomes 4 times smaller. Where the protected tokens alone need more than the budget (short prompts), they are
-    what is kept; the statistics tell what came out.
+    The budget is the least of those given, ``ratio``, ``blocks``, ``tokens`` and ``mib``; with none given the cache
+    becomes 4 times smaller. Where the protected tokens alone take more than the budget (short prompts), they are what
+    is kept: :meth:`unmet` says so, and so do the statistics of a generation.
 
     Attributes:
         ratio: how many times smaller than the full cache, in blocks, at least 1.
@@ -61,18 +64,64 @@ class Compression:
             raise TypeError(f"policy: expected a kvops.policies.Policy, such as Standout(), got {self.policy!r}")
 
     def budget(self, cache: PagedKVCache, num_tokens: int) -> int:
-        """Blocks that a sequence of ``num_tokens`` tokens may keep, over all layers and heads."""
+        """Blocks that a sequence of ``num_tokens`` tokens may keep, over all layers and heads.
+
+        It is what is asked for, or what the protected tokens take where that is more (:meth:`unmet` says so).
+        """
+        return max(self._asked(cache, num_tokens), self._protected(cache, num_tokens))
+
+    def unmet(self, cache: PagedKVCache, num_tokens: int, *, grown_to: int | None = None) -> str | None:
+        """Why a compression of ``num_tokens`` tokens is not what was asked for, in a sentence; None where it is.
+
+        ``grown_to``: the blocks that the sequence holds now. With ``every=0`` it grows after its only compression, and
+        may exceed a budget in ``blocks``, ``tokens`` or ``mib``.
+        """
+        asked, protected = self._asked(cache, num_tokens), self._protected(cache, num_tokens)
+        if protected > asked:
+            return (
+                f"asked for {self._wishes()}, {asked} of the {cache.blocks_for(num_tokens)} blocks of {num_tokens} "
+                f"tokens; kept {protected}, which the protected tokens alone take ({self.protect_first} first, "
+                f"{self.protect_last} last)"
+            )
+        most = min(self._limits(cache), default=None)
+        if grown_to is not None and most is not None and grown_to > most and not self.every:
+            return (
+                f"asked for {self._wishes()}, {most} blocks; holds {grown_to} at the end, because every=0 compresses "
+                "the prompt alone and all new tokens are kept"
+            )
+        return None
+
+    def _asked(self, cache: PagedKVCache, num_tokens: int) -> int:
+        """The least of the budgets, in blocks."""
         full = cache.blocks_for(num_tokens)
-        most = [full]
-        if self.ratio is not None or (self.blocks, self.tokens, self.mib) == (None, None, None):
-            most.append(math.floor(full / (4.0 if self.ratio is None else self.ratio)))
+        most = [full, *self._limits(cache)]
+        if self.ratio is not None or len(most) == 1:
+            most.append(math.floor(full / (_DEFAULT_RATIO if self.ratio is None else self.ratio)))
+        return min(most)
+
+    def _limits(self, cache: PagedKVCache) -> list[int]:
+        """The budgets that do not depend on a sequence's length, in blocks."""
+        limits = []
         if self.blocks is not None:
-            most.append(self.blocks)
+            limits.append(self.blocks)
         if self.tokens is not None:
-            most.append(cache.blocks_for(self.tokens))
+            limits.append(cache.blocks_for(self.tokens))
         if self.mib is not None:
-            most.append(math.floor(self.mib * 2**20 / cache.bytes_per_block))
-        return max(min(most), cache.blocks_for(min(self.protect_first + self.protect_last, num_tokens)))
+            limits.append(math.floor(self.mib * 2**20 / cache.bytes_per_block))
+        return limits
+
+    def _protected(self, cache: PagedKVCache, num_tokens: int) -> int:
+        """The blocks of the tokens that are never evicted."""
+        return cache.blocks_for(min(self.protect_first + self.protect_last, num_tokens))
+
+    def _wishes(self) -> str:
+        values = {name: getattr(self, name) for name in _BUDGETS}
+        given = [
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in values.items()
+            if value is not None
+        ]
+        return ", ".join(given) or f"ratio={_DEFAULT_RATIO:g}"
 
     def apply(self, cache: PagedKVCache, num_tokens: Sequence[int], rows: slice | Sequence[int] = slice(None)) -> None:
         """Evict from each of ``rows`` down to the budget of a sequence of ``num_tokens`` tokens."""

@@ -1,0 +1,75 @@
+"""``python -m kvops generate PROMPT``: one answer, token by token, and what it took."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Literal
+
+from kvops.cli import options
+from kvops.cli.environment import chosen_device
+from kvops.generation.generate import GenerationStats, stream
+from kvops.generation.passes import Decoder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="what to ask; - reads it from standard input")
+    parser.add_argument("--prompt", metavar="TEXT", help="the same, as an option")
+    parser.add_argument("--raw", action="store_true", help="continue the text instead of answering it as a chat")
+    options.add_sampling(parser)
+    options.add_compression(parser)
+    options.add_drafts(parser)
+    options.add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    options.expect_effect(arguments)
+    compression = options.compression_of(arguments)
+    if (arguments.text is None) == (arguments.prompt is None):
+        raise ValueError("PROMPT: expected one text to answer, or - to read it from standard input")
+    text = arguments.prompt if arguments.text is None else arguments.text
+    device = chosen_device(arguments.device)
+    model, tokenizer, _ = options.load_model(arguments.model, device)
+    draft: Literal["prompt_lookup"] | Decoder | None = "prompt_lookup" if arguments.draft == "lookup" else None
+    if arguments.draft not in ("lookup", None):
+        draft = options.load_model(Path(arguments.draft), device)[0]
+    if text == "-":
+        text = sys.stdin.read()
+    if not arguments.raw:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    stats = GenerationStats()
+    words = tokenizer.stream()
+    steps = stream(
+        model,
+        [tokenizer.encode(text)],
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature or 0.0,
+        seed=arguments.seed,
+        stop_tokens=tokenizer.eos_token_ids,
+        compression=compression,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        draft=draft,
+        tree=1 if arguments.tree is None else arguments.tree,
+        stats=stats,
+    )
+    for (tokens,) in steps:
+        for token in tokens:
+            if token not in tokenizer.eos_token_ids:
+                print(words.put(token), end="", flush=True)
+    print(words.finish(), flush=True)
+    print(f"\n{summary(stats)}", file=sys.stderr)
+
+
+def summary(stats: GenerationStats) -> str:
+    """What a generation took, and what it did not do that it was asked for: a line each."""
+    line = (
+        f"{stats.prompt_tokens} tokens read, first token after {stats.first_token_seconds:.2f} s, "
+        f"{stats.new_tokens} tokens generated at {stats.tokens_per_second:.1f} tokens/s, "
+        f"{stats.tokens_per_pass:.2f} tokens a pass, cache {stats.bytes_in_use / 2**20:.1f} MiB in "
+        f"{stats.blocks_in_use} blocks, {stats.compression:.1f}x smaller than a whole one"
+    )
+    return "\n".join([line, *stats.unmet])
