@@ -157,7 +157,7 @@ def test_a_compression_that_does_nothing_is_said(tiny, capsys):
     )
     assert kvops.__main__.main(["generate", "x" * 300, "--compression", "4", "--max-new-tokens", "8"]) == 0
     *_, line = capsys.readouterr().err.splitlines()
-    assert "3.3x smaller than a whole one" in line
+    assert "3.5x smaller than a whole one" in line
 
 
 def test_drafts_that_are_never_made_are_said(tiny, capsys):

@@ -66,12 +66,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_drafts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        *("--draft", "--drafts"),
-        nargs="?",
-        const="lookup",
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--draft",
         metavar="lookup|PATH",
-        help="draft ahead and verify: by prompt lookup (also without a value), or by the smaller model at PATH",
+        help="draft ahead and verify: by prompt lookup, or by the smaller model at PATH",
+    )
+    drafts.add_argument(
+        "--drafts", dest="draft", action="store_const", const="lookup", help="the same as --draft lookup"
     )
     parser.add_argument("--tree", type=int, metavar="N", help="drafts at each position; default: 1")
 
