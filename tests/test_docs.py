@@ -1,10 +1,12 @@
 """The manual is true: its Python runs, its links lead somewhere, and its tables are complete."""
 
 import contextlib
+import importlib.util
 import io
 import re
 
 import pytest
+import torch
 from snippets import ROOT, blocks_of, skip_without
 
 DOCS = ROOT / "docs"
@@ -57,3 +59,55 @@ def headings(page):
     """The anchors of a page's headings, as GitHub and MyST make them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_table_of_environment_variables_is_complete():
+    table = set(re.findall(r"^\| `(KVOPS_\w+)`", (DOCS / "environment.md").read_text(encoding="utf-8"), re.M))
+    sources = [
+        path for folder in ("kvops", "kernels", "autotune", "bench", "tests", "examples") for path in python_of(folder)
+    ]
+    used = {
+        name
+        for path in [*sources, ROOT / "Makefile"]
+        for name in re.findall(r"KVOPS_[A-Z][A-Z_]*[A-Z]", path.read_text(encoding="utf-8"))
+    }
+    assert table == used, "docs/environment.md lists every KVOPS_ variable of the sources and no other"
+
+
+def python_of(folder):
+    return list((ROOT / folder).rglob("*.py"))
+
+
+def test_every_operator_is_on_exactly_one_page():
+    shown = re.findall(
+        r"autofunction:: kvops\.(\w+)$",
+        "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "operators").glob("*.md"))),
+        re.M,
+    )
+    operators = {
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvops::")
+    }
+    operators = {name.partition(".")[0] for name in operators}
+    assert sorted(shown) == sorted(operators | {"tree_mask", "process_logits"})
+
+
+def test_figures_are_what_the_script_draws():
+    spec = importlib.util.spec_from_file_location("draw", DOCS / "figures" / "draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    drawn = draw.figures()
+    stored = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "figures").glob("*.svg")}
+    assert stored == drawn, "next step: python docs/figures/draw.py"
+
+
+def test_every_page_is_reached_from_the_index():
+    """Sphinx warns of it too, in a build; this holds it without one."""
+    reached, left = set(), [DOCS / "index.md"]
+    while left:
+        page = left.pop()
+        reached.add(page)
+        for toctree in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            names = [line for line in toctree.splitlines() if line and not line.startswith(":")]
+            pages = [there for name in names for there in page.parent.glob(f"{name.lstrip('/')}.md")]
+            left += [there for there in pages if there not in reached]
+    assert reached == set(PAGES)
