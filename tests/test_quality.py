@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,3 +316,19 @@ def test_the_study_says_what_the_rows_say(tmp_path):
     assert any(
         line.endswith("as a multiple of reading it: snapkv 2.5 (2.5 to 2.5).") for line in study.summary(kept(result))
     )
+
+
+def test_the_figures_of_the_default_policy_are_those_of_the_study():
+    """What ``Compression`` says about its default policy, in the form in which it is the default."""
+    found = kept(results.load(Path(results.__file__).parent / "results" / "cpu" / "quality.json"))
+    default = Compression()
+    assert type(default.policy) is POLICIES["standout"]
+    assert Form("standout", default.policy.scope != "head") in found.default
+    text = " ".join(Compression.__doc__.split())
+    for name, sentence in (
+        ("standout", "keeps {}, {} and {} of the full cache's quality at 4x, 8x and 16x"),
+        ("snapkv", "SnapKV, which costs as much, keeps {}, {} and {}"),
+        ("by-heart", "`~kvops.policies.ByHeart` keeps {}, {} and {}"),
+    ):
+        shares = (f"{found.overall(Form(name, True), ratio):.0%}" for ratio in (4, 8, 16))
+        assert sentence.format(*shares) in text

@@ -44,7 +44,7 @@ def add_compression(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--compression", type=float, metavar="R", help="keep 1/R of the cache's blocks; default: all")
     parser.add_argument("--cache-mib", type=float, metavar="X", help="keep at most X MiB of keys and values")
-    parser.add_argument("--policy", metavar="NAME", help=f"what to keep: {', '.join(POLICIES)}; default: snapkv")
+    parser.add_argument("--policy", metavar="NAME", help=f"what to keep: {', '.join(POLICIES)}; default: standout")
     parser.add_argument(
         "--compress-every", type=int, metavar="N", help="compress again after every N new tokens; default: never"
     )
@@ -114,7 +114,7 @@ def compression_of(arguments: argparse.Namespace) -> Compression | None:
     return Compression(
         ratio=arguments.compression,
         mib=arguments.cache_mib,
-        policy=policy_of(arguments.policy or "snapkv"),
+        policy=policy_of(arguments.policy or "standout"),
         every=arguments.compress_every or 0,
         chunk=arguments.chunk or 0,
     )
