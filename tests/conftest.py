@@ -10,8 +10,15 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from margins import (  # noqa: F401 - hooks
+    pytest_addoption,
+    pytest_configure,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 
 
 def _patch_once_a_launch() -> None:
@@ -37,6 +44,25 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang = patch_once
 
 
+def _round_bfloat16_to_nearest() -> None:
+    """Triton's interpreter cuts the bits off that bfloat16 has no room for; a GPU rounds to the nearest even one."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(x, source, target, rounding_mode):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return x.astype(np.uint32) << 16
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, rounding_mode)
+        bits = np.ascontiguousarray(x).view(np.uint32).reshape(x.shape)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(x), bits >> 16 | 0x40, nearest).astype(np.uint16)
+
+    interpreter._convert_float = convert_float
+
+
 DEVICE = os.environ.get("KVOPS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     # Triton reads this when a kernel is decorated: import every kernel while it is set.
@@ -45,6 +71,7 @@ if DEVICE == "cpu":
         importlib.import_module(f"kvops.kernels.{_path.stem}")
     del os.environ["TRITON_INTERPRET"]
     _patch_once_a_launch()
+    _round_bfloat16_to_nearest()
 else:
     # Tests that ask for deterministic algorithms multiply matrices, too: cuBLAS wants this by then.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

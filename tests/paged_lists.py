@@ -84,17 +84,15 @@ def expected(
     tree_mask: Tensor | None = None,
     score_reduce: str = "sum",
     score_decay: float = 1.0,
-    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and the updated scores, every step in ``dtype``."""
+    """out, lse and the updated scores in float64."""
     q, lists = q.cpu(), Lists(*(getattr(lists, name).cpu() for name in Lists.__dataclass_fields__))
     B, T, Hq, _ = q.shape
     Hkv = lists.seq_lens.shape[1]
     group = Hq // Hkv
-    wide = torch.promote_types(dtype, torch.float32)
-    out = torch.zeros(B, T, Hq, lists.v_cache.shape[-1], dtype=dtype)
-    lse = torch.full((B, Hq, T), -math.inf, dtype=wide)
-    scores = lists.scores.to(wide).clone()
+    out = torch.zeros(B, T, Hq, lists.v_cache.shape[-1], dtype=torch.float64)
+    lse = torch.full((B, Hq, T), -math.inf, dtype=torch.float64)
+    scores = lists.scores.double()
     for b in range(B):
         count = T if q_lens is None else int(q_lens[b])
         for h in range(Hkv):
@@ -118,7 +116,7 @@ def expected(
             k, v = lists.k_cache[block, offset][None, :, None], lists.v_cache[block, offset][None, :, None]
             o, s, p = attention(
                 q[b : b + 1, :, heads], k, v, mask=mask, scale=scale, softcap=softcap,
-                sinks=None if sinks is None else sinks.cpu()[heads], dtype=dtype,
+                sinks=None if sinks is None else sinks.cpu()[heads],
             )  # fmt: skip
             out[b, :, heads], lse[b, heads] = o[0], s[0]
             p = p[0].flatten(0, 1)  # [group * T, length]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import CASES_AND_DTYPES, Case
 from oracle import assert_accurate, attention, attention_backward, attention_mask
+from rounding import rounded
 
 import kvops
 
@@ -30,7 +31,7 @@ def check(q, k, v, dout, dlse, mask, window, **scoring):
         gradients.append(dlse.double())
     exact = torch.autograd.grad(outputs, inputs, gradients)
     out, lse = out.detach().to(q.dtype), lse.detach().float()
-    same = attention_backward(dout, q, k, v, out, lse, mask=mask, dlse=dlse, dtype=q.dtype, **scoring)
+    same = rounded(q.dtype, attention_backward, dout, q, k, v, out, lse, mask=mask, dlse=dlse, **scoring)
     actual = kvops.flash_attention_backward(dout, q, k, v, out, lse, dlse=dlse, **window, **scoring)
     for name, *values in zip(("dq", "dk", "dv", "dsinks"), actual, exact, same):  # noqa: B905 - dsinks may be missing
         assert_accurate(*values, name)

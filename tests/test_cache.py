@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 from cache_helpers import HEADS, LAYERS, ROWS, SIZE, blocks, feed, make_cache, slots_of
-from oracle import assert_accurate
+from oracle import assert_accurate, attention
+from rounding import rounded
 
 import kvops
 
@@ -150,12 +151,6 @@ def test_a_step_reads_nothing_from_the_device_while_there_is_room(device, monkey
     assert cache.stats().blocks_in_use == 40
 
 
-def attention(q, k, v, scale, allowed):
-    """float64 (or the dtype of its inputs): q [T, D], k [S, D], v [S, Dv], allowed bool [T, S]."""
-    scores = (q @ k.T * scale).masked_fill(~allowed, -math.inf)
-    return scores.softmax(-1) @ v
-
-
 @pytest.mark.parametrize(("window", "ragged"), [(-1, False), (9, True)])
 def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, device, window, ragged):
     """Two sequences, two layers, per-head lengths: against all tokens with the evicted ones masked out."""
@@ -181,20 +176,20 @@ def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, devi
         q = torch.randn(2, 3, heads * group, dim)
         cache.scores.zero_()
         out = cache.attend(layer, q.to(device), q_lens=q_lens, window_left=window, accumulate="sum").cpu()
-        for b, count in enumerate(counts):
+        allowed = torch.zeros(2, heads, 3, tokens + 3, dtype=torch.bool)
+        for b in range(2):
             for h in range(heads):
-                allowed = torch.zeros(3, tokens + 3, dtype=torch.bool)
-                allowed[:, kept[layer, b, h]] = True
-                allowed[:, tokens:] = torch.ones(3, 3, dtype=torch.bool).tril()
-                if window >= 0:
-                    distance = torch.arange(tokens, tokens + 3)[:, None] - torch.arange(tokens + 3)
-                    allowed &= distance <= window
-                for g in range(h * group, (h + 1) * group):
-                    inputs = q[b, :, g], k[layer, b, :, h], v[layer, b, :, h]
-                    exact = attention(*(x.double() for x in inputs), dim**-0.5, allowed)
-                    torch_own = attention(*inputs, dim**-0.5, allowed)
-                    assert_accurate(out[b, :count, g], exact[:count], torch_own[:count])
-                    assert not out[b, count:, g].any()
+                allowed[b, h, :, kept[layer, b, h]] = True
+        allowed[..., tokens:] = torch.ones(3, 3, dtype=torch.bool).tril()
+        if window >= 0:
+            allowed &= torch.arange(tokens, tokens + 3)[:, None] - torch.arange(tokens + 3) <= window
+        mask = allowed.repeat_interleave(group, 1)
+        exact = attention(q, k[layer], v[layer], mask=mask)[0]
+        same = rounded(q.dtype, lambda *inputs, mask=mask: attention(*inputs, mask=mask)[0], q, k[layer], v[layer])
+        for b, count in enumerate(counts):
+            assert_accurate(out[b, :count], exact[b, :count], same[:, b, :count])
+            assert not out[b, count:].any()
+            for h in range(heads):
                 # Every query of the group spends a probability of one.
                 given = sum(slots_of(cache, cache.scores, layer, b, h))
                 assert given == pytest.approx(count * group, rel=1e-5)

@@ -10,6 +10,7 @@ from autotune_fakes import H100, record
 from gluon_model import Multiprocessor, ProtocolError
 from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_backward, attention_mask
+from rounding import rounded
 
 from kvops.autotune import lookup, specs
 from kvops.autotune.config import (
@@ -97,10 +98,7 @@ def assert_correct(
         *(dout, q, k, v, *forward), scale=scale, sinks=sinks, dlse=dlse, seed=seed,
         replace_functions=replace_functions, **(config or small()), **window,
     )  # fmt: skip
-    arguments = [None if x is None else x.cpu() for x in (dout, q, k, v, *forward, sinks, dlse)]
-    same = attention_backward(
-        *arguments[:6], mask=mask, scale=scale, sinks=arguments[6], dlse=arguments[7], dtype=q.dtype
-    )
+    same = rounded(q.dtype, attention_backward, dout, q, k, v, *forward, mask=mask, scale=scale, sinks=sinks, dlse=dlse)
     for name, *values in zip(("dq", "dk", "dv", "dsinks"), found, exact, same):  # noqa: B905 - dsinks may be missing
         assert_accurate(*values, name)
     return found, models

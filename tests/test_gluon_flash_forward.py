@@ -7,6 +7,7 @@ import torch
 from gluon_model import Multiprocessor, ProtocolError
 from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_mask
+from rounding import rounded
 
 from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
 from kvops.kernels import gluon_flash_forward as module
@@ -54,7 +55,7 @@ def assert_correct(out, lse, q, k, v, *, causal=False, window_left=-1, window_ri
     arguments = [tensor.cpu() for tensor in (q, k, v)]
     keywords = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in keywords.items()}
     exact_out, exact_lse, _ = attention(*arguments, mask=mask, **keywords)
-    same_out, same_lse, _ = attention(*arguments, mask=mask, dtype=q.dtype, **keywords)
+    same_out, same_lse, _ = rounded(q.dtype, attention, *arguments, mask=mask, **keywords)
     assert_accurate(out, exact_out, same_out, "out")
     assert_accurate(lse, exact_lse, same_lse, "lse")
 

@@ -9,6 +9,7 @@ import torch
 from gluon_model import Descriptor, Multiprocessor, ProtocolError
 from no_sync import no_synchronisation
 from oracle import assert_accurate, attention, attention_mask
+from rounding import rounded
 from test_gluon_flash_forward import CASES, HOPPER, on_hopper, small
 
 from kvops.kernels import gluon_flash_forward as module
@@ -48,18 +49,20 @@ class Packed:
         window = {"causal": causal, "window_left": window_left, "window_right": window_right}
         q, _, v = self.tensors
         assert out.shape == (*q.shape[:2], v.shape[2])
-        expected = [(torch.zeros(out.shape, dtype=d), torch.full(lse.shape, float("-inf"), dtype=d)) for d in _EXACT]
-        for rows, tensors in self.sequences():
-            tensors = [tensor.cpu() for tensor in tensors]
-            mask = attention_mask(tensors[0].shape[1], tensors[1].shape[1], **window)
-            for (whole, whole_lse), dtype in zip(expected, (torch.float64, q.dtype), strict=True):
-                part, part_lse, _ = attention(*tensors, mask=mask, dtype=dtype, **keywords)
-                whole[rows], whole_lse[:, rows] = part[0].to(whole.dtype), part_lse[0].to(whole.dtype)
-        for name, found, place in (("out", out, 0), ("lse", lse, 1)):
-            assert_accurate(found, expected[0][place], expected[1][place].to(found.dtype).cpu(), name)
 
+        def sequence_by_sequence():
+            whole = torch.zeros(out.shape, dtype=torch.float64)
+            whole_lse = torch.full(lse.shape, float("-inf"), dtype=torch.float64)
+            for rows, tensors in self.sequences():
+                tensors = [tensor.cpu() for tensor in tensors]
+                mask = attention_mask(tensors[0].shape[1], tensors[1].shape[1], **window)
+                part, part_lse, _ = attention(*tensors, mask=mask, **keywords)
+                whole[rows], whole_lse[:, rows] = part[0], part_lse[0]
+            return whole, whole_lse
 
-_EXACT = (torch.float64, torch.float32)
+        exact, same = sequence_by_sequence(), rounded(q.dtype, sequence_by_sequence)
+        for name, *values in zip(("out", "lse"), (out, lse), exact, same, strict=True):
+            assert_accurate(*values, name)
 
 
 @pytest.fixture

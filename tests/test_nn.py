@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import assert_accurate, attention_mask
 from oracle import attention as exact_attention
+from rounding import rounded
 
 import kvops
 from kvops.nn import Attention
@@ -28,10 +29,10 @@ def make(device="cpu", **options) -> Attention:
     return module.to(device)
 
 
-def written_out(module: Attention, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output, and the gradients of its sum of squares, every step in ``dtype``."""
-    weights = {name: p.detach().cpu().to(dtype).requires_grad_() for name, p in module.named_parameters()}
-    x = x.detach().cpu().to(dtype)
+def written_out(module: Attention, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output, and the gradients of its sum of squares, in float64."""
+    weights = {name: p.detach().cpu().double().requires_grad_() for name, p in module.named_parameters()}
+    x = x.detach().cpu().double()
 
     def project(name, source):
         bias = weights.get(f"{name}_proj.bias")
@@ -44,14 +45,14 @@ def written_out(module: Attention, x: torch.Tensor, dtype: torch.dtype) -> tuple
             for name, y in (("q", q), ("k", k))
         )
     if module.rope is not None:
-        angles = torch.arange(x.shape[1])[:, None] * module.rope.cpu().to(dtype)
-        cos, sin = (turn[:, None].to(dtype) for turn in (angles.cos(), angles.sin()))
+        angles = torch.arange(x.shape[1])[:, None] * module.rope.cpu().double()
+        cos, sin = (turn[:, None] for turn in (angles.cos(), angles.sin()))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     left = -1 if module.window is None else module.window - 1
     right = -1 if module.causal else left
     mask = attention_mask(x.shape[1], x.shape[1], causal=module.causal, window_left=left, window_right=right)
     out, _, _ = exact_attention(
-        q, k, v, mask=mask, scale=module.scale, softcap=module.softcap, sinks=weights.get("sinks"), dtype=dtype
+        q, k, v, mask=mask, scale=module.scale, softcap=module.softcap, sinks=weights.get("sinks")
     )
     out = project("o", out.flatten(2))
     return out.detach(), list(torch.autograd.grad(out.square().sum(), list(weights.values())))
@@ -62,14 +63,11 @@ def test_outputs_and_gradients_are_those_of_attention_written_out(variant, backe
     module, x = make(device, **VARIANTS[variant]), torch.randn(2, 7, HIDDEN, device=device)
     out = module(x)
     gradients = torch.autograd.grad(out.square().sum(), list(module.parameters()))
-    (exact, exact_gradients), (same, same_gradients) = (written_out(module, x, d) for d in (torch.double, torch.float))
+    (exact, exact_gradients), (same, same_gradients) = written_out(module, x), rounded(x.dtype, written_out, module, x)
     assert_accurate(out, exact, same)
-    for (name, _), got, truth, torch_own in zip(
-        module.named_parameters(), gradients, exact_gradients, same_gradients, strict=True
-    ):
-        error, own = (torch.linalg.vector_norm(run.cpu() - truth).item() for run in (got, torch_own))
-        rounding = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(truth).item()
-        assert error <= 2 * own + rounding, (name, error, own, rounding)
+    names = [name for name, _ in module.named_parameters()]
+    for name, *values in zip(names, gradients, exact_gradients, same_gradients, strict=True):
+        assert_accurate(*values, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import assert_accurate
 from paged_lists import POISON_BLOCK, Lists, expected, make_lists
+from rounding import rounded
 from torch import Tensor
 
 import kvops
@@ -30,7 +31,7 @@ def check(
     """out, lse and scores against float64; slots of nobody keep their NaN. ``cache`` in place of ``lists``."""
     options = {name: value for name, value in options.items() if value is not None}
     exact = expected(q, lists, **options)
-    rounded = expected(q, lists, **options, dtype=q.dtype)
+    same = rounded(q.dtype, expected, q, lists, **options)
     options["batch_invariant"] = batch_invariant
     positions = lists.positions if "query_positions" in options else None
     updated = lists.scores.clone() if scores else None
@@ -41,12 +42,12 @@ def check(
     )
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
-    assert_accurate(out, exact[0], rounded[0], "out")
-    assert_accurate(lse, exact[1], rounded[1], "lse")
+    assert_accurate(out, exact[0], same[0], "out")
+    assert_accurate(lse, exact[1], same[1], "lse")
     if updated is not None:
         owned = ~exact[2].isnan()
         assert torch.equal(updated.cpu().isnan(), ~owned)
-        assert_accurate(updated.cpu()[owned], exact[2][owned], rounded[2][owned], "scores")
+        assert_accurate(updated.cpu()[owned], exact[2][owned], same[2][:, owned], "scores")
 
 
 def queries(lists: Lists, group: int, num_tokens: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -215,15 +216,15 @@ def test_a_uniform_cache_of_any_strides_gives_what_ragged_lists_give(backend, de
     q = torch.randn(3, 2, 6, D, device=device)
     query_positions = torch.full((3, 2), 40, dtype=torch.int32, device=device)
     options = {"window_left": 30, "query_positions": query_positions, "score_decay": 0.5}
-    exact, rounded = expected(q, ragged, **options), expected(q, ragged, **options, dtype=torch.float32)
+    exact, same = expected(q, ragged, **options), rounded(q.dtype, expected, q, ragged, **options)
     for schedule in (None, kvops.paged_schedule(lens, block_size, num_programs=5)):
         updated = scores.clone()
         out, lse = kvops.paged_attention(
             q, k_cache, v_cache, tables, lens, positions=positions, scores=updated, schedule=schedule, **options
         )
-        assert_accurate(out, exact[0], rounded[0], "out")
-        assert_accurate(lse, exact[1], rounded[1], "lse")
-        assert_accurate(updated.transpose(1, 2).reshape(-1, block_size), exact[2], rounded[2], "scores")
+        assert_accurate(out, exact[0], same[0], "out")
+        assert_accurate(lse, exact[1], same[1], "lse")
+        assert_accurate(updated.transpose(1, 2).reshape(-1, block_size), exact[2], same[2], "scores")
 
 
 def test_positions_of_a_uniform_cache_may_be_shared_by_its_heads(backend, device):
@@ -261,13 +262,15 @@ def test_float8_caches(backend, device, scale, dtype):
         for factor in (k_scale, v_scale)
     )
     wide = Lists(k8.float(), v8.float(), lists.block_tables, lists.seq_lens, lists.positions, lists.scores)
-    results = []
-    for compute in (torch.float64, dtype):
-        scaled = q.cpu().double() * k_factor.double().repeat_interleave(2)[:, None]
-        o, s, _ = expected(scaled.to(compute), wide, dtype=compute)
-        results.append((o * v_factor.to(compute).repeat_interleave(2)[:, None], s))
-    assert_accurate(out, results[0][0], results[1][0], "out")
-    assert_accurate(lse, results[0][1], results[1][1], "lse")
+
+    def scaled():
+        factors = (factor.double().repeat_interleave(2)[:, None] for factor in (k_factor, v_factor))
+        o, s, _ = expected(q.cpu().double() * next(factors), wide)
+        return o * next(factors), s
+
+    exact, same = scaled(), rounded(dtype, scaled)
+    assert_accurate(out, exact[0], same[0], "out")
+    assert_accurate(lse, exact[1], same[1], "lse")
 
 
 def test_scales_as_numbers_reach_the_operator(backend, device):

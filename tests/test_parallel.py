@@ -6,6 +6,7 @@ import torch
 from oracle import assert_accurate, attention_mask
 from oracle import attention as exact_attention
 from parallel_scenarios import ATTENTION, CONFIG, PAIR, PROMPTS, WORLD, inputs, model_weights, run
+from rounding import rounded
 
 from kvops.generation.generate import generate
 from kvops.models.llama import Llama
@@ -30,13 +31,13 @@ def whole(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat([first for first, _ in chunks] + [second for _, second in reversed(chunks)], dim)
 
 
-def oracle(case: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def oracle(case: str) -> dict[str, torch.Tensor]:
     options = {key: value for key, value in ATTENTION[case].items() if key != "method"}
-    x = {name: value.to(dtype) for name, value in inputs(sinks=options.pop("sinks", False)).items()}
+    x = {name: value.double() for name, value in inputs(sinks=options.pop("sinks", False)).items()}
     leaves = {name: x[name].requires_grad_() for name in ("q", "k", "v", "sinks") if name in x}
     mask = attention_mask(48, 48, causal=options.pop("causal", True), window_left=options.pop("window_left", -1))
     out, lse, _ = exact_attention(
-        leaves["q"], leaves["k"], leaves["v"], mask=mask, sinks=leaves.get("sinks"), dtype=dtype, **options
+        leaves["q"], leaves["k"], leaves["v"], mask=mask, sinks=leaves.get("sinks"), **options
     )
     ((out * x["dout"]).sum() + (lse * x["dlse"]).sum()).backward()
     return {"out": out.detach(), "lse": lse.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
@@ -45,7 +46,7 @@ def oracle(case: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", ATTENTION)
 def test_attention_over_processes_is_attention(results, size, case):
-    exact, same = oracle(case, torch.float64), oracle(case, torch.float32)
+    exact, same = oracle(case), rounded(torch.float32, oracle, case)
     parts = results[size, case]
     assert set(parts[0]) == set(exact)
     for name in exact:
@@ -56,14 +57,14 @@ def test_attention_over_processes_is_attention(results, size, case):
         assert_accurate(actual, exact[name], same[name], name)
 
 
-def model_alone(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Llama]:
-    """The model on one process in ``dtype`` with the oracle's attention: hidden states, logits, loss, gradients."""
-    model = Llama(CONFIG, {name: weight.to(dtype) for name, weight in model_weights().items()})
+def model_alone() -> dict[str, torch.Tensor]:
+    """The model on one process in float64 with the oracle's attention: hidden states, logits, loss, gradients."""
+    model = Llama(CONFIG, {name: weight.double() for name, weight in model_weights().items()})
     tokens = torch.tensor(PROMPTS[:1])
     length = tokens.shape[1]
 
     def attend(layer, q, k, v):
-        return exact_attention(q, k, v, mask=attention_mask(length, length, causal=True), dtype=dtype)[0]
+        return exact_attention(q, k, v, mask=attention_mask(length, length, causal=True))[0]
 
     hidden = model(tokens, torch.arange(length)[None], attend)
     logits = model.logits(hidden)
@@ -71,12 +72,12 @@ def model_alone(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Llama]:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
     loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
-    return {"hidden": hidden.detach(), "logits": logits.detach(), "loss": loss.detach()} | gradients, model
+    return {"hidden": hidden.detach(), "logits": logits.detach(), "loss": loss.detach()} | gradients
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return model_alone(torch.float64)[0], model_alone(torch.float32)[0]
+    return model_alone(), rounded(torch.float32, model_alone)
 
 
 @pytest.mark.parametrize("size", SIZES)

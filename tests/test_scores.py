@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import CASES, Case
 from oracle import assert_accurate, attention, attention_mask
+from rounding import rounded
 
 import kvops
 
@@ -32,15 +33,16 @@ def reduced(p, kv_heads, query_start=0, skip_recent=0, reduce="sum", group="sum"
 
 def check(q, k, v, mask=None, window=None, reduction=None, **scoring):
     window, reduction = window or {}, reduction or {}
-    _, lse, p = attention(q, k, v, mask=mask, **scoring)
-    lse = lse.float()
-    # p recomputed from the lse that the operator gets, in the dtype of its inputs.
-    s = attention(q.float(), k.float(), v.float(), mask=mask, dtype=torch.float32, **scoring)
-    same_p = s[2] * torch.exp(s[1] - lse).nan_to_num(0.0)[..., None]
+
+    def exact(q, k, v, **scoring):
+        return reduced(attention(q, k, v, mask=mask, **scoring)[2], k.shape[2], **reduction)
+
+    expected, same = exact(q, k, v, **scoring), rounded(q.dtype, exact, q, k, v, **scoring)
+    lse = attention(q, k, v, mask=mask, **scoring)[1].float()
     scoring.pop("sinks", None)
     actual = kvops.attention_scores(q, k, lse, **window, **reduction, **scoring)
     assert actual.dtype == torch.float32
-    assert_accurate(actual, *(reduced(x, k.shape[2], **reduction) for x in (p, same_p)), "scores")
+    assert_accurate(actual, expected, same, "scores")
     return actual
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from no_sync import no_synchronisation
 from oracle import assert_accurate, attention, attention_mask
+from rounding import rounded
 
 import kvops
 from kvops.cache.tables import HeadBlocks, from_flashinfer, slot_mapping, to_flashinfer
@@ -121,14 +122,15 @@ def test_tokens_go_where_the_engine_would_put_them_and_are_attended_to_in_place(
     q = torch.randn(B, 2, 2 * HEADS, D, device=device)
     uniform, _ = kvops.paged_attention(q, k_cache, v_cache, tables, lens)
     split, _ = kvops.paged_attention(q, heads.k_cache, heads.v_cache, *heads.split(tables, lens))
-    exact, rounded = torch.empty(2, *uniform.shape, dtype=torch.float64)
-    for b, length in enumerate(LENGTHS):
-        inputs = q[b : b + 1].cpu(), k[b : b + 1, :length].cpu(), v[b : b + 1, :length].cpu()
-        mask = attention_mask(2, length, causal=True)
-        exact[b] = attention(*inputs, mask=mask)[0]
-        rounded[b] = attention(*inputs, mask=mask, dtype=torch.float32)[0]
-    assert_accurate(uniform, exact, rounded)
-    assert_accurate(split, exact, rounded)
+
+    def alone(q, k, v):
+        rows = [(q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length]) for b, length in enumerate(LENGTHS)]
+        return torch.cat([attention(*row, mask=attention_mask(2, row[1].shape[1], causal=True))[0] for row in rows])
+
+    inputs = q.cpu(), k.cpu(), v.cpu()
+    exact, same = alone(*inputs), rounded(q.dtype, alone, *inputs)
+    assert_accurate(uniform, exact, same)
+    assert_accurate(split, exact, same)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -182,17 +184,24 @@ def test_the_memory_of_an_engine_is_compressed_per_head_where_it_lies(backend, d
     one_head = from_flashinfer(*arrays, SIZE)
     caches = heads.k_cache[:, :, None], heads.v_cache[:, :, None]
     alone, _ = kvops.paged_attention(q.view(2 * HEADS, 1, 1, D), *caches, *one_head)
-    exact, rounded = torch.empty(2, *q.shape, dtype=torch.float64)
+    kept = [[keep[b, h].nonzero().flatten() for h in range(HEADS)] for b in range(2)]
     for b in range(2):
         for h in range(HEADS):
-            kept = keep[b, h].nonzero().flatten()
-            best = before[b][h][: int(lens[b])].topk(len(kept)).indices.sort().values
-            assert torch.equal(kept, best)
-            place = slice(b, b + 1), slice(None), slice(h, h + 1)
-            inputs = [side[place].cpu() for side in (q, k[:, kept], v[:, kept])]
-            exact[place], rounded[place] = attention(*inputs)[0], attention(*inputs, dtype=torch.float32)[0]
-    assert_accurate(out, exact, rounded)
-    assert_accurate(alone.view(out.shape), exact, rounded)
+            best = before[b][h][: int(lens[b])].topk(len(kept[b][h])).indices.sort().values
+            assert torch.equal(kept[b][h], best)
+
+    def over_kept(q, k, v):
+        exact = torch.empty(q.shape, dtype=torch.float64)
+        for b in range(2):
+            for h in range(HEADS):
+                place, slots = (slice(b, b + 1), slice(None), slice(h, h + 1)), kept[b][h].cpu()
+                exact[place] = attention(q[place], k[:, slots][place], v[:, slots][place])[0]
+        return exact
+
+    inputs = q.cpu(), k.cpu(), v.cpu()
+    exact, same = over_kept(*inputs), rounded(q.dtype, over_kept, *inputs)
+    assert_accurate(out, exact, same)
+    assert_accurate(alone.view(out.shape), exact, same)
     with pytest.raises(ValueError, match=r"seq_lens: expected heads of one length, got \d+ to \d+ slots in sequence 0"):
         heads.join(per_head, head_lens)
     with pytest.raises(ValueError, match="a list for each head"):

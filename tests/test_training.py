@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from oracle import assert_accurate
+from rounding import rounded
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_bytes.py"
@@ -30,19 +32,17 @@ def decoder(example, device, attend=None, dtype=torch.float32, **changes):
 
 
 def test_the_losses_are_those_of_torch_and_fall(example, backend, device):
-    """As far from a float64 run as torch in float32 is, by the tolerance of every other test."""
+    """As far from a float64 run as rounding takes it, by the tolerance of every other test."""
     steps = 20 if backend == "eager" else 5
 
     def losses(attend, dtype=torch.float32):
         pieces = example.batches(batch=1, length=40)
         return example.train(decoder(example, device, attend, dtype), pieces, steps)
 
-    ours, theirs, exact = (
-        losses(example.with_kvops),
-        losses(example.with_sdpa),
-        losses(example.with_sdpa, torch.float64),
-    )
-    assert_accurate(ours.float(), exact, theirs, "losses")
+    ours, exact = losses(example.with_kvops), losses(example.with_sdpa, torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        same = rounded(torch.float32, losses, example.with_sdpa, torch.float64)
+    assert_accurate(ours.float(), exact, same, "losses")
     assert ours[-3:].mean() < 0.95 * ours[0]
 
 
@@ -51,9 +51,11 @@ def test_the_tolerance_tells_a_window_that_is_one_key_short(example, device):
         model = decoder(example, device, attend, dtype, window=window)
         return example.train(model, example.batches(batch=1, length=40), 4)
 
-    theirs, exact = losses(example.with_sdpa), losses(example.with_sdpa, torch.float64)
+    exact = losses(example.with_sdpa, torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        same = rounded(torch.float32, losses, example.with_sdpa, torch.float64)
     with pytest.raises(AssertionError, match="losses: error"):
-        assert_accurate(losses(example.with_kvops, window=SMALL["window"] - 1).float(), exact, theirs, "losses")
+        assert_accurate(losses(example.with_kvops, window=SMALL["window"] - 1).float(), exact, same, "losses")
 
 
 def test_gradients_reach_every_parameter(example, backend, device):
@@ -91,11 +93,13 @@ def test_a_compiled_model_trains_to_the_same_losses_without_a_graph_for_each_len
     compiled = losses(torch.compile(model, fullgraph=True, dynamic=True, backend=graphs), model)
     # Not 1: torch compiles the first length twice, the second time with Python's floats as tensors.
     assert counts == counts[:1] * len(lengths), f"graphs after each of the lengths {lengths}: {counts}"
-    model, double = (
-        decoder(example, device, layers=1),
-        decoder(example, device, example.with_sdpa, torch.float64, layers=1),
-    )
-    assert_accurate(compiled, losses(double, double), losses(model, model), "losses")
+
+    def in_float64():
+        model = decoder(example, device, example.with_sdpa, torch.float64, layers=1)
+        return losses(model, model)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_accurate(compiled, in_float64(), rounded(torch.float32, in_float64), "losses")
 
 
 def test_activation_checkpointing_gives_the_same_gradients(example, backend, device):
