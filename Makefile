@@ -32,7 +32,7 @@ PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 OUT ?= bench/results/cpu
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-oldest docs demo train bench bench-quality bench-report gpu prune lint format clean
+.PHONY: help setup test test-oldest margins mutations docs demo train bench bench-quality bench-report gpu prune lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -71,6 +71,13 @@ $(OLDEST).txt: pyproject.toml constraints.txt
 	@mkdir -p $(@D)
 	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $@
 	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt >> $@
+
+# With the code that torch, MKL and OpenBLAS have for other CPUs, each with one and two threads.
+margins: $(SETUP)  ## how close comparisons come to their tolerances on other CPUs; ARGS="--only OPENBLAS" for a part
+	$(BIN)/python tests/margins.py $(ARGS)
+
+mutations: $(SETUP)  ## plant faults in a copy of the sources: each must fail its tests; ARGS="paged" for a part
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(ARGS)
 
 docs: $(SETUP)  ## the manual as a site in build/docs; a warning is an error
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
