@@ -138,8 +138,8 @@ def assert_accurate(actual: Tensor, exact: Tensor, same_arithmetic: Tensor, name
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     dtype = actual.dtype
     actual, exact, same_arithmetic = (x.detach().cpu().double() for x in (actual, exact, same_arithmetic))
-    if same_arithmetic.dim() == exact.dim():
-        same_arithmetic = same_arithmetic[None]
+    if same_arithmetic.dim() == exact.dim():  # of correct roundings, which samples are twice of
+        same_arithmetic = (exact + 2 * (same_arithmetic - exact).nan_to_num(0.0))[None]
     assert not actual.isnan().any(), f"{name}: {int(actual.isnan().sum())} NaN"
     infinite = exact.isinf()
     assert torch.equal(actual[infinite], exact[infinite]), f"{name}: infinities differ"
