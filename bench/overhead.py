@@ -119,7 +119,7 @@ def contenders(launches: list[int]) -> dict[str, Contender]:
         "torch.add(a, b, out=c)": whole(lambda: add(a, a, out=out)),
         "decode: to the launch": to_launch(decode, launches),
         "decode: whole call, two launches": whole(decode),
-        "decode: checks": whole(lambda: paged._check_attention(*operands, schedule=schedule)),
+        "decode: checks": whole(lambda: paged.check_attention(*operands, schedule=schedule)),
         "decode: launch function": to_launch(lambda: launch(*operands, schedule=schedule), launches),
         "append: to the launch": to_launch(lambda: append(new, new, cache, cache, tables, lens), launches),
         "append: checks": whole(lambda: paged._check_append(new, new, cache, cache, tables, lens)),

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ def debug() -> bool:
 def interpreting() -> bool:
     """Whether ``TRITON_INTERPRET=1`` sends CPU tensors to the kernels, in Triton's interpreter."""
     return _variables.get(_INTERPRET) == _YES
+
+
+def shown(value: object) -> str:
+    """``value`` in a message: short, and arrays and tensors by their shape."""
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__} of shape {list(shape)}" if shape else reprlib.repr(value)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -96,12 +102,16 @@ def expect_head_ratio(name: str, query_heads: int, kv_name: str, kv_heads: int) 
         )
 
 
-def expect_at_least(name: str, value: float, minimum: float) -> None:
+def holds(name: str, value: Any, condition: Callable[[Any], Any]) -> bool:
+    """Whether ``condition`` is true of a number; TypeError for anything else."""
     try:
-        enough = value >= minimum
-    except TypeError:
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    if not enough:
+        return bool(condition(value))
+    except (TypeError, ValueError, RuntimeError):  # the last two come from arrays and tensors of several numbers
+        raise TypeError(f"{name}: expected a number, got {shown(value)}") from None
+
+
+def expect_at_least(name: str, value: float, minimum: float) -> None:
+    if not holds(name, value, lambda number: number >= minimum):
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
@@ -110,7 +120,7 @@ def expect_int(name: str, value: Any, minimum: int) -> None:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+        raise TypeError(f"{name}: expected an int, got {shown(value)}") from None
     expect_at_least(name, number, minimum)
 
 
@@ -122,16 +132,16 @@ def ints(name: str, values: Any) -> list[int]:
             raise TypeError
         return list(map(operator.index, given))
     except TypeError:
-        raise TypeError(f"{name}: expected whole numbers, got {reprlib.repr(values)}") from None
+        raise TypeError(f"{name}: expected whole numbers, got {shown(values)}") from None
 
 
 def expect_between(name: str, value: float, lowest: float, highest: float) -> None:
-    if not lowest <= value <= highest:
+    if not holds(name, value, lambda number: lowest <= number <= highest):
         raise ValueError(f"{name}: expected a number from {lowest} to {highest}, got {value}")
 
 
 def expect_finite(name: str, value: float) -> None:
-    if not -math.inf < value < math.inf:
+    if not holds(name, value, lambda number: -math.inf < number < math.inf):
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
@@ -142,8 +152,8 @@ def expect_odd(name: str, value: int) -> None:
 
 
 def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def has_data(tensor: Tensor) -> bool:

@@ -4,9 +4,10 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from cache_helpers import HEADS, LAYERS, ROWS, SIZE, blocks, feed, make_cache, slots_of
+from cache_helpers import HEADS, LAYERS, ROWS, SIZE, blocks, feed, make_cache, raw_state, sides, slots_of, whole_state
 from oracle import assert_accurate, attention
 from rounding import rounded
 
@@ -108,6 +109,186 @@ def test_a_copy_goes_on_as_the_original_would(copied, device):
     for layer in range(LAYERS):
         assert torch.equal(cache.attend(layer, q), other.attend(layer, q))
         assert cache.gather(layer, 1, 0)[2].tolist() == other.gather(layer, 1, 0)[2].tolist()
+
+
+def test_a_pickled_error_keeps_its_numbers():
+    error = pickle.loads(pickle.dumps(kvops.OutOfBlocksError(3, 1, 8, "rows")))
+    assert (error.needed, error.free, error.total) == (3, 1, 8)
+    assert str(error) == str(kvops.OutOfBlocksError(3, 1, 8, "rows"))
+
+
+@pytest.mark.parametrize("lists", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("alike", [True, False])
+def test_scales_are_the_caches_own(device, lists, alike):
+    """Of the shape that the cache keeps, they were the caller's tensors."""
+    scale = torch.ones(() if alike else lists, device=device)
+    layers, heads = lists
+    options = {"dtype": torch.float8_e4m3fn, "k_scale": scale, "v_scale": scale}
+    cache = make_cache(device, num_layers=layers, num_kv_heads=heads, **options)
+    scale.mul_(2)
+    cache.k_scale.mul_(4)
+    assert cache.k_scale.unique().tolist() == [4]
+    assert cache.v_scale.unique().tolist() == [1]
+    assert scale.unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("lists", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("into", [[1, 3], [3, 1], [2], [], slice(1, 4, 2)])
+def test_a_row_is_forked_into_any_rows(device, lists, into):
+    """Into rows that are no ascending range torch refused the assignment, with sharers counted: blocks leaked."""
+    layers, heads = lists
+    cache = make_cache(device, num_layers=layers, num_kv_heads=heads, max_batch=4)
+    feed(cache, 6, rows=[0])
+    held = cache.gather(0, 0, 0)[0].tolist()
+    feed(cache, 2, rows=[1, 3])
+    cache.fork(0, into)
+    numbers = list(range(4))[into] if isinstance(into, slice) else into
+    assert all(cache.gather(0, row, 0)[0].tolist() == held for row in [0, *numbers])
+    cache.free()
+    assert cache.stats().blocks_free == cache.num_blocks
+
+
+def test_max_tokens_is_the_capacity_of_a_list(device):
+    """A list that filled whole blocks had room for more than was asked for."""
+    cache = make_cache(device, max_tokens=25, block_size=16)
+    cache.extend(25, rows=0)
+    before = raw_state(cache)
+    for num_tokens in (1, 25, 2**32, 2**40):
+        for call in (cache.extend, cache.prepare):
+            with pytest.raises(ValueError, match=rf"num_tokens: .* max_tokens|num_tokens: a list .* {25 + num_tokens}"):
+                call(num_tokens, rows=0)
+    with pytest.raises(ValueError, match="num_tokens: a list would hold 26 tokens, more than the 25 of max_tokens"):
+        cache.extend(40, q_lens=torch.tensor([1], dtype=torch.int32, device=device), rows=0)
+    assert raw_state(cache) == before
+    assert "rows of up to 25 tokens" in repr(cache)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_numbers_that_int32_does_not_hold_are_refused(device, exact):
+    """They wrapped around: 2**32 tokens were rolled back as 0."""
+    cache = make_cache(device)
+    feed(cache, 6, rows=[0])
+    cache._pool.exact = exact
+    for number in (2**31, 2**32, 2**32 + 2, 2**40):
+        for call in (
+            lambda number=number: cache.rollback(number, rows=0),
+            lambda number=number: cache.fork(0, 1, num_tokens=number),
+        ):
+            with pytest.raises(ValueError, match=rf"num_tokens: expected at most max_tokens = 40, got {number}"):
+                call()
+
+
+def test_a_refused_operation_changes_nothing(device):
+    """Rows were unshared, freed or prepared before the last thing that could be refused."""
+    cache = make_cache(device, num_blocks=24)
+    feed(cache, 9, rows=[0])
+    cache.fork(0, [1])
+    before = raw_state(cache)
+    q = torch.randn(2, 1, HEADS, 3, device=device)
+    elsewhere = "meta" if torch.device(device).type == "cpu" else "cpu"
+    rows = [0, 1]
+    for bad, error, message in (
+        (lambda: cache.attend(0, q[..., :2], rows=rows, accumulate="sum"), ValueError, "k_cache: expected shape"),
+        (lambda: cache.attend(0, q, rows=rows, accumulate="mean"), ValueError, "accumulate: expected one of 'sum'"),
+        (lambda: cache.attend(0, q, rows=rows, accumulate="sum", decay=-1), ValueError, "decay: expected at l"),
+        (lambda: cache.attend(2, q, rows=rows, accumulate="sum"), ValueError, "layer: expected"),
+        (lambda: cache.attend(0, q[0], rows=rows, window_left=3), ValueError, "q: expected 4 dimensions"),
+        (lambda: cache.keep(2, torch.ones(2, HEADS, 3).bool().to(device), rows=rows), ValueError, "layer: expected"),
+        (lambda: cache.keep(0, torch.ones(2, HEADS, 3).bool().to(elsewhere), rows=rows), ValueError, "kept: .*device"),
+        (lambda: cache.retain(torch.ones(2, 3).bool().to(elsewhere), rows=rows), ValueError, "keep: .* device"),
+        (lambda: cache.set_scores(0, torch.ones(2, HEADS, 3).to(elsewhere), rows=rows), ValueError, "scores: .*device"),
+        (lambda: cache.extend(2, q_lens=torch.ones(2).int().to(elsewhere), rows=rows), ValueError, "q_lens: .*device"),
+        (lambda: cache.prepare(20, rows=rows, evicts=True), kvops.OutOfBlocksError, "needs 52 more blocks, but 12 of"),
+        (lambda: cache.prepare(32, rows=rows, evicts=True), ValueError, "a list would hold 41 tokens"),
+        (lambda: cache.remember(0, range(10)), ValueError, "tokens: expected at most"),
+        (lambda: cache.remember(0, range(9), salt=None), TypeError, "salt: expected a str, got None"),
+        (lambda: cache.fork(0, [1, 2], num_tokens=10), ValueError, "num_tokens: expected at most the 9 of row 0"),
+    ):
+        with pytest.raises(error, match=message):
+            bad()
+        assert raw_state(cache) == before
+
+
+def test_marks_of_any_strides_are_kept(device):
+    """Marks that were not contiguous were refused by the operator, once the rows had blocks of their own."""
+    cache, other = make_cache(device), make_cache(device)
+    kept = torch.rand(ROWS, cache.max_blocks * SIZE, HEADS, device=device) < 0.5
+    for each, marks in ((cache, kept.transpose(1, 2)), (other, kept.transpose(1, 2).contiguous())):
+        feed(each, 9)
+        each.keep(0, marks)
+    assert torch.equal(cache.seq_lens, other.seq_lens)
+
+
+def a_step(cache, device):
+    feed(cache, 5, rows=[0])
+    cache.fork(0, [1])
+    cache.remember(0, range(5))
+    cache.attend(0, torch.ones(1, 2, HEADS, 3, device=device), rows=[1], accumulate="sum", window_left=3)
+    feed(cache, 3, rows=[0, 1])
+    cache.retain(torch.tensor([[True, False]] * 2, device=device), rows=[0, 1])
+    cache.evict(8, rows=[1])
+    cache.keep(1, torch.zeros(1, HEADS, 2, dtype=torch.bool, device=device), rows=1)
+    feed(cache, 2, rows=[2, 0])
+    cache.rollback(1, rows=[0, 2])
+    cache.set_scores(0, torch.ones(1, HEADS, 4, device=device), rows=2)
+    cache.free(1)
+    cache.recall(1, range(5))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        make_cache,
+        lambda device: copy.deepcopy(make_cache(device)),
+        lambda device: pickle.loads(pickle.dumps(make_cache(device))),
+    ],
+)
+def test_a_cache_first_used_in_inference_mode_goes_on_outside_of_it(device, made):
+    """Its tensors were inference tensors, which nothing may write outside of that mode."""
+    cache, other = None, make_cache(device)
+    with torch.inference_mode():
+        cache = made(device)
+        a_step(cache, device)
+    a_step(other, device)
+    with torch.no_grad():
+        a_step(cache, device)
+    a_step(other, device)
+    a_step(cache, device)
+    a_step(other, device)
+    assert whole_state(cache) == whole_state(other)
+    assert not any(tensor.is_inference() for tensor in sides(cache))
+
+
+def test_keys_of_another_dtype_are_named(device):
+    """The cache was blamed for them."""
+    cache = make_cache(device)
+    positions = cache.extend(1)
+    k = torch.zeros(ROWS, 1, HEADS, 3, device=device)
+    for keys, values, name in ((k.half(), k.half()[..., :2], "k"), (k, k.half()[..., :2], "v")):
+        with pytest.raises(TypeError, match=rf"^{name}: expected the dtype of k(_cache)?, float32, got float16"):
+            cache.append(0, keys, values, positions)
+    with pytest.raises(TypeError, match=r"^q: expected the dtype of k_cache, float32, got bfloat16"):
+        cache.attend(0, k.bfloat16())
+
+
+def test_arrays_are_not_printed_whole(device):
+    cache = make_cache(device)
+    many, q = np.arange(10_000.0), torch.zeros(ROWS, 1, HEADS, 3, device=device)
+    for bad, argument in (
+        (lambda: cache.extend(many), "num_tokens: expected an int"),
+        (lambda: cache.extend(1, rows=many), "rows: expected a slice"),
+        (lambda: cache.extend(1, rows=np.arange(10_000)), "rows: expected different row numbers"),
+        (lambda: cache.extend(1, rows=np.ones(10_000, dtype=bool).tolist()), "rows: expected row numbers"),
+        (lambda: cache.evict(many), "budget: expected an int"),
+        (lambda: cache.recall(0, many), "tokens: expected whole numbers"),
+        (lambda: cache.evict(1, scope=many), "scope: expected one of"),
+        (lambda: cache.attend(0, q, accumulate="sum", decay=many), "decay: expected a number"),
+        (lambda: make_cache(device, num_blocks=many), "num_blocks: expected an int"),
+        (lambda: make_cache(device, dtype=torch.float8_e4m3fn, k_scale=many), "k_scale: expected a number"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=argument) as refusal:
+            bad()
+        assert len(str(refusal.value)) < 200
 
 
 def test_rows_may_be_named_in_any_way(device):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from cache_helpers import HEADS, LAYERS, feed, make_cache
+from cache_helpers import HEADS, LAYERS, feed, make_cache, whole_state
 from safetensors import safe_open
 
 import kvops
@@ -33,10 +33,6 @@ def a_used_cache(device, **changes):
     return cache
 
 
-def as_a_whole(cache):
-    return lists_of(cache), cache.next_positions.tolist(), cache.compressed, str(cache.stats())
-
-
 @pytest.mark.parametrize(
     ("dtype", "scales"),
     [
@@ -56,20 +52,44 @@ def test_every_byte_comes_back_and_the_rows_go_on_alike(device, tmp_path, dtype,
     loaded.extend(3, rows=2)
     cache.rollback(3, rows=2)
     loaded.rollback(3, rows=2)
-    assert as_a_whole(loaded) == as_a_whole(cache)
-    assert loaded.k_cache.dtype == dtype
-    for name in ("k_scale", "v_scale"):
-        mine, theirs = getattr(cache, name), getattr(loaded, name)
-        assert mine is theirs is None or torch.equal(mine, theirs)
+    assert whole_state(loaded) == whole_state(cache)
     for both in (cache, loaded):
         assert both.recall(3, [*range(12), -1]) == 12
         feed(both, 3, rows=[0, 1, 2, 3])
         both.evict(9, rows=[1, 3])
-    assert as_a_whole(loaded) == as_a_whole(cache)
+    assert whole_state(loaded) == whole_state(cache)
+    assert str(loaded.stats()) == str(cache.stats())
     for both in (cache, loaded):
         both.free()
         both.forget()
         assert both.stats().blocks_free == both.num_blocks
+
+
+def test_a_loaded_cache_knows_what_was_evicted(monkeypatch, device, tmp_path):
+    """The saved cache refused to roll back past an eviction, the loaded one did it and lost survivors."""
+    monkeypatch.setenv("KVOPS_DEBUG", "1")
+    cache = make_cache(device)
+    feed(cache, 12, rows=[0])
+    cache.evict(4, rows=0, scope="head")
+    feed(cache, 2, rows=[0])
+    cache.save(tmp_path / "cache")
+    loaded = kvops.PagedKVCache.load(tmp_path / "cache", device=device)
+    for both in (cache, loaded):
+        with pytest.raises(ValueError, match="tokens that came in after the last eviction, got 2 more"):
+            both.rollback(4, rows=0)
+        both.rollback(2, rows=0)
+    assert whole_state(loaded) == whole_state(cache)
+
+
+def test_the_file_has_every_part_of_the_state(device):
+    """A new attribute belongs into the file and into whole_state(), unless it follows from what is there."""
+    known = {
+        "arguments": "num_layers num_kv_heads num_blocks max_batch max_tokens block_size max_blocks device",
+        "stored": "k_cache v_cache positions _scores k_scale v_scale next_positions _settled compressed",
+        "parts and views of them": "_pool _prefixes block_tables seq_lens scores",
+        "made again at need": "_indices _views _gathered _schedules",
+    }
+    assert set(vars(make_cache(device))) == set(" ".join(known.values()).split())
 
 
 def test_a_bounded_host_knows_what_it_loaded(device, tmp_path):
@@ -131,7 +151,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"path: expected a file that PagedKVCache.save wrote"):
         kvops.PagedKVCache.load(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="path: expected a kvops paged cache of version 1, got version None"):
+    with pytest.raises(ValueError, match="path: expected a kvops paged cache of version 2, got version None"):
         kvops.PagedKVCache.load(path)
     cache = make_cache("cpu")
     feed(cache, 5, rows=[0])

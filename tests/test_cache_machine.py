@@ -1,8 +1,11 @@
-"""The paged cache against a plain Python model, in any order: no block lost, none held by more than it says, every byte
-where it belongs, and what is refused changes nothing.
+"""The paged cache against a plain Python model, operations in any order.
 
-Every run takes the same 3,600 steps. ``KVOPS_CACHE_EXAMPLES=2000 pytest tests/test_cache_machine.py`` takes so many
-sequences of 30 steps on each of the two machines, other ones every time.
+Checked after every step: no block is lost, each is held by as many lists as its count says, every byte is where it
+belongs. A refused operation changes nothing, and a loaded cache is in the state of the saved one. Shapes are drawn:
+1 or 2 layers and heads, 1 to 4 rows, blocks of 1 to 32 slots, pools that run out.
+
+Every run takes the same 3,600 steps. ``KVOPS_CACHE_EXAMPLES=2000 pytest tests/test_cache_machine.py`` takes that many
+sequences of 30 steps on each of the two machines, different ones every time.
 """
 
 from __future__ import annotations
@@ -11,21 +14,24 @@ import math
 import os
 import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from cache_helpers import CAPACITY, HEADS, LAYERS, SIZE, blocks, feed, make_cache, name_of
+from cache_helpers import feed, make_cache, name_of, raw_state, whole_state
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kvops
 from kvops.policies import POLICIES, Cached, Compression, Knorm, Streaming
 
-ROWS, BLOCKS = 4, 72
-LISTS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
 Key = tuple[int, int, int]  # layer, row, head
+
+
+# Two messages of one refusal: more new tokens than a list can ever hold, and more than it still has room for.
+TOO_LONG = "num_tokens: (a list would hold|expected at most max_tokens)"
 
 
 class Entry(NamedTuple):
@@ -50,30 +56,62 @@ class CacheMachine(RuleBasedStateMachine):
 
     exact = True
 
-    rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=ROWS, unique=True)
-
-    @initialize(data=st.data())
-    def start(self, data):
+    @initialize(
+        layers=st.integers(1, 2),
+        heads=st.integers(1, 2),
+        rows=st.sampled_from([4, 3, 2, 1]),
+        size=st.sampled_from([4, 1, 2, 3, 8, 16, 32]),
+        capacity=st.sampled_from([40, 38, 33, 25, 7]),
+        share=st.sampled_from([0.45, 0.3, 0.7, 1.0]),
+        data=st.data(),
+    )
+    def start(self, layers, heads, rows, size, capacity, share, data):
         """Two sequences, and two that go on from the first: from nothing, chance seldom comes this far."""
-        self.cache = make_cache("cpu", max_batch=ROWS, num_blocks=BLOCKS)
+        self.layers, self.heads, self.size, self.capacity = layers, heads, size, capacity
+        self.rows = range(rows)
+        self.places = [(layer, head) for layer in range(layers) for head in range(heads)]
+        self.num_blocks = max(1, int(share * layers * heads * rows * self.blocks(capacity)))
+        self.cache = make_cache(
+            "cpu",
+            num_layers=layers,
+            num_kv_heads=heads,
+            num_blocks=self.num_blocks,
+            max_batch=rows,
+            max_tokens=capacity,
+            block_size=size,
+        )
         self.cache._pool.exact = self.exact
-        keys = [(layer, row, head) for layer, head in LISTS for row in range(ROWS)]
+        keys = self.of(*self.rows)
         self.lists: dict[Key, list[Entry]] = {key: [] for key in keys}
         self.held: dict[Key, list[Block]] = {key: [] for key in keys}
         self.remembered: dict[tuple[str, tuple[int, ...]], Remembered] = {}
-        self.tokens: list[list[int]] = [[] for _ in range(ROWS)]
-        self.next = [0] * ROWS
-        self.may_roll_back = [0] * ROWS
-        self.compressed = [False] * ROWS
+        self.tokens: list[list[int]] = [[] for _ in self.rows]
+        self.next = [0] * rows
+        self.may_roll_back = [0] * rows
+        self.compressed = [False] * rows
         self.steps = 0
-        for row, most in ((0, 30), (1, 14)):
+        for row, most in zip(self.rows, (30, 14), strict=False):
             self._grow([row], data.draw(st.integers(0, most)), None)
-        self._fork(0, data.draw(st.sampled_from([[2, 3], [3], []])), None)
+        forks = [fork for fork in ([2, 3], [3, 1], [3], []) if set(fork) <= set(self.rows)]
+        self._fork(0, data.draw(st.sampled_from(forks)), None)
 
-    @staticmethod
-    def of(*rows: int) -> list[Key]:
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.size)
+
+    def draw_rows(self, data) -> list[int]:
+        return data.draw(st.lists(st.sampled_from(self.rows), min_size=1, max_size=len(self.rows), unique=True))
+
+    def of(self, *rows: int) -> list[Key]:
         """The lists of the rows, in the order of the tables."""
-        return [(layer, row, head) for layer in range(LAYERS) for row in rows for head in range(HEADS)]
+        return [(layer, row, head) for layer in range(self.layers) for row in rows for head in range(self.heads)]
+
+    @contextmanager
+    def refusing(self, error, message):
+        """The operation raises, and nothing has changed."""
+        before = raw_state(self.cache)
+        with pytest.raises(error, match=message) as refusal:
+            yield refusal
+        assert raw_state(self.cache) == before
 
     def holders(self) -> Counter[Block]:
         prefixes = (entry.blocks.values() for entry in self.remembered.values())
@@ -84,7 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
         return len(self.holders()) - len({block for held in self.held.values() for block in held})
 
     def free(self) -> int:
-        return BLOCKS - len(self.holders())
+        return self.num_blocks - len(self.holders())
 
     def copies(self, written: dict[Key, range]) -> list[tuple[Key, int]]:
         """The places whose block must be copied before all of them are written: those that others hold too."""
@@ -108,19 +146,14 @@ class CacheMachine(RuleBasedStateMachine):
         otherwise; where it would not help, the call is refused.
         """
         needed, copies = needs()
-        if enough := needed <= self.free():
-            call()
-        elif for_copies:
-            kept, self.remembered = self.remembered, {}
-            needed, copies = needs()
-            if needed > self.free():
-                return self.refused(needed, call)
-            self.remembered = kept
-            call()
-        elif needed <= self.free() + self.idle():
-            call()
-        else:
-            return self.refused(needed, call)
+        enough = needed <= self.free()
+        if needed > self.free() + self.idle() and not (for_copies and self.fits_without_prefixes(needs)):
+            with self.refusing(kvops.OutOfBlocksError, "but") as refusal:
+                call()
+            error = refusal.value
+            assert (error.needed, error.free, error.total) == (needed, self.free(), self.num_blocks)
+            return False
+        call()
         index = self.cache._prefixes
         left = {prefix: entry for prefix, entry in self.remembered.items() if self.key_of(prefix) in index.entries}
         assert len(index) == len(left)
@@ -132,29 +165,31 @@ class CacheMachine(RuleBasedStateMachine):
             self.held[key][column] = Block()
         return True
 
-    def refused(self, needed, call) -> bool:
-        with pytest.raises(kvops.OutOfBlocksError) as refusal:
-            call()
-        assert (refusal.value.needed, refusal.value.free, refusal.value.total) == (needed, self.free(), BLOCKS)
-        assert len(self.cache._prefixes) == len(self.remembered)
-        return False
+    def fits_without_prefixes(self, needs) -> bool:
+        kept, self.remembered = self.remembered, {}
+        fits = needs()[0] <= self.free()
+        self.remembered = kept
+        return fits
 
     def key_of(self, prefix) -> bytes:
         salt, tokens = prefix
         return list(self.cache._prefixes._keys(tokens, salt))[-1]
 
-    def growth(self, counts: dict[Key, int]) -> tuple[int, list[tuple[Key, int]]]:
+    def growth(self, counts: dict[Key, int], *, copy_all: bool = False) -> tuple[int, list[tuple[Key, int]]]:
         """Blocks that so many more tokens take, and the places to copy first."""
         ends = {key: len(self.lists[key]) + count for key, count in counts.items()}
-        grow = sum(max(blocks(end) - len(self.held[key]), 0) for key, end in ends.items())
+        grow = sum(max(self.blocks(end) - len(self.held[key]), 0) for key, end in ends.items())
         written = {
-            key: range(len(self.lists[key]) // SIZE, blocks(ends[key])) for key, count in counts.items() if count
+            key: range(len(self.lists[key]) // self.size, self.blocks(ends[key]))
+            for key, count in counts.items()
+            if count
         }
-        copies = self.copies(written)
+        copies = self.copies({key: range(len(self.held[key])) for key in counts} if copy_all else written)
         return grow + len(copies), copies
 
-    @rule(rows=rows, new=st.integers(0, 14), token=st.integers(0, 1), data=st.data())
-    def grow(self, rows, new, token, data):
+    @rule(new=st.integers(0, 14) | st.just(35), token=st.integers(0, 1), data=st.data())
+    def grow(self, new, token, data):
+        rows = self.draw_rows(data)
         counts = st.lists(st.integers(0, new), min_size=len(rows), max_size=len(rows))
         self._grow(rows, new, data.draw(st.none() | counts), token)
 
@@ -167,8 +202,8 @@ class CacheMachine(RuleBasedStateMachine):
         def call():
             return feed(self.cache, new, rows=rows, q_lens=q_lens, first=first)
 
-        if any(len(self.lists[key]) + count > CAPACITY for key, count in counts.items()):
-            with pytest.raises(ValueError, match="num_tokens: a list would hold"):
+        if any(len(self.lists[key]) + count > self.capacity for key, count in counts.items()):
+            with self.refusing(ValueError, TOO_LONG):
                 call()
             return
         positions = []
@@ -178,38 +213,45 @@ class CacheMachine(RuleBasedStateMachine):
         for key, count in counts.items():
             places = range(self.next[key[1]], self.next[key[1]] + count)
             self.lists[key] += [Entry(position, first + name_of(*key, position)) for position in places]
-            more = blocks(len(self.lists[key])) - len(self.held[key])
+            more = self.blocks(len(self.lists[key])) - len(self.held[key])
             self.held[key] += [Block() for _ in range(more)]
         for row, count in lens.items():
             self.next[row] += count
             self.may_roll_back[row] += count
             self.tokens[row] += [token] * count
 
-    @rule(rows=rows, new=st.integers(0, 9))
-    def prepare(self, rows, new):
+    @rule(new=st.integers(0, 9), evicts=st.sampled_from([False, False, True]), data=st.data())
+    def prepare(self, new, evicts, data):
         """As before a graph is replayed: blocks that will be written are copied, nothing else changes."""
+        rows = self.draw_rows(data)
         counts = dict.fromkeys(self.of(*rows), new)
-        if any(len(self.lists[key]) + new > CAPACITY for key in counts):
-            with pytest.raises(ValueError, match="num_tokens: a list would hold"):
-                self.cache.prepare(new, rows=rows)
-            return
-        self.admitted(lambda: self.growth(counts), lambda: self.cache.prepare(new, rows=rows))
 
-    @precondition(lambda self: any(self.next))
+        def call():
+            self.cache.prepare(new, rows=rows, evicts=evicts)
+
+        if any(len(self.lists[key]) + new > self.capacity for key in counts):
+            with self.refusing(ValueError, TOO_LONG):
+                call()
+            return
+        if self.admitted(lambda: self.growth(counts, copy_all=evicts), call, for_copies=evicts) and evicts:
+            for row in rows:
+                self.compressed[row] = True
+
+    @precondition(lambda self: any(self.next) and len(self.rows) > 1)
     @rule(data=st.data())
     def fork(self, data):
-        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.next[row]]))
-        others = st.sampled_from([other for other in range(ROWS) if other != row])
-        into = data.draw(st.lists(others, min_size=1, max_size=ROWS - 1, unique=True))
+        row = data.draw(st.sampled_from([row for row in self.rows if self.next[row]]))
+        others = st.sampled_from([other for other in self.rows if other != row])
+        into = data.draw(st.lists(others, min_size=1, max_size=len(self.rows) - 1, unique=True))
         self._fork(row, into, None if self.compressed[row] else data.draw(st.none() | st.integers(0, self.next[row])))
 
     def _fork(self, row, into, most):
         self.cache.fork(row, into, num_tokens=most)
-        for layer, head in LISTS:
+        for layer, head in self.places:
             entries, held = self.lists[layer, row, head][:most], self.held[layer, row, head]
             for new in into:
                 self.lists[layer, new, head] = list(entries)
-                self.held[layer, new, head] = held[: blocks(len(entries))]
+                self.held[layer, new, head] = held[: self.blocks(len(entries))]
         for new in into:
             self.next[new] = self.next[row] if most is None else most
             self.may_roll_back[new] = self.may_roll_back[row] if most is None else most
@@ -219,38 +261,39 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.next))
     @rule(salt=st.sampled_from(["", "", "another"]), data=st.data())
     def remember(self, salt, data):
-        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.next[row]]))
+        row = data.draw(st.sampled_from([row for row in self.rows if self.next[row]]))
         tokens = self.tokens[row][: data.draw(st.integers(max(self.next[row] - 9, 0), self.next[row]))]
         if self.compressed[row]:
-            with pytest.raises(ValueError, match="row: expected one that has not been compressed"):
+            with self.refusing(ValueError, "row: expected one that has not been compressed"):
                 self.cache.remember(row, tokens, salt=salt)
             return
-        with pytest.raises(ValueError, match=f"tokens: expected at most the {self.next[row]} of row {row}"):
+        with self.refusing(ValueError, f"tokens: expected at most the {self.next[row]} of row {row}"):
             self.cache.remember(row, [*self.tokens[row], 0], salt=salt)
-        assert self.cache.remember(row, tokens, salt=salt) == len(tokens) // SIZE * SIZE
-        for column in range(len(tokens) // SIZE):
-            held = {(layer, head): self.held[layer, row, head][column] for layer, head in LISTS}
-            place = slice(column * SIZE, (column + 1) * SIZE)
-            contents = {(layer, head): self.lists[layer, row, head][place] for layer, head in LISTS}
+        assert self.cache.remember(row, tokens, salt=salt) == len(tokens) // self.size * self.size
+        for column in range(len(tokens) // self.size):
+            held = {(layer, head): self.held[layer, row, head][column] for layer, head in self.places}
+            place = slice(column * self.size, (column + 1) * self.size)
+            contents = {(layer, head): self.lists[layer, row, head][place] for layer, head in self.places}
             self.remembered.setdefault((salt, tuple(tokens[: place.stop])), Remembered(held, contents))
 
     @precondition(lambda self: self.remembered)
-    @rule(row=st.integers(0, ROWS - 1), more=st.lists(st.integers(0, 1), max_size=9), data=st.data())
-    def recall(self, row, more, data):
+    @rule(more=st.lists(st.integers(0, 1), max_size=9), data=st.data())
+    def recall(self, more, data):
+        row = data.draw(st.sampled_from(self.rows))
         salt, tokens = data.draw(st.sampled_from(sorted(self.remembered)))
         tokens = [*tokens, *more]
-        prefixes = [(salt, tuple(tokens[:stop])) for stop in range(SIZE, len(tokens), SIZE)]
+        prefixes = [(salt, tuple(tokens[:stop])) for stop in range(self.size, len(tokens), self.size)]
         found = []
         for prefix in prefixes:
             if prefix not in self.remembered:
                 break
             found.append(self.remembered[prefix])
-        assert self.cache.recall(row, torch.tensor(tokens), salt=salt) == len(found) * SIZE
+        assert self.cache.recall(row, torch.tensor(tokens), salt=salt) == len(found) * self.size
         self.forget_row(row)
-        for layer, head in LISTS:
+        for layer, head in self.places:
             self.held[layer, row, head] = [entry.blocks[layer, head] for entry in found]
             self.lists[layer, row, head] = [slot for entry in found for slot in entry.contents[layer, head]]
-        self.next[row] = self.may_roll_back[row] = len(found) * SIZE
+        self.next[row] = self.may_roll_back[row] = len(found) * self.size
         self.tokens[row] = tokens[: self.next[row]]
 
     @precondition(lambda self: len(self.remembered) > 5)
@@ -262,12 +305,15 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def save_and_load(self):
         """Goes on with the cache of the file: it is the same, but for blocks that lists kept for tokens to come."""
+        before = whole_state(self.cache)
         with tempfile.TemporaryDirectory() as folder:
             self.cache.save(f"{folder}/cache")
+            assert whole_state(self.cache) == before
             self.cache = kvops.PagedKVCache.load(f"{folder}/cache")
+        assert whole_state(self.cache) == before
         self.cache._pool.exact = self.exact
         for key, held in self.held.items():
-            del held[blocks(len(self.lists[key])) :]
+            del held[self.blocks(len(self.lists[key])) :]
 
     def own_all(self, rows, call) -> bool:
         """``call`` gives the rows blocks of their own; False where there are too few."""
@@ -280,26 +326,32 @@ class CacheMachine(RuleBasedStateMachine):
 
         return self.admitted(needs, call, for_copies=True)
 
-    @rule(rows=rows)
-    def unshare(self, rows):
+    @rule(data=st.data())
+    def unshare(self, data):
+        rows = self.draw_rows(data)
         self.own_all(rows, lambda: self.cache.unshare(rows))
 
-    @rule(row=st.integers(0, ROWS - 1), layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 99))
-    def score(self, row, layer, seed):
-        new = torch.rand(1, HEADS, 24, generator=torch.Generator().manual_seed(seed))
+    @rule(seed=st.integers(0, 99), data=st.data())
+    def score(self, seed, data):
+        row, layer = data.draw(st.sampled_from(self.rows)), data.draw(st.integers(0, self.layers - 1))
+        width = min(24, self.capacity)
+        new = torch.rand(1, self.heads, width, generator=torch.Generator().manual_seed(seed))
         if self.own_all([row], lambda: self.cache.set_scores(layer, new, rows=row)):
-            for head in range(HEADS):
+            for head in range(self.heads):
                 entries = self.lists[layer, row, head]
                 for i, value in enumerate(new[0, head, : len(entries)].tolist()):
                     entries[i] = entries[i]._replace(score=value)
 
-    @rule(rows=rows, layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 99))
-    def attend(self, rows, layer, seed):
-        q = torch.randn(len(rows), 1, HEADS, 3, generator=torch.Generator().manual_seed(seed)).mul_(1e-4)
+    @rule(seed=st.integers(0, 99), data=st.data())
+    def attend(self, seed, data):
+        rows, layer = self.draw_rows(data), data.draw(st.integers(0, self.layers - 1))
+        q = torch.randn(len(rows), 1, self.heads, 3, generator=torch.Generator().manual_seed(seed)).mul_(1e-4)
+        with self.refusing(ValueError, "sinks: expected shape"):
+            self.cache.attend(layer, q, rows=rows, accumulate="sum", sinks=torch.zeros(self.heads + 1))
         if not self.own_all(rows, lambda: self.cache.attend(layer, q, rows=rows, accumulate="sum", decay=0.5)):
             return
         for i, row in enumerate(rows):
-            for head in range(HEADS):
+            for head in range(self.heads):
                 key = layer, row, head
                 names = torch.tensor([[entry.name] * 3 for entry in self.lists[key]]).view(-1, 3)
                 given = (names.double() @ q[i, 0, head].double() * 3**-0.5).softmax(0).tolist()
@@ -311,9 +363,10 @@ class CacheMachine(RuleBasedStateMachine):
                 self.lists[key] = [entry._replace(score=score) for entry, score in pairs]
 
     @precondition(lambda self: any(self.next))
-    @rule(rows=rows, protect=st.sampled_from([0, 1, 3, 5]), data=st.data())
-    def evict(self, rows, protect, data):
-        most = max(sum(blocks(len(self.lists[key])) for key in self.of(row)) for row in rows)
+    @rule(protect=st.sampled_from([0, 1, 3, 5]), data=st.data())
+    def evict(self, protect, data):
+        rows = self.draw_rows(data)
+        most = max(sum(self.blocks(len(self.lists[key])) for key in self.of(row)) for row in rows)
         budget = data.draw(st.integers(0, most + 1))
         scope = data.draw(st.sampled_from(["head", "sequence"]))
         least_each = data.draw(st.sampled_from([0, 0, 3, 6]))
@@ -332,14 +385,15 @@ class CacheMachine(RuleBasedStateMachine):
         }
         for row in rows:
             lens = [(max(len(recent[key]), min(least_each, len(self.lists[key])))) for key in self.of(row)]
-            if sum(map(blocks, lens)) > budget:
-                with pytest.raises(ValueError, match=f"budget: .* alone take {sum(map(blocks, lens))} blocks of a row"):
+            least = sum(map(self.blocks, lens))
+            if least > budget:
+                with self.refusing(ValueError, f"budget: .* alone take {least} blocks of a row"):
                     call()
                 return
         kept = self.selected(rows, budget, keywords)
         stays = {key: next((i for i, keep in enumerate(kept[key]) if not keep), len(kept[key])) for key in kept}
         lens = {key: sum(kept[key]) for key in kept}
-        moved = {key: range(stays[key] // SIZE, blocks(lens[key])) for key in kept if stays[key] < lens[key]}
+        moved = {key: range(stays[key] // self.size, self.blocks(lens[key])) for key in kept if stays[key] < lens[key]}
         if not self.copied(lambda: moved, call):
             return
         for key, keep in kept.items():
@@ -348,34 +402,36 @@ class CacheMachine(RuleBasedStateMachine):
             lost = [entry.score for entry, stay in zip(old, keep, strict=True) if not stay]
             assert {entry.position for entry in self.lists[key]} >= recent[key]
             if lost:
-                assert len(self.lists[key]) % SIZE == 0
+                assert len(self.lists[key]) % self.size == 0
                 others = [entry.score for entry in self.lists[key] if entry.position not in recent[key]]
                 assert min(others, default=math.inf) >= max(lost)
-            del self.held[key][blocks(len(self.lists[key])) :]
+            del self.held[key][self.blocks(len(self.lists[key])) :]
         for row in rows:
             assert sum(len(self.held[key]) for key in self.of(row)) <= budget
             self.may_roll_back[row], self.compressed[row] = 0, True
 
     @precondition(lambda self: any(self.next))
     @rule(
-        row=st.integers(0, ROWS - 1),
         new=st.integers(0, 12),
         policy=st.sampled_from(["h2o", "kv-compress", "keydiff", "knorm", "r-kv", "snapkv", "streaming", "tova"]),
         budget=st.sampled_from([{"ratio": 2}, {"ratio": 4}, {"blocks": 9}, {"tokens": 8}, {"mib": 0.001}]),
         seed=st.integers(0, 99),
+        data=st.data(),
     )
-    def read_chunk(self, row, new, policy, budget, seed):
+    def read_chunk(self, new, policy, budget, seed, data):
         """As a long prompt is read: a chunk comes in, a policy judges all keys, the row goes down to its budget."""
+        row = data.draw(st.sampled_from(self.rows))
         self._grow([row], new, None)
         width = max(len(self.lists[key]) for key in self.of(row))
         policy = POLICIES[policy]()
         if not width or not self.own_all([row], lambda: self.cache.unshare([row])):
             return
-        q = torch.randn(LAYERS, 1, min(max(new, 1), width), HEADS, 3, generator=torch.Generator().manual_seed(seed))
-        for layer in range(LAYERS):
+        generator = torch.Generator().manual_seed(seed)
+        q = torch.randn(self.layers, 1, min(max(new, 1), width), self.heads, 3, generator=generator)
+        for layer in range(self.layers):
             seen = Cached(self.cache, layer, q[layer].mul_(1e-4), rows=slice(row, row + 1), width=width)
             seen.judge(policy)
-            for head in range(HEADS):
+            for head in range(self.heads):
                 key = layer, row, head
                 scores = self.slots(self.cache.scores, key)
                 assert all(map(math.isfinite, scores))
@@ -416,7 +472,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.may_roll_back))
     @rule(data=st.data())
     def roll_back(self, data):
-        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.may_roll_back[row]]))
+        row = data.draw(st.sampled_from([row for row in self.rows if self.may_roll_back[row]]))
         count = data.draw(st.integers(1, self.may_roll_back[row]))
         as_tensor = data.draw(st.booleans())
         self.cache.rollback(torch.tensor([count], dtype=torch.int32) if as_tensor else count, rows=[row])
@@ -429,10 +485,11 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.may_roll_back))
     @rule(data=st.data())
     def retain(self, data):
-        row = data.draw(st.sampled_from([row for row in range(ROWS) if self.may_roll_back[row]]))
+        row = data.draw(st.sampled_from([row for row in self.rows if self.may_roll_back[row]]))
         keep = data.draw(st.lists(st.booleans(), min_size=1, max_size=min(9, self.may_roll_back[row])))
         written = {
-            key: range((len(self.lists[key]) - len(keep)) // SIZE, blocks(len(self.lists[key]))) for key in self.of(row)
+            key: range((len(self.lists[key]) - len(keep)) // self.size, self.blocks(len(self.lists[key])))
+            for key in self.of(row)
         }
         if not self.copied(lambda: written, lambda: self.cache.retain(torch.tensor([keep]), rows=[row])):
             return
@@ -444,8 +501,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.next[row] -= keep.count(False)
         self.may_roll_back[row] = 0
 
-    @rule(rows=rows)
-    def leave(self, rows):
+    @rule(data=st.data())
+    def leave(self, data):
+        rows = self.draw_rows(data)
         self.cache.free(rows)
         for row in rows:
             self.forget_row(row)
@@ -457,15 +515,15 @@ class CacheMachine(RuleBasedStateMachine):
             self.lists[key], self.held[key] = [], []
 
     def slots(self, side: torch.Tensor, key: Key) -> list:
-        table = self.cache.block_tables[key][: blocks(len(self.lists[key]))].long()
+        table = self.cache.block_tables[key][: self.blocks(len(self.lists[key]))].long()
         return side[table].flatten(0, 1)[: len(self.lists[key])].tolist()
 
     @invariant()
     def every_list_is_as_it_should_be(self):
         cache = self.cache
         assert cache.seq_lens.tolist() == [
-            [[len(self.lists[layer, row, head]) for head in range(HEADS)] for row in range(ROWS)]
-            for layer in range(LAYERS)
+            [[len(self.lists[layer, row, head]) for head in range(self.heads)] for row in self.rows]
+            for layer in range(self.layers)
         ]
         for key, entries in self.lists.items():
             assert self.slots(cache.positions, key) == [entry.position for entry in entries]
@@ -488,8 +546,8 @@ class CacheMachine(RuleBasedStateMachine):
             for place, block in entry.blocks.items():
                 assert number_of.setdefault(block, int(numbers[place])) == int(numbers[place])
         used = list(number_of.values())
-        assert sorted(used + pool.free[: int(pool.free_count)].tolist()) == list(range(BLOCKS))
-        sharers = [0] * BLOCKS
+        assert sorted(used + pool.free[: int(pool.free_count)].tolist()) == list(range(self.num_blocks))
+        sharers = [0] * self.num_blocks
         for block, holders in self.holders().items():
             sharers[number_of[block]] = holders - 1
         assert pool.sharers.tolist() == sharers
@@ -498,13 +556,13 @@ class CacheMachine(RuleBasedStateMachine):
         in_lists = Counter(block for held in self.held.values() for block in held).values()
         assert stats.blocks_shared == sum(count > 1 for count in in_lists)
         assert stats.blocks_saved == sum(in_lists) - len(in_lists)
-        assert (stats.blocks_unused, stats.tokens_remembered) == (self.idle(), len(self.remembered) * SIZE)
+        assert (stats.blocks_unused, stats.tokens_remembered) == (self.idle(), len(self.remembered) * self.size)
 
     @invariant()
     def the_host_never_believes_less_than_is_held(self):
         bound = self.cache._pool.bound
         holders = self.holders()
-        for row in range(ROWS):
+        for row in self.rows:
             held = [block for key in self.of(row) for block in self.held[key]]
             assert bound.row_blocks(row) >= len(held)
             assert bound.longest[row] >= max(len(self.lists[key]) for key in self.of(row))

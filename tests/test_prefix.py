@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from cache_helpers import HEADS, LAYERS, SIZE, feed, make_cache
+from cache_helpers import HEADS, LAYERS, SIZE, feed, make_cache, raw_state
+
+import kvops
 
 LISTS = LAYERS * HEADS
 
@@ -45,6 +47,47 @@ def test_a_chunk_behind_a_recalled_prefix_attends_as_if_the_row_had_read_it_all(
     cache.free(0)
     cache.extend(3, rows=2)  # takes what is free in between
     assert torch.equal(read(1, cache.recall(1, range(13))), alone)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 1, "num_kv_heads": 1},  # one list
+        {"max_batch": 1, "max_tokens": SIZE},  # tables of one block: the lists lie side by side
+        {"num_layers": 1, "num_kv_heads": 1, "max_batch": 2, "max_tokens": SIZE},
+    ],
+)
+def test_a_remembered_prefix_does_not_change_with_the_row_it_came_from(device, sizes):
+    """The blocks of the prefix were a view of the row's table, and followed it to other blocks."""
+    cache = make_cache(device, **sizes)
+    last = cache.max_batch - 1
+    feed(cache, 4, rows=[0], first=1.0)
+    known = [cache.gather(layer, 0, 0)[0].tolist() for layer in range(cache.num_layers)]
+    cache.remember(0, [1, 2, 3, 4])
+    cache.free(0)
+    feed(cache, 4, rows=[last], first=91.0)
+    cache.free(0)
+    feed(cache, 3, rows=[0], first=191.0)
+    assert cache.recall(0, [1, 2, 3, 4, 5]) == 4
+    assert [cache.gather(layer, 0, 0)[0].tolist() for layer in range(cache.num_layers)] == known
+
+
+def test_copies_that_would_not_fit_without_prefixes_either_leave_them_alone(device):
+    """Every prefix was forgotten first, then the request was refused all the same."""
+    cache = remembered(device, range(8), num_blocks=2 * LISTS)
+    cache.fork(0, 1)
+    before = raw_state(cache)
+    scores = torch.zeros(2, HEADS, 8, device=device)
+    for bad in (
+        lambda: cache.unshare([0, 1]),
+        lambda: cache.set_scores(0, scores, rows=[0, 1]),
+        lambda: cache.prepare(0, rows=[0, 1], evicts=True),
+    ):
+        with pytest.raises(kvops.OutOfBlocksError, match=f"{4 * LISTS} more blocks, but 0 of"):
+            bad()
+        assert raw_state(cache) == before
+    cache.free(1)
+    assert cache.recall(1, [*range(8), 0]) == 8
 
 
 def test_the_last_token_is_never_recalled(device):

@@ -68,6 +68,23 @@ def test_flashinfer_arrays_are_those_of_plain_python(device):
     assert last.tolist() == [1, 0, 1, 3, 4, 1]
 
 
+def test_converted_tables_are_not_views_of_the_arguments(device):
+    """The lengths of heads that were joined were the caller's own where there was one head."""
+    tables, lens = int32([0, 1], [2, 3], device=device), int32(5, 8, device=device)
+    pages = torch.zeros(4, SIZE, 1, D, device=device)
+    blocks = HeadBlocks.of(pages, pages)
+    results = [
+        *blocks.split(tables, lens),
+        *blocks.join(*blocks.split(tables, lens)),
+        *to_flashinfer(tables, lens, SIZE),
+    ]
+    results += blocks.join(tables[:, None], lens[:, None])
+    results += from_flashinfer(*to_flashinfer(tables, lens, SIZE), SIZE)
+    kept = [result.clone() for result in results]
+    tables.zero_(), lens.zero_()
+    assert all(map(torch.equal, results, kept))
+
+
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_tables_are_converted_exactly_both_ways(device, size):
     lens = torch.randint(0, 4 * size + 1, (20,), dtype=torch.int32, device=device)

@@ -60,7 +60,11 @@ class HostBound:
 
     def total_if_copied(self, rows: Sequence[int], width: int) -> int:
         """Different blocks held by all rows, if ``rows`` copied at most ``width`` shared blocks of each list."""
-        return self.total() + sum(self._most_copies(row, width) for row in self.sharing.intersection(rows))
+        return self.total() + self.most_copies(rows, width)
+
+    def most_copies(self, rows: Sequence[int], width: int) -> int:
+        """Copies that ``rows`` need at most to own ``width`` blocks of each list."""
+        return sum(self._most_copies(row, width) for row in self.sharing.intersection(rows))
 
     def copied(self, rows: Sequence[int], width: int) -> None:
         """``rows`` may have copied up to ``width`` shared blocks of each list."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.cache.storage import CacheStorage, Rows
-from kvops.ops.eviction import compact, select_blocks
+from kvops.ops.eviction import SCOPES, compact, select_blocks
 
 
 class CacheEviction(CacheStorage):
@@ -39,6 +39,7 @@ class CacheEviction(CacheStorage):
         share blocks may need free ones for copies of those that slots are moved into: :class:`OutOfBlocksError`, before
         anything is changed.
         """
+        checks.expect_choice("scope", scope, SCOPES)
         index, numbers = self._resolve(rows)
         capturing = self._pool.capturing()
         budgets, known = self._budgets(budget, len(numbers))
@@ -98,6 +99,8 @@ class CacheEviction(CacheStorage):
         checks.expect_tensor("kept", kept)
         checks.expect_dtype("kept", kept, torch.bool)
         checks.expect_shape("kept", kept, "[B', Hkv, S]", len(numbers), self.num_kv_heads, None)
+        self._expect_here("kept", kept)
+        self._layer(layer, rows)  # refuses a layer that is not there, before blocks are unshared
         capacity = self.max_blocks * self.block_size
         if kept.shape[-1] > capacity:
             raise ValueError(f"kept: expected at most {capacity} slots (max_tokens), got {kept.shape[-1]}")
@@ -105,7 +108,7 @@ class CacheEviction(CacheStorage):
             self.unshare(rows)
         tables, lens = self._layer(layer, rows)
         new_lens = lens.clone()
-        whole = torch.nn.functional.pad(kept, (0, capacity - kept.shape[-1]), value=True)
+        whole = torch.nn.functional.pad(kept.contiguous(), (0, capacity - kept.shape[-1]), value=True)
         compact(self.k_cache, self.v_cache, tables, new_lens, whole, positions=self.positions, scores=self.scores)
         self._changed()
         self._settle(index, new_lens, layer)

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvops.cache.prefix import KEY_BYTES
 from kvops.cache.storage import CacheStorage
 from kvops.extras import require
 
 # The only entry of the file's metadata: safetensors writes several in any order.
-_FORMAT, _VERSION = "kvops paged cache", 1
+_FORMAT, _VERSION = "kvops paged cache", 2
 # Arrays with a value for every slot of every block.
 _SIDES = ("k_cache", "v_cache", "positions", "scores")
 _SCALES = ("k_scale", "v_scale")
-_KEY_BYTES = 32
 
 
 def save(cache: CacheStorage, path: str | os.PathLike[str]) -> None:
@@ -56,9 +56,10 @@ def save(cache: CacheStorage, path: str | os.PathLike[str]) -> None:
         "block_tables": torch.where(used > 0, number[cache.block_tables.long()], 0).int(),
         "seq_lens": cache.seq_lens,
         "next_positions": cache.next_positions,
+        "settled": cache._settled,
         "compressed": torch.tensor(cache.compressed),
         "prefix_keys": _to_bytes(keys),
-        "prefix_parents": _to_bytes(entry.parent.ljust(_KEY_BYTES, b"\0") for entry in entries),
+        "prefix_parents": _to_bytes(entry.parent for entry in entries),
         "prefix_blocks": number[prefix_blocks].int(),
     }
     for name in _SIDES:
@@ -74,7 +75,7 @@ def save(cache: CacheStorage, path: str | os.PathLike[str]) -> None:
         "num_kv_heads": cache.num_kv_heads,
         "num_blocks": cache.num_blocks,
         "max_batch": cache.max_batch,
-        "max_tokens": cache.max_blocks * size,
+        "max_tokens": cache.max_tokens,
     }
     metadata = {_FORMAT: json.dumps(config)}
     # A file of that name is either the old or the new one, also if the machine stops half-way.
@@ -105,7 +106,7 @@ def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict
 
 def restore(cache: CacheStorage, tensors: dict[str, Tensor]) -> None:
     """Fill the empty ``cache`` with what :func:`read` returned."""
-    blocks, capacity = len(tensors["k_cache"]), cache.max_blocks * cache.block_size
+    blocks, capacity = len(tensors["k_cache"]), cache.max_tokens
     if blocks > cache.num_blocks:
         raise ValueError(
             f"num_blocks: expected at least the {blocks} blocks that the file holds, got {cache.num_blocks}"
@@ -120,6 +121,7 @@ def restore(cache: CacheStorage, tensors: dict[str, Tensor]) -> None:
     for name in _SIDES:
         getattr(cache, name)[:blocks].copy_(tensors[name])
     cache.next_positions.copy_(tensors["next_positions"])
+    cache._settled.copy_(tensors["settled"])
     cache.compressed[:] = tensors["compressed"].tolist()
     cache._pool.restore(tables, lens, prefixes)
     keys, parents = _from_bytes(tensors["prefix_keys"]), _from_bytes(tensors["prefix_parents"])
@@ -127,7 +129,7 @@ def restore(cache: CacheStorage, tensors: dict[str, Tensor]) -> None:
 
 
 def _to_bytes(keys: Iterable[bytes]) -> Tensor:
-    return torch.tensor([list(key) for key in keys], dtype=torch.uint8).view(-1, _KEY_BYTES)
+    return torch.tensor([list(key) for key in keys], dtype=torch.uint8).view(-1, KEY_BYTES)
 
 
 def _from_bytes(keys: Tensor) -> list[bytes]:

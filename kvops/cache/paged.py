@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from kvops.cache.pool import OutOfBlocksError
 from kvops.cache.stats import CacheStats
 from kvops.cache.storage import Rows
 from kvops.ops.eviction import compact
-from kvops.ops.paged import paged_append, paged_attention
+from kvops.ops.paged import REDUCTIONS, check_attention, paged_append, paged_attention
 
 __all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache"]
 
@@ -33,7 +34,7 @@ class PagedKVCache(CacheEviction):
         num_layers, num_kv_heads, head_dim: of the model; ``v_head_dim`` where values have another size than keys.
         num_blocks: blocks of the pool, for all layers, heads and rows together (:meth:`blocks_for` counts them).
         max_batch: rows, that is sequences that can live in the cache at once.
-        max_tokens: slots that one list can have at most (rounded up to whole blocks).
+        max_tokens: slots that one list can have at most.
         block_size: slots in a block.
         dtype, device: of keys and values. A float8_e4m3fn cache takes and gives other dtypes and rounds what it stores.
         k_scale, v_scale: of a float8 cache, a float or float32 ``[num_layers, num_kv_heads]``: ``k / k_scale`` is what
@@ -89,6 +90,7 @@ class PagedKVCache(CacheEviction):
         checks.expect_int("num_tokens", num_tokens, 0)
         lens = self.seq_lens[:, index]
         if q_lens is None:
+            self._expect_tokens("num_tokens", num_tokens)
             new_lens = lens + num_tokens
         else:
             self._expect_per_row("q_lens", q_lens, len(numbers))
@@ -96,11 +98,11 @@ class PagedKVCache(CacheEviction):
                 within = (q_lens >= 0) & (q_lens <= num_tokens)
                 checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
             new_lens = lens + q_lens[:, None]
+        first = self.next_positions[index]
+        token_positions = first[:, None] + torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         self._copy(self._making_room(lambda: self._pool.reserve(index, numbers, new_lens, num_tokens)))
         self._changed()
         self.seq_lens[:, index] = new_lens
-        first = self.next_positions[index]
-        token_positions = first[:, None] + torch.arange(num_tokens, dtype=torch.int32, device=self.device)
         self.next_positions[index] = first + (num_tokens if q_lens is None else q_lens)
         return token_positions
 
@@ -111,11 +113,18 @@ class PagedKVCache(CacheEviction):
         the rows get copies of all blocks that they share and count as compressed from now on. Raises as :meth:`extend`
         does, before anything is changed; may read numbers from the device, so it belongs outside the graph.
         """
-        checks.expect_int("num_tokens", num_tokens, 0)
+        self._expect_tokens("num_tokens", num_tokens)
         index, numbers = self._resolve(rows)
-        if evicts:
-            self.unshare(rows)
-        self._copy(self._making_room(lambda: self._pool.prepare(index, numbers, num_tokens)))
+
+        def fits() -> bool:
+            held = self._pool.held[:, index]
+            first = torch.zeros_like(held)
+            return self._pool.fits_without_prefixes(index, first, held, self.max_blocks, num_tokens)
+
+        def prepare() -> tuple[Tensor, Tensor] | None:
+            return self._pool.prepare(index, numbers, num_tokens, own=evicts)
+
+        self._copy(self._making_room(prepare, fits if evicts else None))
         self._changed()
         for row in numbers if evicts else ():
             self.compressed[row] = True
@@ -192,36 +201,37 @@ class PagedKVCache(CacheEviction):
         Returns ``[B', T, Hq, Dv]`` in q's dtype. Raises ValueError and TypeError as :func:`kvops.paged_attention`, and
         :class:`OutOfBlocksError` where unsharing finds too few blocks. There is no gradient.
         """
-        if accumulate is not None and self._pool.bound.sharing and not self._pool.capturing():
-            self.unshare(rows)
         tables, lens = self._layer(layer, rows)
         self._expect_rows("q", q, len(lens))
+        if accumulate is not None:
+            checks.expect_choice("accumulate", accumulate, REDUCTIONS)
+            checks.expect_at_least("decay", decay, 0)
         windowed = window_left >= 0
         if windowed and query_positions is None:
             after = self.next_positions[self._resolve(rows)[0]]
             new = q.shape[1] if q_lens is None else q_lens
             query_positions = (after - new)[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=self.device)
-        out, _ = paged_attention(
-            q,
-            self.k_cache,
-            self.v_cache,
-            tables,
-            lens,
-            q_lens=q_lens,
-            window_left=window_left,
-            positions=self.positions if windowed else None,
-            query_positions=query_positions if windowed else None,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            tree_mask=tree_mask,
-            k_scale=None if self.k_scale is None else self.k_scale[layer],
-            v_scale=None if self.v_scale is None else self.v_scale[layer],
-            scores=None if accumulate is None else self.scores,
-            score_reduce=accumulate or "sum",
-            score_decay=decay,
-            schedule=self._schedule(layer, rows),
-        )
+        options: dict[str, Any] = {
+            "q_lens": q_lens,
+            "window_left": window_left,
+            "positions": self.positions if windowed else None,
+            "query_positions": query_positions if windowed else None,
+            "scale": scale,
+            "softcap": softcap,
+            "sinks": sinks,
+            "tree_mask": tree_mask,
+            "k_scale": None if self.k_scale is None else self.k_scale[layer],
+            "v_scale": None if self.v_scale is None else self.v_scale[layer],
+            "scores": None if accumulate is None else self.scores,
+            "score_reduce": accumulate or "sum",
+            "score_decay": decay,
+        }
+        if accumulate is not None and self._pool.bound.sharing and not self._pool.capturing():
+            check_attention(q, self.k_cache, self.v_cache, tables, lens, **options)  # before anything is changed
+            self.unshare(rows)
+            tables, lens = self._layer(layer, rows)
+        schedule = self._schedule(layer, rows)
+        out, _ = paged_attention(q, self.k_cache, self.v_cache, tables, lens, schedule=schedule, **options)
         return out
 
     def set_scores(self, layer: int, scores: Tensor, *, rows: Rows = slice(None)) -> None:
@@ -234,6 +244,7 @@ class PagedKVCache(CacheEviction):
         capacity = self.max_blocks * self.block_size
         checks.expect_tensor("scores", scores)
         checks.expect_shape("scores", scores, "[B', Hkv, S]", *lens.shape, None)
+        self._expect_here("scores", scores)
         if scores.shape[-1] > capacity:
             raise ValueError(f"scores: expected at most {capacity} slots (max_tokens), got {scores.shape[-1]}")
         if self._pool.bound.sharing:
@@ -261,7 +272,7 @@ class PagedKVCache(CacheEviction):
                 checks.expect_data("num_tokens", "numbers of at least 0", num_tokens >= 0)
             new_lens = self.seq_lens[:, index] - num_tokens[:, None]
         else:
-            checks.expect_int("num_tokens", num_tokens, 0)
+            self._expect_tokens("num_tokens", num_tokens)
             new_lens = self.seq_lens[:, index] - num_tokens
         new_positions = self.next_positions[index] - num_tokens
         if (self._pool.exact or checks.debug()) and new_lens.numel():
@@ -294,6 +305,7 @@ class PagedKVCache(CacheEviction):
         checks.expect_tensor("keep", keep)
         checks.expect_dtype("keep", keep, torch.bool)
         checks.expect_shape("keep", keep, "[rows, tokens]", len(numbers), None)
+        self._expect_here("keep", keep)
         num_tokens, size = keep.shape[1], self.block_size
         lens = self.seq_lens[:, index]
         if q_lens is None:
@@ -311,11 +323,11 @@ class PagedKVCache(CacheEviction):
             checks.expect_data("keep", "at most the tokens that came in after the last eviction", newer)
         # The blocks that the T tokens may lie in are compacted as lists of their own, so that the cost is theirs.
         first = start // size
-        self._changed()
-        self._pool.bound.rewind(numbers)
         width = min((num_tokens + size - 2) // size + 1, self.max_blocks)
         if self._pool.shares(numbers) and not self._pool.capturing():
             self._own(index, numbers, first, self._pool.blocks_of(lens), width)
+        self._changed()
+        self._pool.bound.rewind(numbers)
         columns = first[..., None] + torch.arange(width, device=self.device)
         tables = self.block_tables[:, index].gather(3, columns.clamp_(max=self.max_blocks - 1))
         token = torch.arange(width * size, dtype=torch.int32, device=self.device) - (start - first * size)[..., None]
@@ -366,7 +378,7 @@ class PagedKVCache(CacheEviction):
             raise ValueError(f"into: expected rows other than {source} itself, got {list(numbers)}")
         lens, position = self.seq_lens[:, source], self.next_positions[source].clone()
         if num_tokens is not None:
-            checks.expect_int("num_tokens", num_tokens, 0)
+            self._expect_tokens("num_tokens", num_tokens)
             if self.compressed[source]:
                 raise ValueError(f"num_tokens: expected None, as row {source} is compressed, got {num_tokens}")
             if (self._pool.exact or checks.debug()) and num_tokens > int(position):

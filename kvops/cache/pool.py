@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,20 @@ class OutOfBlocksError(RuntimeError):
             f"{argument}: {what} {needed} more blocks, but {free} of {total} are free: evict() or free() "
             f"rows first, or build the cache with num_blocks >= {total - free + needed}"
         )
+        self._argument = argument
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, int, str]]:
+        """Made again from its numbers: the default passes the message alone."""
+        return type(self), (self.needed, self.free, self.total, self._argument)
+
+
+def writable(state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` without inference tensors, which nothing may write outside of inference mode."""
+    with torch.inference_mode(False):
+        return {
+            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+            for name, value in state.items()
+        }
 
 
 class Copies(NamedTuple):
@@ -50,9 +64,10 @@ class BlockPool:
     """
 
     def __init__(
-        self, lists: tuple[int, int, int], num_blocks: int, max_blocks: int, block_size: int, device: torch.device
+        self, lists: tuple[int, int, int], num_blocks: int, max_tokens: int, block_size: int, device: torch.device
     ) -> None:
-        self.num_blocks, self.max_blocks, self.block_size = num_blocks, max_blocks, block_size
+        self.num_blocks, self.max_tokens, self.block_size = num_blocks, max_tokens, block_size
+        self.max_blocks = max_blocks = -(-max_tokens // block_size)
         self.tables = torch.zeros(*lists, max_blocks, dtype=torch.int32, device=device)
         self.lens = torch.zeros(lists, dtype=torch.int32, device=device)
         # At least the blocks that a list's length takes: tokens that are rolled back leave theirs behind.
@@ -71,6 +86,9 @@ class BlockPool:
         self.bound = HostBound(lists[1] + 1, lists[0] * lists[2], block_size)
         self._list_starts = max_blocks * torch.arange(self.lens.numel(), device=device).view(*lists, 1)
         self._columns = torch.arange(max_blocks, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(writable(state))
 
     def blocks_in_use(self) -> int:
         return self.num_blocks - int(self.free_count)
@@ -100,11 +118,15 @@ class BlockPool:
         self._take(index, held, grow, min(-(-num_tokens // self.block_size), self.max_blocks))
         return self._replace(copies)
 
-    def prepare(self, index: slice | Tensor, rows: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """The host's part of :meth:`reserve`, and its copies: what is left is safe to capture and replay."""
+    def prepare(
+        self, index: slice | Tensor, rows: Sequence[int], num_tokens: int, *, own: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """The host's part of :meth:`reserve`, and its copies: what is left is safe to capture and replay.
+
+        With ``own`` the rows share no block afterwards."""
         new_lens = self.lens[:, index] + num_tokens
         grow = (self.blocks_of(new_lens) - self.held[:, index]).clamp_(min=0)
-        _, copies = self._admit(index, rows, new_lens, num_tokens, grow)
+        _, copies = self._admit(index, rows, new_lens, num_tokens, grow, own=own)
         self.bound.rewind(rows)  # the replay may end with one that the host does not see
         return self._replace(copies)
 
@@ -113,15 +135,26 @@ class BlockPool:
     ) -> tuple[Tensor, Tensor] | None:
         """Give the lists of ``rows`` copies of the blocks that they share, at most ``width`` of them from the ``first``
         to before ``stop``."""
-        copies = self._shared(index, first, stop, width)
+        copies = self._shared(index, first, stop, width, self.sharers)
         if self.exact or self.bound.total_if_copied(rows, width) > self.num_blocks:
             self._refuse_too_many("rows", copies.due.sum())
         self.bound.copied(rows, width)
         return self._replace(copies)
 
+    def fits_without_prefixes(
+        self, index: slice | Tensor, first: Tensor, stop: Tensor, width: int, num_tokens: int = 0
+    ) -> bool:
+        """Whether :meth:`own` and ``num_tokens`` more of each list would find enough blocks if no prefix held any."""
+        holders = self.holders()
+        copies = self._shared(index, first, stop, width, (holders - 1).clamp_(min=0))
+        grow = (self.blocks_of(self.lens[:, index] + num_tokens) - self.held[:, index]).clamp_(min=0)
+        return bool(copies.due.sum() + grow.sum() <= (holders == 0).sum())
+
     def fork(self, row: int, index: slice | Tensor, rows: Sequence[int], lens: Tensor) -> None:
         """Let the empty ``rows`` share the blocks that the first ``lens`` [layers, heads] slots of ``row`` take."""
-        table, held = self.tables[:, row], self.blocks_of(lens)
+        # Copies: torch refuses to assign a part of a tensor to rows of it that are named by number.
+        table, lens = self.tables[:, row].clone(), lens.clone()
+        held = self.blocks_of(lens)
         taken = (self._columns < held[..., None]).to(torch.int32)
         self.sharers.scatter_add_(0, table.flatten().long(), (taken * len(rows)).flatten())
         self.tables[:, index] = table[:, None]
@@ -146,7 +179,7 @@ class BlockPool:
         """Hold the blocks in columns ``first`` to before ``stop`` of every list of ``row`` as a prefix to remember.
 
         Returns them, int32 ``[columns, layers, heads]``; :meth:`drop` takes the hold away again."""
-        blocks = self.tables[:, row, :, first:stop].permute(2, 0, 1).contiguous()
+        blocks = self.tables[:, row, :, first:stop].permute(2, 0, 1).clone()  # contiguous() may be a view
         self._count(blocks)
         self.bound.join(row, self.prefixes, blocks.numel())
         return blocks
@@ -212,38 +245,52 @@ class BlockPool:
         self.in_order = False
 
     def _admit(
-        self, index: slice | Tensor, rows: Sequence[int], new_lens: Tensor, num_tokens: int, grow: Tensor
+        self,
+        index: slice | Tensor,
+        rows: Sequence[int],
+        new_lens: Tensor,
+        num_tokens: int,
+        grow: Tensor,
+        *,
+        own: bool = False,
     ) -> tuple[int | None, Copies | None]:
-        """Refuse what does not fit and count what does.
+        """Refuse what does not fit and count what does. With ``own`` all shared blocks of the rows are copied.
 
         Returns how many blocks that takes, None where the host has no need to know, and the copies to make."""
         if self.capturing():
             return None, None
         self._refuse_too_long(rows, new_lens, num_tokens)
         needed, copies = None, None
-        if num_tokens and self.shares(rows):
+        own = own and self.shares(rows)
+        if own:
+            held = self.held[:, index]
+            copies = self._shared(index, torch.zeros_like(held), held, self.max_blocks, self.sharers)
+        elif num_tokens and self.shares(rows):
             lens = self.lens[:, index]
             # Tokens that begin anywhere in a block reach at most one block further than as many from its start.
             width = min(1 - (-(num_tokens - 1) // self.block_size), self.max_blocks)
             stop = torch.where(new_lens > lens, self.blocks_of(new_lens), 0)
-            copies = self._shared(index, lens // self.block_size, stop, width)
-        if self.exact or self.bound.total(rows, num_tokens) > self.num_blocks:
+            copies = self._shared(index, lens // self.block_size, stop, width, self.sharers)
+        most = self.bound.total(rows, num_tokens) + (self.bound.most_copies(rows, self.max_blocks) if own else 0)
+        if self.exact or most > self.num_blocks:
             total = grow.sum()
             needed = self._refuse_too_many("num_tokens", total if copies is None else total + copies.due.sum())
+        if own:
+            self.bound.copied(rows, self.max_blocks)
+            self.bound.part(rows)
         self.bound.add(rows, num_tokens)
         return needed, copies
 
     def _refuse_too_long(self, rows: Sequence[int], new_lens: Tensor, num_tokens: int) -> None:
-        capacity = self.max_blocks * self.block_size
         bound = self.bound
-        if not new_lens.numel() or all(bound.longest[row] + num_tokens <= capacity for row in rows):
+        if not new_lens.numel() or all(bound.longest[row] + num_tokens <= self.max_tokens for row in rows):
             return
         bound.longest[: self.prefixes] = self.lens.amax((0, 2)).tolist()
         longest = int(new_lens.amax())
-        if longest > capacity:
+        if longest > self.max_tokens:
             raise ValueError(
-                f"num_tokens: a list would hold {longest} tokens, more than the {capacity} of max_tokens: evict() "
-                "first, or build the cache with a larger max_tokens"
+                f"num_tokens: a list would hold {longest} tokens, more than the {self.max_tokens} of max_tokens: "
+                "evict() first, or build the cache with a larger max_tokens"
             )
 
     def _refuse_too_many(self, argument: str, needed: Tensor) -> int:
@@ -287,19 +334,19 @@ class BlockPool:
         self.held[:, index] = held + grow
         self.free_count -= last[-1]
 
-    def _shared(self, index: slice | Tensor, first: Tensor, stop: Tensor, width: int) -> Copies:
+    def _shared(self, index: slice | Tensor, first: Tensor, stop: Tensor, width: int, sharers: Tensor) -> Copies:
         """The blocks of columns ``first`` to ``stop`` [layers, rows, heads], at most ``width``, that have to be copied
-        before they are written."""
+        before they are written, if ``sharers`` lists hold each block beside the first."""
         columns = first.long().clamp(0, self.max_blocks - width)[..., None] + self._columns[:width]
         entries = (self._list_starts[:, index] + columns).flatten()
         blocks = self.tables.view(-1)[entries].long()
         within = (columns >= first[..., None]) & (columns < torch.minimum(stop, self.held[:, index])[..., None])
-        due = within.flatten() & (self.sharers[blocks] > 0)
-        writers = torch.zeros_like(self.sharers).scatter_add_(0, blocks, due.to(torch.int32))
+        due = within.flatten() & (sharers[blocks] > 0)
+        writers = torch.zeros_like(sharers).scatter_add_(0, blocks, due.to(torch.int32))
         order = torch.arange(len(entries), device=entries.device)
-        first_writer = torch.full_like(self.sharers, len(entries), dtype=torch.int64)
+        first_writer = torch.full_like(sharers, len(entries), dtype=torch.int64)
         first_writer.scatter_reduce_(0, blocks, torch.where(due, order, len(entries)), "amin")
-        keeps = (writers > self.sharers)[blocks] & (first_writer[blocks] == order)
+        keeps = (writers > sharers)[blocks] & (first_writer[blocks] == order)
         return Copies(entries, blocks, due & ~keeps)
 
     def _replace(self, copies: Copies | None) -> tuple[Tensor, Tensor] | None:

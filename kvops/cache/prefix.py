@@ -17,6 +17,10 @@ from torch import Tensor
 
 from kvops.cache.pool import BlockPool
 
+KEY_BYTES = 32
+# The parent of a first block. No hash is all zeros, so that it fits where keys are stored.
+NO_PARENT = bytes(KEY_BYTES)
+
 # Whoever looks for what to give up looks at all entries, so that much of what no row uses is given up at once.
 _LEAST_GIVEN_UP = 1 / 8
 
@@ -26,7 +30,7 @@ class Entry:
     """One block of tokens and what it goes on from.
 
     Attributes:
-        parent: key of the entry before it, empty for the first.
+        parent: key of the entry before it, NO_PARENT for the first.
         depth: entries before it.
         blocks: int32 ``[layers, heads]``, where the keys and values of its tokens are.
         used: when it was last remembered or found; no entry is older than those that go on from it.
@@ -57,7 +61,7 @@ class PrefixIndex:
         known = self._touch(keys)
         if known < len(keys):
             held = self.pool.hold(row, known, len(keys))
-            for parent, key, blocks in zip([b"", *keys][known:], keys[known:], held, strict=False):
+            for parent, key, blocks in zip([NO_PARENT, *keys][known:], keys[known:], held, strict=False):
                 self._insert(parent, key, blocks)
         return len(keys) * self.pool.block_size
 
@@ -82,9 +86,10 @@ class PrefixIndex:
     def give_up(self, shortage: int, *, in_use: bool) -> bool:
         """Drop entries, least recently used first, for ``shortage`` more blocks to be free. Reads from the device.
 
-        Where that is not possible nothing is dropped, unless entries ``in_use`` may go too: of a block that one row
-        and no entry holds no copy has to be made. Returns whether anything was dropped. It may have to be called again:
-        a block that two entries hold, of one row under two salts, is free when both are gone.
+        Entries whose blocks rows use are dropped only with ``in_use``, for requests that copy shared blocks: a block
+        that no other row and no entry holds needs no copy. Where the entries that no row uses are too few, nothing is
+        dropped without it. Returns whether anything was dropped. It may have to be called again: a block that two
+        entries hold, of one row under two salts, is free when both are gone.
         """
         if not self.entries:
             return False
@@ -115,6 +120,8 @@ class PrefixIndex:
 
     def _keys(self, tokens: Sequence[int], salt: str) -> Iterator[bytes]:
         """The keys of the whole blocks of ``tokens``, in order."""
+        if not isinstance(salt, str):
+            raise TypeError(f"salt: expected a str, got {salt!r}")
         size = self.pool.block_size
         key = hashlib.sha256(salt.encode()).digest()
         for start in range(0, len(tokens) - size + 1, size):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvops import checks
-from kvops.cache.pool import BlockPool, OutOfBlocksError
+from kvops.cache.pool import BlockPool, OutOfBlocksError, writable
 from kvops.cache.prefix import PrefixIndex
 from kvops.cache.stats import CacheStats
 from kvops.ops.blocks import copy_blocks
@@ -67,27 +67,29 @@ class CacheStorage:
         if num_blocks >= 2**31:
             raise ValueError(f"num_blocks: expected less than 2**31 (tables are int32), got {num_blocks}")
         self.num_layers, self.num_kv_heads, self.num_blocks = num_layers, num_kv_heads, num_blocks
-        self.max_batch, self.block_size = max_batch, block_size
+        self.max_batch, self.max_tokens, self.block_size = max_batch, max_tokens, block_size
         self.max_blocks = -(-max_tokens // block_size)
         self.device = device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             self.device = device = torch.device("cuda", torch.cuda.current_device())
 
-        self.k_cache = torch.empty(num_blocks, block_size, head_dim, dtype=dtype, device=device)
-        self.v_cache = torch.empty(num_blocks, block_size, v_head_dim, dtype=dtype, device=device)
-        self.positions = torch.zeros(num_blocks, block_size, dtype=torch.int32, device=device)
-        self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
-        # One block more than the pool has takes what set_scores must not write anywhere.
-        self._scores = torch.zeros(num_blocks + 1, block_size, dtype=torch.float32, device=device)
-        self.scores = self._scores[:num_blocks]
-        lists = (num_layers, max_batch, num_kv_heads)
-        self._pool = BlockPool(lists, num_blocks, self.max_blocks, block_size, device)
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.k_cache = torch.empty(num_blocks, block_size, head_dim, dtype=dtype, device=device)
+            self.v_cache = torch.empty(num_blocks, block_size, v_head_dim, dtype=dtype, device=device)
+            self.positions = torch.zeros(num_blocks, block_size, dtype=torch.int32, device=device)
+            self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
+            # One block more than the pool has takes what set_scores must not write anywhere.
+            self._scores = torch.zeros(num_blocks + 1, block_size, dtype=torch.float32, device=device)
+            self.scores = self._scores[:num_blocks]
+            lists = (num_layers, max_batch, num_kv_heads)
+            self._pool = BlockPool(lists, num_blocks, max_tokens, block_size, device)
+            self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
+            # Positions from which on tokens can be rolled back: evict() and keep() may have taken older ones.
+            self._settled = torch.zeros_like(self.next_positions)
         self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
         self._prefixes = PrefixIndex(self._pool)
-        self.next_positions = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self.compressed = [False] * max_batch
-        # Positions from which on tokens can be rolled back: evict() and keep() may have taken older ones.
-        self._settled = torch.zeros_like(self.next_positions)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         # Tables and lengths of every layer, and their schedules, by selection of rows: a step asks for them often.
         self._views: dict[range, _Views] = {}
@@ -96,17 +98,18 @@ class CacheStorage:
 
     def __repr__(self) -> str:
         lists = f"{self.num_layers} layers, {self.num_kv_heads} KV heads of {self.k_cache.shape[-1]}"
-        rows = f"{self.max_batch} rows of up to {self.max_blocks * self.block_size} tokens"
+        rows = f"{self.max_batch} rows of up to {self.max_tokens} tokens"
         blocks = f"{self.num_blocks} blocks of {self.block_size}"
         return f"PagedKVCache({lists}, {rows}, {blocks}, {self.k_cache.dtype}, {self.device})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without views into other tensors: pickled, they would be tensors of their own."""
-        derived: dict[str, Any] = {"scores": None, "_views": {}, "_gathered": {}, "_schedules": {}}
-        return {**self.__dict__, **derived}
+        views: dict[str, Any] = {"block_tables": None, "seq_lens": None, "scores": None}
+        return {**self.__dict__, **views, "_indices": {}, "_views": {}, "_gathered": {}, "_schedules": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(writable(state))
+        self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
         self.scores = self._scores[: self.num_blocks]
 
     @property
@@ -169,13 +172,15 @@ class CacheStorage:
         if self.k_cache.dtype != torch.float8_e4m3fn:
             raise ValueError(f"{name}: expected only with dtype float8_e4m3fn, got a cache of {self.k_cache.dtype}")
         if not isinstance(scale, Tensor):
-            if not 0 < scale < float("inf"):
+            if not checks.holds(name, scale, lambda number: 0 < number < float("inf")):
                 raise ValueError(f"{name}: expected a finite number above 0, got {scale}")
             scale = torch.tensor(scale, dtype=torch.float32)
         checks.expect_dtype(name, scale, torch.float32)
         if scale.ndim:
             checks.expect_shape(name, scale, "[num_layers, num_kv_heads]", self.num_layers, self.num_kv_heads)
-        return scale.to(self.device).expand(self.num_layers, self.num_kv_heads).contiguous()
+        checks.expect_data(name, "finite numbers above 0", (scale > 0) & (scale < float("inf")))
+        scale = scale.detach().to(self.device).expand(self.num_layers, self.num_kv_heads)
+        return scale.clone(memory_format=torch.contiguous_format)
 
     def _one(self, name: str, row: int) -> int:
         """``row``, in range."""
@@ -195,13 +200,15 @@ class CacheStorage:
             rows = rows.tolist()
         named = tuple(rows) if isinstance(rows, Iterable) else (rows,)
         if any(isinstance(row, bool) for row in named):  # a mask would be taken for rows 1 and 0
-            raise TypeError(f"rows: expected row numbers, got {list(named)}; of a mask: mask.nonzero()[:, 0]")
+            raise TypeError(f"rows: expected row numbers, got {checks.shown(named)}; of a mask: mask.nonzero()[:, 0]")
         try:
             numbers = tuple(map(operator.index, named))
         except TypeError:
-            raise TypeError(f"rows: expected a slice, a row number or several, got {rows!r}") from None
+            raise TypeError(f"rows: expected a slice, a row number or several, got {checks.shown(rows)}") from None
         if len(set(numbers)) != len(numbers) or any(not 0 <= row < self.max_batch for row in numbers):
-            raise ValueError(f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {list(numbers)}")
+            raise ValueError(
+                f"rows: expected different row numbers in 0..{self.max_batch - 1}, got {checks.shown(list(numbers))}"
+            )
         if numbers and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
             return slice(numbers[0], numbers[-1] + 1), range(numbers[0], numbers[-1] + 1)
         if numbers not in self._indices:
@@ -242,29 +249,50 @@ class CacheStorage:
             self._changed()
             copy_blocks(self.k_cache, self.v_cache, *blocks, positions=self.positions, scores=self.scores)
 
-    def _making_room(self, request: Callable[[], _T], *, for_copies: bool = False) -> _T:
-        """``request``, which raises before it changes anything, with remembered prefixes given up where it must be."""
+    def _making_room(self, request: Callable[[], _T], fits: Callable[[], bool] | None = None) -> _T:
+        """Run ``request``, which raises before it changes anything, giving up remembered prefixes where it needs room.
+
+        Prefixes that rows use are given up only for copies of shared blocks, and only if the request ``fits`` then."""
         while True:
             try:
                 return request()
             except OutOfBlocksError as error:
-                if not self._prefixes.give_up(error.needed - error.free, in_use=for_copies):
+                shortage = error.needed - error.free
+                if self._prefixes.give_up(shortage, in_use=False):
+                    continue
+                if fits is None or not fits() or not self._prefixes.give_up(shortage, in_use=True):
                     raise
 
     def _own(self, index: slice | Tensor, numbers: Sequence[int], first: Tensor, stop: Tensor, width: int) -> None:
         """Copy the shared blocks from the ``first`` to before ``stop`` of each list, at most ``width``."""
-        self._copy(self._making_room(lambda: self._pool.own(index, numbers, first, stop, width), for_copies=True))
+        blocks = self._making_room(
+            lambda: self._pool.own(index, numbers, first, stop, width),
+            lambda: self._pool.fits_without_prefixes(index, first, stop, width),
+        )
+        self._copy(blocks)
 
     def _expect_rows(self, name: str, value: Tensor, batch: int) -> None:
         """One row of tokens for each of the cache's that are meant."""
         checks.expect_tensor(name, value)
-        if value.dim() and value.shape[0] != batch:
+        checks.expect_rank(name, value, "[rows, tokens, heads, head_dim]")
+        if value.shape[0] != batch:
             raise ValueError(f"{name}: expected {batch} rows, as many as `rows` names, got {value.shape[0]}")
 
     def _expect_per_row(self, name: str, value: Tensor, batch: int) -> None:
         checks.expect_tensor(name, value)
         checks.expect_dtype(name, value, torch.int32)
         checks.expect_shape(name, value, "[rows]", batch)
+        self._expect_here(name, value)
+
+    def _expect_tokens(self, name: str, value: int) -> None:
+        """No list has more tokens than max_tokens; int32 lengths would wrap around at much larger numbers."""
+        checks.expect_int(name, value, 0)
+        if value > self.max_tokens:
+            raise ValueError(f"{name}: expected at most max_tokens = {self.max_tokens}, got {value}")
+
+    def _expect_here(self, name: str, value: Tensor) -> None:
+        if value.device != self.device:
+            raise ValueError(f"{name}: expected the device of the cache, {self.device}, got {value.device}")
 
 
 def _make_room(kept: dict) -> None:

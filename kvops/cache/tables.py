@@ -209,7 +209,7 @@ class HeadBlocks:
                 f"{ragged[0]}: pages cannot hold ragged heads; attend with kvops.paged_attention, or give every head a "
                 "sequence of its own (to_flashinfer of both arguments flattened, with pages of one head)"
             )
-        lens = seq_lens[:, 0].contiguous()
+        lens = seq_lens[:, 0].clone()  # contiguous() of one head is a view
         head = torch.arange(self.num_kv_heads, device=block_tables.device)[:, None] * self.head_step
         used = torch.arange(block_tables.shape[2], device=block_tables.device) * self.page_size < lens[:, None]
         offset = torch.where(used[:, None], block_tables - head, 0)

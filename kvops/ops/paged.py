@@ -10,7 +10,7 @@ from kvops.eager import paged as eager
 from kvops.ops.dense import check_scores
 from kvops.ops.registry import LIBRARY, register
 
-_REDUCTIONS = ("sum", "sumsq", "max")
+REDUCTIONS = ("sum", "sumsq", "max")
 # Programs per multiprocessor: as many as fit at once with any number of registers, so that all shares run together.
 _PROGRAMS_PER_SM = 2
 
@@ -49,7 +49,10 @@ def _check_cache(
         checks.expect_dtype(name, tensor, torch.int32)
         checks.expect_same_device(name, tensor, reference_name, reference)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.expect_dtype(name, tensor, reference.dtype, torch.float8_e4m3fn)
+        checks.expect_dtype(name, tensor, *checks.FLOAT_DTYPES, torch.float8_e4m3fn)
+    if k_cache.dtype != torch.float8_e4m3fn:
+        checks.expect_same_dtype(reference_name, reference, "k_cache", k_cache)
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.expect_last_contiguous(name, tensor)
         checks.expect_same_device(name, tensor, reference_name, reference)
     checks.expect_same_dtype("v_cache", v_cache, "k_cache", k_cache)
@@ -167,7 +170,7 @@ _append = register(
 )
 
 
-def _check_attention(
+def check_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -229,7 +232,7 @@ def _check_attention(
         else:
             checks.expect_shape("tree_mask", tree_mask, "[batch, tokens, tokens]", B, T, T)
         checks.expect_same_device("tree_mask", tree_mask, "q", q)
-    checks.expect_choice("score_reduce", score_reduce, _REDUCTIONS)
+    checks.expect_choice("score_reduce", score_reduce, REDUCTIONS)
     checks.expect_at_least("score_decay", score_decay, 0.0)
     if scores is not None:
         _check_slots("scores", scores, k_cache, torch.float32)
@@ -262,7 +265,7 @@ _attention = register(
     "float? scale=None, float softcap=0.0, Tensor? sinks=None, Tensor? tree_mask=None, Tensor? k_scale=None, "
     'Tensor? v_scale=None, Tensor(a!)? scores=None, str score_reduce="sum", float score_decay=1.0, '
     "Tensor? schedule=None, bool batch_invariant=False) -> (Tensor out, Tensor lse)",
-    check=_check_attention,
+    check=check_attention,
     fake=_fake_attention,
     eager=eager.paged_attention,
     kernel="kvops.kernels.paged_attention:paged_attention",
