@@ -5,6 +5,7 @@
 #   VENV=$VIRTUAL_ENV SETUP=    use an environment of your own, complete as it is
 #   PYTEST="tests/test_x.py"    arguments for pytest in place of the whole suite
 #   ARGS="--quick"              arguments for the demo, for training or for the run on a GPU
+#   MINUTES=60 AREAS="paged"    how long `make fuzz` runs, and what it sweeps
 #   OUT=folder                  where `make bench` writes its results (bench/results/cpu)
 
 SHELL := /bin/bash
@@ -30,9 +31,13 @@ WORKERS ?= 2
 PYTEST ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 OUT ?= bench/results/cpu
+# How long `make fuzz` takes, for all areas together, and which (all by default).
+MINUTES ?= 10
+AREAS ?=
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-oldest margins mutations docs demo train bench bench-quality bench-report gpu prune lint format clean
+.PHONY: help setup test test-oldest margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
+  format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -82,6 +87,9 @@ mutations: $(SETUP)  ## plant faults in a copy of the sources: each must fail it
 docs: $(SETUP)  ## the manual as a site in build/docs; a warning is an error
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
 	@echo "The manual is in build/docs/index.html"
+
+fuzz: $(SETUP)  ## random sweeps against oracles, with another seed every time; MINUTES=10 AREAS="paged dense"
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m fuzz --minutes $(MINUTES) $(AREAS)
 
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)

@@ -1,0 +1,204 @@
+"""``flash_attention``, its gradient and ``attention_scores`` against the whole matrix in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from oracle import attention
+from torch import Tensor
+
+import kvops
+from fuzz.inputs import (
+    COUNT,
+    DTYPES,
+    HEAD_DIMS,
+    LAYOUTS,
+    TENSOR,
+    backend,
+    draw_mutation,
+    expect_refusal,
+    laid_out,
+    often,
+)
+from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients
+
+MUTATIONS = {
+    "q": (*TENSOR, "strided"),
+    "k": (*TENSOR, "strided"),
+    "v": ("dtype", "integer", "rank", "flat", "meta", "string", "none", "strided"),
+    "causal": ("string", "none"),
+    "window_left": COUNT,
+    "window_right": COUNT,
+    "scale": ("nan", "inf", "string"),
+    "softcap": ("nan", "inf", "negative", "string", "none"),
+    "sinks": ("integer", "dtype", "rank", "last", "meta", "string"),
+    "alibi_slopes": ("integer", "dtype", "flat", "last", "meta", "string"),
+}
+
+
+@dataclass(frozen=True)
+class Case(Scoring):
+    seed: int = 0
+    backend: str = "eager"
+    dtype: str = "float32"
+    batch: int = 1
+    queries: int = 1
+    keys: int = 1
+    kv_heads: int = 1
+    group: int = 1
+    head_dim: int = 1
+    value_dim: int = 1
+    layouts: tuple[str, ...] = ()  # of q, k and v
+    magnitude: float = 1.0
+    poison: str = ""  # "nan" or "inf" in a key and its value that some query does not see
+    gradient: str = ""  # through "out", "lse" or "both"
+    scores: str = ""  # reduce and group of attention_scores
+    query_start: int = 0
+    skip_recent: int = 0
+    bad: str = ""
+
+
+def draw(r: Random) -> Case:
+    on_triton = r.random() < 0.12
+    longest = r.choice((2, 9, 40, 70)) if on_triton else r.choice((2, 9, 40, 150, 150, 400))
+    head_dim = r.choice(HEAD_DIMS[:10] if on_triton else HEAD_DIMS)
+    keys = r.choice((r.randint(0, longest), longest))
+    queries = r.choice((r.randint(0, longest), r.randint(0, 3), keys))
+    reduce, group = r.choice(("sum", "sumsq", "max")), r.choice(("sum", "mean", "max"))
+    return Case(
+        seed=r.randrange(2**31),
+        backend="triton" if on_triton else "eager",
+        dtype=r.choice(tuple(DTYPES)),
+        batch=often(r, 1, 0, 2, 3),
+        queries=queries,
+        keys=keys,
+        kv_heads=r.choice((1, 1, 2, 3)),
+        group=often(r, 1, 2, 3, 4, 5, 7, 9),
+        head_dim=head_dim,
+        value_dim=often(r, head_dim, *HEAD_DIMS[: 10 if on_triton else None]),
+        layouts=() if r.random() < 0.4 else tuple(r.choice(LAYOUTS) for _ in range(3)),
+        magnitude=often(r, 1.0, 0.0, 0.01, 10.0, p=0.8),
+        poison=often(r, "", "nan", "inf", p=0.8),
+        gradient=often(r, "", "out", "lse", "both", p=0.4),
+        scores=often(r, "", f"{reduce} {group}", p=0.6),
+        query_start=often(r, 0, r.randint(-longest, longest)),
+        skip_recent=often(r, 0, r.randint(0, longest), 2**31 - 1, p=0.7),
+        bad=draw_mutation(r, MUTATIONS) if r.random() < 0.15 else "",
+        **draw_scoring(r, longest),
+    )
+
+
+def check(case: Case) -> None:
+    with backend(case.backend):
+        _check(case)
+
+
+def _check(case: Case) -> None:
+    g = torch.Generator().manual_seed(case.seed)
+    dtype = DTYPES[case.dtype]
+    heads = case.kv_heads * case.group
+    shapes = (
+        (case.batch, case.queries, heads, case.head_dim),
+        (case.batch, case.keys, case.kv_heads, case.head_dim),
+        (case.batch, case.keys, case.kv_heads, case.value_dim),
+    )
+    layouts = case.layouts or ("", "", "")
+    q, k, v = (
+        laid_out((torch.randn(shape, generator=g) * case.magnitude).to(dtype), layout)
+        for shape, layout in zip(shapes, layouts, strict=False)
+    )
+    options = case.tensors(heads, case.batch, g)
+    if case.bad:
+        name = case.bad.split(":")[0]
+        extra = {name: torch.zeros(heads)} if name in ("sinks", "alibi_slopes") and name not in options else {}
+        expect_refusal(kvops.flash_attention, {"q": q, "k": k, "v": v, **case.window(), **options, **extra}, case.bad)
+        return
+    mask = case.mask(case.queries, case.keys)
+    rows = _poison(case, k, v, mask, g)
+    exact, low = (attention(q, k, v, mask=mask, dtype=d, **options) for d in (torch.float64, dtype))
+    gradient = case.gradient if not case.poison else ""
+    sinks = (options["sinks"],) if "sinks" in options else ()
+    for tensor in (q, k, v, *sinks):
+        tensor.requires_grad_(bool(gradient))
+    out, lse = kvops.flash_attention(q, k, v, **case.window(), **options)
+    assert out.shape == (case.batch, case.queries, heads, case.value_dim), out.shape
+    seen = [x[:, rows] for x in (out, exact[0], low[0])] + [x[:, :, rows] for x in (lse, exact[1], low[1])]
+    compare((seen[0], seen[3]), (seen[1], seen[4]), (seen[2], seen[5]), ("out", "lse"))
+    if gradient:
+        _check_gradient(case, gradient, (q, k, v), options, mask, (out, lse), g)
+    if case.scores and not case.poison:
+        _check_scores(case, q.detach(), k.detach(), lse.detach(), exact[2], low[2], mask, options)
+
+
+def _poison(case: Case, k: Tensor, v: Tensor, mask: Tensor, g: torch.Generator) -> Tensor:
+    """Spoil one key; returns the queries, bool [Sq], that do not see it."""
+    everyone = torch.ones(case.queries, dtype=torch.bool)
+    if not case.poison or 0 in (*k.shape, *v.shape):
+        return everyone
+    hidden = (~mask.any(0)).nonzero()[:, 0]
+    place = int(hidden[0]) if len(hidden) else int(torch.randint(case.keys, (), generator=g))
+    for side in (k, v):
+        side[:, place] = float(case.poison)
+    return everyone & ~mask[:, place]
+
+
+def _check_gradient(
+    case: Case,
+    gradient: str,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    options: dict,
+    mask: Tensor,
+    results: tuple[Tensor, Tensor],
+    g: torch.Generator,
+) -> None:
+    out, lse = results
+    dout = torch.randn(out.shape, generator=g).to(out.dtype) if gradient != "lse" else None
+    dlse = torch.randn(lse.shape, generator=g) if gradient != "out" else None
+    with_gradient = [(x, d) for x, d in ((out, dout), (lse, dlse)) if d is not None]
+    sinks = (options["sinks"],) if "sinks" in options else ()
+    leaves = (*inputs, *sinks)
+    actual = torch.autograd.grad([x for x, _ in with_gradient], leaves, [d for _, d in with_gradient])
+    q, k, v = (x.detach() for x in inputs)
+    plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
+    dout = torch.zeros_like(out) if dout is None else dout
+    exact, low = (expected_gradients(q, k, v, dout.detach(), dlse, mask, plain, d) for d in (torch.float64, out.dtype))
+    compare(actual, exact, low, ("dq", "dk", "dv", "dsinks")[: len(leaves)])
+
+
+def _check_scores(
+    case: Case, q: Tensor, k: Tensor, lse: Tensor, p: Tensor, low_p: Tensor, mask: Tensor, options: dict
+) -> None:
+    reduce, group = case.scores.split()
+    scoring = {name: value.detach() if isinstance(value, Tensor) else value for name, value in options.items()}
+    scoring.pop("sinks", None)
+    actual = kvops.attention_scores(
+        q,
+        k,
+        lse,
+        **case.window(),
+        **scoring,
+        query_start=case.query_start,
+        skip_recent=case.skip_recent,
+        reduce=reduce,
+        group=group,
+    )
+    start = case.query_start if case.query_start >= 0 else max(case.queries + case.query_start, 0)
+    query, key = torch.arange(case.queries)[:, None], torch.arange(case.keys)
+    counted = mask & (query >= start)
+    if case.skip_recent:
+        counted &= query + case.keys - case.queries - key >= case.skip_recent
+
+    def reduced(p: Tensor) -> Tensor:
+        p = torch.where(counted, p, 0.0)
+        if reduce == "max":
+            columns = p.amax(2) if p.shape[2] else p.new_zeros(p.shape[0], p.shape[1], p.shape[3])
+        else:
+            columns = (p * p if reduce == "sumsq" else p).sum(2)
+        columns = columns.unflatten(1, (case.kv_heads, case.group))
+        return {"sum": columns.sum(2), "mean": columns.mean(2), "max": columns.amax(2)}[group]
+
+    assert not math.isnan(float(actual.sum())), "scores: NaN"
+    compare((actual,), (reduced(p),), (reduced(low_p),), ("scores",))

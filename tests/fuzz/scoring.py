@@ -1,0 +1,100 @@
+"""The options of dense and packed attention: drawn, made, and what they mean in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from oracle import assert_accurate, attention, attention_backward, attention_mask
+from torch import Tensor
+
+from fuzz.inputs import often
+
+# As wide as int32 and int64 allow.
+FAR = (2**31 - 2, 2**31 - 1, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: str = ""  # "random", "large", "-inf", "inf", or "some" of each
+    alibi: str = ""  # "heads" or "batch"
+
+    def window(self) -> dict[str, Any]:
+        return {"causal": self.causal, "window_left": self.window_left, "window_right": self.window_right}
+
+    def mask(self, queries: int, keys: int) -> Tensor:
+        left, right = (min(side, 2**40) for side in (self.window_left, self.window_right))
+        return attention_mask(queries, keys, causal=self.causal, window_left=left, window_right=right)
+
+    def tensors(self, heads: int, batch: int, generator: torch.Generator) -> dict[str, Any]:
+        """What changes the scores and the denominator, under the operators' names."""
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
+        if self.sinks:
+            sinks = torch.randn(heads, generator=generator)
+            which = torch.arange(heads) % 3
+            if self.sinks == "large":
+                sinks = sinks * 100
+            elif self.sinks in ("inf", "-inf"):
+                sinks = sinks.fill_(float(self.sinks))
+            elif self.sinks == "some":
+                sinks = sinks.masked_fill(which == 0, math.inf).masked_fill(which == 1, -math.inf)
+            options["sinks"] = sinks
+        if self.alibi:
+            shape = (heads,) if self.alibi == "heads" else (batch, heads)
+            options["alibi_slopes"] = torch.rand(shape, generator=generator)
+        return options
+
+
+def draw_scoring(r: Random, longest: int) -> dict[str, Any]:
+    near = r.randint(0, longest + 2)
+    return {
+        "causal": r.random() < 0.5,
+        "window_left": often(r, -1, 0, near, near, near // 2, *FAR),
+        "window_right": often(r, -1, 0, near, near // 2, *FAR, p=0.75),
+        "scale": often(r, None, 0.0, -0.3, 0.2, 3.0, p=0.7),
+        "softcap": often(r, 0.0, 0.5, 2.0, 30.0, 1e4, p=0.7),
+        "sinks": often(r, "", "random", "large", "-inf", "inf", "some", p=0.7),
+        "alibi": often(r, "", "heads", "batch", p=0.75),
+    }
+
+
+def one_sequence(options: dict[str, Any], b: int) -> dict[str, Any]:
+    """The options of one sequence of a batch."""
+    slopes = options.get("alibi_slopes")
+    return options if slopes is None or slopes.dim() == 1 else {**options, "alibi_slopes": slopes[b]}
+
+
+def compare(
+    actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], low: tuple[Tensor, ...], names: tuple[str, ...]
+) -> None:
+    for one, exact, same, name in zip(actual, expected, low, names, strict=True):
+        assert_accurate(one, exact, same.to(one.dtype), name)
+
+
+def expected_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    mask: Tensor,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv and, with sinks, dsinks, as ``dtype`` computes them."""
+    out, lse, _ = attention(q, k, v, mask=mask, dtype=dtype, **options)
+    result = attention_backward(dout, q, k, v, out, lse, mask=mask, dlse=dlse, dtype=dtype, **options)
+    sinks = options.get("sinks")
+    if sinks is None:
+        return result[:3]
+    # A sink of infinity takes all there is: lse is the sink, and nothing else counts.
+    of_lse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype).masked_fill(lse == -math.inf, 0.0)
+    return *result[:3], torch.where(sinks == math.inf, of_lse.sum((0, 2)).to(result[3].dtype), result[3])

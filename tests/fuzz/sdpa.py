@@ -1,0 +1,161 @@
+"""``kvops.scaled_dot_product_attention`` beside torch's own in float64, gradients included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from oracle import assert_accurate
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+import kvops
+from fuzz.inputs import (
+    DTYPES,
+    HEAD_DIMS,
+    LAYOUTS,
+    TENSOR,
+    backend,
+    draw_mutation,
+    expect_refusal,
+    laid_out,
+    often,
+    raised,
+)
+
+MUTATIONS = {
+    "query": TENSOR,
+    "key": TENSOR,
+    "value": ("dtype", "integer", "rank", "flat", "meta", "string", "none"),
+    "attn_mask": ("dtype", "last"),
+    "dropout_p": ("negative", "nan"),
+    "scale": ("nan", "inf", "string"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int = 0
+    backend: str = "eager"
+    dtype: str = "float32"
+    batch: int = 1
+    queries: int = 1
+    keys: int = 1
+    kv_heads: int = 1  # 0: tensors without a dimension of heads
+    group: int = 1
+    head_dim: int = 1
+    value_dim: int = 1
+    mask: str = ""  # "causal", "upper", "lower", "padding", "one padding", "gaps" or "all padding"
+    scale: float | None = None
+    layouts: tuple[str, ...] = ()
+    gradient: bool = False
+    bad: str = ""
+
+
+def draw(r: Random) -> Case:
+    on_triton = r.random() < 0.1
+    longest = r.choice((2, 9, 40)) if on_triton else r.choice((2, 9, 40, 130))
+    head_dim = r.choice(HEAD_DIMS[:10] if on_triton else HEAD_DIMS)
+    keys = r.randint(0, longest)
+    kv_heads = r.choice((0, 1, 2, 3))
+    return Case(
+        seed=r.randrange(2**31),
+        backend="triton" if on_triton else "eager",
+        dtype=r.choice(tuple(DTYPES)),
+        batch=r.choice((1, 1, 2, 3, 0)),
+        queries=r.choice((keys, r.randint(0, longest), 1)),
+        keys=keys,
+        kv_heads=kv_heads,
+        group=often(r, 1, 2, 3, 8) if kv_heads else 1,
+        head_dim=head_dim,
+        value_dim=often(r, head_dim, *HEAD_DIMS[: 10 if on_triton else None]),
+        mask=r.choice(("", "causal", "upper", "lower", "padding", "one padding", "gaps", "all padding")),
+        scale=often(r, None, 0.0, -0.5, 0.3),
+        layouts=() if r.random() < 0.4 else tuple(r.choice(LAYOUTS) for _ in range(3)),
+        gradient=r.random() < 0.5,
+        bad=draw_mutation(r, MUTATIONS) if r.random() < 0.1 else "",
+    )
+
+
+def check(case: Case) -> None:
+    with backend(case.backend):
+        _check(case)
+
+
+def _check(case: Case) -> None:
+    g = torch.Generator().manual_seed(case.seed)
+    dtype, layouts = DTYPES[case.dtype], case.layouts or ("", "", "")
+    group = case.group if case.kv_heads else 1
+    heads = [(case.kv_heads * group,), (case.kv_heads,), (case.kv_heads,)] if case.kv_heads else [()] * 3
+    sizes = (case.queries, case.head_dim), (case.keys, case.head_dim), (case.keys, case.value_dim)
+    q, k, v = (
+        laid_out(torch.randn(case.batch, *head, *size, generator=g).to(dtype), layout)
+        for head, size, layout in zip(heads, sizes, layouts, strict=False)
+    )
+    mask, seen = _mask(case, g)
+    options = {"is_causal": case.mask == "causal", "scale": case.scale, "enable_gqa": group > 1}
+    arguments = {"query": q, "key": k, "value": v, "attn_mask": mask, "dropout_p": 0.0, **options}
+    if case.bad:
+        if "attn_mask" not in case.bad or type(mask) is Tensor:  # a CausalBias is a tensor of another kind
+            expect_refusal(kvops.scaled_dot_product_attention, arguments, case.bad)
+        return
+    if case.mask == "gaps" and _has_gaps(mask):
+        error = raised(lambda: kvops.scaled_dot_product_attention(**arguments))
+        assert isinstance(error, ValueError), error or "a mask with gaps: accepted in silence"
+        assert str(error).startswith("attn_mask"), str(error)
+        return
+    for tensor in (q, k, v):
+        tensor.requires_grad_(case.gradient)
+    out = kvops.scaled_dot_product_attention(**arguments)
+    dout = torch.randn(out.shape, generator=g).to(dtype)
+    found = (out, *(torch.autograd.grad(out, (q, k, v), dout) if case.gradient else ()))
+    exact, low = (_torch(q, k, v, seen, case, group, dout, d) for d in (torch.float64, dtype))
+    for one, right, same, name in zip(found, exact, low, ("out", "dq", "dk", "dv"), strict=False):
+        assert_accurate(one, right, same, name)
+
+
+def _mask(case: Case, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
+    """``attn_mask``, and the same as bool [batch or 1, (1,) queries, keys]."""
+    queries, keys = case.queries, case.keys
+    query, key = torch.arange(queries)[:, None], torch.arange(keys)
+    if case.mask in ("causal", "upper"):
+        return causal_upper_left(queries, keys) if case.mask == "upper" else None, key <= query
+    if case.mask == "lower":
+        return causal_lower_right(queries, keys), key <= query + keys - queries
+    if not case.mask:
+        return None, torch.ones(queries, keys, dtype=torch.bool)
+    batch = 1 if case.mask == "one padding" else case.batch
+    first, last = torch.randint(0, keys + 1, (2, batch, 1), generator=g).sort(0).values
+    real = (key >= first) & (key < last)
+    if case.mask == "gaps":
+        real = torch.rand(batch, keys, generator=g) < 0.5
+    if case.mask == "all padding":
+        real = torch.zeros(batch, keys, dtype=torch.bool)
+    mask = real[:, None, None] if case.kv_heads else real[:, None]
+    return mask, mask.expand(*mask.shape[:-2], queries, keys)
+
+
+def _has_gaps(mask: Tensor | None) -> bool:
+    rows = [] if mask is None else ["".join("1" if x else "0" for x in row) for row in mask.flatten(0, -2).tolist()]
+    return any("0" in row.strip("0") for row in rows)
+
+
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, case: Case, group: int, dout: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """torch's answer; a query that sees nothing gives 0, which torch does not promise."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    real = seen.any(-1, keepdim=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        # A key of zeros that the empty rows see: torch needs one, and what it gives there is masked out.
+        wide_k, wide_v = (torch.cat([x, torch.zeros_like(x[..., :1, :]) if x.shape[-2] else x.new_zeros(
+            *x.shape[:-2], 1, x.shape[-1])], -2) for x in (k, v))  # fmt: skip
+        mask = torch.cat([seen, ~real], -1)
+        out = F.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask, scale=case.scale, enable_gqa=group > 1)
+    out = out.masked_fill(~real, 0.0)
+    if not case.gradient:
+        return (out.detach(),)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))
