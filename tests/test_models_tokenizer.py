@@ -283,3 +283,72 @@ def test_chat_templates_render_as_hugging_face_renders_them():
     for attack in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% if %}"):
         with pytest.raises(ValueError, match="messages: the model's chat template says"):
             Tokenizer(None, chat_template=attack).apply_chat_template([])
+
+
+def test_chat_templates_see_no_tools_and_no_documents_as_none():
+    """transformers passes None for both; left undefined, "is not none" would be true."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = "{% if tools is not none %}tools{% endif %}{{ documents is none }}{{ tools }}"
+    expected, _ = render_jinja_template([[]], chat_template=source)
+    tokenizer = Tokenizer(None, chat_template=source)
+    assert tokenizer.apply_chat_template([]) == expected[0] == "TrueNone"
+    assert tokenizer.apply_chat_template([], tools=["t"]) == "toolsTrue['t']"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 1 + 'a' }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ [1][tools] }}{{ range(-1, 'a') }}",
+        "{{ none() }}",
+    ],
+)
+def test_whatever_fails_in_a_chat_template_is_a_value_error(source):
+    with pytest.raises(ValueError, match=r"messages: the model's chat template (says|fails with \w+Error): "):
+        Tokenizer(None, chat_template=source).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+WRONG = [None, True, -1, 2.5, "text", [], [1], ["a", None], {}, {"content": 1}, [{"name": "default"}]]
+
+
+def test_whatever_the_files_beside_a_tokenizer_hold_only_value_error_is_raised(tmp_path):
+    sentencepiece_folder(tmp_path)
+    keys = ["bos_token", "eos_token", "unk_token", "chat_template", "eos_token_id", "anything"]
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        path = tmp_path / name
+        before = path.read_text() if path.exists() else "{}"
+        for content in [*WRONG, *({**json.loads(before), key: value} for key in keys for value in WRONG)]:
+            path.write_text(json.dumps(content))
+            try:
+                tokenizer = Tokenizer.from_folder(tmp_path)
+            except ValueError:
+                continue
+            assert all(type(end) is int for end in tokenizer.eos_token_ids)
+            assert all(isinstance(token, str) for token in tokenizer.special_tokens.values())
+            assert tokenizer.chat_template is None or isinstance(tokenizer.chat_template, str)
+        path.write_text(before)
+
+
+def test_wrong_values_beside_a_tokenizer_are_named(tmp_path):
+    sentencepiece_folder(tmp_path)
+    for name, content, message in [
+        ("tokenizer_config.json", [], r"tokenizer_config.json: expected an object in this file, got \[\]"),
+        ("tokenizer_config.json", {"bos_token": 3}, "bos_token: expected a string in .*tokenizer_config.json, got 3"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "template: expected in chat_template"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id: expected an integer in .*got '2'"),
+        (
+            "generation_config.json",
+            {"eos_token_id": [2, None]},
+            "eos_token_id: expected a list of integers .*got None at",
+        ),
+    ]:
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.from_folder(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2]}')
+    assert Tokenizer.from_folder(tmp_path).eos_token_ids == (2,)

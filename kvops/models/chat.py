@@ -12,16 +12,19 @@ from kvops.extras import require
 
 
 def render_chat(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-    """Render a chat template.
+    """Render a chat template. ``tools`` and ``documents`` are None where ``variables`` does not have them.
 
     Raises:
-        ValueError: the template refuses the messages, or is not valid.
+        ValueError: the template refuses the messages, is not valid, or fails on them.
     """
     jinja2 = require("jinja2")
+    names = {"tools": None, "documents": None, **variables}
     try:
-        return _compiled(source).render(messages=messages, **variables)
+        return _compiled(source).render(messages=messages, **names)
     except jinja2.TemplateError as error:
         raise ValueError(f"messages: the model's chat template says: {error}") from error
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise ValueError(f"messages: the model's chat template fails with {type(error).__name__}: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -30,7 +33,7 @@ def _compiled(source: str) -> Any:
     ext: Any = require("jinja2.ext")
 
     class Generation(ext.Extension):
-        """``{% generation %}`` marks the assistant's words for training; here it is its content."""
+        """``{% generation %}`` marks the assistant's text for training. Here it renders its content."""
 
         tags = frozenset({"generation"})
 
@@ -45,7 +48,8 @@ def _compiled(source: str) -> Any:
         # Jinja's own would escape <, > and & for HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
 
-    # A template comes with a model, from anywhere: it may neither reach Python's insides nor change what it is given.
+    # Templates come with models from anywhere: the sandbox keeps them from Python's internals and from changing what
+    # they are given.
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )

@@ -6,30 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvops.models.entries import Entries, as_kind
+from kvops.models.rope import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    RopeScaling,
+    YarnRopeScaling,
+    expect_positive,
+    yarn_attention_factor,
+)
+
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _ARCHITECTURE_OF_MODEL_TYPE = dict(zip(("llama", "mistral", "qwen2"), SUPPORTED_ARCHITECTURES, strict=True))
-
-
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Llama 3.1's stretching of the rotary frequencies (Grattafiori et al. 2024, "The Llama 3 Herd of Models").
-
-    A frequency whose wavelength is shorter than ``original_max_positions / high_freq_factor`` is kept, one that is
-    longer than ``original_max_positions / low_freq_factor`` is divided by ``factor``, those between are blended.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-    def __post_init__(self) -> None:
-        _expect_positive(self, "factor", "low_freq_factor", "original_max_positions")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor: expected more than low_freq_factor {self.low_freq_factor}, "
-                f"got {self.high_freq_factor}"
-            )
+_SOURCE = "the model's configuration"
 
 
 @dataclass(frozen=True)
@@ -46,14 +35,14 @@ class LlamaConfig:
         head_dim: size of a head, even; ``num_heads * head_dim`` need not be ``hidden_size``.
         rms_norm_eps: added to the mean square.
         rope_theta: base of the rotary frequencies ``rope_theta ** (-2 i / head_dim)``.
-        rope_scaling: Llama 3.1's stretching of the frequencies, or None.
+        rope_scaling: how the frequencies are stretched to a longer context, or None.
         max_positions: the longest context that the model was made for, in tokens.
         tie_embeddings: the output matrix is the embedding; no ``lm_head.weight`` then.
         sliding_window: how many of the latest tokens, its own included, a query sees in every layer; None: all.
         attention_bias: the query, key and value projections (not the output projection) have a bias, as in Qwen2.
 
     Raises:
-        ValueError: a number that makes no model, by the attribute's name.
+        ValueError: an attribute has a value that describes no model; the message starts with its name.
     """
 
     vocab_size: int
@@ -65,60 +54,60 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     max_positions: int = 2048
     tie_embeddings: bool = False
     sliding_window: int | None = None
     attention_bias: bool = False
 
     def __post_init__(self) -> None:
-        _expect_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        _expect_positive(self, "num_kv_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_positions")
+        window = () if self.sliding_window is None else ("sliding_window",)
+        counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        expect_positive(self, *counts, "head_dim", "rms_norm_eps", "rope_theta", "max_positions", *window)
+        for name in (*counts, "head_dim", "max_positions", *window):
+            as_kind(name, getattr(self, name), int, "a configuration")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads {self.num_heads}, got {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even size for the rotary embedding, got {self.head_dim}")
-        if self.sliding_window is not None:
-            _expect_positive(self, "sliding_window")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Read the content of a Hugging Face ``config.json`` (of transformers 4 or 5).
+        """Read the content of a Hugging Face ``config.json`` (of transformers 4 or 5). A null entry takes its default.
 
         Raises:
-            ValueError: an architecture, a rotary embedding or another setting that this model does not have, or a
-                missing entry; the message says what is supported.
+            ValueError: an architecture, a rotary embedding or another setting that this model does not have, a
+                missing entry, or one of the wrong type; the message starts with the entry's name.
         """
-        architecture = _architecture(config)
+        entries = Entries(config, _SOURCE)
+        architecture = _architecture(entries)
         is_llama, is_qwen2 = architecture == "LlamaForCausalLM", architecture == "Qwen2ForCausalLM"
-        _refuse(config, "hidden_act", supported="silu")
-        _refuse(config, "mlp_bias", supported=False)
+        entries.only("hidden_act", "silu")
+        entries.only("mlp_bias", False)
         if not is_qwen2:  # in a Llama it would give the output projection a bias too
-            _refuse(config, "attention_bias", supported=False)
+            entries.only("attention_bias", False)
 
-        num_heads, hidden_size = _require(config, "num_attention_heads"), _require(config, "hidden_size")
-        _expect_number("num_attention_heads", num_heads)
-        _expect_number("hidden_size", hidden_size)
-        num_kv_heads = config.get("num_key_value_heads")
+        num_heads, hidden_size = entries.need("num_attention_heads", int), entries.need("hidden_size", int)
+        num_kv_heads = entries.find("num_key_value_heads", int)
         if num_kv_heads is None:
             # Only Llama's default is "as many as the query heads".
-            num_kv_heads = num_heads if is_llama else _require(config, "num_key_value_heads")
-        head_dim = config.get("head_dim")
-        rope_theta, rope_scaling = _rope(config)
+            num_kv_heads = num_heads if is_llama else entries.need("num_key_value_heads", int)
+        max_positions = entries.need("max_position_embeddings", int)
+        rope_theta, rope_scaling = _rope(entries, max_positions)
         return cls(
-            vocab_size=_require(config, "vocab_size"),
+            vocab_size=entries.need("vocab_size", int),
             hidden_size=hidden_size,
-            intermediate_size=_require(config, "intermediate_size"),
-            num_layers=_require(config, "num_hidden_layers"),
+            intermediate_size=entries.need("intermediate_size", int),
+            num_layers=entries.need("num_hidden_layers", int),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=hidden_size // num_heads if head_dim is None else head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            head_dim=entries.get("head_dim", int, hidden_size // max(num_heads, 1)),
+            rms_norm_eps=entries.get("rms_norm_eps", float, 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            max_positions=_require(config, "max_position_embeddings"),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            sliding_window=_sliding_window(config, architecture),
+            max_positions=max_positions,
+            tie_embeddings=entries.get("tie_word_embeddings", bool, False),
+            sliding_window=_sliding_window(entries, architecture),
             attention_bias=is_qwen2,
         )
 
@@ -146,75 +135,92 @@ class LlamaConfig:
         return shapes
 
 
-def _expect_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _expect_number(name, value)
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+def _architecture(entries: Entries) -> str:
+    names = entries.strings("architectures")
+    if names:
+        name = names[0]
+    else:
+        model_type = entries.get("model_type", str, "none")
+        name = _ARCHITECTURE_OF_MODEL_TYPE.get(model_type, model_type)
+    if name not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(f"architectures: supported are {', '.join(SUPPORTED_ARCHITECTURES)}; got {name}")
+    return name
 
 
-def _expect_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}: expected a number, got {value!r}")
+# What each kind of scaling reads beside the entries that all of them have.
+_ROPE_ENTRIES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
+}
+_COMMON_ROPE_ENTRIES = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
-def _require(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        raise ValueError(f"{key}: expected in the model's configuration, but there is none")
-    return config[key]
-
-
-def _refuse(config: Mapping[str, Any], key: str, *, supported: object) -> None:
-    value = config.get(key, supported)
-    if value != supported:
-        raise ValueError(f"{key}: only {supported!r} is supported, got {value!r}")
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or []
-    if not names:
-        names = [_ARCHITECTURE_OF_MODEL_TYPE.get(config.get("model_type", ""), config.get("model_type"))]
-    if names[0] not in SUPPORTED_ARCHITECTURES:
-        raise ValueError(f"architectures: supported are {', '.join(SUPPORTED_ARCHITECTURES)}; got {names[0]}")
-    return names[0]
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
-    """The base and the scaling; transformers 5 writes both into ``rope_parameters``, before they were apart."""
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        parameters = config.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    _refuse(config, "partial_rotary_factor", supported=1.0)
-    _refuse(parameters, "partial_rotary_factor", supported=1.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+def _rope(entries: Entries, max_positions: int) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling. transformers 5 writes both into ``rope_parameters``; older versions kept them apart."""
+    # Where a file has both, transformers 5 prefers the older name.
+    parameters = Entries(entries.find("rope_scaling", dict) or entries.get("rope_parameters", dict, {}), _SOURCE)
+    theta = parameters.get("rope_theta", float, entries.get("rope_theta", float, 10000.0))
+    for place in (entries, parameters):
+        place.only("partial_rotary_factor", 1.0)
+    kind = parameters.find("rope_type", str) or parameters.get("type", str, "default")
+    if kind not in _ROPE_ENTRIES:
+        raise ValueError(f"rope_type: supported are {', '.join(_ROPE_ENTRIES)}; got {kind}")
+    for key, value in parameters.values.items():
+        if value is not None and key not in (*_COMMON_ROPE_ENTRIES, *_ROPE_ENTRIES[kind]):
+            raise ValueError(f"{key}: expected no such entry beside rope_type {kind!r} in {_SOURCE}, got {value!r}")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise ValueError(f"rope_type: supported are default and llama3, got {kind}")
-    scaling = Llama3RopeScaling(
-        factor=_require(parameters, "factor"),
-        low_freq_factor=_require(parameters, "low_freq_factor"),
-        high_freq_factor=_require(parameters, "high_freq_factor"),
-        original_max_positions=_require(parameters, "original_max_position_embeddings"),
+    factor = parameters.need("factor", float)
+    if kind == "linear":
+        return theta, LinearRopeScaling(factor)
+    # An entry outside the rotary embedding's own comes first, as in transformers.
+    original = entries.find("original_max_position_embeddings", int)
+    if original is None:
+        original = parameters.get("original_max_position_embeddings", int, max_positions)
+    if kind == "llama3":
+        low, high = parameters.need("low_freq_factor", float), parameters.need("high_freq_factor", float)
+        return theta, Llama3RopeScaling(factor, low, high, original)
+    return theta, YarnRopeScaling(
+        factor,
+        original,
+        attention_factor=_yarn_attention_factor(parameters, factor),
+        beta_fast=parameters.get("beta_fast", float, 32.0),
+        beta_slow=parameters.get("beta_slow", float, 1.0),
+        truncate=parameters.get("truncate", bool, True),
     )
-    return theta, scaling
 
 
-def _sliding_window(config: Mapping[str, Any], architecture: str) -> int | None:
+def _yarn_attention_factor(parameters: Entries, factor: float) -> float:
+    given = parameters.find("attention_factor", float)
+    if given is not None:
+        return given
+    mscale, of_all = parameters.get("mscale", float, 0.0), parameters.get("mscale_all_dim", float, 0.0)
+    if mscale and of_all:
+        return yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, of_all)
+    return yarn_attention_factor(factor)
+
+
+def _sliding_window(entries: Entries, architecture: str) -> int | None:
     if architecture == "LlamaForCausalLM":
         return None
     if architecture == "MistralForCausalLM":
-        return config.get("sliding_window", 4096)  # transformers' default where the file is silent
-    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
+        # A null means no window; a file that is silent means transformers' default.
+        return entries.find("sliding_window", int) if "sliding_window" in entries.values else 4096
+    window = entries.find("sliding_window", int)
+    if window is None and "sliding_window" not in entries.values:
+        window = 4096
+    if not entries.get("use_sliding_window", bool, False) or window is None:
         return None
-    layers, first = _require(config, "num_hidden_layers"), config.get("max_window_layers", 28)
-    if first >= layers:
+    layers, first = entries.need("num_hidden_layers", int), entries.get("max_window_layers", int, 28)
+    kinds = entries.strings("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+    windowed = [kind == "sliding_attention" for kind in kinds[:layers]]
+    if not any(windowed):
         return None
-    if first > 0:
+    if not all(windowed):
         raise ValueError(
-            f"max_window_layers: a sliding window in some layers only is not supported "
-            f"(expected 0, or at least {layers} for none), got {first}"
+            "max_window_layers, layer_types: expected a sliding window in all layers or in none, "
+            f"got one in {sum(windowed)} of {layers} layers"
         )
-    return config["sliding_window"]
+    return window

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from kvops.extras import require
-from kvops.models.config import Llama3RopeScaling, LlamaConfig
+from kvops.models.config import LlamaConfig
+from kvops.models.entries import Entries
+from kvops.models.rope import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    RopeScaling,
+    YarnRopeScaling,
+    frequencies,
+    yarn_attention_factor,
+)
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -66,61 +75,149 @@ class GGUFFile:
         return torch.from_numpy(np.require(values, requirements="W"))  # float32 comes as a view of the file
 
 
+# Entries of an architecture that are read below.
+_READ = (
+    *("embedding_length", "block_count", "feed_forward_length", "context_length", "expert_count"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.sliding_window"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
+    *("rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+)
+# Entries that change nothing in these architectures.
+_HARMLESS = (
+    *("vocab_size", "tensor_data_layout", "expert_used_count", "rope.scaling.finetuned"),
+    "attention.layer_norm_epsilon",
+)
+# Entries that change nothing if they have one of these values. llama.cpp reads none of the scales and caps in its
+# architectures "llama" and "qwen2" (Granite, MiniCPM and Gemma, which need them, have architectures of their own), and
+# takes 0 for "not set". A file that has one with an effect was made for another model.
+_WITHOUT_EFFECT: dict[str, tuple[float, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "pooling_type": (0,),
+    "rope.scaling.yarn_attn_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "use_parallel_residual": (False,),
+}
+
+
 def read_config(file: GGUFFile) -> LlamaConfig:
     """The configuration that a file describes.
 
     Raises:
-        ValueError: an architecture or a setting that :class:`LlamaConfig` does not have, or a missing entry.
+        ValueError: one part of a model that was split into several files, an architecture or a setting that
+            :class:`LlamaConfig` does not have, a missing entry, or one of the wrong type.
     """
-    architecture = file.metadata.get("general.architecture")
+    source = f"the metadata of {file.path}"
+    _refuse_parts(Entries(file.metadata, source, "split."), file.path)
+    architecture = Entries(file.metadata, source, "general.").get("architecture", str, "none")
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
             f"general.architecture: supported are {', '.join(SUPPORTED_ARCHITECTURES)} "
             f"(Llama, Mistral, Qwen2 and others of their shape); got {architecture} in {file.path}"
         )
-
-    def entry(key: str, default: Any = None) -> Any:
-        value = file.metadata.get(f"{architecture}.{key}", default)
-        if value is None:
-            raise ValueError(f"{architecture}.{key}: expected in the metadata of {file.path}, but there is none")
-        return value
-
-    if entry("expert_count", 0):
-        raise ValueError(f"{architecture}.expert_count: a mixture of experts is not supported, got {file.path}")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"token_embd.weight: expected among the tensors of {file.path}, but there is none")
-    num_heads, hidden_size = entry("attention.head_count"), entry("embedding_length")
-    rotated = entry("rope.dimension_count", 0)
-    head_dim = entry("attention.key_length", rotated or hidden_size // num_heads)
+
+    entries = Entries(file.metadata, source, f"{architecture}.")
+    if entries.get("expert_count", int, 0):
+        raise ValueError(f"{architecture}.expert_count: a mixture of experts is not supported, got {file.path}")
+    num_heads, hidden_size = entries.need("attention.head_count", int), entries.need("embedding_length", int)
+    rotated = entries.get("rope.dimension_count", int, 0)
+    head_dim = entries.get("attention.key_length", int, rotated or hidden_size // max(num_heads, 1))
     for key, value in (("rope.dimension_count", rotated or head_dim), ("attention.value_length", head_dim)):
-        if entry(key, value) != head_dim:
-            raise ValueError(f"{architecture}.{key}: expected the head size {head_dim}, got {entry(key)}")
-    theta = entry("rope.freq_base", 10000.0)
-    window = entry("attention.sliding_window", 0)
+        if entries.get(key, int, value) != head_dim:
+            raise ValueError(f"{architecture}.{key}: expected the head size {head_dim}, got {entries.find(key, int)}")
+    _refuse_other_entries(entries, head_dim)
+    theta, context_length = entries.get("rope.freq_base", float, 10000.0), entries.need("context_length", int)
     return LlamaConfig(
         vocab_size=file.shape("token_embd.weight")[0],
         hidden_size=hidden_size,
-        intermediate_size=entry("feed_forward_length"),
-        num_layers=entry("block_count"),
+        intermediate_size=entries.need("feed_forward_length", int),
+        num_layers=entries.need("block_count", int),
         num_heads=num_heads,
-        num_kv_heads=entry("attention.head_count_kv", num_heads),
+        num_kv_heads=entries.get("attention.head_count_kv", int, num_heads),
         head_dim=head_dim,
-        rms_norm_eps=entry("attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=entries.need("attention.layer_norm_rms_epsilon", float),
         rope_theta=theta,
-        rope_scaling=_rope_scaling(file, architecture, head_dim, theta),
-        max_positions=entry("context_length"),
+        rope_scaling=_rope_scaling(file, entries, head_dim, theta, context_length),
+        max_positions=context_length,
         tie_embeddings="output.weight" not in file.tensors,
-        sliding_window=window or None,
+        sliding_window=entries.get("attention.sliding_window", int, 0) or None,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
     )
 
 
-def _rope_scaling(file: GGUFFile, architecture: str, head_dim: int, theta: float) -> Llama3RopeScaling | None:
+def _refuse_parts(entries: Entries, path: Path) -> None:
+    count = entries.get("count", int, 0)
+    if count > 1:
+        raise ValueError(
+            f"{path}: expected a whole model, got part {entries.get('no', int, 0) + 1} of {count} of a split one; the "
+            "next step is to join them: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf (a tool of llama.cpp)"
+        )
+
+
+def _refuse_other_entries(entries: Entries, head_dim: int) -> None:
+    """Raise ValueError for an entry of the architecture that is not understood and may change what the model says."""
+    scales = (0.0, head_dim**-0.5)
+    for name, value in entries.values.items():
+        key = name.removeprefix(entries.prefix)
+        if key == name or key in _READ or key in _HARMLESS:
+            continue
+        if key == "attention.scale":
+            neutral = isinstance(value, (int, float)) and any(math.isclose(value, s, rel_tol=1e-5) for s in scales)
+        else:
+            neutral = value in _WITHOUT_EFFECT.get(key, ())
+        if not neutral:
+            raise ValueError(f"{name}: this entry is not supported, got {value!r:.80} in {entries.source}")
+
+
+def _rope_scaling(
+    file: GGUFFile, entries: Entries, head_dim: int, theta: float, context_length: int
+) -> RopeScaling | None:
+    """What scales the rotary frequencies, with llama.cpp's defaults: linear, by a factor of 1."""
+    kind = entries.get("rope.scaling.type", str, "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{entries.prefix}rope.scaling.type: supported are none, linear and yarn, got {kind}")
+    factor = entries.find("rope.scaling.factor", float)
+    if factor is None:
+        factor = entries.get("rope.scale_linear", float, 0.0)  # the older name
+    factor = 1.0 if kind == "none" else factor or 1.0
+    attention_factor = entries.get("rope.scaling.attn_factor", float, 1.0)
+    # How much of YaRN's blend is taken; a negative number: as the type says.
+    blend = entries.get("rope.scaling.yarn_ext_factor", float, -1.0)
+    if kind != "yarn" and attention_factor != 1:
+        raise ValueError(
+            f"{entries.prefix}rope.scaling.attn_factor: only supported beside yarn, got {attention_factor}"
+        )
+    if blend >= 0 and blend != (1.0 if kind == "yarn" else 0.0):
+        raise ValueError(f"{entries.prefix}rope.scaling.yarn_ext_factor: not supported beside {kind}, got {blend}")
+
+    llama3 = _llama3_scaling(file, head_dim, theta)
+    if llama3 is not None and factor != 1:
+        raise ValueError(f"rope_freqs.weight: not supported beside {entries.prefix}rope.scaling in {file.path}")
+    if llama3 is not None or (factor == 1 and attention_factor == 1):
+        return llama3
+    if kind == "linear":
+        return LinearRopeScaling(factor)
+    return YarnRopeScaling(
+        factor,
+        entries.get("rope.scaling.original_context_length", int, context_length),
+        attention_factor=yarn_attention_factor(factor) * attention_factor,
+        beta_fast=entries.get("rope.scaling.yarn_beta_fast", float, 32.0),
+        beta_slow=entries.get("rope.scaling.yarn_beta_slow", float, 1.0),
+    )
+
+
+def _llama3_scaling(file: GGUFFile, head_dim: int, theta: float) -> Llama3RopeScaling | None:
     """Llama 3's scaling, which a GGUF holds as its effect: the divisor of each frequency."""
-    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    factor = file.metadata.get(f"{architecture}.rope.scaling.factor", 1.0)
-    if kind not in ("none", "linear") or (kind == "linear" and factor not in (0.0, 1.0)):
-        raise ValueError(f"{architecture}.rope.scaling.type: supported is Llama 3's scaling only, got {kind} {factor}")
     if "rope_freqs.weight" not in file.tensors:
         return None
     divisors = file.read("rope_freqs.weight")
@@ -128,11 +225,8 @@ def _rope_scaling(file: GGUFFile, architecture: str, head_dim: int, theta: float
         return None
     # The parameters that Meta published for all its models; only the factor differs between them.
     scaling = Llama3RopeScaling(divisors.max().item(), 1.0, 4.0, 8192)
-    wavelengths = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    smooth = (scaling.original_max_positions / wavelengths - 1.0) / (4.0 - 1.0)
-    smooth = smooth.clamp(0, 1)
-    expected = 1 / ((1 - smooth) / scaling.factor + smooth)
-    if divisors.shape != expected.shape or not torch.allclose(divisors.double(), expected, rtol=1e-4):
+    expected = frequencies(head_dim, theta) / frequencies(head_dim, theta, scaling)
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
         raise ValueError(
             "rope_freqs.weight: supported is Llama 3's scaling with its published parameters (low_freq_factor 1, "
             f"high_freq_factor 4, original_max_position_embeddings 8192), which these divisors in {file.path} are not"

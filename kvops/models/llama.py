@@ -6,7 +6,6 @@ on with what comes back. Dense attention, a ragged paged cache and a training st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from kvops.models.config import LlamaConfig
 from kvops.models.linear import Linear
+from kvops.models.rope import YarnRopeScaling, frequencies
 from kvops.rotary import rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -24,20 +24,8 @@ LayerAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
-    """Angular frequency of each pair of dimensions, float32 [D / 2] (RoFormer, arXiv 2104.09864).
-
-    With Llama-3 scaling, wavelengths beyond the original context are stretched by ``factor``, short ones are kept, and
-    those between are blended (Llama 3.1 model card).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # over the original context
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    """Angular frequency of each pair of dimensions, float32 [D / 2]: see :mod:`kvops.models.rope`."""
+    return frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 class LlamaLayer(nn.Module):
@@ -91,8 +79,10 @@ class Llama(nn.Module):
         device = self.embedding.weight.device
         positions = torch.arange(config.max_positions, dtype=torch.float32)
         angles = torch.outer(positions, rope_frequencies(config)).to(device)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        scaling = config.rope_scaling
+        magnitude = scaling.attention_factor if isinstance(scaling, YarnRopeScaling) else 1.0
+        self.register_buffer("cos", angles.cos() * magnitude, persistent=False)
+        self.register_buffer("sin", angles.sin() * magnitude, persistent=False)
 
     def _lay_in(self, weights: Mapping[str, Tensor]) -> None:
         parts = {

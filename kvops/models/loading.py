@@ -84,13 +84,20 @@ def load(
     ) as bar:
         if path.is_dir():
             config, found = hf.read_config(path), hf.find_weights(path)
+            config = hf.tie_as_stored(config, found)
             tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
             wanted = _expect_weights(config, found.shapes, path)
+            hf.check_frequencies(found, config)
             stored = hf.read_weights(found, wanted)
             size = sum(file.stat().st_size for file in set(found.files.values()))
         else:
             file = gguf.GGUFFile(path)
             config, tokenizer = gguf.read_config(file), Tokenizer.from_gguf(file.metadata)
+            if tokenizer.vocab_size > config.vocab_size:
+                raise ValueError(
+                    f"{path}: expected at most as many tokens as the embedding has rows, {config.vocab_size}, "
+                    f"got {tokenizer.vocab_size}"
+                )
             _expect_weights(config, {gguf.hugging_face_name(key): file.shape(key) for key in file.tensors}, path)
             stored = gguf.read_weights(file, config)
             size = sum(tensor.n_bytes for tensor in file.tensors.values())
@@ -124,14 +131,18 @@ def _only_gguf_in(folder: Path) -> Path:
     return files[0]
 
 
-# Stored by some models, computed by this one.
+# Stored by some models and computed by this one; compared with what is stored.
 _COMPUTED = ("rotary_emb.inv_freq", "rope_freqs.weight")
 
 
 def _expect_weights(
     config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that ``config`` asks for, if ``shapes`` has exactly these."""
+    """The shapes that ``config`` asks for.
+
+    Raises:
+        ValueError: a weight is missing or has another shape, or the model would not use one that is there.
+    """
     wanted = config.weight_shapes()
     for name, shape in wanted.items():
         if name not in shapes:
@@ -139,7 +150,7 @@ def _expect_weights(
         if shapes[name] != shape:
             raise ValueError(f"{path}: expected {name} to have shape {list(shape)}, got {list(shapes[name])}")
     for name in shapes:
-        tied = config.tie_embeddings and name == "lm_head.weight"
-        if name not in wanted and not tied and not name.endswith(_COMPUTED):
+        is_tied = config.tie_embeddings and name == "lm_head.weight"  # a copy of the embedding: see hf.tie_as_stored
+        if name not in wanted and not is_tied and not name.endswith(_COMPUTED):
             raise ValueError(f"{path}: the weight {name} belongs to no supported kind of model")
     return wanted

@@ -5,34 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvops.extras import require
+from kvops.models.backends import SUPPORTED_PRE_TOKENIZERS as SUPPORTED_PRE_TOKENIZERS
+from kvops.models.backends import Vocabulary, byte_level_backend, sentencepiece_backend
 from kvops.models.chat import render_chat
-
-# The splits that precede byte-pair encoding, by GGUF's names for them. The vocabularies come from different makers:
-# each is only right with the split that its merges were learned with.
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_SIGNS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS_AND_SPACES}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SIGNS_AND_SPACES}"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    # SmolLM's and SmolLM2's own tokenizer.json: each digit by itself, then GPT-2's split.
-    "smollm": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
-    # What llama.cpp does with a file that does not say.
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-}
-SUPPORTED_PRE_TOKENIZERS = tuple(_SPLITS)
-
-_CONTROL, _USER_DEFINED = 3, 4  # in tokenizer.ggml.token_type
+from kvops.models.entries import Entries, as_kind
 
 
 @dataclass(frozen=True)
@@ -102,10 +85,10 @@ class Tokenizer:
         Args:
             messages: ``{"role": ..., "content": ...}`` in order.
             add_generation_prompt: end with the beginning of an answer.
-            variables: further names that the template knows, such as ``tools``.
+            variables: further names that the template knows. ``tools`` and ``documents`` are None if not given.
 
         Raises:
-            ValueError: the model has no chat template, or its template refuses these messages.
+            ValueError: the model has no chat template, or its template refuses these messages or fails on them.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -128,25 +111,32 @@ class Tokenizer:
         Raises:
             ValueError: no vocabulary, or a kind of tokenizer that is not supported; the message says what is.
         """
-        kind = metadata.get("tokenizer.ggml.model")
-        if kind != "gpt2":
-            raise ValueError(f"tokenizer.ggml.model: supported is gpt2 (byte-level pair encoding), got {kind}")
-        split = metadata.get("tokenizer.ggml.pre", "default")
-        if split not in _SPLITS:
-            raise ValueError(f"tokenizer.ggml.pre: supported are {', '.join(SUPPORTED_PRE_TOKENIZERS)}; got {split}")
-        tokens = _entry(metadata, "tokens")
-        bos = metadata.get("tokenizer.ggml.bos_token_id")
-        ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        entries = Entries(metadata, "the GGUF file's metadata", "tokenizer.ggml.")
+        kind = entries.need("model", str)
+        vocabulary = Vocabulary.from_gguf(entries)
+        if kind == "gpt2":
+            split = entries.get("pre", str, "default")
+            backend = byte_level_backend(vocabulary, entries.strings("merges"), split)
+            # Llama 3's files may leave it out; llama.cpp then adds the token for this split alone.
+            add_bos = split == "llama-bpe"
+        elif kind == "llama":
+            backend, add_bos = sentencepiece_backend(vocabulary, entries), True
+        else:
+            raise ValueError(
+                "tokenizer.ggml.model: supported are gpt2 (byte-level pair encoding) and llama (SentencePiece's pair "
+                f"encoding), got {kind}"
+            )
+        bos = vocabulary.special_id(entries, "bos")
+        ends = [vocabulary.special_id(entries, name) for name in ("eos", "eot", "eom")]
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-        ids = {f"{name}_token": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+        ids = {f"{name}_token": vocabulary.special_id(entries, key) for name, key in names.items()}
         return cls(
-            backend=_byte_level_backend(tokens, _entry(metadata, "merges"), _entry(metadata, "token_type"), split),
+            backend=backend,
             eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
             bos_token_id=bos,
-            # Llama 3's files may leave it out; llama.cpp then adds the token for this split alone.
-            add_bos=bos is not None and metadata.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"),
-            chat_template=metadata.get("tokenizer.chat_template"),
-            special_tokens={name: tokens[i] for name, i in ids.items() if i is not None},
+            add_bos=bos is not None and entries.get("add_bos_token", bool, add_bos),
+            chat_template=Entries(metadata, "the GGUF file's metadata", "tokenizer.").find("chat_template", str),
+            special_tokens={name: vocabulary.tokens[i] for name, i in ids.items() if i is not None},
         )
 
     @classmethod
@@ -169,8 +159,8 @@ class Tokenizer:
         with_bos = backend.encode("a", add_special_tokens=True).ids
         backend.no_padding()
         backend.no_truncation()
-        settings = read_json(folder / "tokenizer_config.json", missing={})
-        special = {name: _text_of(settings[name]) for name in _SPECIAL_NAMES if settings.get(name) is not None}
+        settings = read_json(folder / "tokenizer_config.json", optional=True)
+        special = _special_tokens(settings, folder / "tokenizer_config.json")
         bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
         return cls(
             backend=backend,
@@ -185,21 +175,29 @@ class Tokenizer:
 class TextStream:
     """Decodes token by token without ever showing half of a character.
 
-    What :meth:`put` returns, one after another, and :meth:`finish` at the end, make exactly the text of all tokens.
+    The pieces that :meth:`put` returns and the last one from :meth:`finish` make exactly the text of all tokens. A run
+    of byte tokens (``<0xE2>``, in SentencePiece's vocabularies) is shown when it ends: only then is it known whether
+    its bytes are UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        # The tokens shown last and those held back. The former stay because how a token is spelled can depend on its
-        # forerunner: SentencePiece's leading space is dropped at the beginning of a text only.
+        added = tokenizer.backend.get_added_tokens_decoder() if skip_special else {}
+        self._skipped = {index for index, token in added.items() if token.special}
+        # The tokens shown last and those held back. The former stay because the text of a token can depend on the one
+        # before it: SentencePiece's leading space is dropped at the beginning of a text only.
         self._ids: list[int] = []
         self._num_shown = 0
         self._shown = ""
 
     def put(self, token_id: int) -> str:
         """The text that ``token_id`` completes; empty while a character is unfinished."""
-        self._ids.append(int(token_id))
+        token_id = int(token_id)
+        self._ids.append(token_id)
+        # A skipped token does not end a run of bytes.
+        if token_id in self._skipped or _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(token_id) or ""):
+            return ""
         text = self._tokenizer.decode(self._ids, skip_special=self._skip_special)
         # U+FFFD at the end: bytes of an unfinished character, or such a character itself, shown with the next token.
         if text.endswith("\ufffd") or len(text) <= len(self._shown):
@@ -218,66 +216,48 @@ class TextStream:
         return rest
 
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-def _entry(metadata: Mapping[str, Any], name: str) -> list[Any]:
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if the file is optional and not there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it does not hold a JSON object.
+    """
+    if optional and not path.is_file():
+        return {}
     try:
-        return metadata[f"tokenizer.ggml.{name}"]
-    except KeyError:
-        raise ValueError(f"tokenizer.ggml.{name}: expected in the file's metadata, but there is none") from None
-
-
-def _byte_level_backend(tokens: list[str], merges: list[str], kinds: list[int], split: str) -> Any:
-    tokenizers = require("tokenizers")
-    try:
-        model = tokenizers.models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=split == "llama-bpe",  # its vocabulary has whole words that no merge leads to
-        )
-    except Exception as error:  # the package raises nothing narrower
-        raise ValueError(f"tokenizer.ggml.merges: expected pairs of tokens that make tokens: {error}") from error
-    backend = tokenizers.Tokenizer(model)
-    if split == "qwen2":
-        backend.normalizer = tokenizers.normalizers.NFC()
-    steps = tokenizers.pre_tokenizers
-    backend.pre_tokenizer = steps.Sequence(
-        [steps.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in _SPLITS[split]]
-        + [steps.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [
-            tokenizers.AddedToken(token, special=special, normalized=False)
-            for token, its_kind in zip(tokens, kinds, strict=True)
-            if its_kind == kind
-        ]
-        (backend.add_special_tokens if special else backend.add_tokens)(added)
-    return backend
-
-
-def read_json(path: Path, missing: Any = None) -> Any:
-    """The content of a JSON file; ``missing`` where there is none and it is not None."""
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: expected this file in a Hugging Face folder, but there is none") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
+    return as_kind(str(path), content, dict, "this file")
 
 
-def _text_of(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else token
+def _special_tokens(settings: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The spelling of each special token that ``tokenizer_config.json`` names."""
+    special = {}
+    for name in _SPECIAL_NAMES:
+        token = settings.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token is not None:
+            special[name] = as_kind(name, token, str, str(path))
+    return special
 
 
 def _end_ids(folder: Path, backend: Any, special: Mapping[str, str]) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name, missing={}).get("eos_token_id")
-        if ids is not None:
-            return (ids,) if isinstance(ids, int) else tuple(ids)
+        entries = Entries(read_json(folder / name, optional=True), str(folder / name))
+        if isinstance(entries.values.get("eos_token_id"), list):
+            return tuple(entries.integers("eos_token_id") or ())
+        end = entries.find("eos_token_id", int)
+        if end is not None:
+            return (end,)
     end = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
     return () if end is None else (end,)
 
@@ -288,5 +268,9 @@ def _folder_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | No
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+        for entry in template:
+            named = Entries(as_kind("chat_template", entry, dict, "its list"), "chat_template")
+            if named.need("name", str) == "default":
+                return named.need("template", str)
+        return None
+    return Entries(settings, str(folder / "tokenizer_config.json")).find("chat_template", str)
