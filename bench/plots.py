@@ -7,43 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from bench import growth, table
+from bench.drawing import LINE, OURS, THEIRS, pyplot, where
 from bench.measure import KVOPS
+from bench.quality import pictures
 from bench.results import Result, Row
-
-_OURS, _THEIRS, _LINE = "#c2410c", "#94a3b8", "#334155"
-
-
-def pyplot() -> Any:
-    """matplotlib, drawing into files. ValueError that says what to install where it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("matplotlib: expected for plots, not installed; next step: pip install '.[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": _LINE,
-            "axes.titlesize": 10,
-            "axes.titleweight": "bold",
-            "figure.dpi": 110,
-            "legend.frameon": False,
-        }
-    )
-    return plt
+from kvops.cli import demo_plot
 
 
 def draw(result: Result, stem: Path) -> list[Path]:
     """The pictures of one result file, named ``<stem>-<what>.png``; none for kinds without."""
-    from bench.quality import pictures  # which draws with pyplot(), too
-
     kinds = {
         "operators": (("speed", _speed), ("roofline", _roofline)),
         "growth": (("", _growth),),
+        "demo": (("", _demo),),
         "quality": (("curves", pictures.curves), ("ragged", pictures.ragged), ("heads", pictures.heads)),
     }
     paths = []
@@ -59,11 +35,6 @@ def draw(result: Result, stem: Path) -> list[Path]:
     return paths
 
 
-def _where(result: Result) -> str:
-    setting = result["setting"]
-    return f"{setting['runs']}, {setting['date'][:10]}"
-
-
 def _speed(result: Result) -> Any:
     """A line for each operator and peer, a point for each case: how many times as fast kvops is."""
     rows = [row for row in result["rows"] if row["contender"] != KVOPS and row["ratio"]]
@@ -71,15 +42,15 @@ def _speed(result: Result) -> Any:
         return None
     plt = pyplot()
     labels = list(dict.fromkeys((row["op"], row["contender"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(8.5, 0.27 * len(labels) + 1.2))
+    figure, axes = plt.subplots(figsize=(9, 0.25 * len(labels) + 1.2), layout="constrained")
     for place, label in enumerate(labels):
         found = [row["ratio"] for row in rows if (row["op"], row["contender"]) == label]
-        axes.plot(found, [place] * len(found), "o", color=_OURS, alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot(found, [place] * len(found), "o", color=OURS, alpha=0.55, markersize=5, markeredgewidth=0)
         middle = sorted(found)[len(found) // 2]
-        axes.plot([middle], [place], "|", color=_LINE, markersize=11, markeredgewidth=1.6)
+        axes.plot([middle], [place], "|", color=LINE, markersize=11, markeredgewidth=1.6)
         if place and labels[place - 1][0] != label[0]:
             axes.axhline(place - 0.5, color="#e2e8f0", linewidth=0.8)
-    axes.axvline(1, color=_LINE, linewidth=1)
+    axes.axvline(1, color=LINE, linewidth=1)
     axes.set_xscale("log")
     low, high = min(row["ratio"] for row in rows), max(row["ratio"] for row in rows)
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low / 2 <= tick <= high * 2]
@@ -88,8 +59,8 @@ def _speed(result: Result) -> Any:
     axes.set_yticks(range(len(labels)), [f"{op}  beside {peer}" for op, peer in labels])
     axes.invert_yaxis()
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlabel("how many times as fast kvops is: a point for each shape, a bar at the median")
-    axes.set_title(f"Beside peers in the same run\n{_where(result)}", loc="left")
+    axes.set_xlabel("kvops is this many times as fast (a point for each shape, a bar at the median)")
+    axes.set_title(f"Speed beside peers in the same run\n{where(result)}", loc="left")
     return figure
 
 
@@ -101,11 +72,11 @@ def _roofline(result: Result) -> Any:
         return None
     plt = pyplot()
     peak, bandwidth = setting["matrix_tflops"], setting["copy_gbps"] / 1e3  # TB/s
-    figure, axes = plt.subplots(figsize=(8.5, 4.8))
+    figure, axes = plt.subplots(figsize=(8.2, 5.2))
     intensity = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(*intensity, peak / bandwidth) / 3, max(*intensity, peak / bandwidth) * 3
     knee = peak / bandwidth
-    axes.plot([low, knee, high], [low / knee, 1, 1], color=_LINE, linewidth=1.5)
+    axes.plot([low, knee, high], [low / knee, 1, 1], color=LINE, linewidth=1.5)
     ops = list(dict.fromkeys(row["op"] for row in rows))
     markers, colors = "osD^vP*Xph", plt.get_cmap("tab10").colors
     for number, op in enumerate(ops):
@@ -125,10 +96,26 @@ def _roofline(result: Result) -> Any:
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte that must be moved")
     axes.set_ylabel("share of the measured matrix peak")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=9)
     figures = f"matrix product {table.significant(peak)} TFLOP/s, copy {table.significant(bandwidth * 1e3)} GB/s"
-    axes.set_title(f"Under the measured roofline: {figures}\n{_where(result)}", loc="left")
+    axes.set_title(f"Roofline: {figures}\n{where(result)}", loc="left")
+    axes.text(
+        0.02,
+        0.98,
+        "The line is what one large matrix product and one large\ncopy reached when the run began. Work that stays in\n"
+        "the caches, or meets a faster clock on a shared host,\nmay stand above it.",
+        transform=axes.transAxes,
+        va="top",
+        fontsize=9,
+        color=LINE,
+    )
+    axes.set_ylim(top=8)
     return figure
+
+
+def _demo(result: Result) -> Any:
+    """The picture that the demo itself draws; none of a record without the lengths of heads."""
+    return demo_plot.draw(result) if "lengths" in result else None
 
 
 def _growth(result: Result) -> Any:
@@ -138,14 +125,16 @@ def _growth(result: Result) -> Any:
         return None
     plt = pyplot()
     swept, fitted = growth.by_sweep(rows), growth.fits(rows)
-    columns = 4
+    columns = 3
     lines = -(-len(swept) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(2.9 * columns, 2.5 * lines), squeeze=False)
+    figure, grid = plt.subplots(lines, columns, figsize=(2.9 * columns, 2.6 * lines), squeeze=False)
     for axes in grid.flat[len(swept) :]:
         axes.set_visible(False)
     for axes, points, fit in zip(grid.flat, swept, fitted, strict=False):
         _panel(axes, points, fit)
-    figure.suptitle(f"Growth, in multiples of the smallest size; {_where(result)}", x=0.01, ha="left", weight="bold")
+    figure.suptitle(
+        f"Growth, in multiples of the smallest size\n{where(result)}", x=0.01, ha="left", weight="bold", fontsize=10.5
+    )
     figure.tight_layout()
     return figure
 
@@ -153,8 +142,8 @@ def _growth(result: Result) -> Any:
 def _panel(axes: Any, points: Sequence[Row], fit: growth.Fit) -> None:
     values = [row["value"] for row in points]
     for name, color, marker, found, text in (
-        ("ms", _OURS, "o", fit.time, f"time {fit.time:.2f}, theory {fit.time_theory:g}"),
-        ("memory_bytes", _THEIRS, "s", fit.memory, f"memory {fit.memory:.2f}"),
+        ("ms", OURS, "o", fit.time, f"time {fit.time:.2f}, theory {fit.time_theory:g}"),
+        ("memory_bytes", THEIRS, "s", fit.memory, f"memory {fit.memory:.2f}"),
     ):
         measured = [max(row[name], 1) if name == "memory_bytes" else row[name] for row in points]
         relative = [one / measured[0] for one in measured]

@@ -36,7 +36,7 @@ def load(path: Path) -> Result:
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError(f"{path}: expected a result file with 'rows'")
     if "setting" not in result:
-        result["setting"] = {name: value for name, value in result.items() if name not in ("kind", "rows")}
+        result["setting"] = {name: value for name, value in result.items() if name not in ("kind", "rows", "lengths")}
     return result
 
 

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import numpy
 
-from bench.plots import pyplot
-from bench.quality.kept import Form, form_of, kept, label_of
+from bench.drawing import FAINT, LINE, PALETTE, pyplot
+from bench.quality.kept import Form, Kept, form_of, kept, label_of
 from bench.quality.tasks import AFTER, BEFORE, MAP_RATIO, TEXT
 from bench.results import Result
 
-TITLES = {TEXT: "text that follows", BEFORE: "questions read before eviction", AFTER: "questions asked after eviction"}
+TITLES = {TEXT: "Text that follows", BEFORE: "Questions read before eviction", AFTER: "Questions asked after eviction"}
 
 
 def curves(result: Result) -> Any:
-    """A panel overall and one for each setting, a line for each policy in its default form."""
+    """A panel overall and one for each setting. The best policies overall are named and coloured, the others grey."""
     found, plt = kept(result), pyplot()
     shown = (None, *found.settings)
-    figure, grid = plt.subplots(1, len(shown), figsize=(3.75 * len(shown), 4), sharey=True, layout="constrained")
+    figure, grid = _panels(plt, len(shown), sharey=True)
     forms = [form for form in found.forms if form in found.default]
-    colors = plt.get_cmap("tab20").colors
+    forms.sort(key=lambda form: mean(found.overall(form, ratio) for ratio in found.ratios), reverse=True)
+    named, others = forms[: len(PALETTE)], forms[len(PALETTE) :]
     for axes, setting in zip(grid, shown, strict=True):
-        for number, form in enumerate(forms):
-            shares = [100 * found.of(form, ratio, setting) for ratio in found.ratios]
+        for form in others:
+            axes.plot(found.ratios, _percent(found, form, setting), color=FAINT, linewidth=1)
+        ends = []
+        for form, color in zip(named, PALETTE, strict=False):
+            shares = _percent(found, form, setting)
             style = "o-" if form.ragged else "s--"
-            label = f"{form.policy}, {form.heads}"
-            axes.plot(found.ratios, shares, style, color=colors[number % 20], label=label, markersize=4, linewidth=1.3)
-        axes.axhline(100, color="#334155", linewidth=0.8)
+            axes.plot(found.ratios, shares, style, color=color, markersize=4, linewidth=1.5)
+            ends.append((shares[-1], form.policy + ("" if form.ragged else ", equal heads"), color))
+        _label_ends(axes, found.ratios[-1], ends)
+        axes.axhline(100, color=LINE, linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xticks(found.ratios, [f"{ratio}x" for ratio in found.ratios])
+        axes.set_xlim(found.ratios[0] / 1.15, found.ratios[-1] * 3.8)
+        axes.set_ylim(0, 107)
         axes.minorticks_off()
-        axes.set_title(TITLES.get(setting or "", "overall"), loc="left")
+        axes.set_title(TITLES.get(setting or "", "Overall: the mean of the others"), loc="left")
+    for axes in grid[::2]:
+        axes.set_ylabel("% of the full cache's quality")
+    for axes in grid[-2:]:
         axes.set_xlabel("compression asked for")
-    grid[0].set_ylabel("% of the full cache's quality")
-    grid[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.suptitle(
+        f"Grey: the other {len(others)} policies" if others else "", fontsize=9, color=LINE, x=0.99, ha="right"
+    )
     return figure
 
 
@@ -42,7 +55,7 @@ def ragged(result: Result) -> Any:
     """Equal heads to the right, ragged ones upwards: a point above the diagonal is a gain."""
     found, plt = kept(result), pyplot()
     shown = (None, *found.settings)
-    figure, grid = plt.subplots(1, len(shown), figsize=(3.75 * len(shown), 4), layout="constrained")
+    figure, grid = _panels(plt, len(shown), sharey=True, sharex=True)
     colors = plt.get_cmap("viridis")(numpy.linspace(0, 0.92, len(found.ratios)))
     for axes, setting in zip(grid, shown, strict=True):
         for color, ratio in zip(colors, found.ratios, strict=True):
@@ -51,11 +64,13 @@ def ragged(result: Result) -> Any:
                 for policy in found.pairs()
             ]
             axes.plot(*zip(*points, strict=True), "o", color=color, label=f"{ratio}x", alpha=0.8, markeredgewidth=0)
-        axes.axline((0, 0), slope=1, color="#334155", linewidth=0.8)
-        axes.set_title(TITLES.get(setting or "", "overall"), loc="left")
+        axes.axline((0, 0), slope=1, color=LINE, linewidth=0.8)
+        axes.set_title(TITLES.get(setting or "", "Overall: the mean of the others"), loc="left")
+    for axes in grid[-2:]:
         axes.set_xlabel("kept with equal heads, %")
-    grid[0].set_ylabel("kept with ragged heads, %")
-    grid[0].legend(loc="upper left")
+    for axes in grid[::2]:
+        axes.set_ylabel("kept with ragged heads, %")
+    grid[0].legend(loc="upper left", title="a point for each policy", title_fontsize=9, fontsize=9)
     return figure
 
 
@@ -69,14 +84,62 @@ def heads(result: Result) -> Any:
     }
     if not maps:
         return None
-    figure, grid = pyplot().subplots(1, len(maps), figsize=(1.35 * len(maps) + 1, 5), sharey=True, layout="constrained")
+    lines = -(-len(maps) // 5)
+    columns = -(-len(maps) // lines)
+    figure, grid = pyplot().subplots(
+        lines, columns, figsize=(8.2, 4.0 * lines), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[len(maps) :]:
+        axes.set_visible(False)
     # Four times the mean, so that the longest lists do not leave all others in the dark.
     most = 4 * numpy.mean(list(maps.values()))
-    for axes, policy in zip(numpy.atleast_1d(grid), sorted(maps), strict=True):
+    for axes, policy in zip(grid.flat, sorted(maps), strict=False):
         image = axes.imshow(maps[policy], aspect="auto", cmap="viridis", vmin=0, vmax=most)
-        axes.set_title(policy.replace("-", "\n", 1), fontsize=8)
+        axes.set_title(policy, fontsize=10)
         axes.set_xticks(range(len(maps[policy][0])))
-        axes.set_xlabel("KV head", fontsize=8)
-    numpy.atleast_1d(grid)[0].set_ylabel("layer")
-    figure.colorbar(image, ax=grid, label=f"tokens kept at {MAP_RATIO}x", extend="max")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer")
+    for axes in grid[-1]:
+        axes.set_xlabel("KV head")
+    label = f"tokens that the head keeps at {MAP_RATIO}x"
+    figure.colorbar(image, ax=grid, label=label, extend="max", location="bottom", aspect=50, pad=0.02)
     return figure
+
+
+def _panels(plt: Any, count: int, **options: Any) -> tuple[Any, list[Any]]:
+    """Two panels to a line; a single one has the line to itself."""
+    lines = -(-count // 2)
+    figure, grid = plt.subplots(
+        lines, min(count, 2), figsize=(8.2, 3.7 * lines), squeeze=False, layout="constrained", **options
+    )
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:count])
+
+
+def _percent(found: Kept, form: Form, setting: str | None) -> list[float]:
+    return [100 * found.of(form, ratio, setting) for ratio in found.ratios]
+
+
+def _label_ends(axes: Any, x: float, ends: Sequence[tuple[float, str, str]], apart: float = 6.4) -> None:
+    """Names beside the ends of lines (value, name, colour), moved apart where they would overlap."""
+    ends = sorted(ends)
+    places = [value for value, _, _ in ends]
+    for _ in range(200):
+        for low, high in zip(range(len(places)), range(1, len(places)), strict=False):
+            short = apart - (places[high] - places[low])
+            if short > 0:
+                places[low] -= short / 2
+                places[high] += short / 2
+        lift = max(0.0, 2 - places[0]) if places else 0.0
+        places = [place + lift for place in places]
+    for place, (value, name, color) in zip(places, ends, strict=True):
+        axes.annotate(
+            name,
+            (x, value),
+            (x * 1.5, place),
+            color=color,
+            fontsize=8.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4},
+        )

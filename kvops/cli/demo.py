@@ -16,6 +16,7 @@ from torch import Tensor
 
 import kvops
 from kvops.cli.console import table
+from kvops.cli.demo_plot import draw
 from kvops.cli.environment import chosen_device, what_runs
 from kvops.extras import require
 from kvops.generation.evaluate import agreement, forced_logits, perplexity
@@ -163,11 +164,14 @@ def run(
         )
     )
     print(f"\nRan: {what_runs(place)}")
+    record = _record(rows, lengths, loaded.name, place, size, len(prompt))
     if json_path:
-        _write_json(json_path, rows, loaded.name, place, size, len(prompt))
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"Table written to {json_path}")
     if plot_path:
-        _write_plot(plot_path, rows, {ratio: lengths[ratio] for ratio in RATIOS if ratio > 1}, loaded.name)
+        plot_path.parent.mkdir(parents=True, exist_ok=True)
+        draw(record).savefig(plot_path, dpi=120)
         print(f"Plot written to {plot_path}")
 
 
@@ -193,53 +197,21 @@ class _Prefilled:
         return forced_logits(self.model, cache, self.last_hidden, forced), lengths
 
 
-def _write_json(
-    path: Path, rows: Sequence[Row], model: str, device: torch.device, size: Size, prompt_tokens: int
-) -> None:
-    record: dict[str, Any] = {
+def _record(
+    rows: Sequence[Row], lengths: dict[int, Tensor], model: str, device: torch.device, size: Size, prompt_tokens: int
+) -> dict[str, Any]:
+    """What ``--json`` writes and ``--plot`` draws. ``lengths`` is [layers, heads] for each ratio."""
+    return {
+        "kind": "demo",
         "what": "python -m kvops " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "ran": what_runs(device),
         "kvops": kvops.__version__,
         "torch": torch.__version__,
         "model": model,
+        "policy": type(Compression().policy).__name__,
         "prompt_tokens": prompt_tokens,
         "size": asdict(size),
         "rows": [asdict(row) for row in rows],
+        "lengths": {ratio: tokens.tolist() for ratio, tokens in lengths.items() if ratio > 1},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _write_plot(path: Path, rows: Sequence[Row], lengths: dict[int, Tensor], model: str) -> None:
-    """Left, the length of every head after eviction (layers x heads); right, quality against compression."""
-    require("matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot")
-
-    figure, axes = pyplot.subplots(
-        1,
-        len(lengths) + 1,
-        figsize=(3 * len(lengths) + 5, 6),
-        width_ratios=[1] * len(lengths) + [2],
-        layout="constrained",
-    )
-    for axis, (ratio, tokens) in zip(axes, lengths.items(), strict=False):
-        image = axis.imshow(tokens, aspect="auto", cmap="viridis")
-        axis.set(title=f"{ratio}x smaller", xlabel="KV head", xticks=range(tokens.shape[1]))
-        figure.colorbar(image, ax=axis, label="tokens kept")
-    axes[0].set_ylabel("layer")
-    plain = [row for row in rows if not row.drafts]
-    ratios = [row.compression for row in plain]
-    quality = axes[-1]
-    quality.plot(ratios, [100 * row.answer_kept for row in plain], "o-", color="tab:blue")
-    quality.set(title="quality", xlabel="compression", ylabel="answer kept, %", ylim=(0, 103), xscale="log")
-    quality.set_xticks(ratios, [f"{ratio}x" for ratio in ratios])
-    quality.set_xticks([], minor=True)
-    quality.yaxis.label.set_color("tab:blue")
-    other = quality.twinx()
-    other.plot(ratios, [row.perplexity for row in plain], "s--", color="tab:red")
-    other.set_ylabel("perplexity of the held-out text", color="tab:red")
-    other.set_ylim(bottom=0)
-    figure.suptitle(f"{model}: what every head keeps, and what it costs")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
