@@ -1,4 +1,4 @@
-"""The manual's Sphinx configuration: `make docs` builds it strictly, offline, into build/docs."""
+"""Sphinx's configuration: `make docs` builds the manual strictly and offline."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,11 @@ import kvops
 
 ROOT = Path(__file__).parent.parent
 # Files of the repository that are pages of the manual too.
-PAGES = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "BENCHMARKS.md": "benchmarks.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 
 project = "kvops"
 author = "the kvops contributors"
@@ -18,7 +22,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
-# Docstrings state types and shapes together; types in the signature alone keep them short.
+# Docstrings state shapes and dtypes; the signature has the types.
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -28,7 +32,8 @@ add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-# Returns sections are prose: without this napoleon takes what stands before the first colon for a type.
+# Returns sections are prose: without this napoleon takes the words before a colon for
+# a type.
 napoleon_custom_sections = [("Returns", "prose")]
 
 html_theme = "furo"
@@ -42,12 +47,18 @@ pygments_dark_style = "monokai"
 
 
 def bring_in(app, docname, source):
-    """A page that is ``<!-- page: ../NAME.md -->`` shows that file of the repository, its links seen from docs/."""
+    """Show NAME.md of the repository as the page ``<!-- page: ../NAME.md -->``.
+
+    Its relative links are rewritten so that they work from docs/.
+    """
     match = re.fullmatch(r"<!-- page: \.\./(\w+\.md) -->\s*", source[0])
     if match:
         text = (ROOT / match[1]).read_text(encoding="utf-8")
         links = re.compile(r"(\]\()(?!\w+:|#)([^)\s]+\))")
-        text = links.sub(lambda link: link[1] + PAGES.get(link[2][:-1], "../" + link[2][:-1]) + ")", text)
+        text = links.sub(
+            lambda link: link[1] + PAGES.get(link[2][:-1], "../" + link[2][:-1]) + ")",
+            text,
+        )
         source[0] = text.replace("](../docs/", "](")
 
 
