@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvops.autotune.lookup import choose
-from kvops.kernels.dense import FAR, mask_bounds, mask_kind, padded, row_strides, slope_stride, token_strides
+from kvops.kernels.dense import FAR, longest, mask_bounds, mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_tiles import alibi_slope, in_window, query_blocks, row_products, sequence_tokens
 from kvops.kernels.primitives import LOG2_E, load_rows, log2_scores, program_tile
@@ -214,7 +214,8 @@ def attention_scores_varlen(
     # Tokens after the last sequence belong to nobody: nothing attends to them.
     scores = q.new_zeros(k.shape[1], k.shape[0], dtype=torch.float32)
     _launch(
-        q, k, lse, scores, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k,
+        q, k, lse, scores, cu_seqlens_q, cu_seqlens_k,
+        cu_seqlens_q.shape[0] - 1, longest(max_seqlen_q, q), longest(max_seqlen_k, k),
         causal, window_left, window_right, scale, softcap, alibi_slopes, query_start, skip_recent, reduce, group,
     )  # fmt: skip
     return scores

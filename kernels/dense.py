@@ -20,6 +20,11 @@ def token_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     return tensor.stride()[:3] if tensor.dim() == 4 else (0, *tensor.stride()[:2])
 
 
+def longest(max_seqlen: int, tokens: torch.Tensor) -> int:
+    """The bound of a packed sequence's length that sizes a grid: no sequence is longer than all tokens together."""
+    return min(max_seqlen, tokens.shape[0])
+
+
 def row_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """Batch and head strides of [batch, heads, seqlen]; packed tensors have no batch."""
     return tensor.stride()[:2] if tensor.dim() == 3 else (0, tensor.stride(0))

@@ -22,6 +22,7 @@ from kvops.kernels.dense import (
     dense_problem,
     describable,
     descriptor,
+    longest,
     mask_bounds,
     padded,
     row_strides,
@@ -162,7 +163,8 @@ def flash_backward_varlen(
     # Tokens after the last sequence belong to nobody: their gradient is 0.
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     call = prepare(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k,
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+        cu_seqlens_q.shape[0] - 1, longest(max_seqlen_q, q), longest(max_seqlen_k, k),
         causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
     )  # fmt: skip
     launch_keys(call, dk, dv)
@@ -215,8 +217,10 @@ def sink_gradients(call: Backward, sinks: torch.Tensor | None) -> torch.Tensor:
     """[heads] of the dtype of ``sinks``, or empty without sinks."""
     if sinks is None:
         return call.q.new_empty(0, dtype=torch.float32)
-    # lse counts the sink: its probability is exp(sink - lse), and 0 in an empty row.
-    p = torch.exp2(sinks.float()[:, None] * LOG2_E.value - call.lse_log2)
+    # lse counts the sink: its probability is exp(sink - lse). An infinite sink has all of its row, and delta is 0 in an
+    # empty row, whose lse_log2 is inf, too.
+    largest = torch.finfo(torch.float32).max
+    p = torch.exp2((sinks.float()[:, None] * LOG2_E.value).clamp(max=largest) - call.lse_log2.clamp(max=largest))
     return -(p * call.delta).sum(-1 if call.lse_log2.dim() == 2 else (0, 2)).to(sinks.dtype)
 
 

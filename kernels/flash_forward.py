@@ -21,6 +21,7 @@ from kvops.kernels.dense import (
     dense_problem,
     describable,
     descriptor,
+    longest,
     mask_bounds,
     padded,
     row_strides,
@@ -292,6 +293,7 @@ def flash_forward_varlen(
     """Launch the kernel, or its twin for Hopper, on packed sequences; see ``kvops.flash_attention_varlen``."""
     batch = cu_seqlens_q.shape[0] - 1
     window_left, window_right = mask_bounds(causal, window_left, window_right)
+    max_seqlen_q, max_seqlen_k = longest(max_seqlen_q, q), longest(max_seqlen_k, k)
     problem = dense_problem(q, v, batch, max_seqlen_q, max_seqlen_k, window_left, window_right)
     proven = choose_proven(
         "gluon_flash_forward_varlen",

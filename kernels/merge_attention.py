@@ -10,7 +10,12 @@ from kvops.kernels.primitives import LN_2, LOG2_E, load_rows, program_tile, stor
 
 @triton.jit
 def union_weights(lse_a, lse_b):
-    """The weights of two parts of a softmax in their union and its lse; nothing weighs anything in an empty row."""
+    """The weights of two parts of a softmax in their union and its lse; both are 0 where both parts are empty.
+
+    Some kernels, FlashAttention-2's among them, give an empty row an lse of +inf.
+    """
+    lse_a = tl.where(lse_a == float("inf"), float("-inf"), lse_a)
+    lse_b = tl.where(lse_b == float("inf"), float("-inf"), lse_b)
     m = tl.maximum(lse_a, lse_b)
     shift = tl.where(m == float("-inf"), 0.0, m)
     a = tl.exp2((lse_a - shift) * LOG2_E)

@@ -15,11 +15,13 @@ def match_kernel(
     best_ptr,
     stride_tb,
     L,
+    num_draft,
     MAX_NGRAM: tl.constexpr,
     MIN_NGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best key of BLOCK positions: (length of the match << 32) + where the text after it begins; 0 for none."""
+    """The best key of BLOCK positions: (length of the match << 32) + rank of where the text after it begins; 0 for
+    none. Later positions rank higher while num_draft tokens follow, the others lower the later they are."""
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     length = tl.minimum(tl.load(lens_ptr + batch).to(tl.int32), L)
@@ -34,7 +36,9 @@ def match_kernel(
         earlier = tl.load(text_ptr + start - back, mask=running, other=0)
         running = running & (earlier == suffix)
         matched += running.to(tl.int32)
-    key = tl.where(matched >= MIN_NGRAM, (matched.to(tl.int64) << 32) + start, 0)
+    start = start.to(tl.int64)
+    rank = tl.where(start + num_draft <= length, L + start, L - start)
+    key = tl.where(matched >= MIN_NGRAM, (matched.to(tl.int64) << 32) + rank, 0)
     tl.store(best_ptr + batch * tl.num_programs(1) + split, tl.max(key, 0))
 
 
@@ -57,7 +61,9 @@ def draft_kernel(
     for first in range(0, num_splits, BLOCK):
         split = first + tl.arange(0, BLOCK)  # [BLOCK]
         best = tl.maximum(best, tl.load(best_ptr + batch * num_splits + split, mask=split < num_splits, other=0))
-    start = (tl.max(best, 0) & 0xFFFFFFFF).to(tl.int32)
+    best = tl.max(best, 0)
+    rank = best & 0xFFFFFFFF
+    start = tl.where(best == 0, 0, tl.where(rank > L, rank - L, L - rank)).to(tl.int32)
     count = tl.where(start > 0, tl.minimum(length - start, num_draft), 0)
     tl.store(draft_lens_ptr + batch, count)
     for first in range(0, num_draft, BLOCK):
@@ -84,6 +90,7 @@ def prompt_lookup(
         best,
         tokens.stride(0),
         L,
+        num_draft,
         MAX_NGRAM=max_ngram,
         MIN_NGRAM=min_ngram,
         BLOCK=config.block,

@@ -87,7 +87,8 @@ def expect_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> 
 
 
 def expect_last_contiguous(name: str, tensor: Tensor) -> None:
-    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    """Of a tensor without elements, and of a last dimension of size 1, any stride will do: no code steps along it."""
+    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
         raise ValueError(
             f"{name}: expected the last dimension contiguous (stride 1), got strides {list(tensor.stride())}; "
             f"call {name}.contiguous()"

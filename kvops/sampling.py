@@ -67,13 +67,14 @@ def process_logits(
     checks.expect_dtype("logits", logits, *checks.FLOAT_DTYPES)
     B, T, V = logits.shape
     number = _Numbers(logits)
-    heat = number.floats("temperature", temperature, 0.0, torch.finfo(torch.float32).max)
+    highest = torch.finfo(torch.float32).max  # inf times 0 is NaN
+    heat = number.floats("temperature", temperature, 0.0, highest)
     k = number.integers("top_k", top_k)
     p = number.floats("top_p", top_p, 0.0, 1.0)
     floor = number.floats("min_p", min_p, 0.0, 1.0)
-    repetition = number.floats("repetition_penalty", repetition_penalty, 1e-6, math.inf)
-    presence = number.floats("presence_penalty", presence_penalty, -math.inf, math.inf)
-    frequency = number.floats("frequency_penalty", frequency_penalty, -math.inf, math.inf)
+    repetition = number.floats("repetition_penalty", repetition_penalty, 1e-6, highest)
+    presence = number.floats("presence_penalty", presence_penalty, -highest, highest)
+    frequency = number.floats("frequency_penalty", frequency_penalty, -highest, highest)
     line = _Line(_context(context, logits), *_drafts(draft_tokens, parents, logits))
     if prompt_lens is not None:
         checks.expect_dtype("prompt_lens", prompt_lens, torch.int32, torch.int64)

@@ -53,7 +53,7 @@ def scaled_dot_product_attention(
             raise ValueError(f"{name}: expected 4 dimensions {_LAYOUT} or 3 without heads, got {list(tensor.shape)}")
     if query.dim() == 3:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        if attn_mask is not None and attn_mask.dim() == 3:
+        if attn_mask is not None and attn_mask.dim() == 3 and not hasattr(attn_mask, "variant"):
             attn_mask = attn_mask.unsqueeze(1)
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale).squeeze(1)
     if not enable_gqa and query.shape[1] != key.shape[1]:
@@ -100,6 +100,8 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) 
             f"{list(mask.shape)}: padding [batch, seqlen] is mask[:, None, None], a full matrix is what "
             "kvops never holds, use torch.nn.functional.scaled_dot_product_attention with it"
         )
+    if Sk == 0:  # a mask of nothing
+        return flash_attention(q, k, v, scale=scale)[0]
     real = mask.reshape(-1, Sk).expand(B, Sk)
     place = torch.arange(Sk, device=mask.device)
     first = torch.where(real, place, Sk).amin(1)

@@ -96,6 +96,56 @@ def test_a_sink_of_minus_infinity_is_none(backend):
     torch.testing.assert_close(lse, expected_lse)
 
 
+def test_an_infinite_sink_leaves_nothing_to_the_keys(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    q, k, v = torch.randn(1, 5, 2, 16), torch.randn(1, 3, 1, 16), torch.randn(1, 3, 1, 16)
+    out, lse = kvops.flash_attention(q, k, v, causal=True, sinks=torch.tensor([float("inf"), 0.0]))
+    expected, expected_lse = kvops.flash_attention(q, k, v, causal=True, sinks=torch.zeros(2))
+    assert (out[:, :, 0] == 0).all()
+    assert lse[0, 0].tolist() == [float("-inf")] * 2 + [float("inf")] * 3  # rows that see no key stay empty
+    assert torch.equal(out[:, :, 1], expected[:, :, 1])
+    assert torch.equal(lse[:, 1], expected_lse[:, 1])
+
+
+@pytest.mark.parametrize("level", [1e2, 1e4, 1e5])
+def test_probabilities_sum_to_one_however_large_scores_are(backend, level):
+    """A mean of ones is 1. Parts that were joined by exp(lse_a - lse) lost 4e-4 of it where lse was 1e4."""
+    q, k = torch.randn(1, 6, 1, 16), torch.randn(1, 40, 1, 16)
+    k[..., 0], q[..., 0] = level**0.5, level**0.5
+    out, lse = kvops.flash_attention(q, k, torch.ones_like(k), causal=True, scale=1.0)
+    assert (lse > level / 2).all()
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=2e-6, atol=0)
+    # One key and a sink of the same score share the row.
+    one = torch.full((1, 1, 1, 1), level**0.5)
+    score = (one * one).flatten()
+    out, _ = kvops.flash_attention(one, one, torch.ones_like(one), scale=1.0, sinks=score)
+    torch.testing.assert_close(out.item(), 0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_left": 3, "window_right": 2},
+        {"causal": True},
+        {"causal": True, "window_left": 9},
+        {"causal": True, "alibi_slopes": torch.tensor([0.1])},
+        {"causal": True, "softcap": 3.0},
+    ],
+    ids=str,
+)
+def test_a_key_that_is_no_number_spoils_only_the_rows_that_see_it(backend, options, bad):
+    """What hides a key on the CPU is added to its score, and NaN and -inf are NaN."""
+    q, k, v = torch.randn(1, 70, 1, 16), torch.randn(1, 70, 1, 16), torch.randn(1, 70, 1, 16)
+    expected, expected_lse = kvops.flash_attention(q, k, v, **options)
+    k[:, 39, :, 4] = bad
+    out, lse = kvops.flash_attention(q, k, v, **options)
+    window = {name: value for name, value in options.items() if name not in ("alibi_slopes", "softcap")}
+    unspoilt = ~attention_mask(70, 70, **window)[:, 39]
+    torch.testing.assert_close(out[:, unspoilt], expected[:, unspoilt])
+    torch.testing.assert_close(lse[..., unspoilt], expected_lse[..., unspoilt])
+
+
 def test_the_same_bits_twice(backend):
     q, k, v = torch.randn(1, 40, 2, 16), torch.randn(1, 40, 1, 16), torch.randn(1, 40, 1, 16)
     for one, two in zip(*(kvops.flash_attention(q, k, v, causal=True) for _ in range(2)), strict=True):

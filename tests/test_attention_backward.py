@@ -140,11 +140,22 @@ def test_a_compiled_training_step_has_the_same_loss_and_gradients():
         torch.testing.assert_close(*results)
 
 
-def test_a_gradient_of_the_gradient_is_refused():
-    q, k, v = (torch.randn(1, 5, 1, 16, requires_grad=True) for _ in range(3))
-    out, _ = kvops.flash_attention(q, k, v)
-    with pytest.raises(RuntimeError, match=r"kvops\.flash_attention_backward has no gradient"):
-        torch.autograd.grad(out.sum(), q, create_graph=True)
+def test_an_infinite_sink_takes_all_of_its_rows(backend):
+    """exp(inf - inf) made the gradient of the sink NaN."""
+    q, k, v = torch.randn(1, 5, 2, 16), torch.randn(1, 7, 1, 16), torch.randn(1, 7, 1, 16)
+    sinks = torch.tensor([float("inf"), 0.5])
+    exact = kvops.flash_attention(q, k, v, causal=True, sinks=torch.tensor([1e30, 0.5]))
+    out, lse = exact[0], exact[1].where(exact[1] < 1e20, float("inf"))
+    gradients = [
+        kvops.flash_attention_backward(
+            torch.ones_like(out), q, k, v, out, lse, causal=True, sinks=sinks, dlse=torch.ones_like(lse)
+        )
+        for sinks, lse in ((sinks, lse), (torch.tensor([1e30, 0.5]), exact[1]))
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other)
+    assert gradients[0][3][0] == 5  # the gradient of 5 rows' lse
 
 
 def test_slopes_that_want_a_gradient_are_refused():

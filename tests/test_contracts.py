@@ -389,6 +389,47 @@ def test_gradients_are_given_or_refused_never_lost(name):
         operator(name)(*args, **keywords)
 
 
+def differentiated(name) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The results of a sample and its leaves."""
+    args, keywords = SAMPLES[name]()
+    values = (*args, *keywords.values())
+    leaves = [x.requires_grad_() for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    out, lse = getattr(kvops, name)(*args, **keywords)
+    return out, lse, leaves
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERENTIABLE))
+def test_the_first_gradient_may_be_part_of_a_graph_and_the_second_is_refused(name):
+    """``create_graph=True`` was refused at the first gradient already."""
+    out, lse, leaves = differentiated(name)
+    loss = out.sum() + lse.sum()
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient, other)
+        gradient.add_(1.0)  # not a view
+    with pytest.raises(RuntimeError, match=rf"^kvops\.{name} has no second derivative, only the first"):
+        torch.autograd.grad(gradients[0].square().sum(), leaves)
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERENTIABLE))
+def test_what_a_differentiable_operator_returns_can_be_changed_in_place(name):
+    """Autograd refuses to change a view that a function returned."""
+    for options in ({}, {"causal": True}) if name == "flash_attention" else ():
+        q = torch.randn(1, 5, 2, 8, requires_grad=True)
+        out, lse = kvops.flash_attention(q, q, q, **options)  # torch's kernel and nothing around it
+        assert out.add_(1.0).requires_grad
+        assert lse.add_(1.0).requires_grad
+    out, lse, leaves = differentiated(name)
+    out.mul_(2.0)
+    lse.add_(1.0)
+    if name == "merge_attention":
+        assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum() + lse.sum(), leaves))
+    else:  # kept for the gradient, as torch's own attention keeps its result
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum() + lse.sum(), leaves)
+
+
 @every_operator
 def test_it_traces_into_one_node_with_symbolic_shapes(name):
     args, keywords = SAMPLES[name]()

@@ -164,6 +164,64 @@ def test_a_cache_without_new_tokens_and_without_causality():
     torch.testing.assert_close(out, flash_attn_func(own_q, k_cache, v_cache))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tables", [torch.float32, None])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_is_computed_in_float32_and_rounded_once(dtype, tables, interleaved):
+    """In half precision throughout, a third of the stored keys differed from flash-attn's."""
+    lens = [3, 9]
+    q, k, v = (torch.randn(2, 2, heads, 64, dtype=dtype) for heads in (4, 2, 2))
+    caches = [torch.zeros(2, 16, 2, 64, dtype=dtype) for _ in range(2)]
+    angles = torch.rand(16, 24) * 6
+    cos, sin = (x.to(tables or dtype) for x in (angles.cos(), angles.sin()))
+    out = flash_attn_with_kvcache(
+        q, *caches, k, v, cos, sin, torch.tensor(lens, dtype=torch.int32), causal=True, rotary_interleaved=interleaved
+    )
+    turned_q = torch.empty_like(q)
+    for row, length in enumerate(lens):
+        turned = (rotated(x[row].float(), cos.float(), sin.float(), length, interleaved).to(dtype) for x in (q, k))
+        turned_q[row], keys = turned
+        assert torch.equal(caches[0][row, length : length + 2], keys)
+    plain = flash_attn_with_kvcache(
+        turned_q, *caches, cache_seqlens=torch.tensor([5, 11], dtype=torch.int32), causal=True
+    )
+    assert torch.equal(out, plain)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, the last dimension strided."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+def test_inputs_whose_last_dimension_is_strided_are_copied():
+    """flash-attn does; they were refused."""
+    q, k, v = randn(2, 6, 4, 8), randn(2, 6, 4, 8), randn(2, 6, 4, 8)
+    cu = torch.tensor([0, 6, 12], dtype=torch.int32)
+    kv, qkv = torch.stack([k, v], 2), torch.stack([q, k, v], 2)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    pages = {"block_table": torch.tensor([[0], [1]], dtype=torch.int32)}
+    for function, tensors, rest, options in (
+        (flash_attn_func, (q, k, v), (), {}),
+        (flash_attn_kvpacked_func, (q, kv), (), {}),
+        (flash_attn_qkvpacked_func, (qkv,), (), {}),
+        (flash_attn_varlen_func, flat, (cu, cu, 6, 6), {}),
+        (flash_attn_varlen_kvpacked_func, (flat[0], kv.flatten(0, 1)), (cu, cu, 6, 6), {}),
+        (flash_attn_varlen_qkvpacked_func, (qkv.flatten(0, 1),), (cu, 6), {}),
+    ):
+        expected = function(*tensors, *rest, causal=True, **options)
+        assert torch.equal(function(*map(strided, tensors), *rest, causal=True, **options), expected)
+    expected = flash_attn_varlen_func(flat[0], k, v, cu, cu, 6, 6, **pages)
+    assert torch.equal(flash_attn_varlen_func(strided(flat[0]), k, v, cu, cu, 6, 6, **pages), expected)
+    results = []
+    for change in (lambda x: x, strided):
+        caches = [torch.zeros(2, 9, 4, 8) for _ in range(2)]
+        results.append((flash_attn_with_kvcache(change(q), *caches, change(k), change(v), cache_seqlens=3), *caches))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"k_cache: expected the last dimension contiguous"):  # written in place
+        flash_attn_with_kvcache(q, strided(k), v)
+
+
 def test_ragged_queries_over_pages():
     lens_q, lens_k = [1, 0, 3], [6, 2, 5]
     cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).to(torch.int32) for lens in (lens_q, lens_k))
@@ -211,6 +269,30 @@ def test_what_does_not_fit_the_cache_is_named():
     ):
         with pytest.raises(error, match=message):
             flash_attn_with_kvcache(q, cache, cache.clone(), q, q, **options)
+    rotary = {"cache_seqlens": 1, "rotary_cos": table, "rotary_sin": table}
+    for error, message, options in (
+        (ValueError, r"rotary_cos.shape\[0\] .*: expected at least 4, got 3", {"rotary_cos": table[:3]}),
+        (ValueError, r"rotary_cos: expected at most head_dim / 2 = 4 columns", {"rotary_cos": torch.ones(4, 5)}),
+        (ValueError, r"rotary_cos: expected 2 dimensions", {"rotary_cos": torch.ones(4)}),
+        (TypeError, r"rotary_cos: expected dtype", {"rotary_cos": table.long()}),
+        (ValueError, r"rotary_sin: expected shape .* = \[4, 2\], got \[4, 1\]", {"rotary_sin": table[:, :1]}),
+        (ValueError, r"cache_batch_idx: expected shape \[batch\]", {"cache_batch_idx": torch.tensor([0])}),
+        (TypeError, r"cache_batch_idx: expected dtype int32 or int64", {"cache_batch_idx": torch.ones(2)}),
+        (ValueError, r"cache_batch_idx: expected rows of k_cache", {"cache_batch_idx": torch.tensor([0, 2])}),
+        (ValueError, r"cache_batch_idx: expected rows of k_cache", {"cache_batch_idx": torch.tensor([-1, 0])}),
+    ):
+        options = rotary | options
+        if options["rotary_cos"].shape != table.shape and "rotary_sin" not in message:
+            options["rotary_sin"] = options["rotary_cos"]
+        with pytest.raises(error, match=message):
+            flash_attn_with_kvcache(q, cache, cache.clone(), q, q, **options)
+    with pytest.raises(ValueError, match="q: expected 4 dimensions"):
+        flash_attn_with_kvcache(q[0], cache, cache)
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected lengths from 0 to max_seqlen_q = 2, got 3"):
+        flash_attn_varlen_func(
+            randn(3, 2, 8), cache, cache, ends, ends, 2, 3, block_table=torch.zeros(1, 1, dtype=torch.int32)
+        )
     with pytest.raises(ValueError, match=r"k_cache.shape\[0\]: expected at least 2, got 1"):
         flash_attn_with_kvcache(q, cache[:1], cache[:1])
     with pytest.raises(ValueError, match=r"qkv: expected shape \[batch, seqlen, 3, heads, head_dim\]"):

@@ -114,6 +114,39 @@ def test_attention_in_two_parts_trains_like_the_whole(backend):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("level", [0.0, 1e4, -1e4, 1e5])
+def test_weights_sum_to_one_however_large_lse_is(backend, level):
+    """They were exp(lse_a - lse), with the rounding of lse: 5e-4 at 1e4, 4e-3 at 1e5."""
+    lse_a, lse_b = level + torch.randn(1, 5, 9), level + torch.randn(1, 5, 9)
+    ones = torch.ones(1, 9, 5, 16)
+    out, _ = kvops.merge_attention(ones, lse_a, ones, lse_b)
+    torch.testing.assert_close(out, ones, rtol=1e-6, atol=0)
+    dout_a, _, dout_b, _ = kvops.merge_attention_backward(ones, ones, lse_a, ones, lse_b)
+    torch.testing.assert_close(dout_a + dout_b, ones, rtol=1e-6, atol=0)
+    share = torch.sigmoid(lse_a.double() - lse_b.double()).transpose(1, 2)[..., None].expand_as(ones)
+    torch.testing.assert_close(dout_a.double(), share, rtol=1e-6, atol=0)
+
+
+def test_an_lse_of_plus_infinity_is_an_empty_part(backend):
+    """FlashAttention-2 says so of a row without keys; the other part was lost."""
+    _, inputs = parts(torch.float32)
+    plus = [x.where(x > float("-inf"), float("inf")) if x.dim() == 3 else x for x in inputs]
+    assert (plus[1] == float("inf")).any()
+    for one, other in zip(kvops.merge_attention(*plus), kvops.merge_attention(*inputs), strict=True):
+        assert torch.equal(one, other)
+    dout, dlse = torch.randn_like(inputs[0]), torch.randn_like(inputs[1])
+    gradients = [kvops.merge_attention_backward(dout, *x, dlse=dlse) for x in (plus, inputs)]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_lse_that_is_nan_is_not_hidden(backend):
+    out, lse = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 1)
+    merged, merged_lse = kvops.merge_attention(out, lse * float("nan"), out, lse)
+    assert merged.isnan().all()
+    assert merged_lse.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 16), (1, 0, 2, 16), (0, 2, 16)])
 def test_nothing_to_merge(backend, shape):
     out, lse = torch.zeros(shape), torch.zeros(*shape[:-3], shape[-2], shape[-3])

@@ -156,6 +156,61 @@ def test_softcap_scale_and_sinks(backend, device):
     check(queries(lists, 2, 2), lists, sinks=sinks, softcap=3.0, scale=0.7, scores=True)
 
 
+@pytest.mark.parametrize("level", [1e4, 1e5])
+@pytest.mark.parametrize("lengths", [[[1, 1]], [[40, 9]], [[1500, 1300]], [[2100, 1300], [70, 5]]], ids=str)
+def test_probabilities_sum_to_one_however_large_scores_are(backend, device, lengths, level):
+    """A mean of ones is 1; what tiles, runs and sinks gave was joined by exp(lse_a - lse), which loses 4e-4 at 1e4."""
+    lists = make_lists(lengths, block_size=16, head_dim=16, device=device)
+    if lengths == [[1, 1]]:  # exact scores
+        lists.k_cache.copy_(torch.where(lists.k_cache.isnan(), torch.nan, 0.0))
+    lists.k_cache[..., 0] = torch.where(lists.k_cache[..., 0].isnan(), torch.nan, level)
+    lists.v_cache.copy_(torch.where(lists.v_cache.isnan(), torch.nan, 1.0))
+    q = queries(lists, 2)
+    q[..., 0] = 1.0
+    out, _ = kvops.paged_attention(q, *lists.arguments, scale=1.0)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=4e-6, atol=0)
+    if lengths == [[1, 1]]:
+        out, _ = kvops.paged_attention(q, *lists.arguments, scale=1.0, sinks=torch.full((4,), level, device=device))
+        torch.testing.assert_close(out, torch.full_like(out, 0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("num_tokens", "options"), [(1, {}), (1, {"softcap": 2.0}), (3, {}), (40, {})])
+def test_eager_leaves_nothing_to_the_keys_beside_an_infinite_sink(num_tokens, options, monkeypatch):
+    """A softcap and many tokens gave NaN, and NaN scores with them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    lists = make_lists([[50, 61]], block_size=8, head_dim=16)
+    q = queries(lists, 2, num_tokens)
+    scores = lists.scores.clone()
+    sinks = torch.tensor([float("inf"), float("inf"), 0.0, 0.0])
+    out, lse = kvops.paged_attention(q, *lists.arguments, sinks=sinks, scores=scores, **options)
+    expected, expected_lse = kvops.paged_attention(q, *lists.arguments, sinks=torch.zeros(4), **options)
+    assert (out[:, :, :2] == 0).all()
+    assert (lse[:, :2] == float("inf")).all()
+    torch.testing.assert_close(out[:, :, 2:], expected[:, :, 2:])
+    torch.testing.assert_close(lse[:, 2:], expected_lse[:, 2:])
+    assert torch.equal(scores.isnan(), lists.scores.isnan())
+
+
+@pytest.mark.parametrize("options", [{}, {"window_left": 20}], ids=str)
+@pytest.mark.parametrize("lengths", [[[40, 33]], [[600, 550]], [[40, 33]] * 8, [[9, 300], [520, 70], [5, 6]]], ids=str)
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_a_key_that_is_nan_spoils_only_the_tokens_that_see_it(backend, device, num_tokens, lengths, options):
+    """The newest token's key: what hid it from the older ones on the CPU was added to its score."""
+    lists = make_lists([[max(n, num_tokens) for n in row] for row in lengths], block_size=8, head_dim=16, device=device)
+    q, results = queries(lists, 2, num_tokens), []
+    for bad in (None, float("nan")):
+        if bad is not None:
+            last = (lists.seq_lens - 1).long()
+            blocks = lists.block_tables.gather(2, (last // 8)[..., None])[..., 0].long()
+            lists.k_cache[blocks, last % 8, 5] = bad
+        scores = lists.scores.clone()
+        out, lse = kvops.paged_attention(q, *lists.arguments, scores=scores, **options)
+        results.append((out[:, :-1], lse[..., :-1]))
+    assert out[:, -1].isnan().all()
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_sinks_do_not_join_rows_that_a_window_empties(backend, device):
     lists = make_lists([[20, 3]], block_size=16, head_dim=32, device=device)
     far = torch.tensor([[1000]], dtype=torch.int32, device=device)

@@ -1,6 +1,7 @@
 """The paged operators as operators: appending, contracts, tracing and bad input."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -244,6 +245,7 @@ ATTENTION_ERRORS = [
     ({"scores": torch.zeros(12, 8).half()}, TypeError, "scores: expected dtype float32"),
     ({"score_reduce": "mean"}, ValueError, "score_reduce: expected one of 'sum', 'sumsq', 'max', got 'mean'"),
     ({"score_decay": -0.5}, ValueError, "score_decay: expected at least 0"),
+    ({"score_decay": float("inf")}, ValueError, "score_decay: expected a finite number, got inf"),
     ({"schedule": int32(1, 2, 3)}, ValueError, "schedule.*: expected at least 9, got 3"),
     ({"schedule": torch.zeros(20).long()}, TypeError, "schedule: expected dtype int32"),
 ]
@@ -301,6 +303,9 @@ def test_a_wrong_scale_of_a_float8_cache_is_named():
         kvops.paged_attention(**inputs, k_scale=torch.ones(2))
     with pytest.raises(TypeError, match="v_scale: expected dtype float32"):
         kvops.paged_attention(**inputs, v_scale=torch.ones(3).half())
+    for number in (float("inf"), float("nan"), 0.0, 0):
+        with pytest.raises(ValueError, match=r"k_scale: expected a (finite number|number other than 0)"):
+            kvops.paged_attention(**inputs, k_scale=number)
 
 
 def test_gradients_are_refused():
@@ -327,6 +332,11 @@ def test_debug_finds_what_only_the_data_tells(monkeypatch):
                 function(**broken)
     with pytest.raises(ValueError, match="q_lens: expected lengths from 0 to the 2 tokens of q"):
         kvops.paged_attention(**inputs, q_lens=int32(1, 3))
+    places = torch.zeros(inputs["k_cache"].shape[:2], dtype=torch.int32)
+    for lowest, error in ((5 - 2**31, None), (4 - 2**31, ValueError)):
+        options = {"window_left": 5, "positions": places, "query_positions": int32([0, 1], [2, lowest])}
+        with pytest.raises(ValueError, match="query_positions: expected positions") if error else nullcontext():
+            kvops.paged_attention(**inputs, **options)
     plan = kvops.paged_schedule(inputs["seq_lens"], 8)
     kvops.paged_attention(**inputs, schedule=plan)
     for options, stale in (({"batch_invariant": True}, plan), ({}, kvops.paged_schedule(inputs["seq_lens"] + 99, 8))):

@@ -1,4 +1,4 @@
-"""prompt_lookup: the longest, latest earlier occurrence of the current suffix, as found by looking at all of them."""
+"""prompt_lookup: the longest earlier occurrence of the current suffix, as found by looking at all of them."""
 
 import pytest
 import torch
@@ -9,9 +9,11 @@ import kvops
 def lookup(text, num_draft, max_ngram, min_ngram):
     """One text, a list of tokens -> its draft."""
     for n in range(max_ngram, min_ngram - 1, -1):
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start : start + n] == text[len(text) - n :]:
-                return text[start + n : start + n + num_draft]
+        starts = [end for end in range(n, len(text)) if text[end - n : end] == text[len(text) - n :]]
+        whole = [start for start in starts if start + num_draft <= len(text)]
+        if starts:
+            start = whole[-1] if whole else starts[0]
+            return text[start : start + num_draft]
     return []
 
 
@@ -45,6 +47,11 @@ def packed(texts, device, width=None):
         ([7, 3, 1, 7, 3, 2, 0, 7, 3], [2, 0, 7, 3]),  # the later of two equals
         ([4, 4], [4]),
         ([4, 4, 4, 4], [4]),  # overlapping itself, it stops at the end of the text
+        ([4] * 6, [4, 4, 4]),  # none has 4 tokens behind it: the one with most
+        ([4] * 20, [4] * 4),  # a run of one token
+        ([0, 8, 9, 8, 9, 8, 9, 8, 9], [8, 9, 8, 9]),  # periods of two
+        ([7, 3, 1, 0, 7, 3, 2, 0, 0, 7, 3], [2, 0, 0, 7]),  # the later of two that have 4 tokens behind them
+        ([7, 3, 1, 0, 0, 7, 3, 2, 7, 3], [1, 0, 0, 7]),  # the later has 3: the earlier
         ([5, 6, 5], [6, 5]),
         ([1, 2, 3, 4], []),
         ([1], []),

@@ -79,6 +79,34 @@ def test_the_biases_of_torch_say_where_causality_begins(bias, device):
         kvops.scaled_dot_product_attention(q, k, v, attn_mask=bias(4, 6))
 
 
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+@pytest.mark.parametrize("keys", [4, 7])
+def test_the_biases_of_torch_without_heads(bias, keys, device):
+    """They were taken for padding."""
+    q, k, v = inputs((3, 4, 8), (3, keys, 8), device)
+    ours = kvops.scaled_dot_product_attention(q, k, v, attn_mask=bias(4, keys))
+    mask = torch.ones(4, keys, dtype=torch.bool, device=device).tril(0 if bias is causal_upper_left else keys - 4)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(2, 3, 0), (0, 3, 4), (2, 0, 4), (0, 0, 0)])
+def test_a_mask_of_nothing(batch, queries, keys, device):
+    q, k, v = inputs((batch, 4, queries, 8), (batch, 4, keys, 8), device)
+    for rows in {1, batch}:
+        mask = torch.ones(rows, 1, 1, keys, dtype=torch.bool, device=device)
+        out = kvops.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert out.shape == q.shape
+        assert keys or not out.any()
+    assert kvops.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], attn_mask=mask[:, 0]).shape == q[:, 0].shape
+
+
+def test_the_result_can_be_changed_in_place(device):
+    q, k, v = (x.requires_grad_() for x in inputs((2, 4, 5, 8), (2, 4, 6, 8), device))
+    out = kvops.scaled_dot_product_attention(q, k, v)
+    expected = 2 * out.detach()
+    assert torch.equal(out.mul_(2.0), expected)
+
+
 def test_gradients(device):
     q, k, v = (x.requires_grad_() for x in inputs((1, 4, 5, 8), (1, 2, 3, 8), device))
     weight = torch.randn(1, 4, 5, 8, device=device)
@@ -133,6 +161,11 @@ def test_the_operators_of_torch_run_kvops_forward_and_backward(registered, devic
     assert torch.equal(lse, expected_lse)
     for gradient, own_gradient in zip(gradients, own_gradients, strict=True):
         assert torch.equal(gradient, own_gradient.transpose(1, 2))
+    again = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+    for gradient, other in zip(
+        torch.autograd.grad((again * weight).sum(), (q, k, v), create_graph=True), gradients, strict=True
+    ):
+        assert torch.equal(gradient, other)
     with pytest.raises(RuntimeError, match=r"dropout_p: expected 0, got 0\.5"):
         torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.5, True)
 

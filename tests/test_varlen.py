@@ -1,5 +1,7 @@
 """Packed sequences: each agrees with float64 on its own, whatever stands beside it."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracle import assert_accurate, attention, attention_backward, attention_mask
@@ -214,18 +216,34 @@ def test_bad_input_is_refused(change, error, message):
         kvops.flash_attention_varlen(**arguments)
 
 
+@pytest.mark.parametrize("side", ["q", "k"])
 @pytest.mark.parametrize(
     ("lengths", "longest", "message"),
     [
-        ([1, 2, 5], 3, "expected a leading 0"),
-        ([0, 3, 2], 3, "expected lengths from 0 to max_seqlen_q"),
-        ([0, 2, 5], 2, "expected lengths from 0 to max_seqlen_q"),
-        ([0, 2, 6], 4, "expected ends within the 5 tokens"),
+        ([1, 2, 5], 3, "expected a leading 0, got 1"),
+        ([0, 3, 2], 3, "expected lengths from 0 to max_seqlen_{} = 3, got -1 of sequence 1"),
+        ([0, 2, 5], 2, "expected lengths from 0 to max_seqlen_{} = 2, got 3 of sequence 1"),
+        ([0, 2, 6], 4, "expected ends within the 5 tokens of {}, got 6"),
+        ([0, -1, 5], 9, "expected lengths from 0 to max_seqlen_{} = 9, got -1 of sequence 0"),
+        ([0, 2, 2**31 - 1], 2**31 - 1, "expected ends within the 5 tokens"),
     ],
 )
-def test_wrong_lengths_are_found_when_debugging(monkeypatch, lengths, longest, message):
-    monkeypatch.setenv("KVOPS_DEBUG", "1")
-    good = torch.tensor([0, 2, 5], dtype=torch.int32)
+def test_lengths_that_make_no_sense_are_named_where_looking_costs_nothing(
+    backend, monkeypatch, side, lengths, longest, message
+):
+    """At every call: the first with such shapes was right. On a GPU it would synchronise, so only when debugging."""
+    good, wrong = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
     q = torch.zeros(5, 1, 16)
-    with pytest.raises(ValueError, match=f"cu_seqlens_q: {message}"):
-        kvops.flash_attention_varlen(q, q, q, torch.tensor(lengths, dtype=torch.int32), good, longest, 3)
+    if q.device.type != "cpu":
+        monkeypatch.setenv("KVOPS_DEBUG", "1")
+
+    lse = torch.zeros(1, 5)
+    for call in (
+        partial(kvops.flash_attention_varlen, q, q, q),
+        partial(kvops.flash_attention_varlen_backward, q, q, q, q, q, lse),
+        partial(kvops.attention_scores_varlen, q, q, lse),
+    ):
+        for lengths in ((good, good, longest, 3), (good, good, 3, longest)) if longest >= 3 else ():
+            call(*lengths)
+        with pytest.raises(ValueError, match=f"^cu_seqlens_{side}: {message.format(side)}"):
+            call(*((wrong, good, longest, 3) if side == "q" else (good, wrong, 3, longest)))

@@ -16,13 +16,19 @@ def _run(inputs: Inputs) -> Outputs:
     return kvops.prompt_lookup(inputs["tokens"], inputs["lens"], num_draft=_DRAFT, max_ngram=_MAX_NGRAM)
 
 
-def _latest(text: list[int]) -> list[int]:
-    """What follows the longest, then latest earlier occurrence of the text's last tokens."""
+def _best(starts: list[int], length: int) -> int:
+    """Of ascending places where a draft may begin: the latest with a whole draft behind it, else the earliest."""
+    return max((start for start in starts if start + _DRAFT <= length), default=starts[0])
+
+
+def _lookup(text: list[int]) -> list[int]:
+    """What follows the best of the longest earlier occurrences of the text's last tokens."""
     for n in range(_MAX_NGRAM, 0, -1):
         suffix = text[len(text) - n :]
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start : start + n] == suffix:
-                return text[start + n : start + n + _DRAFT]
+        starts = [end for end in range(n, len(text)) if text[end - n : end] == suffix]
+        if starts:
+            start = _best(starts, len(text))
+            return text[start : start + _DRAFT]
     return []
 
 
@@ -33,7 +39,7 @@ def _padded(drafts: list[list[int]], device: torch.device) -> Outputs:
 
 def _truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     texts = [row[:n] for row, n in zip(inputs["tokens"].tolist(), inputs["lens"].tolist(), strict=True)]
-    return _padded([_latest(text) for text in texts], inputs["tokens"].device)
+    return _padded([_lookup(text) for text in texts], inputs["tokens"].device)
 
 
 def _python(inputs: Inputs) -> Callable[[], Outputs]:
@@ -42,7 +48,7 @@ def _python(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _unfold(inputs: Inputs) -> Callable[[], Outputs]:
-    """Windows compared with the suffix, one n-gram and one text after another; the latest match counts."""
+    """Windows compared with the suffix, one n-gram and one text after another."""
     tokens, lens = inputs["tokens"], inputs["lens"]
 
     def call() -> Outputs:
@@ -52,7 +58,7 @@ def _unfold(inputs: Inputs) -> Callable[[], Outputs]:
             for n in range(_MAX_NGRAM, 0, -1):
                 matches = (text[:-1].unfold(0, n, 1) == text[-n:]).all(1).nonzero()
                 if len(matches):
-                    start = int(matches[-1]) + n
+                    start = _best((matches[:, 0] + n).tolist(), length)
                     draft = text[start : start + _DRAFT]
                     break
             drafts.append(draft.tolist())

@@ -101,8 +101,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, which is slow to find that there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
+    """``x`` in ``dtype``: itself, or a contiguous copy.
+
+    torch's CPU kernel reads rows of consecutive numbers. Operations that keep a memory format (``to``, ``mul``,
+    ``pad``) may return rows that are not: of overlapping views, of channels-last tensors.
+    """
+    return x if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
+def widen(x: Tensor, width: int) -> Tensor:
+    """A contiguous copy with zeros behind the last dimension, up to ``width``."""
+    wide = x.new_zeros(*x.shape[:-1], width)
+    wide[..., : x.shape[-1]] = x
+    return wide
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:
@@ -161,19 +172,39 @@ def score_tile(
     return scores, capped
 
 
+def union_weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of two parts of a softmax in their union, and its lse; 0 and -inf where both are empty.
+
+    The weights are divided by their own sum: exp(lse_a - lse) has the rounding of lse, 5e-4 where lse is 1e4.
+    """
+    m = torch.maximum(lse_a, lse_b)
+    limits = torch.finfo(m.dtype)
+    shift = m.clamp(min=limits.min, max=limits.max)  # inf - inf is NaN
+    weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)
+    total = weight_a + weight_b
+    lse = m + total.log()
+    total.masked_fill_(total == 0, 1.0)
+    return weight_a.div_(total), weight_b.div_(total), lse
+
+
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Let the sinks [Hq] into the denominator; rows without a key stay empty."""
-    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    weight, _, with_sink = union_weights(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
     with_sink = torch.where(lse == float("-inf"), lse, with_sink)
-    weight = torch.exp(lse - with_sink).nan_to_num_(0.0)
     return out * weight.transpose(1, 2)[..., None], with_sink
+
+
+def sink_probability(sinks: Tensor, lse: Tensor) -> Tensor:
+    """exp(sinks - lse) for sinks that broadcast to lse, 0 in an empty row; an infinite sink has all of its row."""
+    largest = torch.finfo(lse.dtype).max
+    p = torch.exp(sinks.to(lse.dtype).clamp(max=largest) - lse.clamp(max=largest))
+    return p.masked_fill_(lse == float("-inf"), 0.0)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys: out [..., S, H, D], lse [..., H, S]."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    weights = torch.stack((lse_a, lse_b)).sub_(lse).exp_().nan_to_num_(0.0)
-    weight_a, weight_b = weights.mT.unsqueeze(-1).unbind()
+    weight_a, weight_b, lse = union_weights(lse_a, lse_b)
+    weight_a, weight_b = weight_a.mT.unsqueeze(-1), weight_b.mT.unsqueeze(-1)
     return torch.mul(out_a, weight_a).addcmul_(out_b, weight_b), lse
 
 
@@ -228,16 +259,16 @@ def _mask(window: Window, call: _Call, slopes: Tensor | None, dtype: torch.dtype
 
 def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """torch's kernel masks before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
-    return (q, scale) if scale > 0 else (q * scale, 1.0)
+    return (q, scale) if scale > 0 else (torch.mul(q, scale, out=q.new_empty(q.shape)), 1.0)
 
 
 def _equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """torch's kernel wants one head size: zeros change neither the scores nor the wanted columns."""
-    missing = v.shape[-1] - q.shape[-1]
-    if missing > 0:
-        q, k = (torch.nn.functional.pad(x, (0, missing)) for x in (q, k))
-    elif missing < 0:
-        v = torch.nn.functional.pad(v, (0, -missing))
+    width = max(q.shape[-1], v.shape[-1])
+    if q.shape[-1] < width:
+        q, k = widen(q, width), widen(k, width)
+    elif v.shape[-1] < width:
+        v = widen(v, width)
     return q, k, v
 
 
@@ -264,9 +295,16 @@ class _Kind:
         self.scale = default_scale(scale, D)
         self.empty = B == 0 or Hq == 0 or self.window.first_row == Sq
         self.calls = _calls(self.window, 0 if alibi_slopes is None else alibi_slopes.numel())
+        # Whether some row of a call is kept from a key by what the mask adds to its score.
+        self.hides = any(call.masked and not self.window.sees_all(*call[:4]) for call in self.calls)
+        # torch's kernel makes out like q and takes it for granted that rows of out are consecutive numbers, which they
+        # are not where another dimension of q, too, has a stride of 1: windows that overlap, say.
+        self.copies_q = D > 1 and any(
+            size > 1 and step == 1 for size, step in zip(q.shape[:3], q.stride()[:3], strict=True)
+        )
         # One call of torch's kernel and nothing around it: a short prompt notices.
         self.plain = (
-            not (self.empty or softcap > 0 or sinks is not None or alibi_slopes is not None)
+            not (self.empty or self.copies_q or softcap > 0 or sinks is not None or alibi_slopes is not None)
             and (self.scale > 0 and q.dtype == self.dtype and v.shape[3] == D)
             and self.calls in ((_Call(0, Sq, 0, v.shape[1]),), (_Call(0, Sq, 0, v.shape[1], causal=True),))
         )
@@ -293,12 +331,17 @@ def flash_attention(
     Hkv, Dv = v.shape[2:]
     dtype = kind.dtype
     slopes = group_slopes(alibi_slopes, Hkv, dtype)
+    if kind.copies_q:
+        q = q.clone(memory_format=torch.contiguous_format)
     if kind.empty:
         return q.new_zeros(B, Sq, Hq, Dv), q.new_full((B, Hq, Sq), float("-inf"), dtype=dtype)
-    if softcap > 0:
-        out, lse = _tiled_forward(q, k, v, kind.window, kind.scale, softcap, slopes, dtype)
-    else:
+    fused = softcap == 0
+    if fused:
         out, lse = _fused_forward(kind, cast(q, dtype), cast(k, dtype), cast(v, dtype), slopes)
+        # The score of a key that holds a NaN or an infinity is NaN even where -inf was added to hide it.
+        fused = not (kind.hides and lse.isnan().any())
+    if not fused:
+        out, lse = _tiled_forward(q, k, v, kind.window, kind.scale, softcap, slopes, dtype)
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks)
     return cast(out, q.dtype).contiguous(), lse.contiguous()
@@ -405,15 +448,14 @@ def flash_attention_backward(
     scale = default_scale(scale, D)
     dsinks = q.new_empty(0, dtype=dtype)
     if sinks is not None:
-        p = torch.exp(sinks.to(dtype)[:, None] - lse).masked_fill_(lse == float("-inf"), 0.0)
+        p = sink_probability(sinks[:, None], lse)
         dsinks = -(p * _delta(dout, out, lse, dlse, dtype)).sum((0, 2)).to(sinks.dtype)
     if B == 0 or Hq == 0 or window.first_row == Sq:
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         return dq, dk, dv, dsinks
     if softcap == 0 and dlse is None:
-        dq, dk, dv = _fused_backward(
-            dout.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype), lse, window, scale, slopes
-        )
+        wide = (cast(x, dtype) for x in (dout, q, k, v, out))
+        dq, dk, dv = _fused_backward(*wide, lse, window, scale, slopes)
     else:
         delta = _delta(dout, out, lse, dlse, dtype)
         dq, dk, dv = _tiled_backward(dout, q, k, v, lse, delta, window, scale, softcap, slopes, dtype)
@@ -444,7 +486,7 @@ def _fused_backward(
     q, scale = _positive_scale(q, scale)
     q, k, v = (x.transpose(1, 2) for x in _equal_width(q, k, v))
     if Dv < D:
-        dout, out = (torch.nn.functional.pad(x, (0, D - Dv)) for x in (dout, out))
+        dout, out = widen(dout, D), widen(out, D)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     calls = _calls(window, 0 if slopes is None else slopes.numel())
     whole = calls == (_Call(0, window.num_queries, 0, window.num_keys, calls[0].causal, calls[0].masked),)

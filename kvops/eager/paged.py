@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvops.eager.attention import default_scale
 from kvops.eager.paged_decode import Alike, ScoreFold, alike, attend_tiles, few
 from kvops.eager.paged_rows import (
     MIN_ROWS,
@@ -259,7 +260,9 @@ class _Attention:
         self.counts = [count for count in counts for _ in range(Hkv)]
         dtype = torch.promote_types(q.dtype, torch.float32)
         self.keys, self.values = Rows(k_cache, dtype), Rows(v_cache, dtype)
-        scaled = q.to(dtype) * (D**-0.5 if scale is None else scale)
+        # A contiguous copy: torch's kernel reads rows of consecutive numbers, see kvops.eager.attention.cast.
+        scaled = q.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        scaled *= default_scale(scale, D)
         if k_scale is not None:
             scaled *= k_scale.expand(Hkv).repeat_interleave(self.group)[:, None]
         # [lists, T, group, D]
@@ -309,8 +312,9 @@ class _Attention:
     def run(self) -> tuple[Tensor, Tensor]:
         """out [lists, T, group, Dv], lse [lists, T, group]."""
         lists, T, G, _ = self.q.shape
-        if self.in_tiles():
-            return self.run_tiles()
+        in_tiles = self.run_tiles() if self.in_tiles() else None
+        if in_tiles is not None:
+            return in_tiles
         out = lse = None
         for group in self.groups():
             scores = _ScoreSums(self, group) if self.scores is not None else None
@@ -365,8 +369,8 @@ class _Attention:
             return 0
         return min(self.lens) - (self.num_tokens - 1 if self.causal else 0)
 
-    def run_tiles(self) -> tuple[Tensor, Tensor]:
-        """The same for few rows: out [lists, T, group, D], lse [lists, T, group]."""
+    def run_tiles(self) -> tuple[Tensor, Tensor] | None:
+        """The same for few rows: see :func:`attend_tiles`."""
         T, lists = self.num_tokens, len(self.lens)
         stops = [length if count else 0 for length, count in zip(self.lens, self.counts, strict=True)]
         limits = None
@@ -420,7 +424,7 @@ class _Attention:
             heads = torch.tensor([member % self.num_kv_heads for member in group.members])
             sink = self.sinks[heads].expand(n, t, G).reshape(n, rows, 1)
             sink = sink.masked_fill(maximum == -math.inf, -math.inf)
-            maximum = torch.maximum(maximum, sink)
+            maximum = torch.maximum(maximum, sink).clamp_(max=torch.finfo(sink.dtype).max)  # a sink may be inf
         if may_be_empty:
             maximum.masked_fill_(maximum == -math.inf, 0.0)
         p = s.sub_(maximum).exp_()

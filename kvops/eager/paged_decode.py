@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from kvops.eager.attention import union_weights
 from kvops.eager.paged_rows import Rows, fold_scores
 
 _flash = torch._scaled_dot_product_flash_attention_for_cpu
@@ -227,8 +228,7 @@ def _merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tens
     if len(outs) == 1:
         return outs[0], lses[0]
     lse = torch.stack(tuple(lses))
-    joined = lse.logsumexp(0)
-    return (torch.stack(tuple(outs)) * (lse - joined).exp_()[..., None]).sum(0), joined
+    return (torch.stack(tuple(outs)) * lse.softmax(0)[..., None]).sum(0), lse.logsumexp(0)
 
 
 class _Tiles(_Part):
@@ -378,11 +378,12 @@ def attend_tiles(
     leading: Alike | None,
     sinks: Tensor | None,
     fold: ScoreFold | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """q [lists, T, group, D], scaled; tables [lists, max_blocks]; stops: the slots of each list that some token sees,
     from the first on; limits int64 [lists, T]: those that each token sees, None where they all see the list's stop and
     no list is empty; leading: what is :func:`alike` and seen by every token; sinks [lists, 1, group]
-    -> out [lists, T, group, D], lse [lists, T, group]."""
+    -> out [lists, T, group, D], lse [lists, T, group]. None, and no scores folded, where a NaN may come of a key that
+    its row does not see."""
     lists, T, G, D = q.shape
     if lists * T == 0 or max(stops) <= 0:
         return torch.zeros_like(q), q.new_full((lists, T, G), -torch.inf)
@@ -408,9 +409,11 @@ def attend_tiles(
             parts.append(tiles)
             found.append(tiles.attend(q, keys, values, rest, scored))
     out, lse = _merge(*zip(*found, strict=True))
+    if limits is not None and lse.isnan().any():  # NaN and _HIDDEN are NaN
+        return None
     if sinks is not None:
-        joined = torch.logaddexp(lse, sinks.expand(lists, T, G).flatten(1))
-        out, lse = out * torch.exp(lse - joined)[..., None], joined
+        weight, _, lse = union_weights(lse, sinks.expand(lists, T, G).flatten(1))
+        out = out * weight[..., None]
     empty = None
     if limits is not None:
         empty = (limits <= 0).repeat_interleave(G, 1)  # [lists, rows]

@@ -17,6 +17,22 @@ _CHUNK = 4096
 GROUP_ELEMENTS = 1 << 24
 
 
+def lookup_key(matched: Tensor, start: Tensor, lens: Tensor, num_draft: int, width: int) -> Tensor:
+    """What ranks the drafts that begin at ``start`` of texts of ``lens`` tokens, in rows of ``width``.
+
+    The longest match wins. Of equals the latest that ``num_draft`` tokens follow does, else the earliest, which most
+    tokens follow: a text of one period is drafted over many. :func:`lookup_start` finds ``start`` in a key above 0.
+    """
+    rank = torch.where(start + num_draft <= lens, width + start, width - start)
+    return torch.add(rank, matched, alpha=2 * width)
+
+
+def lookup_start(key: Tensor, width: int) -> Tensor:
+    """Where the draft of a key begins, 0 for key 0; see :func:`lookup_key`."""
+    rank = key % (2 * width)
+    return torch.where(rank > width, rank - width, width - rank).masked_fill_(key == 0, 0)
+
+
 def prompt_lookup(
     tokens: Tensor, lens: Tensor, *, num_draft: int, max_ngram: int = 3, min_ngram: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -31,11 +47,10 @@ def prompt_lookup(
     row, end = ((tokens[:, :-1] == suffix[:, :1]) & (end < lens - 1)).nonzero().unbind(1)
     at = end[:, None] - back
     matched = ((tokens[row[:, None], at.clamp(min=0)] == suffix[row]) & (at >= 0)).cumprod(1).sum(1)
-    # The longest match wins, then the latest: a key of both; the draft starts behind the match, 0 where there is none.
-    key = torch.add(end + 1, matched, alpha=L)
+    key = lookup_key(matched, end + 1, lens[row, 0], num_draft, L)
     if min_ngram > 1:
         key.masked_fill_(matched < min_ngram, 0)
-    start = lens.new_zeros(B).scatter_reduce_(0, row, key, "amax")[:, None] % L
+    start = lookup_start(lens.new_zeros(B).scatter_reduce_(0, row, key, "amax"), L)[:, None]
     at = start + torch.arange(num_draft, device=tokens.device)
     inside = (start > 0) & (at < lens)
     draft_tokens = tokens.gather(1, at.clamp_(max=L - 1)).masked_fill_(~inside, -1)

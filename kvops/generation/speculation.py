@@ -17,7 +17,7 @@ from kvops.cache import PagedKVCache
 from kvops.generation.options import GenerationOptions
 from kvops.generation.passes import Decoder, decode, is_decoder, new_cache, prefill
 from kvops.generation.sampler import Sampler
-from kvops.ops.verify import prompt_lookup, verify_draft
+from kvops.ops.verify import lookup_key, lookup_start, prompt_lookup, verify_draft
 from kvops.ops.verify_tree import verify_tree
 
 
@@ -133,8 +133,7 @@ class Drafter(Protocol):
 class LookupDrafter:
     """What followed earlier occurrences of the text's last tokens (:func:`kvops.prompt_lookup`).
 
-    With a ``width`` above 1 the ``width`` best occurrences (the longest matches, then the latest) that go on with
-    different tokens are the branches of a tree.
+    With a ``width`` above 1 the ``width`` best occurrences that go on with different tokens are the branches of a tree.
     """
 
     def __init__(self, num_draft: int, width: int, *, min_ngram: int, max_ngram: int) -> None:
@@ -175,11 +174,11 @@ class LookupDrafter:
             suffix = text.gather(1, (end - back).clamp_min(0))
             running = running & (start >= back) & (end >= back) & (text.roll(back, 1) == suffix)
             matched += running
-        # The longest match, then the latest; 0 is none.
-        key = (matched * L + start).masked_fill_(matched < self.min_ngram, 0)
+        key = lookup_key(matched, start, end, T, L).masked_fill_(matched < self.min_ngram, 0)
         chains, real = [], []
         for _ in range(self.width):
-            best, first = key.max(1, keepdim=True)
+            best = key.amax(1, keepdim=True)
+            first = lookup_start(best, L)
             at = first + torch.arange(T, device=device)
             chains.append(text.gather(1, at.clamp_max(L - 1)))
             real.append((best > 0) & (at < torch.minimum(end, first + limit[:, None])))

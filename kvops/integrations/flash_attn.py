@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.ops.attention import flash_attention
+from kvops.ops.dense import check_lengths, check_lengths_data
 from kvops.ops.paged import paged_append, paged_attention
 from kvops.ops.varlen import flash_attention_varlen
 from kvops.rotary import rotate
@@ -82,6 +83,11 @@ def _options(
     }
 
 
+def _last_contiguous(x: Tensor) -> Tensor:
+    """As flash-attn has it: a copy where the last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _result(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
     return (out, lse, None) if return_attn_probs else out
 
@@ -104,6 +110,7 @@ def flash_attn_func(
     With ``return_attn_probs`` also lse, float32 ``[B, Hq, Sq]``, and None.
     """
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    q, k, v = map(_last_contiguous, (q, k, v))
     return _result(*flash_attention(q, k, v, **options), return_attn_probs)
 
 
@@ -122,6 +129,7 @@ def flash_attn_kvpacked_func(
     """:func:`flash_attn_func` of q ``[B, Sq, Hq, D]`` and kv ``[B, Sk, 2, Hkv, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     checks.expect_shape("kv", kv, "[batch, seqlen, 2, heads, head_dim]", None, None, 2, None, None)
+    q, kv = map(_last_contiguous, (q, kv))
     return _result(*flash_attention(q, *kv.unbind(2), **options), return_attn_probs)
 
 
@@ -139,7 +147,7 @@ def flash_attn_qkvpacked_func(
     """:func:`flash_attn_func` of qkv ``[B, S, 3, H, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     checks.expect_shape("qkv", qkv, "[batch, seqlen, 3, heads, head_dim]", None, None, 3, None, None)
-    return _result(*flash_attention(*qkv.unbind(2), **options), return_attn_probs)
+    return _result(*flash_attention(*_last_contiguous(qkv).unbind(2), **options), return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -167,9 +175,16 @@ def flash_attn_varlen_func(
     and None.
     """
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    q = _last_contiguous(q)
     if block_table is None:
-        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        k, v = map(_last_contiguous, (k, v))
         return _result(*flash_attention_varlen(q, k, v, *lengths, **options), return_attn_probs)
+    checks.expect_rank("k", k, "[num_blocks, page_size, heads, head_dim]")
+    checks.expect_rank("block_table", block_table, "[batch, max_blocks]")
+    check_lengths(q, k, *lengths)
+    if checks.may_look(cu_seqlens_q):
+        check_lengths_data(len(q), block_table.numel() * k.shape[1], *lengths)
     # The paged operator takes the queries of each sequence in a row of their own.
     q_lens = cu_seqlens_q.diff()
     token = torch.arange(max_seqlen_q if len(q) else 0, device=q.device)
@@ -201,6 +216,7 @@ def flash_attn_varlen_kvpacked_func(
     """:func:`flash_attn_varlen_func` of q ``[Tq, Hq, D]`` and kv ``[Tk, 2, Hkv, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     checks.expect_shape("kv", kv, "[tokens, 2, heads, head_dim]", None, 2, None, None)
+    q, kv = map(_last_contiguous, (q, kv))
     k, v = kv.unbind(1)
     out, lse = flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
     return _result(out, lse, return_attn_probs)
@@ -222,7 +238,7 @@ def flash_attn_varlen_qkvpacked_func(
     """:func:`flash_attn_varlen_func` of qkv ``[T, 3, H, D]``."""
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     checks.expect_shape("qkv", qkv, "[tokens, 3, heads, head_dim]", None, 3, None, None)
-    q, k, v = qkv.unbind(1)
+    q, k, v = _last_contiguous(qkv).unbind(1)
     out, lse = flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     return _result(out, lse, return_attn_probs)
 
@@ -254,24 +270,27 @@ def flash_attn_with_kvcache(
         q: ``[B, T, Hq, D]``.
         k_cache, v_cache: ``[B_cache, S, Hkv, D]``, or pages ``[num_blocks, page_size, Hkv, D]`` with a ``block_table``.
         k, v: ``[B, T_new, Hkv, D]``, written in place behind ``cache_seqlens``.
-        rotary_cos, rotary_sin: ``[S_rotary, R / 2]``: the first R dimensions of k, and of q, are rotated, k (and q, if
-            causal or in a window) by the positions from ``cache_seqlens`` on, else all of q by ``cache_seqlens``.
+        rotary_cos, rotary_sin: ``[S_rotary, R / 2]``, S_rotary at least the tokens that a row of the cache has room
+            for: the first R dimensions of k, and of q, are rotated, k (and q, if causal or in a window) by the
+            positions from ``cache_seqlens`` on, else all of q by ``cache_seqlens``. Computed in float32, rounded once.
         cache_seqlens: how much each row holds before this call: a number or int32 ``[B]``; not updated. None: all of S.
-        cache_batch_idx: ``[B]``, the rows of the cache that the rows of q stand for.
+        cache_batch_idx: int32 or int64 ``[B]``, the rows of the cache that the rows of q stand for.
         block_table: int32 ``[B, max_blocks]``.
         rotary_interleaved: pairs of neighbours are rotated (GPT-J), else halves (GPT-NeoX).
         num_splits: the kernels choose for themselves.
 
     Returns ``[B, T, Hq, D]``, with ``return_softmax_lse`` also lse, float32 ``[B, Hq, T]``.
 
-    Raises ValueError for ``alibi_slopes``, ``cache_leftpad`` and a window to the right of several queries that are not
-    causal, which :func:`kvops.paged_attention` has not; on the CPU and with ``KVOPS_DEBUG=1`` also for more tokens than
-    the cache has room for.
+    Raises ValueError for wrong shapes, for ``alibi_slopes``, ``cache_leftpad`` and a window to the right of several
+    queries that are not causal, which :func:`kvops.paged_attention` has not; on the CPU and with ``KVOPS_DEBUG=1`` also
+    for more tokens than the cache has room for and for rows that it has not. Raises TypeError for wrong dtypes.
     """
     if cache_leftpad is not None:
         raise ValueError("cache_leftpad: expected None, kvops keeps no padding in a cache: move rows to its beginning")
     if (k is None) != (v is None):
         raise ValueError(f"v: expected along with k, got {'only k' if v is None else 'only v'}")
+    checks.expect_rank("q", q, "[batch, tokens, heads, head_dim]")
+    checks.expect_rank("k_cache", k_cache, "[batch or num_blocks, tokens, heads, head_dim]")
     batch, tokens = q.shape[:2]
     if cache_seqlens is None:
         if block_table is not None or k is not None:
@@ -284,16 +303,21 @@ def flash_attn_with_kvcache(
     checks.expect_shape("cache_seqlens", cache_seqlens, "[batch]", batch)
     if block_table is None and cache_batch_idx is None:
         checks.expect_at_least("k_cache.shape[0]", k_cache.shape[0], batch)
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            raise ValueError("cache_batch_idx: expected None along with a block_table, which names the pages")
+        _check_rows_of_cache(cache_batch_idx, k_cache, q)
     if block_table is None:  # a row of the cache is one long page
         rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
         block_table = rows.to(torch.int32)[:, None]
-    elif cache_batch_idx is not None:
-        raise ValueError("cache_batch_idx: expected None along with a block_table, which names the pages")
+    checks.expect_rank("block_table", block_table, "[batch, max_blocks]")
+    seq_lens = cache_seqlens if k is None else cache_seqlens + k.shape[1]
+    room = block_table.shape[1] * k_cache.shape[1]
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_sin: expected along with rotary_cos, got only one of them")
-    seq_lens = cache_seqlens if k is None else cache_seqlens + k.shape[1]
+    if rotary_cos is not None and rotary_sin is not None:
+        _check_rotary(rotary_cos, rotary_sin, q, room)
     if checks.may_look(seq_lens):
-        room = block_table.shape[1] * k_cache.shape[1]
         expected = f"numbers that the cache has room for, new tokens included ({room} of them)"
         checks.expect_data("cache_seqlens", expected, (cache_seqlens >= 0) & (seq_lens <= room))
     if k is not None and v is not None:
@@ -303,11 +327,12 @@ def flash_attn_with_kvcache(
             own = cache_seqlens[:, None] + torch.arange(tokens, device=q.device) * moving
             k = _rotate(k, rotary_cos, rotary_sin, new, rotary_interleaved)
             q = _rotate(q, rotary_cos, rotary_sin, own, rotary_interleaved)
+        k, v = map(_last_contiguous, (k, v))
         paged_append(k, v, k_cache, v_cache, block_table, seq_lens)
     elif rotary_cos is not None:
         raise ValueError("rotary_cos: expected None without new keys k and v, which are what is rotated")
     options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out, lse = _paged(q, k_cache, v_cache, block_table, seq_lens, None, options)
+    out, lse = _paged(_last_contiguous(q), k_cache, v_cache, block_table, seq_lens, None, options)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -328,12 +353,38 @@ def _paged(
     return paged_attention(q, k_cache, v_cache, block_table, seq_lens, q_lens=q_lens, **options)
 
 
+def _check_rows_of_cache(cache_batch_idx: Tensor, k_cache: Tensor, q: Tensor) -> None:
+    checks.expect_dtype("cache_batch_idx", cache_batch_idx, torch.int32, torch.int64)
+    checks.expect_shape("cache_batch_idx", cache_batch_idx, "[batch]", q.shape[0])
+    checks.expect_same_device("cache_batch_idx", cache_batch_idx, "q", q)
+    if checks.may_look(cache_batch_idx):
+        rows = k_cache.shape[0]
+        inside = (cache_batch_idx >= 0) & (cache_batch_idx < rows)
+        checks.expect_data("cache_batch_idx", f"rows of k_cache from 0 to {rows - 1}", inside)
+
+
+def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, room: int) -> None:
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        checks.expect_rank(name, table, "[positions, rotary_dim / 2]")
+        checks.expect_dtype(name, table, *checks.FLOAT_DTYPES)
+        checks.expect_same_device(name, table, "q", q)
+    checks.expect_shape("rotary_sin", sin, "[positions, rotary_dim / 2] of rotary_cos", *cos.shape)
+    checks.expect_at_least("rotary_cos.shape[0] (positions, as many as the cache has room for)", cos.shape[0], room)
+    if 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(
+            f"rotary_cos: expected at most head_dim / 2 = {q.shape[3] // 2} columns, one for each pair of dimensions "
+            f"that is rotated, got {cos.shape[1]}"
+        )
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x ``[B, T, H, D]`` with its first dimensions rotated by ``positions`` ``[B, T]`` of the tables ``[S, R / 2]``."""
     width = 2 * cos.shape[1]
-    turning, rest = x[..., :width], x[..., width:]
-    angles = (table[positions.long()].unsqueeze(2).to(x.dtype) for table in (cos, sin))
-    if not interleaved:
-        return torch.cat((rotate(turning, *angles), rest), dim=-1)
-    halves = rotate(turning.unflatten(-1, (-1, 2)).mT.flatten(-2), *angles)
-    return torch.cat((halves.unflatten(-1, (2, -1)).mT.flatten(-2), rest), dim=-1)
+    turning, rest = x[..., :width].float(), x[..., width:]
+    angles = (table[positions.long()].unsqueeze(2).float() for table in (cos, sin))
+    if interleaved:
+        halves = rotate(turning.unflatten(-1, (-1, 2)).mT.flatten(-2), *angles)
+        turned = halves.unflatten(-1, (2, -1)).mT.flatten(-2)
+    else:
+        turned = rotate(turning, *angles)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)

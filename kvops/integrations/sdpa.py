@@ -119,7 +119,8 @@ def _sdpa_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out = (x.transpose(1, 2) for x in (last_contiguous(grad_out), query, key, value, out))
-    dq, dk, dv, _ = flash_attention_backward(dout, q, k, v, out, logsumexp, causal=is_causal, scale=scale)
+    with torch.no_grad():  # a second derivative is torch's to refuse
+        dq, dk, dv, _ = flash_attention_backward(dout, q, k, v, out, logsumexp, causal=is_causal, scale=scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -186,6 +187,7 @@ def _backward(
         "window_right": _window(window_size_right),
     }
     saved = last_contiguous(grad_out), query, key, value, out, logsumexp
-    if cum_seq_q is None or cum_seq_k is None:
-        return flash_attention_backward(*saved, **options)[:3]
-    return flash_attention_varlen_backward(*saved, cum_seq_q, cum_seq_k, max_q, max_k, **options)[:3]
+    with torch.no_grad():
+        if cum_seq_q is None or cum_seq_k is None:
+            return flash_attention_backward(*saved, **options)[:3]
+        return flash_attention_varlen_backward(*saved, cum_seq_q, cum_seq_k, max_q, max_k, **options)[:3]

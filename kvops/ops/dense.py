@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -91,7 +93,7 @@ def check_options(
 def check_lengths(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:
-    """The cumulative lengths of packed sequences; what they say is looked at only under ``KVOPS_DEBUG=1``."""
+    """The cumulative lengths of packed sequences, all but what they say: see :func:`check_lengths_data`."""
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         checks.expect_rank(name, cu_seqlens, "[batch + 1]")
         checks.expect_dtype(name, cu_seqlens, torch.int32)
@@ -101,13 +103,25 @@ def check_lengths(
     checks.expect_shape("cu_seqlens_k", cu_seqlens_k, "[batch + 1]", cu_seqlens_q.shape[0])
     checks.expect_at_least("max_seqlen_q", max_seqlen_q, 0)
     checks.expect_at_least("max_seqlen_k", max_seqlen_k, 0)
-    if checks.debug() and checks.has_data(q):
-        for side, tokens, cu_seqlens, longest in (
-            ("q", q, cu_seqlens_q, max_seqlen_q),
-            ("k", k, cu_seqlens_k, max_seqlen_k),
-        ):
-            lengths = cu_seqlens.diff()
-            name = f"cu_seqlens_{side}"
-            checks.expect_data(name, "a leading 0", cu_seqlens[:1] == 0)
-            checks.expect_data(name, f"lengths from 0 to max_seqlen_{side}", (lengths >= 0) & (lengths <= longest))
-            checks.expect_data(name, f"ends within the {tokens.shape[0]} tokens", cu_seqlens <= tokens.shape[0])
+
+
+def check_lengths_data(
+    tokens_q: int, tokens_k: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    """What cumulative lengths of so many packed tokens say. Synchronises."""
+    for side, tokens, cu_seqlens, longest in (
+        ("q", tokens_q, cu_seqlens_q, max_seqlen_q),
+        ("k", tokens_k, cu_seqlens_k, max_seqlen_k),
+    ):
+        ends = cu_seqlens.tolist()
+        name = f"cu_seqlens_{side}"
+        if ends[0] != 0:
+            raise ValueError(f"{name}: expected a leading 0, got {ends[0]}")
+        for sequence, (start, end) in enumerate(pairwise(ends)):
+            if not 0 <= end - start <= longest:
+                raise ValueError(
+                    f"{name}: expected lengths from 0 to max_seqlen_{side} = {longest}, got {end - start} of sequence "
+                    f"{sequence} (from {start} to {end})"
+                )
+        if ends[-1] > tokens:
+            raise ValueError(f"{name}: expected ends within the {tokens} tokens of {side}, got {ends[-1]}")

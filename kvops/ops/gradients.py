@@ -18,6 +18,30 @@ def last_contiguous(gradient: Tensor) -> Tensor:
     return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=torch.contiguous_format)
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """A backward operator where its result is part of a graph, which ends here."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Any, names: tuple[str, ...], *values: Any) -> Any:
+        ctx.name = backward._schema.name.removeprefix("kvops::").removesuffix("_backward")
+        positional = len(values) - len(names)
+        return backward(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"kvops.{ctx.name} has no second derivative, only the first (which create_graph=True may ask for): detach "
+            "its gradient, or compute this loss with attention written in plain torch"
+        )
+
+
+def first_derivative(backward: Any, *args: Any, **keywords: Any) -> Any:
+    """Call the operator ``backward``; under ``create_graph=True`` its result refuses to be differentiated."""
+    if not torch.is_grad_enabled():
+        return backward(*args, **keywords)
+    return _FirstDerivative.apply(backward, tuple(keywords), *args, *keywords.values())
+
+
 class _Attention(torch.autograd.Function):
     """``layout`` holds the operator's arguments between v and the keywords: the sequence lengths of packed inputs."""
 
@@ -36,7 +60,9 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if alibi_slopes is not None and alibi_slopes.requires_grad:
             raise RuntimeError("alibi_slopes: expected a tensor without gradient (slopes are not learned), detach it")
-        out, lse = forward(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **options)
+        results = forward(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **options)
+        # Autograd refuses operations in place on a view that a function returns.
+        out, lse = (x.detach() if x._is_view() else x for x in results)
         ctx.save_for_backward(q, k, v, out, lse, sinks, alibi_slopes, *(x for x in layout if isinstance(x, Tensor)))
         ctx.lengths = tuple(x for x in layout if not isinstance(x, Tensor))
         ctx.backward_op, ctx.options = backward, options
@@ -50,7 +76,8 @@ class _Attention(torch.autograd.Function):
         nothing = (None,) * 4
         if dout is None and dlse is None:
             return (*nothing, None, None, None, None, None)
-        dq, dk, dv, dsinks = ctx.backward_op(
+        dq, dk, dv, dsinks = first_derivative(
+            ctx.backward_op,
             torch.zeros_like(out) if dout is None else last_contiguous(dout),
             q,
             k,

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvops import checks
 from kvops.eager import merge as eager
 from kvops.ops.dense import DENSE, PACKED
-from kvops.ops.gradients import last_contiguous
+from kvops.ops.gradients import first_derivative, last_contiguous
 from kvops.ops.registry import register, register_autograd
 
 
@@ -98,7 +98,8 @@ class _Merge(torch.autograd.Function):
             return None, None, None, None, None
         inputs = ctx.saved_tensors
         dout = torch.zeros_like(inputs[0]) if dout is None else last_contiguous(dout)
-        return None, *_backward_op(dout, *inputs, dlse=None if dlse is None else last_contiguous(dlse))
+        dlse = None if dlse is None else last_contiguous(dlse)
+        return None, *first_derivative(_backward_op, dout, *inputs, dlse=dlse)
 
 
 register_autograd(_forward_op, _Merge.apply)
@@ -117,6 +118,9 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
     Returns:
         out and lse in the shapes and dtypes of the parts. A row that is empty in both has out 0 and lse -inf.
+
+    A part of a row is empty where its lse is -inf, as every kvops operator returns it, or +inf, as FlashAttention-2 and
+    others return it. Its out must be finite there (0, say), and its gradient is 0.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.

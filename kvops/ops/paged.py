@@ -221,6 +221,10 @@ def check_attention(
         checks.expect_dtype("query_positions", query_positions, torch.int32)
         checks.expect_shape("query_positions", query_positions, "[batch, tokens]", B, T)
         checks.expect_same_device("query_positions", query_positions, "q", q)
+        if window_left >= 0 and checks.debug() and checks.has_data(query_positions):
+            lowest = min(window_left, 2**31 - 1) - 2**31  # kernels subtract the window in int32
+            expected = f"positions of at least {lowest}, from which window_left = {window_left} stays within int32"
+            checks.expect_data("query_positions", expected, query_positions >= lowest)
     if sinks is not None:
         checks.expect_dtype("sinks", sinks, *checks.FLOAT_DTYPES)
         checks.expect_shape("sinks", sinks, "[query_heads]", Hq)
@@ -234,6 +238,7 @@ def check_attention(
         checks.expect_same_device("tree_mask", tree_mask, "q", q)
     checks.expect_choice("score_reduce", score_reduce, REDUCTIONS)
     checks.expect_at_least("score_decay", score_decay, 0.0)
+    checks.expect_finite("score_decay", score_decay)
     if scores is not None:
         _check_slots("scores", scores, k_cache, torch.float32)
     if schedule is not None:
@@ -316,6 +321,10 @@ def _scale_tensor(name: str, scale: object, reference_name: str, reference: Tens
     checks.expect_tensor(reference_name, reference)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a float or a float32 tensor, got {type(scale).__name__}")
+    if isinstance(scale, (int, float)):
+        checks.expect_finite(name, scale)
+        if scale == 0:
+            raise ValueError(f"{name}: expected a number other than 0, which what is stored is divided by")
     return torch.full((), scale, dtype=torch.float32, device=reference.device)  # type: ignore[arg-type]
 
 
@@ -465,7 +474,8 @@ def paged_attention(
             ``query_position - position <= window_left``.
         positions: int32 ``[num_blocks, block_size]``, the original position of the token in a slot; a 4-D cache may
             also have ``[num_blocks, block_size, Hkv]``.
-        query_positions: int32 ``[B, T]``; along with ``positions``.
+        query_positions: int32 ``[B, T]``; along with ``positions``. ``query_position - window_left`` must stay within
+            int32.
         scale: of the scores, default ``D ** -0.5``.
         softcap: c > 0 replaces a scaled score s by ``c * tanh(s / c)``.
         sinks: ``[Hq]``, a logit that joins the softmax's denominator only, and lse with it.
@@ -479,7 +489,7 @@ def paged_attention(
             decay. Lists must not share blocks then.
         score_reduce: over the T tokens and the group's query heads, of the exact normalised probability p:
             ``"sum"``, ``"sumsq"`` (of p squared) or ``"max"``.
-        score_decay: at least 0.
+        score_decay: at least 0, finite.
         schedule: :func:`paged_schedule` of these ``seq_lens`` (one layer of it). None computes it on the way.
         batch_invariant: the bits of a sequence's results then follow from its own queries, list and options alone,
             for the same T and the same device: not from the other sequences and heads, nor from where blocks lie, how

@@ -86,6 +86,7 @@ def register(
     fake: Callable[..., Any],
     eager: Callable[..., Any],
     kernel: str,
+    check_data: Callable[..., None] | None = None,
     differentiable: bool = False,
     autocast: tuple[str, ...] = (),
     autocast_like: str | None = None,
@@ -94,7 +95,9 @@ def register(
 
     ``check``, ``fake``, ``eager`` and ``kernel`` take the operator's arguments under the same names with the same
     defaults (the dispatcher drops arguments that equal their default). ``check`` raises ValueError or TypeError and
-    runs before everything else, while tracing too. ``kernel`` is ``"module:function"``, imported at its first launch.
+    runs before everything else, while tracing too; it must not look at what tensors hold, unless under
+    ``KVOPS_DEBUG=1``: calls that differ in nothing else share one check. ``check_data`` looks at it, at every call of
+    CPU tensors and under ``KVOPS_DEBUG=1`` of any. ``kernel`` is ``"module:function"``, imported at its first launch.
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
 
     Under ``torch.autocast`` the arguments named in ``autocast`` are cast to its dtype, or to that of the argument
@@ -167,11 +170,15 @@ def register(
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         launch = launch_for(interpreted if checks.interpreting() else served, args, kwargs)
+        if check_data is not None:
+            check_data(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():  # each of its operations would look for a gradient
             return launch(*args, **kwargs)
 
     def on_gpu(*args: Any, **kwargs: Any) -> Any:
         launch = launch_for(served, args, kwargs)
+        if check_data is not None and checks.debug():
+            check_data(*args, **kwargs)
         index = args[0].device.index
         if index == torch.cuda.current_device():
             return launch(*args, **kwargs)
@@ -237,7 +244,7 @@ def _register_autocast(operator: Any, device_type: str, names: tuple[str, ...], 
             dtype = given[like].dtype
         for name in names:
             if isinstance(given[name], torch.Tensor) and given[name].dtype in checks.FLOAT_DTYPES:
-                given[name] = given[name].to(dtype)
+                given[name] = given[name].to(dtype, memory_format=torch.contiguous_format)
         with torch._C._ExcludeDispatchKeyGuard(below):
             return operator(*(given[name] for name in order[: len(args)]), **{n: given[n] for n in kwargs})
 

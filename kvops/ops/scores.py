@@ -10,7 +10,15 @@ from torch import Tensor
 from kvops import checks
 from kvops.eager import scores as eager
 from kvops.eager import varlen as eager_varlen
-from kvops.ops.dense import DENSE, PACKED, check_lengths, check_options, check_queries_and_keys, check_rows
+from kvops.ops.dense import (
+    DENSE,
+    PACKED,
+    check_lengths,
+    check_lengths_data,
+    check_options,
+    check_queries_and_keys,
+    check_rows,
+)
 from kvops.ops.registry import register
 
 _OPTIONS = (
@@ -71,6 +79,10 @@ def _check_varlen(
     _check_scoring(q, lse, cu_seqlens_q.shape[0] - 1, **options)
 
 
+def _check_varlen_data(q: Tensor, k: Tensor, lse: Tensor, *lengths: Any, **options: Any) -> None:
+    check_lengths_data(len(q), len(k), *lengths)
+
+
 def _fake_varlen(q: Tensor, k: Tensor, *rest: object, **options: object) -> Tensor:
     return q.new_empty(k.shape[1], k.shape[0], dtype=torch.float32)
 
@@ -79,6 +91,7 @@ _varlen_op = register(
     "attention_scores_varlen(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     f"SymInt max_seqlen_q, SymInt max_seqlen_k, *, {_OPTIONS}) -> Tensor",
     check=_check_varlen,
+    check_data=_check_varlen_data,
     fake=_fake_varlen,
     eager=eager_varlen.attention_scores_varlen,
     kernel="kvops.kernels.attention_scores:attention_scores_varlen",

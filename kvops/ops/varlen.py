@@ -13,6 +13,7 @@ from kvops.ops.attention import OPTIONS
 from kvops.ops.dense import (
     PACKED,
     check_lengths,
+    check_lengths_data,
     check_options,
     check_queries_and_keys,
     check_rows,
@@ -39,6 +40,10 @@ def _check_forward(
     check_values(v, k, q, PACKED)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_options(q, cu_seqlens_q.shape[0] - 1, **options)
+
+
+def _check_forward_data(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, **options: Any) -> None:
+    check_lengths_data(len(q), len(k), *lengths)
 
 
 def _fake_forward(
@@ -79,6 +84,12 @@ def _check_backward(
         check_rows("dlse", dlse, q)
 
 
+def _check_backward_data(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *lengths: Any, **options: Any
+) -> None:
+    check_lengths_data(len(q), len(k), *lengths)
+
+
 def _fake_backward(
     dout: Tensor,
     q: Tensor,
@@ -100,6 +111,7 @@ def _fake_backward(
 _forward_op = register(
     f"flash_attention_varlen(Tensor q, Tensor k, Tensor v, {_LENGTHS}, *, {OPTIONS}) -> (Tensor, Tensor)",
     check=_check_forward,
+    check_data=_check_forward_data,
     fake=_fake_forward,
     eager=eager.flash_attention_varlen,
     kernel="kvops.kernels.flash_forward:flash_forward_varlen",
@@ -111,6 +123,7 @@ _backward_op = register(
     "flash_attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_LENGTHS}, *, {OPTIONS}, Tensor? dlse=None) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
+    check_data=_check_backward_data,
     fake=_fake_backward,
     eager=eager.flash_attention_varlen_backward,
     kernel="kvops.kernels.flash_backward:flash_backward_varlen",
@@ -155,7 +168,8 @@ def flash_attention_varlen(
         the last sequence, has out 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, strides, devices or values that do not fit; under ``KVOPS_DEBUG=1`` also lengths.
+        ValueError: shapes, strides, devices or values that do not fit. Lengths are looked at on the CPU; on a GPU only
+            under ``KVOPS_DEBUG=1``, as it synchronises.
         TypeError: dtypes that do not fit.
     """
     return _forward_op(

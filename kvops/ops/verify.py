@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import verify as eager
+from kvops.eager.verify import lookup_key as lookup_key
+from kvops.eager.verify import lookup_start as lookup_start
 from kvops.ops.registry import register
 
 
@@ -225,8 +227,10 @@ def prompt_lookup(
 ) -> tuple[Tensor, Tensor]:
     """Draft by looking the text's last n-gram up in the text itself, batched, on the device, without synchronisation.
 
-    The suffix of ``max_ngram`` tokens is searched first, then shorter ones down to ``min_ngram``; of several earlier
-    occurrences the latest counts. What follows it is the draft (Saxena, "Prompt Lookup Decoding", 2023).
+    The suffix of ``max_ngram`` tokens is searched first, then shorter ones down to ``min_ngram``. Of several earlier
+    occurrences the latest that ``num_draft`` tokens follow counts, else the one that most tokens follow: text that
+    repeats with a short period is drafted over several periods. What follows the occurrence is the draft (Saxena,
+    "Prompt Lookup Decoding", 2023).
 
     Args:
         tokens: int64 ``[B, L]``, the last dimension contiguous: each sequence so far, from the left.
