@@ -113,6 +113,7 @@ def table(folder: pathlib.Path) -> tuple[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The margins of all comparisons under the settings of other CPUs.")
     parser.add_argument("--only", default="", metavar="WORD", help="only settings with this word in their names")
+    parser.add_argument("--threads", type=int, nargs="+", default=THREADS, metavar="N", help="only with as many")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / ".cache" / "margins", help="for what ran")
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the table into FILE (Markdown)")
     arguments = parser.parse_args()
@@ -125,7 +126,7 @@ def main() -> None:
     for place, (name, (environment, kinds)) in enumerate(SETTINGS.items()):
         if arguments.only not in name:
             continue
-        for threads in THREADS:
+        for threads in arguments.threads:
             out = folder / f"{place}-{threads}.json"
             if out == own:
                 run(files, out, environment, threads)

@@ -116,8 +116,8 @@ MUTATIONS = [
     Mutation(
         "the softcap's series has a wrong coefficient",
         "kernels/primitives.py",
-        "x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0))",
-        "x2 * (2.0 / 15.0 + x2 * (17.0 / 315.0))",
+        "small = x * (1.0 + x2 * (-1.0 / 3.0 + x2",
+        "small = x * (1.0 + x2 * (-0.3 + x2",
         _named("attention", "agrees", "triton", "softcap or everything"),
     ),
     Mutation(
@@ -272,10 +272,10 @@ MUTATIONS = [
         PAGED_EAGER,
     ),
     Mutation(
-        "paged: an appended token goes one slot too far",
+        "paged: appended tokens go one slot too early",
         "kernels/paged_append.py",
         "stride_lh) - count + tokens",
-        "stride_lh) - count + tokens + 1",
+        "stride_lh) - count + tokens - 1",
         "tests/test_paged_operators.py -k triton",
     ),
     # Scores

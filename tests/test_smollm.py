@@ -127,12 +127,12 @@ def test_transformers_with_kvops_gives_the_greedy_tokens_alone_and_in_a_padded_b
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        options = {"max_new_tokens": 64, "do_sample": False}
+        options = {"max_new_tokens": 32, "do_sample": False}
         together = transformers_model.generate(ids, attention_mask=mask, **options)
         alone = transformers_model.generate(torch.tensor(prompts[:1]), **options | {"max_new_tokens": 16})
     finally:
         transformers_model.set_attn_implementation(usual)
-    assert together[:, longest:].tolist() == greedy
+    assert together[:, longest:].tolist() == [answer[:32] for answer in greedy]
     assert alone[0, -16:].tolist() == greedy[0][:16]
 
 
@@ -225,7 +225,7 @@ def test_drafts_change_nothing_over_many_prompts_with_compression_on(model, load
     compression = Compression(ratio=2, protect_last=16, every=8)
     options = {"max_new_tokens": 20, "compression": compression}
     accepted = 0
-    for start in range(0, 8 if batch == 8 else 4, batch):
+    for start in range(0, 8 if batch == 8 else 2, batch):
         part = prompts[start : start + batch]
         drafted = generate(model, part, draft="prompt_lookup", min_ngram=1, **options)
         assert drafted.tokens == generate(model, part, **options).tokens
