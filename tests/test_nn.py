@@ -11,7 +11,6 @@ from rounding import rounded
 import kvops
 from kvops.nn import Attention
 from kvops.policies import SnapKV
-from kvops.rotary import rotate
 
 HIDDEN, HEADS, KV_HEADS = 24, 6, 2
 VARIANTS = {
@@ -27,6 +26,15 @@ def make(device="cpu", **options) -> Attention:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return module.to(device)
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Written out once more: a rotation that turned backwards was noticed by nobody."""
+    half = x.shape[-1] // 2
+    turned = torch.empty_like(x)
+    turned[..., :half] = x[..., :half] * cos - x[..., half:] * sin
+    turned[..., half:] = x[..., :half] * sin + x[..., half:] * cos
+    return turned
 
 
 def written_out(module: Attention, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -47,7 +55,7 @@ def written_out(module: Attention, x: torch.Tensor) -> tuple[torch.Tensor, list[
     if module.rope is not None:
         angles = torch.arange(x.shape[1])[:, None] * module.rope.cpu().double()
         cos, sin = (turn[:, None] for turn in (angles.cos(), angles.sin()))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (turned(y, cos, sin) for y in (q, k))
     left = -1 if module.window is None else module.window - 1
     right = -1 if module.causal else left
     mask = attention_mask(x.shape[1], x.shape[1], causal=module.causal, window_left=left, window_right=right)

@@ -1,5 +1,8 @@
 """The tolerance of every comparison: as wide as rounding, on every machine the same, and no wider."""
 
+import json
+from types import SimpleNamespace
+
 import margins
 import pytest
 import torch
@@ -79,3 +82,32 @@ def test_what_is_no_number_or_infinite_elsewhere_is_refused():
         assert_accurate(torch.tensor([1.0, float("nan")]), exact, exact)
     with pytest.raises(AssertionError, match="infinities differ"):
         assert_accurate(torch.tensor([1.0, float("inf")]), exact, exact)
+
+
+def test_workers_hand_their_margins_to_the_process_that_prints_them(monkeypatch):
+    monkeypatch.setattr(margins, "recorded", [])
+    margins.record(0.3, "out")
+    worker = SimpleNamespace(config=SimpleNamespace(workeroutput={}))
+    margins.pytest_sessionfinish(worker)
+    (sent,) = json.loads(json.dumps(worker.config.workeroutput["margins"]))  # what execnet can carry
+    margins.recorded.clear()
+    margins.FromWorkers().pytest_testnodedown(SimpleNamespace(workeroutput={"margins": [sent]}), None)
+    margins.FromWorkers().pytest_testnodedown(SimpleNamespace(), "crashed")
+    ((margin, test, name, interpreted),) = margins.recorded
+    assert (margin, name, interpreted) == (0.3, "out", False)
+    assert test.endswith("test_workers_hand_their_margins_to_the_process_that_prints_them")
+
+
+def test_the_table_of_settings_names_the_closest_of_each(tmp_path):
+    found = [
+        margins.Margin(0.2, "tests/test_a.py::b", "out", True),
+        margins.Margin(0.6, "tests/test_a.py::c", "lse", True),
+    ]
+    for name, part in (("0-1", found[:1]), ("5-2", found)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([margin._asdict() for margin in part]))
+    text, worst = margins.table(tmp_path)
+    assert worst == 0.6
+    assert text.splitlines()[2:] == [
+        "| the machine's own | 1 | 1 | 0.20 | out: test_a.py::b |",
+        "| OPENBLAS_CORETYPE=Haswell | 2 | 2 | 0.60 | lse: test_a.py::c |",
+    ]
