@@ -2,8 +2,8 @@
 
     python .ci/absolute_links.py URL-OF-THE-FILES < README.md
 
-URL-OF-THE-FILES is where the files of the released tag can be read, such as the project's Source URL with its tag. It is
-not written into the repository, as only the release knows it.
+URL-OF-THE-FILES is where the files of the released tag can be read: the project's Source URL with the tag. Only the
+release knows it, so it is not written into the repository.
 """
 
 import re
@@ -14,11 +14,9 @@ LINK = re.compile(r"(\]\()(?!\w+:|#)([^)\s]+)(\))")
 
 def absolute(text: str, url: str) -> str:
     """``text`` with every relative Markdown target below ``url``; code blocks stay as they are."""
+    target = rf"\g<1>{url.rstrip('/')}/\g<2>\g<3>"
     parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)
-    return "".join(
-        part if part.startswith("```") else LINK.sub(lambda link: f"{link[1]}{url.rstrip('/')}/{link[2]}{link[3]}", part)
-        for part in parts
-    )
+    return "".join(part if part.startswith("```") else LINK.sub(target, part) for part in parts)
 
 
 if __name__ == "__main__":
