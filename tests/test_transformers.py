@@ -3,9 +3,15 @@
 import pytest
 import torch
 import transformers
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_chunked_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 import kvops.integrations.transformers as kvops_transformers
+from kvops.integrations.transformers import attention
 
 TINY = {
     "vocab_size": 61,
@@ -199,9 +205,9 @@ def test_masks_are_lengths_and_never_matrices():
     assert mask_of(create_causal_mask, torch.ones(2, 6)).packing is None
     both = mask_of(create_bidirectional_mask, torch.tensor([[0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]))
     assert not both.causal
-    assert both.packing.cu_seqlens_q.tolist() == [0, 1, 1, 3, 6, 6, 6, 6, 12, 12, 12]
+    # All queries see all keys that are real: they may belong to another sequence, as in cross-attention.
+    assert both.packing.cu_seqlens_q.tolist() == [0, 0, 0, 6, 6, 6, 6, 6, 12, 12, 12]
     assert both.packing.cu_seqlens_k.tolist() == [0, 0, 1, 3, 3, 6, 6, 6, 12, 12, 12]
-    assert both.packing.num_queries.tolist() == [2, 6]
     nothing = mask_of(create_causal_mask, torch.zeros(2, 6))
     assert nothing.packing.num_queries.tolist() == [0, 0]
 
@@ -234,3 +240,186 @@ def test_what_cannot_be_expressed_is_refused():
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"dropout: expected 0, got 0\.1"):
         model.train()(ids)
+
+
+def attend_directly(model, name, value):
+    layer = model.model.layers[0].self_attn
+    q, k, v = (torch.zeros(1, heads, 4, 8) for heads in (6, 2, 2))
+    return attention(layer, q, k, v, None, scaling=1.0, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["position_bias", "sinks", "indices", "block_indices", "score_mod", "anything_new"])
+def test_arguments_that_may_change_attention_are_refused(name):
+    """They were swallowed: T5's position_bias alone made a relative error of 0.5."""
+    model = make_model("Llama")
+    with pytest.raises(ValueError, match=rf"^{name}: expected None, got a tensor of shape \[4\]: .* LlamaAttention"):
+        attend_directly(model, name, torch.zeros(4))
+    with pytest.raises(ValueError, match=f"^{name}: expected None, got False"):
+        attend_directly(model, name, False)
+    attend_directly(model, name, None)
+
+
+def test_arguments_that_do_not_change_attention_are_let_through():
+    attend_directly(make_model("Llama"), "position_ids", torch.zeros(1, 4))
+    attend_directly(make_model("Llama"), "num_items_in_batch", torch.tensor(3))
+
+
+@pytest.mark.parametrize("family", ["T5", "MT5", "UMT5", "LongT5", "SwitchTransformers"])
+def test_models_with_a_position_bias_are_refused(family):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 61}
+    config = getattr(transformers, f"{family}Config")(**sizes, attn_implementation="kvops")
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"position_bias: expected None, got a tensor of shape"):
+        model(ids, decoder_input_ids=ids)
+
+
+def test_is_causal_may_not_contradict_the_mask():
+    model, ids = make_model("Llama"), torch.randint(1, 61, (1, 6))
+    with torch.no_grad():  # transformers makes the mask by it
+        model.set_attn_implementation("eager")
+        expected = model(ids, is_causal=False).logits
+        model.set_attn_implementation("kvops")
+        torch.testing.assert_close(model(ids, is_causal=False).logits, expected)
+    q, k = torch.zeros(2, 6, 6, 8), torch.zeros(2, 2, 6, 8)
+    with pytest.raises(ValueError, match="is_causal: expected True, as the mask has it, got False"):
+        attention(model.model.layers[0].self_attn, q, k, k, mask_of(create_causal_mask), is_causal=False)
+
+
+def test_half_of_a_packing_is_refused():
+    model, lens = make_model("Llama"), torch.tensor([0, 1, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected together with cu_seq_lens_k"):
+        attend_directly(model, "cu_seq_lens_q", lens)
+
+
+def test_a_mask_knows_the_lengths_that_it_was_made_for():
+    """Keys that a model adds after its mask was made were attended to as if they stood at the end of the text."""
+    layer = make_model("Llama").model.layers[0].self_attn
+    q, k = torch.randn(2, 6, 6, 8), torch.randn(2, 2, 9, 8)
+    mask = mask_of(create_causal_mask)
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected the 6 queries and 6 keys .* got 6 queries and 9 keys"
+    ):
+        attention(layer, q, k, k, mask)
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected the 6 queries and 6 keys .* got 5 queries and 6 keys"
+    ):
+        attention(layer, q[:, :, 1:], k[:, :, :6], k[:, :, :6], mask)
+    padded_mask = mask_of(create_causal_mask, torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="attention_mask: expected the 2 rows that the mask was made for, got 4"):
+        attention(
+            layer, q.repeat(2, 1, 1, 1), k[:, :, :6].repeat(2, 1, 1, 1), k[:, :, :6].repeat(2, 1, 1, 1), padded_mask
+        )
+    with pytest.raises(ValueError, match=r"attention_mask: expected a mask for 6 queries and 9 keys .* got None"):
+        attention(layer, q, k, k, None)
+
+
+@pytest.mark.parametrize("padding", [None, [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("part", [slice(-1, None), slice(-3, None), slice(1, 4), slice(None), slice(0, None)])
+def test_a_slice_of_a_mask_is_the_mask_of_those_queries(padding, window, part):
+    create = create_causal_mask if window is None else create_sliding_window_causal_mask
+    padding = None if padding is None else torch.tensor(padding)
+    q, k, v = torch.randn(2, 6, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    layer = make_model("Llama").model.layers[0].self_attn
+    mask = mask_of(create, padding, sliding_window=window)
+    whole, _ = attention(layer, q, k, v, mask)
+    got, _ = attention(layer, q[:, :, part], k, v, mask[:, :, part, :])
+    real = torch.ones(2, 6, dtype=torch.bool) if padding is None else padding.bool()
+    torch.testing.assert_close(got[real[:, part]], whole[:, part][real[:, part]])
+    fewer = mask[:, :, part, : part.stop] if (part.stop or 0) > 0 else mask[:, :, part, :6]  # keys that nobody sees
+    shorter, _ = attention(layer, q[:, :, part], k[:, :, : fewer.kv_length], v[:, :, : fewer.kv_length], fewer)
+    torch.testing.assert_close(shorter, got)
+
+
+USES = {
+    "bloom": lambda mask: torch.zeros(2, 2) + mask,
+    "mpt": lambda mask: mask.bool(),
+    "doge": lambda mask: mask.dtype,
+    "falcon": lambda mask: torch.zeros(2, 2).masked_fill(mask, 0.0),
+    "trocr": lambda mask: mask.size(),
+    "index": lambda mask: mask[:, 0],
+    "invert": lambda mask: ~mask,
+    "difference": lambda mask: 1.0 - mask,
+    "comparison": lambda mask: mask > 0,
+    "cat": lambda mask: torch.cat([torch.zeros(1), mask]),
+    "where": lambda mask: torch.where(mask, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_that_reads_its_mask_is_told_so_in_one_sentence(use):
+    with pytest.raises(TypeError, match=r"^attention_mask: expected a model that passes its mask on .*: set attn_imp"):
+        USES[use](mask_of(create_causal_mask))
+
+
+def test_cross_attention_sees_every_key_of_a_padded_encoder():
+    """Queries behind the length of the encoder's text were taken for padding."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 61, "max_position_embeddings": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = transformers.BartModel(transformers.BartConfig(**sizes, **heads, pad_token_id=0)).eval()
+    ids, mask, _ = padded("right").values()
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(1, 61, (3, LENGTH))}
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = model(**inputs).last_hidden_state
+        model.set_attn_implementation("kvops")
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected)
+
+
+def test_weights_that_are_asked_for_bring_a_warning_and_none(monkeypatch):
+    """As with sdpa; it raised."""
+    warned = []
+    monkeypatch.setattr("logging.Logger.warning_once", lambda logger, message: warned.append(message))
+    model = make_model("Llama")
+    attend_directly(model, "output_attentions", True)
+    assert len(warned) == 1
+    assert "does not support `output_attentions=True`" in warned[0]
+    model.set_attn_implementation("kvops")
+    assert model(torch.ones(1, 4, dtype=torch.int64), output_attentions=True).logits.shape == (1, 4, 61)
+
+
+@pytest.mark.parametrize("inputs", ["plain", "padded", "cached"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2"])
+def test_a_whole_forward_compiles_to_one_graph(family, inputs):
+    """Masks are made within: torch.compile cannot look into the functions that describe them."""
+    model, batch = make_model(family), padded("left")
+    model.set_attn_implementation("kvops")
+    real = batch.pop("attention_mask").bool()
+    if inputs == "plain":
+        real = torch.ones_like(real)
+    else:
+        batch["attention_mask"] = real.long()
+    batch.pop("position_ids")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(**batch, use_cache=inputs == "cached").logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(**batch, use_cache=inputs == "cached").logits
+    torch.testing.assert_close(compiled[real], expected[real])
+
+
+def test_packed_sequences_compile_to_one_graph():
+    model = make_model("Mistral")
+    model.set_attn_implementation("kvops")
+    ids = torch.randint(1, TINY["vocab_size"], (2, LENGTH))
+    positions = torch.stack([torch.tensor([0, 1, 2, 0, 1, 0, *range(7)]), torch.arange(LENGTH)])
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(ids, position_ids=positions, use_cache=False).logits, expected)
+
+
+def test_what_cannot_be_expressed_is_refused_while_compiling_too():
+    def first_tokens_see_each_other(batch_idx, head_idx, q_idx, kv_idx):
+        return kv_idx < 2
+
+    config = transformers.LlamaConfig(**TINY, attn_implementation="kvops")
+    for kind in ("or_mask_function", "and_mask_function"):
+
+        def make(x, kind=kind):
+            return create_causal_mask(config, x, None, None, **{kind: first_tokens_see_each_other}).q_length
+
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"which kvops cannot express|Observed exception"):
+            torch.compile(make, fullgraph=True, backend="eager")(torch.empty(1, 6, 4))

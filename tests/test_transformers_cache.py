@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from test_transformers import make_model
+from test_transformers import TINY, make_model
 
 import kvops
 import kvops.integrations.transformers as kvops_transformers
@@ -200,11 +200,144 @@ def test_misuse_is_told_apart():
     trimmed = KVOpsCache(sliding.config, max_tokens=16, block_size=2)
     with torch.no_grad():
         sliding(torch.ones(1, 9, dtype=torch.int64), past_key_values=trimmed)
+    trimmed.stats()  # gives up what no later token sees
     with pytest.raises(ValueError, match="tokens_to_remove: expected at least 0, got -1: what earlier tokens saw"):
         trimmed.crop(-1)
     model.set_attn_implementation("eager")
-    with pytest.raises(AttributeError, match="attn_implementation='kvops'"), torch.no_grad():
+    with pytest.raises(TypeError, match=r"attn_implementation: expected 'kvops' .* got 'eager'"), torch.no_grad():
         model(ids, past_key_values=cache())
     config = transformers.LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"])
     with pytest.raises(ValueError, match="config: expected layers of full or sliding attention, got linear_attention"):
         KVOpsCache(config, max_tokens=16)
+
+
+def gemma3n(**changes) -> torch.nn.Module:
+    """The last two of four layers attend to the keys of the first two."""
+    sizes = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    types = ["sliding_attention", "full_attention"] * 2
+    options = {"num_kv_shared_layers": 2, "layer_types": types, "sliding_window": 16, "initializer_range": 0.2}
+    config = transformers.Gemma3nTextConfig(**TINY | sizes | options | {"num_hidden_layers": 4} | changes)
+    return shared(transformers.Gemma3nForCausalLM(config))
+
+
+def gemma4(**changes) -> torch.nn.Module:
+    sizes = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "global_head_dim": 8}
+    types = ["sliding_attention", "full_attention"] * 2
+    options = {"num_kv_shared_layers": 2, "layer_types": types, "sliding_window": 16, "initializer_range": 0.2}
+    config = transformers.Gemma4TextConfig(**TINY | sizes | options | {"num_hidden_layers": 4} | changes)
+    return shared(transformers.Gemma4ForCausalLM(config))
+
+
+def shared(model: torch.nn.Module) -> torch.nn.Module:
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.set_attn_implementation(kvops_transformers.enable())
+    return model.eval()
+
+
+@pytest.mark.parametrize("make_model", [gemma3n, gemma4])
+def test_layers_that_share_keys_attend_to_those_of_the_layer_that_stores_them(make_model):
+    """The last layer stored nothing, so that no pass ever ended: the length stayed 0, and other tokens came."""
+    model = make_model()
+    model.set_attn_implementation("eager")
+    expected = new_tokens(model, prompts())
+    model.set_attn_implementation("kvops")
+    assert new_tokens(model, prompts()) == expected
+    cache = KVOpsCache(model.config, max_tokens=96, block_size=4)
+    assert new_tokens(model, prompts(), past_key_values=cache) == expected
+    assert cache.get_seq_length() == max(LENGTHS) + 9
+    assert cache.paged.num_layers == 2
+    assert cache.paged.seq_lens[1, :, 0].tolist() == [length + 9 for length in LENGTHS]
+
+
+@pytest.mark.parametrize("make_model", [gemma3n, gemma4])
+def test_layers_that_share_keys_see_the_whole_prompt_before_it_is_compressed(make_model):
+    model = make_model()
+    compression = Compression(ratio=2, policy=SnapKV(observe=8), protect_first=2, protect_last=4)
+    cache = KVOpsCache(model.config, max_tokens=96, block_size=4, compression=compression)
+    ids = torch.tensor([prompts()[0]])
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
+        model(ids[:, :1], past_key_values=cache)
+    assert cache.stats().blocks_in_use < 0.7 * 4 * ids.shape[1] / 4
+    assert cache.paged.next_positions.tolist() == [ids.shape[1] + 1]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_padded_prompt_in_chunks_leaves_no_padding_in_the_cache(family, chunk):
+    """With chunks of one token the padding was stored, and attended to."""
+    model = make(family)
+    rows = [row[:length] for row, length in zip(prompts(), (9, 4, 7), strict=True)]
+    cache = KVOpsCache(model.config, max_tokens=32, block_size=4)
+    chunked = new_tokens(model, rows, past_key_values=cache, prefill_chunk_size=chunk)
+    assert chunked == new_tokens(model, rows)
+    assert cache.paged.next_positions.tolist() == [len(row) + 9 for row in rows]
+
+
+def test_a_padded_prompt_in_chunks_is_compressed_without_its_padding():
+    model = make()
+    compression = Compression(ratio=2, policy=SnapKV(observe=4), protect_first=1, protect_last=2, every=4)
+    rows = [row[:length] for row, length in zip(prompts(), (9, 4, 7), strict=True)]
+    cache = KVOpsCache(model.config, max_tokens=32, block_size=4, compression=compression)
+    new_tokens(model, rows, past_key_values=cache, prefill_chunk_size=1)
+    assert cache.paged.next_positions.tolist() == [len(row) + 9 for row in rows]
+
+
+@pytest.mark.parametrize(("max_tokens", "block_size"), [(25, 8), (25, 16), (32, 16)])
+def test_max_tokens_is_the_longest_that_a_sequence_may_become(max_tokens, block_size):
+    """25 allowed 32, as blocks are whole."""
+    model = make()
+    cache = KVOpsCache(model.config, max_tokens=max_tokens, block_size=block_size)
+    with torch.no_grad():
+        model(torch.ones(1, max_tokens - 1, dtype=torch.int64), past_key_values=cache)
+        model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+        with pytest.raises(ValueError, match=f"{max_tokens} .*max_tokens"):
+            model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+    assert cache.get_seq_length() == max_tokens
+
+
+def test_models_that_compute_with_stored_keys_are_refused_in_one_sentence():
+    """The advice was to set attn_implementation to what it was, or the error a bare TypeError."""
+    jetmoe = transformers.JetMoeConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2)
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    deepseek = transformers.DeepseekV3Config(
+        **TINY | latent | {"num_key_value_heads": 6, "first_k_dense_replace": 2, "head_dim": 4}
+    )
+    for config in (jetmoe, deepseek, transformers.DiffLlamaConfig(**TINY)):
+        config._attn_implementation = "kvops"
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with (
+            torch.no_grad(),
+            pytest.raises(TypeError, match=r"^past_key_values: expected a model that hands .*: use transformers' Dyn"),
+        ):
+            model(torch.ones(1, 4, dtype=torch.int64), past_key_values=KVOpsCache(model.config, max_tokens=16))
+
+
+def test_layers_with_other_heads_are_refused_in_one_sentence():
+    model = gemma4(global_head_dim=16, num_kv_shared_layers=0)
+    cache = KVOpsCache(model.config, max_tokens=16)
+    expected = r"^config: expected KV heads of one number and size in all layers, got 2 of size 16 in layer 1 and 2 of"
+    with torch.no_grad(), pytest.raises(ValueError, match=expected):
+        model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+
+
+def test_a_layer_that_never_stores_is_told_at_the_second_pass():
+    """Every pass went on as the first one."""
+    model = make()
+    cache = KVOpsCache(transformers.LlamaConfig(**TINY | {"num_hidden_layers": 3}), max_tokens=16)
+    cache._text = model.config
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"keys from every layer in the first pass, got none from layers \[2\]"):
+            model(ids, past_key_values=cache)
+
+
+def test_packed_sequences_are_refused():
+    model, ids = make(), torch.ones(1, 4, dtype=torch.int64)
+    lens = torch.tensor([0, 1, 4], dtype=torch.int32)
+    cache = KVOpsCache(model.config, max_tokens=16)
+    with torch.no_grad(), pytest.raises(ValueError, match="cu_seq_lens_q: expected None with a cache"):
+        model(ids, past_key_values=cache, cu_seq_lens_q=lens, cu_seq_lens_k=lens, max_length_q=3, max_length_k=3)

@@ -112,7 +112,7 @@ def test_models_that_decode_otherwise_are_refused():
             Decoder(model)
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=48, n_layer=1, n_head=6, vocab_size=61))
     with pytest.raises(
-        ValueError, match=r"model: expected one that hands keys and values on .* which BloomForCausalLM"
+        ValueError, match=r"model: expected one that hands keys and values straight on .* \(BloomForCausalLM\)"
     ):
         Decoder(bloom)
 

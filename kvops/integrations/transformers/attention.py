@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvops.extras import require
-from kvops.integrations.transformers.masks import Mask, Packing, make_mask
+from kvops.integrations.transformers.masks import ELSEWHERE, Mask, Packing, make_mask
 from kvops.ops.attention import flash_attention
 from kvops.ops.varlen import flash_attention_varlen
 
 NAME = "kvops"
+
+# Arguments that models pass on from their forward to attention and that do not change what it computes.
+HARMLESS = frozenset(
+    {
+        *("position_ids", "cache_position", "position_embeddings", "use_cache", "return_dict", "logits_to_keep"),
+        *("labels", "num_items_in_batch", "output_hidden_states", "output_router_logits", "seq_idx", "deterministic"),
+    }
+)
 
 
 def enable() -> str:
@@ -57,6 +66,7 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | Tensor | None = None,
     max_length_k: int | Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that :func:`enable` registers; called by transformers' models.
@@ -69,32 +79,85 @@ def attention(
             ``is_causal`` and ``sliding_window``.
         s_aux: ``[Hq]``, the sinks of GPT-OSS.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences (transformers' flattening collator).
+        output_attentions: True warns, as it does with "sdpa": the weights are never in memory.
+        **kwargs: arguments of the model's forward that do not change attention (:data:`HARMLESS`).
 
-    Returns ``[B, T, Hq, Dv]`` and None: the weights are never in memory.
+    Returns ``[B, T, Hq, Dv]`` and None in the place of the weights.
+
+    Raises ValueError for dropout, a mask that is a tensor, a mask made for other lengths, and every other argument that
+    is not None.
     """
+    for name, given in kwargs.items():
+        if given is not None and name not in HARMLESS:
+            raise ValueError(
+                f"{name}: expected None, got {_short(given)}: kvops does not know what it does to attention in "
+                f"{type(module).__name__}, {ELSEWHERE}"
+            )
     if dropout:
         raise ValueError(f"dropout: expected 0, got {dropout}: set attention_dropout to 0 in the model's config")
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions: expected False, kvops never has the weights in memory: use 'eager'")
+    if output_attentions:
+        _warn_about_weights()
+    batch, _, q_length, _ = query.shape
+    held = not isinstance(key, Tensor)  # by a KVOpsCache, which hands out a placeholder
+    kv_length = key.kv_length if held else key.shape[2]
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if causal and 1 < q_length != kv_length:
+            raise ValueError(
+                f"attention_mask: expected a mask for {q_length} queries and {kv_length} keys in causal attention, got "
+                f"None, which does not tell which keys the first query sees: {ELSEWHERE}"
+            )
         window = sliding_window or 0
-        attention_mask = Mask(causal, window - 1, -1 if causal else window - 1, None)
+        attention_mask = Mask(causal, window - 1, -1 if causal else window - 1, None, q_length, kv_length)
     elif not isinstance(attention_mask, Mask):
         raise ValueError(
             f"attention_mask: expected a 2-D mask of padding, got a tensor of shape {list(attention_mask.shape)}: "
             "kvops never holds the matrix of scores, use attn_implementation='sdpa' or 'eager' with it"
         )
+    elif is_causal is not None and is_causal != attention_mask.causal and q_length > 1:
+        raise ValueError(
+            f"is_causal: expected {attention_mask.causal}, as the mask has it, got {is_causal}: leave it out, or set "
+            "is_causal in the model's config"
+        )
+    attention_mask.expect_lengths(batch, q_length, kv_length)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
-    if not isinstance(key, Tensor):  # the handle of a KVOpsCache
+    packing = _given_packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if held:
+        if packing is not None:
+            raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
         return key.attend(query.transpose(1, 2), attention_mask, options), None
+    q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, value))
+    return attend(q, k, v, attention_mask, packing or attention_mask.packing, options), None
 
-    packing = attention_mask.packing
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and max_length_q is not None:
-        longest_k = max_length_q if max_length_k is None else max_length_k
-        packing = Packing(cu_seq_lens_q.int(), cu_seq_lens_k.int(), int(max_length_q), int(longest_k))
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(q, k, v, attention_mask, packing, options), None
+
+def _short(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
+
+
+def _row_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _warn_about_weights() -> None:
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).warning_once(
+        "`kvops` attention does not support `output_attentions=True`: the weights are never in memory and None is "
+        "returned in their place. Set attn_implementation to 'eager' to get them."
+    )
+
+
+def _given_packing(
+    cu_q: Tensor | None, cu_k: Tensor | None, longest_q: int | Tensor | None, longest_k: int | Tensor | None
+) -> Packing | None:
+    """The packed sequences that a caller describes by cumulative lengths; None where it describes none."""
+    if cu_q is None and cu_k is None:
+        return None
+    if cu_q is None or cu_k is None:
+        raise ValueError("cu_seq_lens_q: expected together with cu_seq_lens_k, got only one of them")
+    longest_q = cu_q.diff().max() if longest_q is None else longest_q
+    longest_k = cu_k.diff().max() if longest_k is None else longest_k
+    return Packing(cu_q.int(), cu_k.int(), int(longest_q), int(longest_k))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, packing: Packing | None, options: dict[str, Any]) -> Tensor:

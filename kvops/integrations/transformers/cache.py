@@ -10,28 +10,13 @@ from transformers.cache_utils import Cache
 
 from kvops import checks
 from kvops.cache import CacheStats, PagedKVCache
-from kvops.integrations.transformers.config import rope_of
+from kvops.integrations.transformers.attention import NAME
+from kvops.integrations.transformers.config import expect_attention_layers, rope_of, storing_layers
 from kvops.integrations.transformers.masks import Mask
-from kvops.ops.attention import flash_attention
-from kvops.policies import Compression, Prefill
+from kvops.integrations.transformers.step import NewTokens, Step
+from kvops.policies import Compression
 
-
-class NewTokens:
-    """What :meth:`KVOpsCache.update` returns in the place of keys and values: the new ones, and where they belong."""
-
-    def __init__(self, cache: KVOpsCache, layer: int, keys: Tensor, values: Tensor) -> None:
-        self._cache, self._layer, self._keys, self._values = cache, layer, keys, values
-
-    def attend(self, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
-        """q ``[B, T, Hq, D]`` -> ``[B, T, Hq, Dv]``; the keys and values are in the cache afterwards."""
-        k, v = self._keys.transpose(1, 2), self._values.transpose(1, 2)
-        return self._cache._attend(self._layer, q, k, v, mask, options)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"{name}: a KVOpsCache holds blocks, not tensors of keys and values: use it with a model that has "
-            "attn_implementation='kvops'"
-        )
+_OWN_CACHE = "use transformers' DynamicCache with this model"
 
 
 class KVOpsCache(Cache):
@@ -82,9 +67,7 @@ class KVOpsCache(Cache):
         if not isinstance(compression, Compression | None):
             raise TypeError(f"compression: expected a kvops.policies.Compression, got {compression!r}")
         text = config.get_text_config(decoder=True)
-        others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if others:
-            raise ValueError(f"config: expected layers of full or sliding attention, got {', '.join(sorted(others))}")
+        expect_attention_layers("config", text, _OWN_CACHE)
         if compression is not None and compression.chunk:
             raise ValueError(f"compression: expected chunk=0, as transformers reads prompts, got {compression.chunk}")
         if compression is not None and compression.every and compression.policy.accumulate is None:
@@ -98,82 +81,145 @@ class KVOpsCache(Cache):
                 f"{type(compression.policy).__name__}: generate with kvops.integrations.transformers.Decoder, which can"
             )
         self.num_layers: int = text.num_hidden_layers
+        # The place in the pool of each layer that stores keys: some layers may use those of another one.
+        self._places = {layer: place for place, layer in enumerate(storing_layers(text))}
+        self._shape: tuple[int, ...] | None = None  # KV heads, head size and head size of values, of all layers
+        self._text = text
         self.max_tokens, self.compression = max_tokens, compression
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.paged: PagedKVCache | None = None
+        self._paged: PagedKVCache | None = None
         self._length = 0  # of the rows, padding included: what transformers counts
         self._since_eviction = 0
         self._rope = rope_of(text)  # some policies judge by it
         self._recording = False  # tokens may be taken back: evict behind crop()
         self._due = False
-        self._step: _Step | None = None
-        self._windows: dict[int, int] = {}  # of the layers that have one, in positions before the query's own
+        self._step: Step | None = None
+        self._known = False  # that a pass stores keys in all the layers that should
+        # By layer: the widest window that its keys are seen through, in positions before the query's own; -1 for none.
+        self._windows: dict[int, int] = {}
         self._trimmed = 0  # the length when keys behind the windows were given up last
+
+    @property
+    def paged(self) -> PagedKVCache | None:
+        """The :class:`kvops.PagedKVCache`; None before the first token."""
+        self._settle()
+        return self._paged
 
     def stats(self) -> CacheStats:
         """What the cache holds, in blocks and bytes."""
+        self._settle()
         return self._pool().stats()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Called by the model with ``[B, Hkv, T, ·]``; the attention function stores them, as it knows of padding."""
-        if self.paged is None:
-            batch, heads, _, head_dim = key_states.shape
+        batch, heads, num_tokens, head_dim = key_states.shape
+        shape = heads, head_dim, value_states.shape[3]
+        self._shape = shape if self._shape is None else self._shape
+        if shape != self._shape:
+            raise ValueError(
+                f"config: expected KV heads of one number and size in all layers, got {_heads(*shape)} in layer "
+                f"{layer_idx} and {_heads(*self._shape)} before: {_OWN_CACHE}"
+            )
+        if layer_idx not in self._places:
+            raise ValueError(
+                f"config: expected keys from layers {sorted(self._places)}, as the config has it, got some from layer "
+                f"{layer_idx}: {_OWN_CACHE}"
+            )
+        if self._paged is None:
             per_list = -(-self.max_tokens // self.block_size)
-            self.paged = PagedKVCache(
-                num_layers=self.num_layers,
+            layers = len(self._places)
+            self._paged = PagedKVCache(
+                num_layers=layers,
                 num_kv_heads=heads,
                 head_dim=head_dim,
                 v_head_dim=value_states.shape[3],
-                num_blocks=self.num_blocks or self.num_layers * heads * batch * per_list,
+                num_blocks=self.num_blocks or layers * heads * batch * per_list,
                 max_batch=batch,
                 max_tokens=self.max_tokens,
                 block_size=self.block_size,
                 dtype=key_states.dtype,
                 device=key_states.device,
             )
-        elif key_states.shape[0] != self.paged.max_batch:
-            raise ValueError(
-                f"key_states: expected a batch of {self.paged.max_batch}, as before, got {key_states.shape[0]}"
-            )
-        new = NewTokens(self, layer_idx, key_states, value_states)
+        elif batch != self._paged.max_batch:
+            raise ValueError(f"key_states: expected a batch of {self._paged.max_batch}, as before, got {batch}")
+        new = NewTokens(self, layer_idx, key_states, value_states, self._length + num_tokens)
         return new, new
 
     def _pool(self) -> PagedKVCache:
-        if self.paged is None:
+        if self._paged is None:
             raise RuntimeError("paged: expected a cache that a model has run with, got one that is new")
-        return self.paged
+        return self._paged
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
+    def attend(self, new: NewTokens, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
+        """Store ``new`` and attend, q ``[B, T, Hq, D]`` -> ``[B, T, Hq, Dv]``; called by the attention function.
+
+        A model may attend to the same ``new`` several times in a pass: they are stored once.
+        """
         if torch.is_grad_enabled() and q.requires_grad:
             raise RuntimeError("KVOpsCache has no gradient: generate under torch.no_grad(), train with use_cache=False")
         if not mask.causal:
             raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
-        paged = self._pool()
-        if self._step is not None and layer in self._step.layers:
-            self._undo()
+        if mask.packing is not None and mask.packing.num_queries is None:
+            raise ValueError("position_ids: expected one sequence to a row with a KVOpsCache, got packed sequences")
+        place = self._places[new.layer]
+        window = mask.window_left
+        widest = self._windows.setdefault(new.layer, window)
+        self._windows[new.layer] = -1 if min(window, widest) < 0 else max(window, widest)
+        if new.step is not None:
+            return new.step.attend_again(place, q, mask, options)
+        if self._step is not None and new.layer in self._step.layers:
+            self._take_back_broken_pass(self._step)
         if self._step is None:
-            self._evict()
-            self._step = _Step(paged, mask, q.shape[1], self._rope, empty=self._length == 0)
-        step = self._step
-        step.layers.add(layer)
-        if mask.window_left >= 0:
-            self._windows[layer] = mask.window_left
-        out = step.attend(layer, (q, k, v), mask.window_left, options, self.compression)
-        if layer == self.num_layers - 1:
-            self._step = None
-            self._length += q.shape[1]
-            self._since_eviction = 0 if step.empty else self._since_eviction + 1
-            every = self.compression.every if self.compression else 0
-            self._due = step.empty or 0 < every <= self._since_eviction
-            if not self._recording:
-                self._evict()
+            self._settle(force=True)
+            self._step = Step(self._pool(), mask, self._rope, empty=self._length == 0)
+        step = new.step = self._step
+        out = step.store_and_attend(place, (q, new.k, new.v), window, options, self.compression)
+        step.layers.add(new.layer)
+        if len(step.layers) == len(self._places):
+            self._finish(step)
         return out
 
+    def explain_use(self, use: str) -> str:
+        """The message for a model that did ``use`` with keys and values in the place of handing them to attention."""
+        implementation = getattr(self._text, "_attn_implementation", NAME)
+        if implementation != NAME:
+            return (
+                f"attn_implementation: expected {NAME!r} with a KVOpsCache, got {implementation!r}: call "
+                "model.set_attn_implementation(kvops.integrations.transformers.enable())"
+            )
+        return (
+            "past_key_values: expected a model that hands new keys and values straight on to attention, got "
+            f"{use}: {_OWN_CACHE}"
+        )
+
+    def _finish(self, step: Step) -> None:
+        """All layers have stored a pass' tokens. They are evicted later, as layers that share keys may still attend."""
+        self._step, self._known = None, True
+        self._length += step.num_tokens
+        self._since_eviction = 0 if step.empty else self._since_eviction + 1
+        every = self.compression.every if self.compression else 0
+        self._due = step.empty or 0 < every <= self._since_eviction
+
+    def _take_back_broken_pass(self, step: Step) -> None:
+        """A new pass begins where another one has not stored in all layers: an exception broke it off."""
+        if not self._known:
+            missing = sorted(set(self._places) - step.layers)
+            raise RuntimeError(
+                f"KVOpsCache: expected keys from every layer in the first pass, got none from layers {missing}: call "
+                f"reset() where the pass was broken off by an error; where it was not, {_OWN_CACHE}"
+            )
+        self._undo()
+
     def _undo(self) -> None:
-        """Take back what a pass that was broken off has put in."""
+        """Take back what a pass that was broken off has stored."""
         if self._step is not None:
             self._step.undo()
         self._step = None
+
+    def _settle(self, force: bool = False) -> None:
+        """Evict what a finished pass made due; while drafts may be taken back, only by ``force``."""
+        if self._step is None and (force or not self._recording):
+            self._evict()
 
     def _evict(self) -> None:
         if self._due and self.compression is not None:
@@ -189,13 +235,15 @@ class KVOpsCache(Cache):
 
     def _trim(self) -> None:
         """Give up keys behind the windows, once it is worth a compaction."""
-        reach = min(self._windows.values(), default=self._length)
+        windows = {layer: width for layer, width in self._windows.items() if width >= 0}
+        reach = min(windows.values(), default=self._length)
         if self._length <= reach or self._length - self._trimmed < max(self.block_size, reach // 4):
             return
         paged = self._pool()
-        for layer, window_left in self._windows.items():
-            positions = paged.positions[paged.block_tables[layer].long()].flatten(2)
-            paged.keep(layer, positions >= (paged.next_positions - window_left)[:, None, None])
+        for layer, window_left in windows.items():
+            place = self._places[layer]
+            positions = paged.positions[paged.block_tables[place].long()].flatten(2)
+            paged.keep(place, positions >= (paged.next_positions - window_left)[:, None, None])
         self._trimmed = self._length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -225,15 +273,15 @@ class KVOpsCache(Cache):
 
     @property
     def is_dummy(self) -> list[bool]:
-        return [False] * self.num_layers
+        return [layer not in self._places for layer in range(self.num_layers)]
 
     @property
     def is_initialized(self) -> bool:
-        return self.paged is not None
+        return self._paged is not None
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.paged is None else self.paged.max_batch
+        return -1 if self._paged is None else self._paged.max_batch
 
     def __len__(self) -> int:
         return self.num_layers
@@ -264,8 +312,8 @@ class KVOpsCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache; its blocks stay for the next batch of the same size."""
-        if self.paged is not None:
-            self.paged.free()
+        if self._paged is not None:
+            self._paged.free()
         self._length, self._since_eviction, self._trimmed = 0, 0, 0
         self._recording, self._due, self._step = False, False, None
 
@@ -279,82 +327,6 @@ class KVOpsCache(Cache):
         raise NotImplementedError("KVOpsCache cannot drop rows: generate with the batch that is wanted")
 
 
-class _Step:
-    """One pass of the model: the positions of its tokens, and where its padding is."""
-
-    def __init__(self, paged: PagedKVCache, mask: Mask, num_tokens: int, rope: Tensor | None, empty: bool) -> None:
-        self.paged, self.rope, self.empty = paged, rope, empty
-        self.q_lens: Tensor | None = None
-        self.place: Tensor | None = None  # where the t-th real token of each row stands among the tokens
-        packing = mask.packing
-        # A single new token is never padding.
-        if (
-            packing is not None
-            and packing.num_queries is not None
-            and packing.first_query is not None
-            and num_tokens > 1
-        ):
-            self.q_lens, first = packing.num_queries, packing.first_query
-            tokens = torch.arange(num_tokens, device=paged.device)
-            self.place = (first[:, None] + tokens).clamp(max=num_tokens - 1)
-        self.num_tokens = num_tokens
-        self.positions = paged.extend(num_tokens, q_lens=self.q_lens)
-        self.layers: set[int] = set()  # that have begun
-
-    def undo(self) -> None:
-        self.paged.rollback(self.num_tokens if self.q_lens is None else self.q_lens)
-
-    def attend(
-        self,
-        layer: int,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        window_left: int,
-        options: dict[str, Any],
-        compression: Compression | None,
-    ) -> Tensor:
-        """q, k and v ``[B, T, heads, ·]`` of one layer -> ``[B, T, Hq, Dv]``."""
-        if self.place is None or self.q_lens is None:
-            return self._attend(layer, qkv, window_left, options, compression)
-        q, k, v = qkv
-        rows = torch.arange(len(q), device=q.device)[:, None].expand_as(self.place)
-        # Real tokens first, as the cache wants them, and back.
-        sorted_qkv = q[rows, self.place], k[rows, self.place], v[rows, self.place]
-        out = self._attend(layer, sorted_qkv, window_left, options, compression)
-        real = torch.arange(q.shape[1], device=q.device) < self.q_lens[:, None]
-        back = torch.zeros_like(out)
-        back[rows[real], self.place[real]] = out[real]
-        return back
-
-    def _attend(
-        self,
-        layer: int,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        window_left: int,
-        options: dict[str, Any],
-        compression: Compression | None,
-    ) -> Tensor:
-        q, k, v = qkv
-        self.paged.append(layer, k, v, self.positions, q_lens=self.q_lens)
-        if not (self.empty and compression):
-            accumulate = compression.policy.accumulate if compression and compression.every else None
-            return self.paged.attend(
-                layer,
-                q,
-                q_lens=self.q_lens,
-                query_positions=self.positions,
-                window_left=window_left,
-                accumulate=accumulate,
-                **options,
-            )
-        # The prompt, whose keys are scored as they pass: row by row where lengths differ.
-        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-        whole = [(slice(None), q.shape[1])]
-        parts = whole if self.q_lens is None else [(slice(b, b + 1), n) for b, n in enumerate(self.q_lens.tolist())]
-        for rows, length in parts:
-            own = q[rows, :length], k[rows, :length], v[rows, :length]
-            out[rows, :length], lse = flash_attention(*own, causal=True, window_left=window_left, **options)
-            rope = None if self.rope is None else self.rope.to(q.device)
-            place = layer, self.paged.num_layers
-            seen = Prefill(*own, lse, window_left, *place, rope, options["scale"], options["softcap"])
-            self.paged.set_scores(layer, compression.policy.checked_score(seen), rows=rows)
-        return out
+def _heads(count: int, head_dim: int, v_head_dim: int) -> str:
+    sizes = f"size {head_dim}" if head_dim == v_head_dim else f"sizes {head_dim} and {v_head_dim}"
+    return f"{count} of {sizes}"

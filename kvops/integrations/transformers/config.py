@@ -7,6 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Layer types that keep keys and values of all tokens, or of those in a window.
+_ATTENTION = {"full_attention", "sliding_attention"}
+# Layer types that keep nothing.
+_STATELESS = {"moe", "mlp"}
+
+
+def expect_attention_layers(name: str, config: Any, advice: str) -> None:
+    """ValueError for a model with layers of another kind than full or sliding attention."""
+    others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION - _STATELESS
+    if others:
+        raise ValueError(
+            f"{name}: expected layers of full or sliding attention, got {', '.join(sorted(others))}: {advice}"
+        )
+
+
+def storing_layers(config: Any) -> list[int]:
+    """The layers that store keys and values of their own; others may attend to those of an earlier layer."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    modes = getattr(config, "kv_sharing_modes", None) or [""] * len(types)
+    return [
+        layer
+        for layer, (kind, mode) in enumerate(zip(types, modes, strict=True))
+        if kind not in _STATELESS and mode != "reuse"
+    ]
+
 
 def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvops.integrations.transformers.attention import enable
 from kvops.integrations.transformers.config import head_dim_of, rope_of
 from kvops.integrations.transformers.masks import Mask
+from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
 from kvops.models.llama import Attend
 from kvops.ops.attention import flash_attention
 
@@ -80,8 +81,8 @@ class Decoder:
             with torch.no_grad():
                 got = self.logits(self(tokens, positions, attend)).float()
                 expected = self.model(input_ids=tokens, use_cache=False).logits.float()
-        except _LookedIntoError as error:
-            raise ValueError(f"model: {error}, which {kind} does not: use model.generate") from None
+        except NotATensorError as error:
+            raise ValueError(f"model: {error} ({kind}): use model.generate") from None
         finally:
             self.model.train(training)
         if got.shape != expected.shape or bool((got - expected).abs().max() > 0.01 * expected.abs().max()):
@@ -127,12 +128,8 @@ class _Handover:
         return query_length, 0
 
 
-class _LookedIntoError(AttributeError):
-    """A layer took keys and values for tensors."""
-
-
-@dataclass(frozen=True)
-class _NewTokens:
+@dataclass(eq=False)
+class _NewTokens(Placeholder):
     """What the attention function of :mod:`kvops.integrations.transformers` is given for keys and values."""
 
     decoder: Decoder
@@ -141,8 +138,14 @@ class _NewTokens:
     k: Tensor
     v: Tensor
 
-    def __getattr__(self, name: str) -> Any:
-        raise _LookedIntoError("expected one that hands keys and values on to transformers' attention interface")
+    attended: bool = False
+
+    @property
+    def kv_length(self) -> int:
+        return self.k.shape[1]
+
+    def refuse(self, use: str) -> NoReturn:
+        raise NotATensorError(f"expected one that hands keys and values straight on to attention, got {use}")
 
     def attend(self, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
         self.decoder._options[self.layer] = options | {"window_left": mask.window_left}

@@ -7,13 +7,15 @@ it needs. Here nothing is built: the function is taken apart, and padding and pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-_ELSEWHERE = "set attn_implementation to 'sdpa', 'eager' or 'flex_attention' for this model"
+from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
+
+ELSEWHERE = "set attn_implementation to 'sdpa', 'eager' or 'flex_attention' for this model"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,28 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """What the mask function hands to the attention function in the place of a tensor.
+class _Source:
+    """What a mask was made from, so that a part of it can be made again."""
+
+    batch: int
+    q_offset: int | Tensor
+    kv_offset: int
+    padding: Tensor | None  # bool [B, positions], False where a token is padding
+    device: torch.device | str
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(Placeholder):
+    """What the mask function hands to the attention function in the place of a tensor ``[B, 1, T, S]``.
+
+    Attributes:
+        causal, window_left, window_right: as :func:`kvops.flash_attention` takes them.
+        packing: cumulative lengths where rows have padding or several sequences, None where every query row and key
+            row is one whole sequence.
+        q_length, kv_length: T and S. Attention with other lengths is refused.
+        source: None for packed sequences, of which no part can be taken.
+
+    Slices of queries and keys are masks again (``mask[:, :, -1:, :]``); any other use as a tensor raises.
 
     ``generate`` makes the masks of a static cache itself and hands them to the model, whose mask function gets them
     back: ``ndim`` (anything but the 2 of a padding mask) and ``contiguous`` are what they are asked for on the way.
@@ -49,10 +71,53 @@ class Mask:
     window_left: int
     window_right: int
     packing: Packing | None
+    q_length: int
+    kv_length: int
+    source: _Source | None = None
     ndim: ClassVar[int] = 4
 
     def contiguous(self) -> Mask:
         return self
+
+    def refuse(self, use: str) -> NoReturn:
+        raise NotATensorError(
+            "attention_mask: expected a model that passes its mask on to transformers' attention interface, got "
+            f"{use}: {ELSEWHERE}"
+        )
+
+    def __getitem__(self, index: Any) -> Mask:
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) > 4 or any(not isinstance(part, slice) or part.step not in (None, 1) for part in parts):
+            self.refuse(f"one that takes mask[{index}]")
+        parts += (slice(None),) * (4 - len(parts))
+        if parts[:2] != (slice(None),) * 2:
+            self.refuse(f"one that takes mask[{index}]")
+        queries, keys = parts[2].indices(self.q_length), parts[3].indices(self.kv_length)
+        if (queries, keys) == ((0, self.q_length, 1), (0, self.kv_length, 1)):
+            return self
+        if self.source is None:
+            self.refuse(f"one that takes mask[{index}] of packed sequences")
+        q_length, kv_length = max(queries[1] - queries[0], 0), max(keys[1] - keys[0], 0)
+        source = replace(
+            self.source, q_offset=self.source.q_offset + queries[0], kv_offset=self.source.kv_offset + keys[0]
+        )
+        windowed = max(self.window_left, self.window_right) >= 0
+        packing = _pack_rows_if_needed(source, q_length, kv_length, self.causal, windowed)
+        return replace(self, packing=packing, q_length=q_length, kv_length=kv_length, source=source)
+
+    def expect_lengths(self, batch: int, q_length: int, kv_length: int) -> None:
+        """Raise ValueError for queries and keys that the mask was not made for."""
+        if (q_length, kv_length) != (self.q_length, self.kv_length):
+            raise ValueError(
+                f"attention_mask: expected the {self.q_length} queries and {self.kv_length} keys that the mask was "
+                f"made for, got {q_length} queries and {kv_length} keys, as the model adds or drops some afterwards: "
+                f"{ELSEWHERE}"
+            )
+        if self.packing is not None and self.source is not None and batch != self.source.batch:
+            raise ValueError(
+                f"attention_mask: expected the {self.source.batch} rows that the mask was made for, got {batch}: "
+                f"{ELSEWHERE}"
+            )
 
 
 @dataclass
@@ -73,6 +138,13 @@ def _captured(function: Any, name: str) -> Any:
 
 def _narrower(limit: int, other: int) -> int:
     return other if limit < 0 else min(limit, other)
+
+
+def _refuse_pattern(name: str) -> NoReturn:
+    raise ValueError(
+        "mask_function: expected causal or bidirectional attention with windows, padding and packed sequences, "
+        f"got {name}, which kvops cannot express: {ELSEWHERE}"
+    )
 
 
 def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
@@ -98,10 +170,30 @@ def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
     elif name == "remap_positions_for_packed_sequence":
         _read(_captured(function, "mask_function"), pattern)  # distances within a sequence stay what they are
     else:
-        raise ValueError(
-            f"mask_function: expected causal or bidirectional attention with windows, padding and packed sequences, "
-            f"got {name}, which kvops cannot express: {_ELSEWHERE}"
-        )
+        _refuse_pattern(name)
+
+
+def _read_traced(
+    function: Callable[..., Any], pattern: _Pattern, config: Any, local_size: int | None, custom: bool
+) -> None:
+    """Do what :func:`_read` does within ``torch.compile``, which cannot look into functions made while it traces.
+
+    It knows their names, though, and transformers passes on the size of a window or chunk (``local_size``) and whether
+    a caller added a function of its own (``custom``).
+    """
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    pattern.causal = getattr(config, "is_causal", True) and function is not bidirectional_mask_function
+    if function is causal_mask_function or function is bidirectional_mask_function:
+        return
+    if custom or function.__name__ != "and_mask":
+        _refuse_pattern(function.__name__)
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        pattern.chunk = local_size
+    if local_size is not None and pattern.causal:
+        pattern.window_left = local_size - 1
+    elif local_size is not None:
+        pattern.window_left = pattern.window_right = local_size
 
 
 def make_mask(
@@ -113,41 +205,64 @@ def make_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | Mask | None = None,
     device: torch.device | str = "cpu",
+    config: Any = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
     **kwargs: Any,
 ) -> Mask:
     """The mask function that :func:`kvops.integrations.transformers.enable` registers.
 
     Query t stands at position ``q_offset + t`` and key j at ``kv_offset + j``; ``attention_mask`` is bool
-    ``[B, positions]``, False where a token is padding.
+    ``[B, positions]``, False where a token is padding. ``config``, ``local_size`` and ``use_vmap`` describe
+    ``mask_function`` where it cannot be looked into.
 
     Raises ValueError for a pattern that the operators cannot express.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
     pattern = _Pattern()
+    traced = torch.compiler.is_compiling()
     if mask_function is None:
         pattern.causal = True
+    elif traced:
+        _read_traced(mask_function, pattern, config, local_size, use_vmap)
+        if attention_mask is None and q_length == kv_length and mask_function.__name__ == "and_mask":
+            pattern.sequence_ids = _sequence_ids(mask_function, batch_size, q_length, device)
     else:
         _read(mask_function, pattern)
     if pattern.chunk is not None and kv_offset + kv_length > pattern.chunk:
         raise ValueError(
             f"mask_function: expected at most {pattern.chunk} tokens of chunked attention (one chunk), "
-            f"got {kv_offset + kv_length}: {_ELSEWHERE}"
+            f"got {kv_offset + kv_length}: {ELSEWHERE}"
         )
-    packing = None
+    windows = pattern.window_left, pattern.window_right
     if pattern.sequence_ids is not None:
-        packing = _pack_sequences(pattern.sequence_ids)
-    else:
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-            if attention_mask.shape[1] == kv_length and not torch.compiler.is_compiling() and attention_mask.all():
-                attention_mask = None
-        full = not isinstance(q_offset, Tensor) and (not pattern.causal or kv_offset + kv_length == q_offset + q_length)
-        if attention_mask is not None or not full:
-            packing = _pack_rows(
-                batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, pattern.causal, device
-            )
-    return Mask(pattern.causal, pattern.window_left, pattern.window_right, packing)
+        return Mask(pattern.causal, *windows, _pack_sequences(pattern.sequence_ids), q_length, kv_length)
+    stop = kv_offset + kv_length
+    if attention_mask is not None and not traced and attention_mask.shape[1] >= stop:
+        attention_mask = None if attention_mask[:, kv_offset:stop].all() else attention_mask
+    source = _Source(batch_size, q_offset, kv_offset, attention_mask, device)
+    packing = _pack_rows_if_needed(source, q_length, kv_length, pattern.causal, max(windows) >= 0)
+    return Mask(pattern.causal, *windows, packing, q_length, kv_length, source)
+
+
+def _sequence_ids(function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> Tensor:
+    """int64 ``[B, S]``, a new number where ``function`` hides a token's predecessor: there a new sequence begins."""
+    rows, tokens = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
+    follows = function(rows, torch.zeros_like(rows), tokens[:, 1:], tokens[:, :-1])
+    return torch.nn.functional.pad((~follows).long().cumsum(1), (1, 0))
+
+
+def _pack_rows_if_needed(
+    source: _Source, q_length: int, kv_length: int, causal: bool, windowed: bool
+) -> Packing | None:
+    """None where every row of queries and keys is one whole sequence."""
+    real, q_offset, kv_offset = source.padding, source.q_offset, source.kv_offset
+    if real is not None:
+        real = real[:, kv_offset : kv_offset + kv_length]
+    elif not isinstance(q_offset, Tensor) and (not causal or kv_offset + kv_length == q_offset + q_length):
+        return None
+    return _pack_rows(source, real, q_length, kv_length, causal, windowed)
 
 
 def _pack_sequences(sequence_ids: Tensor) -> Packing:
@@ -170,16 +285,10 @@ def _pack_sequences(sequence_ids: Tensor) -> Packing:
 
 
 def _pack_rows(
-    batch: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    real: Tensor | None,
-    causal: bool,
-    device: torch.device | str,
+    source: _Source, real: Tensor | None, q_length: int, kv_length: int, causal: bool, windowed: bool
 ) -> Packing:
     """Rows of one sequence each, with padding before and after it and room that a static cache has not used yet."""
+    batch, device, q_offset, kv_offset = source.batch, source.device, source.q_offset, source.kv_offset
     first = torch.zeros(batch, dtype=torch.int64, device=device)
     end = torch.full((batch,), kv_length, dtype=torch.int64, device=device)
     if real is not None:
@@ -202,6 +311,8 @@ def _pack_rows(
     shift = kv_offset - q_offset
     first_query = (first + shift).clamp(0, q_length)
     end_query = torch.maximum((end + shift).clamp(0, q_length), first_query)
+    if not causal and not windowed:  # maybe the queries of another sequence than the keys': all of them see all keys
+        first_query, end_query = torch.zeros_like(first_query), torch.full_like(end_query, q_length)
 
     # Five sequences to a row: padding before it (queries, then keys), the sequence itself, and padding behind it.
     rows = torch.arange(batch, device=end.device)
