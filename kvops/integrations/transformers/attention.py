@@ -139,9 +139,7 @@ def _row_contiguous(x: Tensor) -> Tensor:
 
 
 def _warn_about_weights() -> None:
-    from transformers.utils import logging
-
-    logging.get_logger(__name__).warning_once(
+    require("transformers").utils.logging.get_logger(__name__).warning_once(
         "`kvops` attention does not support `output_attentions=True`: the weights are never in memory and None is "
         "returned in their place. Set attn_implementation to 'eager' to get them."
     )

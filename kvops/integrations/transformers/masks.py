@@ -181,13 +181,12 @@ def _read_traced(
     It knows their names, though, and transformers passes on the size of a window or chunk (``local_size``) and whether
     a caller added a function of its own (``custom``).
     """
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    pattern.causal = getattr(config, "is_causal", True) and function is not bidirectional_mask_function
-    if function is causal_mask_function or function is bidirectional_mask_function:
+    name = function.__name__
+    pattern.causal = getattr(config, "is_causal", True) and name != "bidirectional_mask_function"
+    if name in ("causal_mask_function", "bidirectional_mask_function"):
         return
-    if custom or function.__name__ != "and_mask":
-        _refuse_pattern(function.__name__)
+    if custom or name != "and_mask":
+        _refuse_pattern(name)
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         pattern.chunk = local_size
     if local_size is not None and pattern.causal:
