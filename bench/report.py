@@ -17,18 +17,19 @@ STUDY = Path("docs") / "compression-study.md"
 
 _HEAD = """# Benchmarks
 
-Made by `python -m bench report` from the result files under `bench/results`; nothing here is typed by
-hand. `make bench` measures again; `python -m bench --help` says what else there is.
+`python -m bench report` makes this page from the result files under `bench/results`. `make bench` measures again;
+`python -m bench --help` lists what else there is.
 
-- Every contender's output is held to float64 in the same run before it is timed: at most twice the error of plain torch
-  in the tested precision plus one rounding; whole numbers must be equal. Who is wrong gets no figure, and says so.
-- Contenders take turns, in an order drawn by lot for every round; a ratio is the median over the rounds, ± half the
-  distance from the 20th to the 80th percentile. Inputs are random and made outside the timing.
-- On a GPU: CUDA events, the L2 cache flushed before every call, warm clocks, calls below 0.2 ms as replays of a graph.
-  On a CPU: threads fixed, caches warm (what fits into them can stand above 100 % of the roofline), and ratios only, as
-  only those carry over to another machine.
+- Each contender's output is compared with float64 in the same run before it is timed. Its error may be at most twice
+  that of plain torch in the tested precision, plus one rounding; integers must be equal. Contenders with wrong output
+  are not timed; the table says why.
+- Contenders take turns, in a random order in every round. A ratio is the median over the rounds, ± half the distance
+  from the 20th to the 80th percentile. Inputs are random and made outside the timing.
+- On a GPU: CUDA events, the L2 cache flushed before every call, warm clocks, calls below 0.2 ms as replays of a
+  graph. On a CPU: fixed threads, warm caches, and ratios only, because only ratios carry over to another machine.
 - **× PEER** is how many times as fast kvops is: above 1 kvops is faster, below 1 the peer is. **of roofline** is the
-  least time that the copy bandwidth and the matrix peak measured on that device allow, over kvops' time.
+  least time that the measured copy bandwidth and matrix peak allow, over kvops' time. Inputs that fit into a CPU's
+  caches can exceed 100 %.
 """
 
 

@@ -20,27 +20,27 @@ _NAMES = {TEXT: "text", BEFORE: "asked before", AFTER: "asked after"}
 
 _HOW = """## How it is measured
 
-The model reads a context into a full cache; a copy of the cache is compressed once (`Compression(ratio, policy)` with
-its defaults: 4 first and 32 last tokens protected, blocks of 16); then the copy goes on. Quality is what it keeps of
-the full cache's:
+The model reads a context into a full cache. A copy of the cache is compressed once (`Compression(ratio, policy)` with
+its defaults: 4 first and 32 last tokens protected, blocks of 16), and decoding goes on from the copy. Quality is the
+share of the full cache's quality that remains:
 
 - **text**: a part of Python's manual and the {held_out} tokens that follow it. Perplexity (the full cache's over the
   compressed one's) and agreement (how often the most likely token is that of the full cache).
-- **asked after**: facts hidden in the manual (contexts of {facts} tokens) and {digits} random digits; the questions
-  come after eviction, when no policy could know them. Single needles, several of one kind, key-value pairs, questions
-  about a report, the first {repeated} digits to be repeated. The facts lie evenly spread, the last one at the very end,
-  which every policy keeps. An answer counts when greedy decoding gives all of it (each digit by itself).
-- **asked before**: {before} of the questions about each context, as the end of the prompt that is compressed. Only its
-  last token comes after eviction: no token of an answer is predicted by the full cache. Where a policy has the prompt
-  recited, context and question are read one after the other and each is recited right behind.
+- **asked after**: facts hidden in the manual (contexts of {facts} tokens) and {digits} random digits. The questions
+  come after eviction, so no policy can know them: single needles, several of one kind, key-value pairs, questions
+  about a report, and the first {repeated} digits, to be repeated. The facts are evenly spread; the last one stands at
+  the very end, which every policy keeps. An answer counts if greedy decoding gives all of it (each digit counts by
+  itself).
+- **asked before**: {before} of the questions about each context, at the end of the prompt that is compressed. Only
+  the last token comes after eviction, so the full cache predicts no token of an answer. If a policy has the prompt
+  recited, context and question are read one after the other, and each is recited right after it is read.
 
 Only answers that the full cache gets right are counted. A task's share is the mean over its answers, a setting's the
-mean over its tasks, and **overall** is the mean over the three settings. *Ragged* heads compete for blocks (those of a
-layer or of the whole sequence, as the policy says); *equal* heads of a layer all keep the same number of blocks: the
-same scores, the same budget. Tasks have few answers (the last table counts them), so that one answer more or less is
-several points: small differences mean little. Of the package's own policies, the defaults of standout were chosen on
-two of these contexts, what by-heart adds to it on none of them: on others made alike, with other pages, facts and
-digits."""
+mean over its tasks, and **overall** is the mean over the three settings. *Ragged* heads compete for blocks (of a
+layer or of the whole sequence, as the policy says); *equal* heads of a layer all keep the same number of blocks.
+Scores and budget are the same for both. Tasks have few answers (the last table counts them): one answer more or less
+is several points, so small differences mean little. The defaults of standout were chosen on two of these contexts.
+What by-heart adds to it was chosen on other contexts of the same kind, with other pages, facts and digits."""
 
 
 def render(result: Result, source: Path, page: Path, pictures: Sequence[Path]) -> None:
@@ -55,8 +55,8 @@ def render(result: Result, source: Path, page: Path, pictures: Sequence[Path]) -
     )
     parts = [
         "# What compression keeps",
-        f"Made by `python -m bench report` from [`{source.name}`]({link}); nothing here is typed by hand. "
-        "`python -m bench quality --json FILE` measures, and goes on where it was stopped.",
+        f"`python -m bench report` makes this page from [`{source.name}`]({link}). `python -m bench quality --json "
+        "FILE` measures; a run that was stopped continues. [Compression](compression.md) is the guide.",
         table.setting_text(result["setting"]),
         "## In short",
         "\n".join(f"- {line}" for line in summary(found)),
@@ -250,8 +250,8 @@ def _memory(found: Kept) -> str:
     names = ("blocks", "smaller", "tokens/s") if timed else ("blocks", "smaller")
     headers += [f"{kind}: {name}" for kind in ("ragged", "equal") for name in names]
     text = (
-        "Blocks really in use just after eviction, medians over the policies: the protected tokens alone take 3 blocks "
-        "of every list, so short contexts do not come out 64 times smaller."
+        "Blocks in use right after eviction, medians over the policies. The protected tokens alone take 3 blocks "
+        "of every list, so short contexts do not become 64 times smaller."
     )
     if timed:
         text += (
@@ -265,7 +265,7 @@ def _answered(found: Kept) -> str:
     failed = [_task(task) for task, (right, _) in found.answered.items() if not right]
     cells = [[_task(task), str(right), str(asked)] for task, (right, asked) in found.answered.items()]
     body = table.render(cells, ["task", "right", "asked"], "pipe")
-    text = "Answers that the full cache gives right, which alone are counted above."
+    text = "Only answers that the full cache gets right are counted above."
     if failed:
         text += f" It fails {', '.join(failed)} altogether: compression is not judged by that."
     return f"{text}\n\n{body}"
