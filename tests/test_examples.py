@@ -20,7 +20,7 @@ PROCESSES = {"many_processes.py": 3}
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(SCRIPTS)
+    assert {path.name for path in (ROOT / "examples").glob("*.*")} == {*SCRIPTS, "command_line.sh"}
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,24 @@ def test_examples_run(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
+
+
+@pytest.mark.model
+def test_the_command_line_runs(tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+        "NEW_TOKENS": "3",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "command_line.sh")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tokens/s" in done.stderr
+    assert "paged_attention" in done.stdout

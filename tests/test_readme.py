@@ -1,5 +1,7 @@
 """What README.md shows can be run: its Python as it stands, its commands in a quick form."""
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -8,6 +10,10 @@ import sys
 
 import pytest
 from snippets import ROOT, blocks_of, skip_without
+
+from bench import results
+from bench.quality.kept import Form, kept
+from bench.quality.tasks import AFTER
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = blocks_of(README)
@@ -62,3 +68,38 @@ def test_blocks_are_found_with_what_they_need():
     assert found == [("python", ("cuda", "x"), "a\n"), ("sh", (), "b\n")]
     assert {"python", "sh"} <= {block.kind for block in BLOCKS}
     assert README.count("```") == 2 * len(BLOCKS)
+
+
+def test_the_first_table_is_the_committed_demo():
+    record = json.loads((ROOT / "bench/results/cpu/demo.json").read_text(encoding="utf-8"))
+    assert f"`{record['policy']}`" in README.partition("## Install")[0]
+    for row in record["rows"]:
+        if not row["drafts"]:
+            cache = "full" if row["compression"] == 1 else f"{row['compression']:g}x smaller"
+            line = f"| {cache} | {row['mebibytes']:.1f} MiB | {row['perplexity']:.1f} | {row['answer_kept']:.0%} |"
+            assert line in README, f"next step: write {line!r} into README.md's first table"
+
+
+def test_the_study_is_quoted_as_it_is():
+    found = kept(results.load(ROOT / "bench/results/cpu/quality.json"))
+    text = " ".join(README.split())
+    for policy, sentence in (
+        ("standout", "keeps {}% of the full cache's quality at 4x, {}% at 8x and {}% at 16x"),
+        ("snapkv", "SnapKV {}%, {}% and {}%"),
+        ("by-heart", "keeps {}%, {}% and {}%"),
+    ):
+        shares = (f"{100 * found.overall(Form(policy, True), ratio):.0f}" for ratio in (4, 8, 16))
+        assert sentence.format(*shares) in text
+    questions = [counts for task, counts in found.answered.items() if task.setting == AFTER and task.name != "digits"]
+    right, asked = (sum(counts) for counts in zip(*questions, strict=True))
+    assert f"{right} of {asked} questions" in text
+
+
+def test_links_become_absolute_for_a_package_index():
+    spec = importlib.util.spec_from_file_location("absolute_links", ROOT / ".ci" / "absolute_links.py")
+    absolute_links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(absolute_links)
+    text = absolute_links.absolute(README, "https://host.example/kvops/v1/")
+    assert "](https://host.example/kvops/v1/bench/results/cpu/demo.png)" in text
+    assert re.findall(r"\]\((?!https://host)", text) == []
+    assert text.count("```") == README.count("```")
