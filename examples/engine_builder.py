@@ -1,8 +1,8 @@
-"""The raw operators, as an engine calls them: it owns the blocks, the tables and the lengths, kvops does the rest.
+"""The raw operators, as an engine calls them. The engine owns the blocks, the tables and the lengths.
 
     python examples/engine_builder.py
 
-Two sequences of one layer are prefilled, lose three quarters of their blocks, each head at its own rate, and decode on.
+Two sequences of one layer are read, lose three quarters of their blocks (each head at its own rate), and decode on.
 """
 
 import torch
@@ -34,13 +34,13 @@ def grow(tokens: int) -> None:
 
 
 def attend(tokens: int, first_position: int) -> torch.Tensor:
-    """Append new tokens and let them attend; the same pass notes how much attention every slot receives."""
+    """Append new tokens and let them attend. The same pass records how much attention every slot receives."""
     q, k, v = (torch.randn(BATCH, tokens, heads, D, device=DEVICE) for heads in (HEADS, KV_HEADS, KV_HEADS))
     k[:, : tokens // 8, 0] *= 4  # the first head looks at few keys
     grow(tokens)
     at = torch.arange(first_position, first_position + tokens, dtype=torch.int32, device=DEVICE).expand(BATCH, -1)
     ops.paged_append(k, v, k_cache, v_cache, tables, lens, positions=positions, token_positions=at, scores=scores)
-    schedule = ops.paged_schedule(lens, SIZE)  # heads differ in length: programs share the slots, not the heads
+    schedule = ops.paged_schedule(lens, SIZE)  # divides the slots evenly, whatever the lengths of the heads
     out, _ = ops.paged_attention(q, k_cache, v_cache, tables, lens, scores=scores, schedule=schedule)
     return out
 

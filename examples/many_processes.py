@@ -1,10 +1,10 @@
-"""SmolLM2 over several processes: heads split between them, then the tokens of a prompt.
+"""SmolLM2 over several processes: first its heads are split between them, then the tokens of a prompt.
 
     torchrun --nproc-per-node 3 examples/many_processes.py
 
 Tensor parallelism: SmolLM2-135M has 3 KV heads, so each of 3 processes has one of them (and its 3 query heads) in every
 layer, with a ragged cache of its own that it evicts from. Context parallelism: the prompt is read again with its tokens
-spread over the processes, keys and values going round. On GPUs the same file runs on NCCL.
+spread over the processes, keys and values passed around a ring. On GPUs the same file uses NCCL.
 """
 
 import argparse

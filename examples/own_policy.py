@@ -1,9 +1,9 @@
-"""A policy of your own: a dataclass with one method, and the real model runs on what it keeps.
+"""A policy of your own, a dataclass with one method, on a real model.
 
     python examples/own_policy.py
 
-The one below asks how much of the output a key carries: the attention that the last queries pay it, times the norm of
-its value. ``seen`` is the same after a prompt and while decoding.
+The policy below measures how much a key contributes to the output: the attention that the last queries pay to it, times
+the norm of its value. It works in the same way after a prompt and during decoding.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A Triton kernel of your own under the autotune store of kvops: the ten lines between the rules.
+"""A Triton kernel of your own under the autotune store of kvops, in the ten lines between the rules.
 
 In this folder::
 
@@ -7,8 +7,9 @@ In this folder::
     python -m kvops.autotune explain scale_add --import tune_your_kernel --device "NVIDIA H100 80GB HBM3"
     python -m kvops.autotune tune --import tune_your_kernel --ops scale_add    # on the GPU; launches take what it finds
 
-``import`` brings your module into the tuner's process, where a candidate that crashes, hangs or is wrong costs only
-itself. A changed kernel has another source hash, so what was measured before is used only until it is tuned again.
+``--import`` loads your module into the tuner's process. A candidate that crashes, hangs or returns wrong numbers is
+rejected and does not stop the others. A changed kernel has another source hash: older records are used only until it is
+tuned again.
 """
 
 import os
