@@ -61,7 +61,8 @@ def raw_state(cache) -> dict:
     pool, prefixes = cache._pool, cache._prefixes
     tensors = {
         **{name: getattr(cache, name) for name in ("k_cache", "v_cache", "positions", "scores")},
-        **{name: getattr(cache, name) for name in ("next_positions", "_settled")},
+        "next_positions": cache.next_positions,
+        "settled": cache._states.settled,
         **{name: getattr(pool, name) for name in ("tables", "lens", "held", "sharers", "free", "free_count")},
     }
     return {
@@ -107,7 +108,7 @@ def whole_state(cache) -> dict:
         "lists": lists,
         "prefixes": prefixes,
         "next_positions": cache.next_positions.tolist(),
-        "settled": cache._settled.tolist(),
+        "settled": cache._states.settled.tolist(),
         "compressed": list(cache.compressed),
     }
 

@@ -291,6 +291,12 @@ def test_arrays_are_not_printed_whole(device):
         assert len(str(refusal.value)) < 200
 
 
+def test_a_misspelt_argument_names_the_class(device):
+    """The error named an internal base class."""
+    with pytest.raises(TypeError, match=r"^PagedKVCache\.__init__\(\) got an unexpected keyword argument 'num_block'"):
+        make_cache(device, num_block=3)
+
+
 def test_rows_may_be_named_in_any_way(device):
     for rows in (1, [1], slice(1, 2), torch.tensor([1], device=device)):
         cache = make_cache(device)

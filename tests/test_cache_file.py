@@ -83,13 +83,20 @@ def test_a_loaded_cache_knows_what_was_evicted(monkeypatch, device, tmp_path):
 
 def test_the_file_has_every_part_of_the_state(device):
     """A new attribute belongs into the file and into whole_state(), unless it follows from what is there."""
-    known = {
-        "arguments": "num_layers num_kv_heads num_blocks max_batch max_tokens block_size max_blocks device",
-        "stored": "k_cache v_cache positions _scores k_scale v_scale next_positions _settled compressed",
-        "parts and views of them": "_pool _prefixes block_tables seq_lens scores",
-        "made again at need": "_indices _views _gathered _schedules",
+    cache = make_cache(device)
+    stored = {
+        "_config": "num_layers num_kv_heads head_dim v_head_dim num_blocks max_batch max_tokens block_size dtype "
+        "device",
+        "_storage": "k_cache v_cache positions scores _scores k_scale v_scale",
+        "_states": "next_positions settled compressed",
+        "_prefixes": "pool entries _clock",
+        "_pool": "num_blocks max_tokens max_blocks block_size tables lens held sharers free free_count in_order exact "
+        "prefixes bound _list_starts _columns",
     }
-    assert set(vars(make_cache(device))) == set(" ".join(known.values()).split())
+    for part, names in stored.items():
+        assert set(vars(getattr(cache, part))) == set(names.split())
+    without_state = {"_selector", "_allocator", "_evictor"}
+    assert {name for name in vars(cache) if name.startswith("_")} == {*stored, *without_state}
 
 
 def test_a_bounded_host_knows_what_it_loaded(device, tmp_path):
@@ -160,13 +167,18 @@ def test_other_files_are_refused(tmp_path):
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     for name, value, message in (
         ("block_tables", 8, "path: expected block numbers below 8"),
-        ("seq_lens", 41, "path: expected lengths of"),
-        ("seq_lens", -1, "path: expected lengths of"),
+        ("seq_lens", 41, "path: expected lengths from 0 to 40"),
+        ("seq_lens", -1, "path: expected lengths from 0 to 40"),
     ):
         broken = {**tensors, name: tensors[name].clone()}
         broken[name].view(-1)[0] = value
         save_file(broken, path, metadata)
         with pytest.raises(ValueError, match=message):
+            kvops.PagedKVCache.load(path)
+    for name, part in (("settled", None), ("scores", tensors["scores"][:, :2]), ("prefix_parents", torch.zeros(1, 32))):
+        broken = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(broken if part is None else {**broken, name: part.contiguous()}, path, metadata)
+        with pytest.raises(ValueError, match=rf"path: expected {name} of shape \[.*\] in the file, got"):
             kvops.PagedKVCache.load(path)
 
 

@@ -2,7 +2,7 @@
 
 from kvops.cache.paged import PagedKVCache
 from kvops.cache.pool import OutOfBlocksError
+from kvops.cache.rows import Rows
 from kvops.cache.stats import CacheStats
-from kvops.cache.storage import Rows
 
 __all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache", "Rows"]

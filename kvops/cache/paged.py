@@ -1,34 +1,39 @@
-"""The paged cache: one pool of blocks that every (layer, row, head) list draws on, with a length of its own each.
+"""The paged cache: one pool of blocks that all lists draw on, each list with a length of its own.
 
 A block holds ``block_size`` slots of one KV head. A sequence (a *row*) owns ``num_layers * num_kv_heads`` lists of
-blocks, and each list may be compressed at its own rate: what it gives up is free for any other list at once. Blocks
-are handed out and taken back on the device (a stack of free block numbers and prefix sums); the host keeps an upper
-bound of what is in use and reads the exact number only where the bound says that a request might not fit.
+blocks. Each list may be compressed at its own rate, and the blocks that it gives up are free for any other list.
+
+The parts, each in a file of its own: :mod:`storage <kvops.cache.storage>` (keys, values, positions, scores),
+:mod:`pool <kvops.cache.pool>` (which list holds which block), :mod:`bound <kvops.cache.bound>` (what the host knows of
+the pool), :mod:`prefix <kvops.cache.prefix>` (remembered prompts), :mod:`rows <kvops.cache.rows>` (selections of rows
+and their states), :mod:`allocator <kvops.cache.allocator>` (room for tokens, copy-on-write),
+:mod:`eviction <kvops.cache.eviction>` (compaction) and :mod:`file <kvops.cache.file>`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kvops import checks
 from kvops.cache import file as cache_file
-from kvops.cache.eviction import CacheEviction
-from kvops.cache.pool import OutOfBlocksError
-from kvops.cache.stats import CacheStats
-from kvops.cache.storage import Rows
-from kvops.ops.eviction import compact
-from kvops.ops.paged import REDUCTIONS, check_attention, paged_append, paged_attention
+from kvops.cache.allocator import Allocator
+from kvops.cache.config import CacheConfig
+from kvops.cache.eviction import Budget, Evictor
+from kvops.cache.pool import BlockPool
+from kvops.cache.prefix import PrefixStore, tokens_of
+from kvops.cache.rows import Rows, RowSelector, RowStates, expect_rows
+from kvops.cache.stats import CacheStats, collect
+from kvops.cache.storage import BlockStorage
+from kvops.ops.paged import REDUCTIONS, check_attention, paged_attention
 
-__all__ = ["CacheStats", "OutOfBlocksError", "PagedKVCache"]
 
-
-class PagedKVCache(CacheEviction):
-    """Keys and values of ``max_batch`` sequences in one pool of blocks, each head of each layer with its own length.
+class PagedKVCache:
+    """Keys and values of ``max_batch`` sequences in one pool of blocks. Each head of each layer has its own length.
 
     Args:
         num_layers, num_kv_heads, head_dim: of the model; ``v_head_dim`` where values have another size than keys.
@@ -36,72 +41,142 @@ class PagedKVCache(CacheEviction):
         max_batch: rows, that is sequences that can live in the cache at once.
         max_tokens: slots that one list can have at most.
         block_size: slots in a block.
-        dtype, device: of keys and values. A float8_e4m3fn cache takes and gives other dtypes and rounds what it stores.
-        k_scale, v_scale: of a float8 cache, a float or float32 ``[num_layers, num_kv_heads]``: ``k / k_scale`` is what
-            it stores.
+        dtype, device: of keys and values. A float8_e4m3fn cache takes and returns other dtypes and rounds what it
+            stores.
+        k_scale, v_scale: of a float8 cache, a float or float32 ``[num_layers, num_kv_heads]``. ``k / k_scale`` is
+            stored.
 
     Attributes:
         k_cache, v_cache: ``[num_blocks, block_size, head_dim]`` and ``[..., v_head_dim]``, not initialised.
         positions: int32 ``[num_blocks, block_size]``, the original position of the token in each slot.
         scores: float32 ``[num_blocks, block_size]``, what :meth:`attend` accumulates and :meth:`evict` ranks by.
+        k_scale, v_scale: float32 ``[num_layers, num_kv_heads]``, or None.
         block_tables: int32 ``[num_layers, max_batch, num_kv_heads, max_blocks]``.
         seq_lens: int32 ``[num_layers, max_batch, num_kv_heads]``, slots in use of each list.
-        next_positions: int32 ``[max_batch]``, the true length of each sequence, which eviction does not change.
-        compressed: for each row, whether :meth:`evict` has run on it since it was empty.
+        next_positions: int32 ``[max_batch]``, the length of each sequence before any eviction.
+        compressed: for each row, whether :meth:`evict` or :meth:`keep` has run on it since it was empty.
 
     ``rows`` names the rows that a method works on: a slice, one row, a sequence of row numbers or an int64 tensor
-    (which the host has to read). A step of decoding is one :meth:`extend`, then :meth:`append` and :meth:`attend` for
-    each layer. A row is empty at first and after :meth:`free`; sequences join and leave between any two steps.
+    (which the host has to read). A decoding step is one :meth:`extend`, then :meth:`append` and :meth:`attend` for
+    each layer. A row is empty at first and after :meth:`free`. Sequences join and leave between any two steps.
 
-    **Sharing.** :meth:`fork` lets rows share blocks, whole, with their positions and scores. A shared block is never
-    written: who would write it, gets a copy first. That is the partly filled last block when tokens are appended, the
-    blocks into which :meth:`evict` moves slots, and, as every slot may be scored, all blocks of a row before
-    :meth:`set_scores` and before the first :meth:`attend` that accumulates. So a row always holds what it would hold
-    if it shared nothing. Copies need free blocks: where there are too few, :class:`OutOfBlocksError` comes before
-    anything is changed.
-
-    **Prefixes.** :meth:`remember` keeps the full blocks of a prompt for rows to come, whatever becomes of the row, and
-    :meth:`recall` begins a row with the longest prefix of its tokens that is remembered. Remembered blocks are shared
-    like those of a fork. Those that no row uses are given back, least recently used first, as soon as room is needed.
+    **Sharing.** Rows share whole blocks after :meth:`fork` and :meth:`recall`. A row that writes to a shared block gets
+    its own copy first: the partly filled last block when tokens are appended, the blocks into which :meth:`evict` moves
+    slots, and all blocks of a row before its scores change. So a row always holds what it would hold if it shared
+    nothing. If there are too few free blocks for copies, :class:`OutOfBlocksError` is raised before anything changes.
 
     **CUDA graphs.** :meth:`extend`, :meth:`append`, :meth:`attend`, :meth:`rollback`, :meth:`retain` and, with a budget
     that is one number or lies on the device, :meth:`evict` of rows given as a slice can be captured as they are. What
-    the host decides (is there room? who shares a block?) is not part of a graph: call :meth:`prepare` before each
+    the host decides (is there room? which rows share blocks?) is not part of a graph: call :meth:`prepare` before each
     replay, and :meth:`unshare` once after rows came to share blocks if the graph accumulates scores.
 
-    The host reads numbers from the device only where its upper bounds say that a request might not fit. They count
-    tokens that were rolled back until the next reading, so leave room for a few hundred of those in ``num_blocks`` and
-    ``max_tokens``; with ``num_blocks >= max_batch * blocks_for(max_tokens)`` only the longest list ever has to be read.
+    **Synchronisation.** The host reads numbers from the device only when its upper bounds say that a request might not
+    fit. Until the next reading these count tokens that were rolled back, so leave room for a few hundred of those in
+    ``num_blocks`` and ``max_tokens``. With ``num_blocks >= max_batch * blocks_for(max_tokens)`` only the length of the
+    longest list ever has to be read.
     """
 
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        max_batch: int,
+        max_tokens: int,
+        block_size: int = 16,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
+    ) -> None:
+        self._config = config = CacheConfig(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=head_dim if v_head_dim is None else v_head_dim,
+            num_blocks=num_blocks,
+            max_batch=max_batch,
+            max_tokens=max_tokens,
+            block_size=block_size,
+            dtype=dtype,
+            device=torch.device(device),
+        )
+        with torch.inference_mode(False):  # what inference mode makes cannot be written outside of it
+            self._storage = BlockStorage(config, k_scale, v_scale)
+            self._pool = BlockPool(config)
+            self._states = RowStates(config.max_batch, config.device)
+        self._prefixes = PrefixStore(self._pool)
+        self._selector = RowSelector(self._pool)
+        self._allocator = Allocator(self._pool, self._storage, self._prefixes, self._selector)
+        self._evictor = Evictor(config, self._allocator, self._states)
+        self._name_parts()
+
+    def _name_parts(self) -> None:
+        """The public attributes: sizes, and tensors of the parts."""
+        config, storage, states = self._config, self._storage, self._states
+        self.num_layers, self.num_kv_heads = config.num_layers, config.num_kv_heads
+        self.num_blocks, self.block_size, self.max_blocks = config.num_blocks, config.block_size, config.max_blocks
+        self.max_batch, self.max_tokens, self.device = config.max_batch, config.max_tokens, config.device
+        self.k_cache, self.v_cache = storage.k_cache, storage.v_cache
+        self.positions, self.scores = storage.positions, storage.scores
+        self.k_scale, self.v_scale = storage.k_scale, storage.v_scale
+        self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
+        self.next_positions, self.compressed = states.next_positions, states.compressed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The parts alone: what they share stays shared, and their views are made again."""
+        return {name: value for name, value in self.__dict__.items() if name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._name_parts()
+
+    def __repr__(self) -> str:
+        lists = f"{self.num_layers} layers, {self.num_kv_heads} KV heads of {self._config.head_dim}"
+        rows = f"{self.max_batch} rows of up to {self.max_tokens} tokens"
+        blocks = f"{self.num_blocks} blocks of {self.block_size}"
+        return f"PagedKVCache({lists}, {rows}, {blocks}, {self.k_cache.dtype}, {self.device})"
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of keys and values in a block."""
+        return self._storage.bytes_per_block
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that one row of ``tokens`` tokens takes with nothing evicted, over all layers and heads."""
+        return self._config.lists_per_row * -(-tokens // self.block_size)
+
     def extend(self, num_tokens: int, *, q_lens: Tensor | None = None, rows: Rows = slice(None)) -> Tensor:
-        """Make room for ``num_tokens`` more tokens in every list of ``rows`` and count them in.
+        """Make room for ``num_tokens`` more tokens in every list of ``rows``, and count them.
 
         Args:
             num_tokens: T, the tokens that each row gets.
             q_lens: int32 ``[B']``, where rows get different numbers of tokens, each at most T.
 
-        Returns: int32 ``[B', T]``, the original positions of the tokens (those past ``q_lens`` mean nothing).
+        Returns: int32 ``[B', T]``, the original positions of the tokens. Those past ``q_lens`` have no meaning.
 
-        Raises :class:`OutOfBlocksError` when the pool is too small and ValueError when a list would grow beyond
+        Raises :class:`OutOfBlocksError` when the pool is too small, and ValueError when a list would grow beyond
         ``max_tokens``, both before anything is changed.
         """
-        index, numbers = self._resolve(rows)
+        selection = self._selector.select(rows)
         checks.expect_int("num_tokens", num_tokens, 0)
-        lens = self.seq_lens[:, index]
+        index = selection.index
         if q_lens is None:
-            self._expect_tokens("num_tokens", num_tokens)
-            new_lens = lens + num_tokens
+            self._selector.expect_tokens(num_tokens)
+            new_lens = self.seq_lens[:, index] + num_tokens
         else:
-            self._expect_per_row("q_lens", q_lens, len(numbers))
-            if self._pool.exact or checks.debug():
+            self._selector.expect_per_row("q_lens", q_lens, selection)
+            if self._selector.checks_data():
                 within = (q_lens >= 0) & (q_lens <= num_tokens)
                 checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
-            new_lens = lens + q_lens[:, None]
+            new_lens = self.seq_lens[:, index] + q_lens[:, None]
         first = self.next_positions[index]
         token_positions = first[:, None] + torch.arange(num_tokens, dtype=torch.int32, device=self.device)
-        self._copy(self._making_room(lambda: self._pool.reserve(index, numbers, new_lens, num_tokens)))
-        self._changed()
+        self._allocator.reserve(selection, new_lens, num_tokens)
+        self._selector.changed()
         self.seq_lens[:, index] = new_lens
         self.next_positions[index] = first + (num_tokens if q_lens is None else q_lens)
         return token_positions
@@ -109,25 +184,17 @@ class PagedKVCache(CacheEviction):
     def prepare(self, num_tokens: int, *, rows: Rows = slice(None), evicts: bool = False) -> None:
         """The host's part of an :meth:`extend` by up to ``num_tokens`` that a CUDA graph is about to replay.
 
-        Counts the tokens in, and copies shared blocks that they would be written to. Where the graph ``evicts`` too,
-        the rows get copies of all blocks that they share and count as compressed from now on. Raises as :meth:`extend`
-        does, before anything is changed; may read numbers from the device, so it belongs outside the graph.
+        Counts the tokens, and copies the shared blocks that they would be written to. Where the graph ``evicts`` too,
+        the rows get copies of all blocks that they share, and count as compressed from now on. Raises as
+        :meth:`extend` does, before anything is changed. It may read numbers from the device, so call it outside the
+        graph.
         """
-        self._expect_tokens("num_tokens", num_tokens)
-        index, numbers = self._resolve(rows)
-
-        def fits() -> bool:
-            held = self._pool.held[:, index]
-            first = torch.zeros_like(held)
-            return self._pool.fits_without_prefixes(index, first, held, self.max_blocks, num_tokens)
-
-        def prepare() -> tuple[Tensor, Tensor] | None:
-            return self._pool.prepare(index, numbers, num_tokens, own=evicts)
-
-        self._copy(self._making_room(prepare, fits if evicts else None))
-        self._changed()
-        for row in numbers if evicts else ():
-            self.compressed[row] = True
+        self._selector.expect_tokens(num_tokens)
+        selection = self._selector.select(rows)
+        self._allocator.prepare(selection, num_tokens, unshare=evicts)
+        self._selector.changed()
+        if evicts:
+            self._states.mark_compressed(selection)
 
     def append(
         self,
@@ -151,22 +218,9 @@ class PagedKVCache(CacheEviction):
         Raises ValueError and TypeError for other shapes, dtypes and devices, before anything is written. There is no
         gradient: call it under ``torch.no_grad()``.
         """
-        tables, lens = self._layer(layer, rows)
-        self._expect_rows("k", k, len(lens))
-        paged_append(
-            k,
-            v,
-            self.k_cache,
-            self.v_cache,
-            tables,
-            lens,
-            q_lens=q_lens,
-            positions=self.positions,
-            token_positions=token_positions,
-            scores=self.scores,
-            k_scale=None if self.k_scale is None else self.k_scale[layer],
-            v_scale=None if self.v_scale is None else self.v_scale[layer],
-        )
+        lists = self._selector.layer(layer, self._selector.select(rows))
+        expect_rows("k", k, len(lists[1]))
+        self._storage.append(layer, k, v, lists, token_positions, q_lens)
 
     def attend(
         self,
@@ -181,7 +235,7 @@ class PagedKVCache(CacheEviction):
         sinks: Tensor | None = None,
         scale: float | None = None,
         tree_mask: Tensor | None = None,
-        accumulate: str | None = None,
+        accumulate: Literal["sum", "sumsq", "max"] | None = None,
         decay: float = 1.0,
     ) -> Tensor:
         """Attention of the newest T tokens over one layer's lists, which hold their keys: call :meth:`append` first.
@@ -195,218 +249,194 @@ class PagedKVCache(CacheEviction):
             softcap, sinks, scale: as in :func:`kvops.flash_attention`.
             tree_mask: bool ``[B', T, T]``, which of the T tokens each of them sees, in place of causality
                 (:func:`kvops.tree_mask`).
-            accumulate: "sum", "sumsq" or "max" folds the attention that each slot receives into ``scores``, after
-                multiplying them by ``decay``. Rows that share blocks are unshared for that, in all layers at once.
+            accumulate: "sum", "sumsq" or "max" adds the attention that each slot receives to ``scores``, after
+                multiplying these by ``decay``. Rows that share blocks get their own copies first, in all layers.
 
         Returns ``[B', T, Hq, Dv]`` in q's dtype. Raises ValueError and TypeError as :func:`kvops.paged_attention`, and
-        :class:`OutOfBlocksError` where unsharing finds too few blocks. There is no gradient.
+        :class:`OutOfBlocksError` where there are too few blocks for copies. There is no gradient.
         """
-        tables, lens = self._layer(layer, rows)
-        self._expect_rows("q", q, len(lens))
-        if accumulate is not None:
-            checks.expect_choice("accumulate", accumulate, REDUCTIONS)
-            checks.expect_at_least("decay", decay, 0)
-        windowed = window_left >= 0
-        if windowed and query_positions is None:
-            after = self.next_positions[self._resolve(rows)[0]]
-            new = q.shape[1] if q_lens is None else q_lens
-            query_positions = (after - new)[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=self.device)
+        selection = self._selector.select(rows)
+        lists = self._selector.layer(layer, selection)
+        expect_rows("q", q, len(lists[1]))
+        storage = self._storage
         options: dict[str, Any] = {
             "q_lens": q_lens,
             "window_left": window_left,
-            "positions": self.positions if windowed else None,
-            "query_positions": query_positions if windowed else None,
             "scale": scale,
             "softcap": softcap,
             "sinks": sinks,
             "tree_mask": tree_mask,
-            "k_scale": None if self.k_scale is None else self.k_scale[layer],
-            "v_scale": None if self.v_scale is None else self.v_scale[layer],
-            "scores": None if accumulate is None else self.scores,
-            "score_reduce": accumulate or "sum",
-            "score_decay": decay,
+            **storage.scales(layer),
         }
-        if accumulate is not None and self._pool.bound.sharing and not self._pool.capturing():
-            check_attention(q, self.k_cache, self.v_cache, tables, lens, **options)  # before anything is changed
-            self.unshare(rows)
-            tables, lens = self._layer(layer, rows)
-        schedule = self._schedule(layer, rows)
-        out, _ = paged_attention(q, self.k_cache, self.v_cache, tables, lens, schedule=schedule, **options)
-        return out
+        if window_left >= 0:
+            if query_positions is None:
+                first = self.next_positions[selection.index] - (q.shape[1] if q_lens is None else q_lens)
+                query_positions = first[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=self.device)
+            options |= {"positions": storage.positions, "query_positions": query_positions}
+        if accumulate is not None:
+            checks.expect_choice("accumulate", accumulate, REDUCTIONS)
+            checks.expect_at_least("decay", decay, 0)
+            options |= {"scores": storage.scores, "score_reduce": accumulate, "score_decay": decay}
+            if self._pool.may_share(selection.numbers) and not self._pool.capturing():
+                check_attention(q, storage.k_cache, storage.v_cache, *lists, **options)  # before blocks are copied
+                self._allocator.unshare(selection)
+                lists = self._selector.layer(layer, selection)
+        schedule = self._selector.schedule(layer, selection)
+        return paged_attention(q, storage.k_cache, storage.v_cache, *lists, schedule=schedule, **options)[0]
 
     def set_scores(self, layer: int, scores: Tensor, *, rows: Rows = slice(None)) -> None:
         """Store float32 ``[B', Hkv, S]`` in list order as the scores of the first S slots of each list of a layer.
 
-        Entries past a list's length are ignored. Rows that share blocks are unshared, which may raise
-        :class:`OutOfBlocksError`. ValueError for another shape, or more slots than ``max_tokens``.
+        Entries past a list's length are ignored. Rows that share blocks get their own copies first, which may raise
+        :class:`OutOfBlocksError`. ValueError for another shape, or more slots than the blocks of a list have.
         """
-        tables, lens = self._layer(layer, rows)
+        selection = self._selector.select(rows)
+        _, lens = self._selector.layer(layer, selection)
         capacity = self.max_blocks * self.block_size
         checks.expect_tensor("scores", scores)
         checks.expect_shape("scores", scores, "[B', Hkv, S]", *lens.shape, None)
-        self._expect_here("scores", scores)
+        checks.expect_same_device("scores", scores, "the cache", lens)
         if scores.shape[-1] > capacity:
             raise ValueError(f"scores: expected at most {capacity} slots (max_tokens), got {scores.shape[-1]}")
-        if self._pool.bound.sharing:
-            self.unshare(rows)
-            tables, lens = self._layer(layer, rows)
-        slot = torch.arange(scores.shape[-1], device=self.device)
-        block = tables[..., slot // self.block_size].long()
-        flat = torch.where(slot < lens[..., None], block, self.num_blocks) * self.block_size + slot % self.block_size
-        self._scores.view(-1).scatter_(0, flat.flatten(), scores.to(torch.float32).flatten())
+        self._allocator.unshare(selection)
+        self._storage.set_scores(*self._selector.layer(layer, selection), scores)
+
+    def evict(
+        self,
+        budget: Budget,
+        *,
+        rows: Rows = slice(None),
+        protect_first: int = 0,
+        protect_last: int = 0,
+        min_per_head: int = 0,
+        scope: Literal["head", "sequence"] = "sequence",
+    ) -> None:
+        """Reduce each of ``rows`` to ``budget`` blocks over all its layers and heads, keeping the best by ``scores``.
+
+        Kept slots stay in their order. The blocks given up are free at once, unless another row shares them. A row that
+        holds less than its budget keeps everything.
+
+        Args:
+            budget: one number, or one for each row (int32 ``[B']``), or one for each layer of each row
+                (``[B', num_layers]``). In the last case only the heads of a layer share or compete for its budget.
+            protect_first, protect_last, min_per_head, scope: as in :func:`kvops.select_blocks`, with protection
+                measured in original positions.
+
+        Raises ValueError, before anything is changed, when protection and floor alone take more than the budget. The
+        host reads a budget that lies on a GPU for that, unless a graph is captured; it does not read back numbers. Rows
+        that share blocks may need free ones for copies of those that slots are moved into: :class:`OutOfBlocksError`,
+        before anything is changed.
+        """
+        self._evictor.evict(
+            budget,
+            self._selector.select(rows),
+            protect_first=protect_first,
+            protect_last=protect_last,
+            min_per_head=min_per_head,
+            scope=scope,
+        )
+
+    def keep(self, layer: int, kept: Tensor, *, rows: Rows = slice(None)) -> None:
+        """Keep the slots of a layer that ``kept``, bool ``[B', Hkv, S]`` in list order, marks among the first S.
+
+        Slots behind these stay, and marks past a list's end have no meaning. Kept slots stay in their order, and the
+        blocks given up are free at once, unless another row shares them.
+
+        Raises TypeError and ValueError for another dtype or shape, and :class:`OutOfBlocksError` where rows that share
+        blocks find too few for copies of their own.
+        """
+        self._evictor.keep(layer, kept, self._selector.select(rows))
 
     def rollback(self, num_tokens: int | Tensor, *, rows: Rows = slice(None)) -> None:
-        """Take the last ``num_tokens`` (a number, or int32 ``[B']``) of every list of ``rows`` back.
+        """Remove the last ``num_tokens`` (a number, or int32 ``[B']``) tokens from every list of ``rows``.
 
-        Their blocks stay with the lists, for the next :meth:`extend`; what their queries added to the scores of older
-        slots stays too. Only tokens that came in after the last :meth:`evict` or :meth:`keep` that took anything can be
-        taken back; where a row was forked makes no difference.
+        Their blocks stay with the lists, for the next :meth:`extend`. What their queries added to the scores of older
+        slots stays too. Only tokens that came in after the last :meth:`evict` or :meth:`keep` that removed anything can
+        be rolled back. A fork can be rolled back past the point where it was forked.
 
-        Raises ValueError for more tokens than that, or than a list has (looked at on the CPU and with
+        Raises ValueError for more tokens than that, or than a list has (checked on the CPU and with
         ``KVOPS_DEBUG=1``).
         """
-        index, numbers = self._resolve(rows)
-        if isinstance(num_tokens, Tensor):
-            self._expect_per_row("num_tokens", num_tokens, len(numbers))
-            if self._pool.exact or checks.debug():
-                checks.expect_data("num_tokens", "numbers of at least 0", num_tokens >= 0)
-            new_lens = self.seq_lens[:, index] - num_tokens[:, None]
-        else:
-            self._expect_tokens("num_tokens", num_tokens)
-            new_lens = self.seq_lens[:, index] - num_tokens
-        new_positions = self.next_positions[index] - num_tokens
-        if (self._pool.exact or checks.debug()) and new_lens.numel():
-            if int(new_lens.amin()) < 0:
-                raise ValueError(
-                    f"num_tokens: expected at most the length of the shortest list, got {-int(new_lens.amin())} more"
-                )
-            before = int((self._settled[index] - new_positions).amax())
-            if before > 0:
-                raise ValueError(
-                    f"num_tokens: expected at most the tokens that came in after the last eviction, got {before} more: "
-                    "free() the row and read it again, or fork() it before it is evicted"
-                )
-        self._changed()
-        self._pool.bound.rewind(numbers)
-        self.seq_lens[:, index] = new_lens.clamp_(min=0)
-        self.next_positions[index] = new_positions.clamp_(min=0)
+        self._evictor.rollback(num_tokens, self._selector.select(rows))
 
     def retain(self, keep: Tensor, *, q_lens: Tensor | None = None, rows: Rows = slice(None)) -> None:
-        """Of the last T tokens of every list of ``rows`` keep those that ``keep``, bool ``[B', T]``, marks.
+        """Of the last T tokens of every list of ``rows``, keep those that ``keep``, bool ``[B', T]``, marks.
 
-        They move together in their order, with their positions and scores, byte for byte and without synchronising;
-        the others are taken back as :meth:`rollback` does. With ``q_lens`` int32 ``[B']`` only the last ``q_lens[b]``
-        tokens of a row are meant, and the first ``q_lens[b]`` columns of its ``keep``. This is how the accepted path of
-        a tree of drafts stays and its other branches go.
+        Kept tokens move together in their order, with their positions and scores, byte for byte and without
+        synchronising. The others are removed as by :meth:`rollback`. With ``q_lens`` int32 ``[B']`` only the last
+        ``q_lens[b]`` tokens of a row are meant, and the first ``q_lens[b]`` columns of its ``keep``. This keeps the
+        accepted path of a tree of drafts and removes its other branches.
 
-        Raises as :meth:`rollback` does, for tokens that cannot be taken back.
+        Raises as :meth:`rollback` does for tokens that cannot be removed.
         """
-        index, numbers = self._resolve(rows)
-        checks.expect_tensor("keep", keep)
-        checks.expect_dtype("keep", keep, torch.bool)
-        checks.expect_shape("keep", keep, "[rows, tokens]", len(numbers), None)
-        self._expect_here("keep", keep)
-        num_tokens, size = keep.shape[1], self.block_size
-        lens = self.seq_lens[:, index]
-        if q_lens is None:
-            count = torch.full((len(numbers),), num_tokens, dtype=torch.int32, device=self.device)
-        else:
-            self._expect_per_row("q_lens", q_lens, len(numbers))
-            count = q_lens
-        if num_tokens == 0 or lens.numel() == 0:
-            return
-        start = lens - count[:, None]
-        if self._pool.exact or checks.debug():
-            checks.expect_data("q_lens", f"numbers from 0 to {num_tokens}", (count >= 0) & (count <= num_tokens))
-            checks.expect_data("keep", "at most as many tokens as the shortest list has", start >= 0)
-            newer = self.next_positions[index] - count >= self._settled[index]
-            checks.expect_data("keep", "at most the tokens that came in after the last eviction", newer)
-        # The blocks that the T tokens may lie in are compacted as lists of their own, so that the cost is theirs.
-        first = start // size
-        width = min((num_tokens + size - 2) // size + 1, self.max_blocks)
-        if self._pool.shares(numbers) and not self._pool.capturing():
-            self._own(index, numbers, first, self._pool.blocks_of(lens), width)
-        self._changed()
-        self._pool.bound.rewind(numbers)
-        columns = first[..., None] + torch.arange(width, device=self.device)
-        tables = self.block_tables[:, index].gather(3, columns.clamp_(max=self.max_blocks - 1))
-        token = torch.arange(width * size, dtype=torch.int32, device=self.device) - (start - first * size)[..., None]
-        marked = keep[:, None].expand(*lens.shape, num_tokens).gather(3, token.clamp(0, num_tokens - 1).long())
-        new_lens = (lens - first * size).flatten(0, 1)
-        compact(
-            self.k_cache,
-            self.v_cache,
-            tables.flatten(0, 1),
-            new_lens,
-            (marked | (token < 0)).flatten(0, 1),
-            positions=self.positions,
-            scores=self.scores,
-        )
-        self.seq_lens[:, index] = first * size + new_lens.view_as(lens)
-        real = torch.arange(num_tokens, device=self.device) < count[:, None]
-        self.next_positions[index] -= (real & ~keep).sum(1, dtype=torch.int32)
+        self._evictor.retain(keep, q_lens, self._selector.select(rows))
 
     def free(self, rows: Rows = slice(None)) -> None:
-        """Empty ``rows``: the blocks that no other row shares go back to the pool, lengths and positions to zero."""
-        index, numbers = self._resolve(rows)
-        self._changed()
-        self._pool.give_back(index, numbers, torch.zeros_like(self.seq_lens[:, index]))
+        """Empty ``rows``. The blocks that no other row shares go back to the pool; lengths and positions become 0."""
+        selection = self._selector.select(rows)
+        index, numbers = selection.index, selection.numbers
+        self._selector.changed()
+        self._pool.release(index, numbers, torch.zeros_like(self.seq_lens[:, index]))
         self.seq_lens[:, index] = 0
-        self.next_positions[index] = self._settled[index] = 0
+        self._states.clear(selection)
         for row in numbers:
             self._pool.bound.limit(row, 0)
-            self.compressed[row] = False
 
     def fork(self, row: int, into: Rows, *, num_tokens: int | None = None) -> None:
-        """Let the rows ``into`` go on from what ``row`` holds: they share its blocks until one of them writes.
+        """Let the rows ``into`` continue from what ``row`` holds. They share its blocks until one of them writes.
 
-        Takes no blocks and copies nothing but tables; what each row then does never shows in another. What ``into``
+        Takes no blocks and copies nothing but tables. What a row does afterwards never shows in another. What ``into``
         held before is freed.
 
         Args:
-            row: the row to go on from.
+            row: the row to continue from.
             into: other rows.
             num_tokens: share only the first so many tokens; of a row that has not been compressed.
 
         Raises:
             ValueError: ``row`` among ``into`` or out of range; ``num_tokens`` given for a compressed row, or more than
-                the row has (looked at on the CPU and with ``KVOPS_DEBUG=1``; otherwise all that it has are shared).
+                the row has (checked on the CPU and with ``KVOPS_DEBUG=1``; otherwise all that it has are shared).
         """
-        source = self._one("row", row)
-        index, numbers = self._resolve(into)
-        if source in numbers:
-            raise ValueError(f"into: expected rows other than {source} itself, got {list(numbers)}")
+        source = self._selector.one("row", row)
+        selection = self._selector.select(into)
+        if source in selection.numbers:
+            raise ValueError(f"into: expected rows other than {source} itself, got {list(selection.numbers)}")
         lens, position = self.seq_lens[:, source], self.next_positions[source].clone()
         if num_tokens is not None:
-            self._expect_tokens("num_tokens", num_tokens)
+            self._selector.expect_tokens(num_tokens)
             if self.compressed[source]:
                 raise ValueError(f"num_tokens: expected None, as row {source} is compressed, got {num_tokens}")
-            if (self._pool.exact or checks.debug()) and num_tokens > int(position):
+            if self._selector.checks_data() and num_tokens > int(position):
                 raise ValueError(f"num_tokens: expected at most the {int(position)} of row {source}, got {num_tokens}")
             lens, position = lens.clamp(max=num_tokens), position.clamp(max=num_tokens)
         self.free(into)
-        self._pool.fork(source, index, numbers, lens)
-        self.next_positions[index], self._settled[index] = position, self._settled[source].clone()
-        for new in numbers:
-            self.compressed[new] = self.compressed[source]
+        self._pool.fork(source, selection.index, selection.numbers, lens)
+        self._states.fork(source, selection, position)
+
+    def unshare(self, rows: Rows = slice(None)) -> None:
+        """Give ``rows`` copies of their own of all blocks that they share.
+
+        Raises :class:`OutOfBlocksError`, before anything is changed, when the pool is too small for that.
+        """
+        self._allocator.unshare(self._selector.select(rows))
 
     def remember(self, row: int, tokens: Sequence[int] | Tensor, *, salt: str = "") -> int:
-        """Keep the blocks of ``row`` that hold the longest part of its ``tokens`` that fills whole blocks.
+        """Keep the full blocks of ``row`` that hold the first of its ``tokens``.
 
-        They stay when the row goes on, is compressed or leaves, with the scores they have now, for :meth:`recall`.
-        Takes no blocks and copies nothing.
+        They stay for :meth:`recall` when the row goes on, is compressed or leaves, with the scores they have now. Takes
+        no blocks and copies nothing.
 
         Args:
             row: a row that has not been compressed.
             tokens: the tokens whose keys and values ``row`` holds, from its first on; more may follow in the row.
-            salt: what else the keys and values follow from (an adapter, the tenant): only equal salts meet.
+            salt: what else the keys and values depend on (an adapter, the tenant). Only equal salts match.
 
-        Returns: how many tokens are remembered, those remembered before included.
+        Returns: how many tokens are remembered, including those remembered before.
 
         Raises ValueError for a compressed row, or more tokens than the row has (which is read from the device).
         """
-        source = self._one("row", row)
-        tokens, held = _numbers_of(tokens), int(self.next_positions[source])
+        source = self._selector.one("row", row)
+        tokens, held = tokens_of(tokens), int(self.next_positions[source])
         if self.compressed[source]:
             raise ValueError(f"row: expected one that has not been compressed, got {source}, which evict() ran on")
         if len(tokens) > held:
@@ -414,31 +444,42 @@ class PagedKVCache(CacheEviction):
         return self._prefixes.remember(source, tokens, salt)
 
     def recall(self, row: int, tokens: Sequence[int] | Tensor, *, salt: str = "") -> int:
-        """Begin ``row`` with the longest remembered prefix of ``tokens``; what it held before is freed.
+        """Begin ``row`` with the longest remembered prefix of ``tokens``. What it held before is freed.
 
-        Returns how many tokens it then has: whole blocks, and never the last token, whose logits are still to come. Go
-        on with ``tokens`` from there. What the row does then never shows in another. The order of use that decides
-        what is given back first is that of calls to this method and to :meth:`remember`.
+        Returns how many tokens it then has: full blocks, and never the last token, whose logits are still to come.
+        Continue with ``tokens`` from there. What the row does afterwards never shows in another. Calls of this method
+        and of :meth:`remember` count as uses of a prefix; the least recently used is dropped first.
         """
-        target = self._one("row", row)
-        found = self._prefixes.find(_numbers_of(tokens)[:-1], salt)
+        target = self._selector.one("row", row)
+        found = self._prefixes.find(tokens_of(tokens)[:-1], salt)
         self.free(target)
         if found is None:
             return 0
-        self._changed()
         self._pool.share(found, target)
         self.next_positions[target] = len(found) * self.block_size
         return len(found) * self.block_size
 
     def forget(self) -> None:
-        """Give all remembered prefixes up. Rows that use their blocks keep them."""
+        """Drop all remembered prefixes. Rows that use their blocks keep them."""
         self._prefixes.clear()
+
+    def gather(self, layer: int, row: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of one list in order: k ``[len, D]``, v ``[len, Dv]``, positions int32 ``[len]``. Synchronises.
+
+        IndexError for a layer, row or head that is out of range.
+        """
+        length = int(self.seq_lens[layer, row, head])
+        return self._storage.read(self.block_tables[layer, row, head, : -(-length // self.block_size)], length)
+
+    def stats(self) -> CacheStats:
+        """Blocks, bytes and lengths at this moment. Synchronises."""
+        return collect(self._storage, self._pool, self._prefixes, self._states)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all rows and remembered prefixes to a safetensors file, every byte of them and each block once.
 
-        A file of that name is replaced when the new one is whole. Raises FileNotFoundError without its folder, and
-        ImportError without safetensors (``pip install "kvops[save]"``).
+        A file of that name is replaced once the new one is complete. Raises FileNotFoundError if its folder does not
+        exist, and ImportError without safetensors (``pip install "kvops[save]"``).
         """
         cache_file.save(self, path)
 
@@ -466,9 +507,3 @@ class PagedKVCache(CacheEviction):
         cache = cls(**arguments)
         cache_file.restore(cache, tensors)
         return cache
-
-
-def _numbers_of(tokens: Sequence[int] | Tensor) -> list[int]:
-    if isinstance(tokens, Tensor):
-        checks.expect_rank("tokens", tokens, "[tokens]")
-    return checks.ints("tokens", tokens)

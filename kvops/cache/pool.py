@@ -1,4 +1,4 @@
-"""Lists of blocks over one pool: who holds which, handed out, shared and taken back without asking the device."""
+"""Lists of blocks over one pool: blocks are taken, shared and released without reading from the device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kvops.cache.bound import HostBound
+from kvops.cache.config import CacheConfig
+from kvops.cache.inference import writable
 
 
 class OutOfBlocksError(RuntimeError):
@@ -27,21 +29,12 @@ class OutOfBlocksError(RuntimeError):
         self._argument = argument
 
     def __reduce__(self) -> tuple[type, tuple[int, int, int, str]]:
-        """Made again from its numbers: the default passes the message alone."""
+        """Pickled as its numbers: by default an exception is made again from its message alone."""
         return type(self), (self.needed, self.free, self.total, self._argument)
 
 
-def writable(state: dict[str, Any]) -> dict[str, Any]:
-    """``state`` without inference tensors, which nothing may write outside of inference mode."""
-    with torch.inference_mode(False):
-        return {
-            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-            for name, value in state.items()
-        }
-
-
 class Copies(NamedTuple):
-    """Entries of tables whose block is to be copied before it is written: ``due`` tells which really are."""
+    """Candidates for copies before a write: entries of the tables, their blocks, and which of them are ``due``."""
 
     entries: Tensor
     blocks: Tensor
@@ -49,41 +42,46 @@ class Copies(NamedTuple):
 
 
 class BlockPool:
-    """Tables, lengths and blocks held of ``[layers, rows, heads]`` lists, and the stack of the blocks that are free.
+    """The lists of blocks of ``[layers, rows, heads]``, and the free blocks that they draw on.
 
-    Everything about blocks stays on the device: numbers are popped and pushed at places found by prefix sums. The exact
-    numbers are read only when :class:`~kvops.cache.bound.HostBound` says that a request might not fit, and never while
-    a CUDA graph is captured: :meth:`prepare` does the host's part before each replay.
+    Block numbers stay on the device: free blocks are a stack, popped and pushed at places that prefix sums give. The
+    host reads exact numbers only when its :class:`~kvops.cache.bound.HostBound` says that a request might not fit,
+    and never while a CUDA graph is captured: :meth:`prepare` does the host's part before each replay.
 
-    A block may stand in the tables of several lists (:meth:`fork`). Whoever is about to write it then is handed a copy
-    in its place: methods that do so return the blocks to copy, source and target, int32 ``[N]``, target -1 where there
-    is nothing to do. Where all that hold a block write it in one call, the first keeps it.
+    Several lists may hold one block (:meth:`fork`). A list that is about to write a shared block gets a free block in
+    its place. Methods that replace blocks so return what to copy: source and target, int32 ``[N]``, with target -1
+    where nothing is to be copied. If every list that holds a block writes it in one call, the first keeps it.
 
-    ``index`` is a row index that tensors take (a slice, or int64 numbers on the device), ``rows`` the same rows as
-    numbers on the host.
+    ``index`` and ``rows`` name rows for tensors and for the host (:class:`~kvops.cache.rows.Selection`).
+
+    Attributes:
+        tables: int32 ``[layers, rows, heads, max_blocks]``, the blocks of each list.
+        lens: int32 ``[layers, rows, heads]``, slots in use of each list.
+        held: int32 ``[layers, rows, heads]``, blocks of each list: more than its length takes after a rollback.
+        sharers: int32 ``[num_blocks]``, how many lists and prefixes hold a block beside the first.
+        free: int32 ``[num_blocks + 1]``. The first ``free_count`` entries are the free blocks, the last of these the
+            next to be taken. The entry past the pool takes writes that must go nowhere.
+        free_count: int64, on the device.
+        exact: whether the host reads the exact numbers at every request; cheap where the host is the device.
+        bound: what the host knows without reading.
+        prefixes: the number of the row of ``bound`` that stands for all remembered prefixes.
     """
 
-    def __init__(
-        self, lists: tuple[int, int, int], num_blocks: int, max_tokens: int, block_size: int, device: torch.device
-    ) -> None:
-        self.num_blocks, self.max_tokens, self.block_size = num_blocks, max_tokens, block_size
-        self.max_blocks = max_blocks = -(-max_tokens // block_size)
+    def __init__(self, config: CacheConfig) -> None:
+        lists, device, num_blocks = config.lists, config.device, config.num_blocks
+        self.num_blocks, self.max_tokens, self.block_size = num_blocks, config.max_tokens, config.block_size
+        self.max_blocks = max_blocks = config.max_blocks
         self.tables = torch.zeros(*lists, max_blocks, dtype=torch.int32, device=device)
         self.lens = torch.zeros(lists, dtype=torch.int32, device=device)
-        # At least the blocks that a list's length takes: tokens that are rolled back leave theirs behind.
         self.held = torch.zeros(lists, dtype=torch.int32, device=device)
-        # How many lists hold a block beside the first.
         self.sharers = torch.zeros(num_blocks, dtype=torch.int32, device=device)
-        # The first free_count entries are the free blocks, the last of them the next to go out. They descend, so that
-        # what is popped ascends and one list's new blocks are neighbours. The entry past the pool is a dustbin.
+        # In descending order, popped blocks ascend, and the new blocks of one list are neighbours.
         self.free = torch.arange(num_blocks - 1, -2, -1, dtype=torch.int32, device=device)
         self.free_count = torch.full((), num_blocks, dtype=torch.int64, device=device)
         self.in_order = True
-        # Numbers are cheap to read where the host is the device.
         self.exact = device.type == "cpu"
-        # What prefixes that are remembered hold counts as one more row.
-        self.prefixes = lists[1]
-        self.bound = HostBound(lists[1] + 1, lists[0] * lists[2], block_size)
+        self.prefixes = config.max_batch
+        self.bound = HostBound(config.max_batch + 1, config.lists_per_row, config.block_size)
         self._list_starts = max_blocks * torch.arange(self.lens.numel(), device=device).view(*lists, 1)
         self._columns = torch.arange(max_blocks, device=device)
 
@@ -96,7 +94,7 @@ class BlockPool:
     def blocks_of(self, lens: Tensor) -> Tensor:
         return (lens + (self.block_size - 1)) // self.block_size
 
-    def shares(self, rows: Sequence[int]) -> bool:
+    def may_share(self, rows: Sequence[int]) -> bool:
         """Whether any of ``rows`` may share blocks."""
         return not self.bound.sharing.isdisjoint(rows)
 
@@ -119,22 +117,22 @@ class BlockPool:
         return self._replace(copies)
 
     def prepare(
-        self, index: slice | Tensor, rows: Sequence[int], num_tokens: int, *, own: bool = False
+        self, index: slice | Tensor, rows: Sequence[int], num_tokens: int, *, unshare: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """The host's part of :meth:`reserve`, and its copies: what is left is safe to capture and replay.
 
-        With ``own`` the rows share no block afterwards."""
+        With ``unshare`` every shared block of the rows is copied.
+        """
         new_lens = self.lens[:, index] + num_tokens
         grow = (self.blocks_of(new_lens) - self.held[:, index]).clamp_(min=0)
-        _, copies = self._admit(index, rows, new_lens, num_tokens, grow, own=own)
-        self.bound.rewind(rows)  # the replay may end with one that the host does not see
+        _, copies = self._admit(index, rows, new_lens, num_tokens, grow, unshare=unshare)
+        self.bound.rewind(rows)  # a replay may roll back, which the host does not see
         return self._replace(copies)
 
-    def own(
+    def unshare(
         self, index: slice | Tensor, rows: Sequence[int], first: Tensor, stop: Tensor, width: int
     ) -> tuple[Tensor, Tensor] | None:
-        """Give the lists of ``rows`` copies of the blocks that they share, at most ``width`` of them from the ``first``
-        to before ``stop``."""
+        """Replace the shared blocks from ``first`` to before ``stop`` of each list of ``rows``, at most ``width``."""
         copies = self._shared(index, first, stop, width, self.sharers)
         if self.exact or self.bound.total_if_copied(rows, width) > self.num_blocks:
             self._refuse_too_many("rows", copies.due.sum())
@@ -144,7 +142,7 @@ class BlockPool:
     def fits_without_prefixes(
         self, index: slice | Tensor, first: Tensor, stop: Tensor, width: int, num_tokens: int = 0
     ) -> bool:
-        """Whether :meth:`own` and ``num_tokens`` more of each list would find enough blocks if no prefix held any."""
+        """Whether :meth:`unshare` and ``num_tokens`` more of each list would fit if no prefix held any block."""
         holders = self.holders()
         copies = self._shared(index, first, stop, width, (holders - 1).clamp_(min=0))
         grow = (self.blocks_of(self.lens[:, index] + num_tokens) - self.held[:, index]).clamp_(min=0)
@@ -152,7 +150,7 @@ class BlockPool:
 
     def fork(self, row: int, index: slice | Tensor, rows: Sequence[int], lens: Tensor) -> None:
         """Let the empty ``rows`` share the blocks that the first ``lens`` [layers, heads] slots of ``row`` take."""
-        # Copies: torch refuses to assign a part of a tensor to rows of it that are named by number.
+        # Copies: torch refuses to assign a view of a tensor to rows of that tensor named by number.
         table, lens = self.tables[:, row].clone(), lens.clone()
         held = self.blocks_of(lens)
         taken = (self._columns < held[..., None]).to(torch.int32)
@@ -162,32 +160,32 @@ class BlockPool:
         self.lens[:, index] = lens[:, None]
         self.bound.fork(row, rows)
 
-    def give_back(self, index: slice | Tensor, rows: Sequence[int], keep: Tensor) -> None:
-        """Take the blocks past the first ``keep`` of each list of ``rows`` from it; free are those that nobody holds
-        then."""
+    def release(self, index: slice | Tensor, rows: Sequence[int], keep: Tensor) -> None:
+        """Take all blocks but the first ``keep`` from each list of ``rows``. Those that no other holds become free."""
         held = self.held[:, index]
-        given = (self._columns >= keep[..., None]) & (self._columns < held[..., None])
-        if not given.numel():
+        released = (self._columns >= keep[..., None]) & (self._columns < held[..., None])
+        if not released.numel():
             return
-        tables, given = self.tables[:, index].flatten(), given.flatten()
-        if self.shares(rows):
-            tables, given = self._let_go(tables, given)
-        self._push(tables, given)
+        blocks, released = self.tables[:, index].flatten(), released.flatten()
+        if self.may_share(rows):
+            blocks, released = self._drop_holders(blocks, released)
+        self._push(blocks, released)
         self.held[:, index] = keep
 
     def hold(self, row: int, first: int, stop: int) -> Tensor:
-        """Hold the blocks in columns ``first`` to before ``stop`` of every list of ``row`` as a prefix to remember.
+        """Hold the blocks in columns ``first`` to before ``stop`` of every list of ``row`` for a prefix.
 
-        Returns them, int32 ``[columns, layers, heads]``; :meth:`drop` takes the hold away again."""
+        Returns them, int32 ``[columns, layers, heads]``, for :meth:`drop`.
+        """
         blocks = self.tables[:, row, :, first:stop].permute(2, 0, 1).clone()  # contiguous() may be a view
-        self._count(blocks)
+        self._add_holders(blocks)
         self.bound.join(row, self.prefixes, blocks.numel())
         return blocks
 
     def share(self, blocks: Tensor, row: int) -> None:
-        """Begin the empty ``row`` with ``blocks`` [columns, layers, heads], which are held and full."""
+        """Begin the empty ``row`` with ``blocks`` [columns, layers, heads], all full, which a prefix holds."""
         columns = len(blocks)
-        self._count(blocks)
+        self._add_holders(blocks)
         self.tables[:, row, :, :columns] = blocks.permute(1, 2, 0)
         self.held[:, row] = columns
         self.lens[:, row] = columns * self.block_size
@@ -195,9 +193,9 @@ class BlockPool:
         self.bound.longest[row] = columns * self.block_size
 
     def drop(self, blocks: Tensor) -> None:
-        """Hold ``blocks`` no longer; free are those that no row has in its lists."""
+        """Prefixes hold ``blocks`` no longer. Those that no row has in its lists become free."""
         blocks = blocks.flatten()
-        self._push(*self._let_go(blocks, torch.ones_like(blocks, dtype=torch.bool)))
+        self._push(*self._drop_holders(blocks, torch.ones_like(blocks, dtype=torch.bool)))
         self.bound.limit(self.prefixes, self.bound.blocks[self.prefixes] - blocks.numel())
 
     def restore(self, tables: Tensor, lens: Tensor, prefixes: Tensor) -> None:
@@ -222,24 +220,26 @@ class BlockPool:
         count = torch.zeros_like(self.sharers)
         return count.scatter_add_(0, self.tables.flatten().long(), within.flatten().to(torch.int32))
 
-    def _count(self, blocks: Tensor) -> None:
-        """One more holds each of ``blocks``."""
+    def _add_holders(self, blocks: Tensor) -> None:
+        """Each of ``blocks`` has one holder more."""
         held = blocks.flatten().long()
         self.sharers.scatter_add_(0, held, torch.ones_like(held, dtype=torch.int32))
 
-    def _let_go(self, blocks: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """One less holds each of ``blocks`` that are ``given``; returns all blocks, and which nobody holds then."""
-        count = torch.zeros_like(self.sharers).scatter_add_(0, blocks.long(), given.to(torch.int32))
+    def _drop_holders(self, blocks: Tensor, released: Tensor) -> tuple[Tensor, Tensor]:
+        """Each of ``blocks`` that is ``released`` has one holder less.
+
+        Returns all blocks of the pool, and which of them have lost their last holder."""
+        count = torch.zeros_like(self.sharers).scatter_add_(0, blocks.long(), released.to(torch.int32))
         left = self.sharers - count
         self.sharers.copy_(left.clamp(min=0))
-        every = torch.arange(self.num_blocks, dtype=torch.int32, device=left.device)
-        return every, (count > 0) & (left < 0)
+        all_blocks = torch.arange(self.num_blocks, dtype=torch.int32, device=left.device)
+        return all_blocks, (count > 0) & (left < 0)
 
-    def _push(self, blocks: Tensor, given: Tensor) -> None:
-        """Those of ``blocks`` that are ``given`` become free."""
-        pushed = given.cumsum(0)
-        # The first block is pushed last: whoever comes next gets them in the order they had.
-        place = torch.where(given, self.free_count + pushed[-1] - pushed, self.num_blocks)
+    def _push(self, blocks: Tensor, released: Tensor) -> None:
+        """Those of ``blocks`` that are ``released`` become free."""
+        pushed = released.cumsum(0)
+        # The first block is pushed last, so that the blocks are taken again in the order they had.
+        place = torch.where(released, self.free_count + pushed[-1] - pushed, self.num_blocks)
         self.free.scatter_(0, place, blocks)
         self.free_count += pushed[-1]
         self.in_order = False
@@ -252,30 +252,31 @@ class BlockPool:
         num_tokens: int,
         grow: Tensor,
         *,
-        own: bool = False,
+        unshare: bool = False,
     ) -> tuple[int | None, Copies | None]:
-        """Refuse what does not fit and count what does. With ``own`` all shared blocks of the rows are copied.
+        """Refuse a request that does not fit, and count one that does into the bound.
 
-        Returns how many blocks that takes, None where the host has no need to know, and the copies to make."""
+        Returns how many blocks it takes (None where the host does not need to know) and the copies to make: those of
+        the blocks that new tokens are written to, or with ``unshare`` those of all shared blocks."""
         if self.capturing():
             return None, None
         self._refuse_too_long(rows, new_lens, num_tokens)
         needed, copies = None, None
-        own = own and self.shares(rows)
-        if own:
+        unshare = unshare and self.may_share(rows)
+        if unshare:
             held = self.held[:, index]
             copies = self._shared(index, torch.zeros_like(held), held, self.max_blocks, self.sharers)
-        elif num_tokens and self.shares(rows):
+        elif num_tokens and self.may_share(rows):
             lens = self.lens[:, index]
             # Tokens that begin anywhere in a block reach at most one block further than as many from its start.
             width = min(1 - (-(num_tokens - 1) // self.block_size), self.max_blocks)
             stop = torch.where(new_lens > lens, self.blocks_of(new_lens), 0)
             copies = self._shared(index, lens // self.block_size, stop, width, self.sharers)
-        most = self.bound.total(rows, num_tokens) + (self.bound.most_copies(rows, self.max_blocks) if own else 0)
+        most = self.bound.total(rows, num_tokens) + (self.bound.most_copies(rows, self.max_blocks) if unshare else 0)
         if self.exact or most > self.num_blocks:
             total = grow.sum()
             needed = self._refuse_too_many("num_tokens", total if copies is None else total + copies.due.sum())
-        if own:
+        if unshare:
             self.bound.copied(rows, self.max_blocks)
             self.bound.part(rows)
         self.bound.add(rows, num_tokens)
@@ -335,8 +336,8 @@ class BlockPool:
         self.free_count -= last[-1]
 
     def _shared(self, index: slice | Tensor, first: Tensor, stop: Tensor, width: int, sharers: Tensor) -> Copies:
-        """The blocks of columns ``first`` to ``stop`` [layers, rows, heads], at most ``width``, that have to be copied
-        before they are written, if ``sharers`` lists hold each block beside the first."""
+        """Blocks to copy before columns ``first`` to before ``stop`` [layers, rows, heads], at most ``width``, are
+        written, where ``sharers`` holders beside the first share each block."""
         columns = first.long().clamp(0, self.max_blocks - width)[..., None] + self._columns[:width]
         entries = (self._list_starts[:, index] + columns).flatten()
         blocks = self.tables.view(-1)[entries].long()
@@ -350,7 +351,7 @@ class BlockPool:
         return Copies(entries, blocks, due & ~keeps)
 
     def _replace(self, copies: Copies | None) -> tuple[Tensor, Tensor] | None:
-        """Put free blocks in the place of those that are due; returns source and target."""
+        """Put free blocks in the place of those that are due. Returns source and target."""
         if copies is None or not len(copies.entries):
             return None
         entries, blocks, due = copies
@@ -364,6 +365,6 @@ class BlockPool:
 
     def _sort_free(self) -> None:
         place = torch.arange(self.num_blocks + 1, device=self.free.device)
-        # In place: a captured graph knows this memory.
+        # In place: captured graphs read this memory.
         self.free.copy_(torch.where(place < self.free_count, self.free, -1).sort(descending=True).values)
         self.in_order = True

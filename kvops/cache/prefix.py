@@ -1,8 +1,8 @@
-"""Prefixes of tokens that are remembered: which blocks hold the keys and values of their first tokens.
+"""Remembered prefixes: which blocks hold the keys and values of the first tokens of earlier prompts.
 
-The tokens of each full block are hashed together with the hash of all that comes before them, so that an entry stands
-for everything up to its end (automatic prefix caching: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, and the
-design notes of vLLM). The hash is SHA-256: different prefixes meet neither by accident nor by design.
+The key of a full block is a hash of its tokens and of the key of the block before it, so that a key stands for all
+tokens up to the block's end (automatic prefix caching: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, and the
+design notes of vLLM). The hash is SHA-256: collisions can neither happen by chance nor be made.
 """
 
 from __future__ import annotations
@@ -15,26 +15,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvops import checks
 from kvops.cache.pool import BlockPool
 
 KEY_BYTES = 32
-# The parent of a first block. No hash is all zeros, so that it fits where keys are stored.
+# The parent of a first block. No hash is all zeros, so that files can store it as a key.
 NO_PARENT = bytes(KEY_BYTES)
 
-# Whoever looks for what to give up looks at all entries, so that much of what no row uses is given up at once.
-_LEAST_GIVEN_UP = 1 / 8
+# Finding what to drop reads all entries, so this share of what no row uses is dropped at once.
+_LEAST_DROPPED = 1 / 8
+
+
+def tokens_of(tokens: Sequence[int] | Tensor) -> list[int]:
+    """A ``tokens`` argument as a list."""
+    if isinstance(tokens, Tensor):
+        checks.expect_rank("tokens", tokens, "[tokens]")
+    return checks.ints("tokens", tokens)
 
 
 @dataclass
 class Entry:
-    """One block of tokens and what it goes on from.
+    """One block of tokens, in every list.
 
     Attributes:
-        parent: key of the entry before it, NO_PARENT for the first.
-        depth: entries before it.
+        parent: key of the block before it, NO_PARENT for the first.
+        depth: blocks before it.
         blocks: int32 ``[layers, heads]``, where the keys and values of its tokens are.
-        used: when it was last remembered or found; no entry is older than those that go on from it.
-        children: entries that go on from it.
+        used: when it was last remembered or found. A parent is never older than its children.
+        children: entries whose parent it is.
     """
 
     parent: bytes
@@ -44,8 +52,8 @@ class Entry:
     children: int = 0
 
 
-class PrefixIndex:
-    """Entries by their key. Each holds its blocks in the pool, as a row would; ``len()`` counts entries."""
+class PrefixStore:
+    """Entries by their key. Each holds its blocks in the pool, as a row does; ``len()`` counts entries."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
@@ -56,7 +64,7 @@ class PrefixIndex:
         return len(self.entries)
 
     def remember(self, row: int, tokens: Sequence[int], salt: str) -> int:
-        """Hold what ``row`` has of ``tokens`` in whole blocks; returns how many tokens are remembered now."""
+        """Hold the full blocks of ``tokens`` that ``row`` has. Returns how many tokens are remembered now."""
         keys = list(self._keys(tokens, salt))
         known = self._touch(keys)
         if known < len(keys):
@@ -65,8 +73,14 @@ class PrefixIndex:
                 self._insert(parent, key, blocks)
         return len(keys) * self.pool.block_size
 
+    def find(self, tokens: Sequence[int], salt: str) -> Tensor | None:
+        """Blocks ``[n, layers, heads]`` of the longest remembered prefix of ``tokens``, None where there is none."""
+        keys = list(self._keys(tokens, salt))
+        known = self._touch(keys)
+        return torch.stack([self.entries[key].blocks for key in keys[:known]]) if known else None
+
     def restore(self, keys: Sequence[bytes], parents: Sequence[bytes], blocks: Tensor) -> None:
-        """Take in entries whose ``blocks`` [n, layers, heads] are held, in the order of :meth:`oldest_first`."""
+        """Take in entries whose ``blocks`` [n, layers, heads] the pool holds already, in :meth:`oldest_first` order."""
         for key, parent, own in reversed(list(zip(keys, parents, blocks, strict=True))):
             self._insert(parent, key, own)
         self._clock = len(keys)
@@ -74,22 +88,18 @@ class PrefixIndex:
             self.entries[key].used = place
 
     def oldest_first(self) -> list[bytes]:
-        """Keys in the order in which entries are given up: what goes on from an entry comes before it."""
+        """Keys in the order in which entries are dropped: least recently used first, children before parents."""
         return sorted(self.entries, key=lambda key: (self.entries[key].used, -self.entries[key].depth))
 
-    def find(self, tokens: Sequence[int], salt: str) -> Tensor | None:
-        """Blocks ``[n, layers, heads]`` of the longest remembered prefix of ``tokens``, None where there is none."""
-        keys = list(self._keys(tokens, salt))
-        known = self._touch(keys)
-        return torch.stack([self.entries[key].blocks for key in keys[:known]]) if known else None
+    def make_room(self, shortage: int, *, in_use: bool) -> bool:
+        """Drop entries, least recently used first, so that ``shortage`` more blocks are free. Reads from the device.
 
-    def give_up(self, shortage: int, *, in_use: bool) -> bool:
-        """Drop entries, least recently used first, for ``shortage`` more blocks to be free. Reads from the device.
+        Without ``in_use`` only blocks that no row uses count, and if these are too few, nothing is dropped. With it,
+        entries whose blocks rows use are dropped too, for requests that copy shared blocks: a block that one row and no
+        entry holds needs no copy.
 
-        Entries whose blocks rows use are dropped only with ``in_use``, for requests that copy shared blocks: a block
-        that no other row and no entry holds needs no copy. Where the entries that no row uses are too few, nothing is
-        dropped without it. Returns whether anything was dropped. It may have to be called again: a block that two
-        entries hold, of one row under two salts, is free when both are gone.
+        Returns whether anything was dropped. It may have to be called again: a block that two entries hold, of one row
+        under two salts, is free when both are gone.
         """
         if not self.entries:
             return False
@@ -98,13 +108,13 @@ class PrefixIndex:
         in_no_row = self.pool.holders() == 0
         gains = dict(zip(order, in_no_row[blocks.long()].flatten(1).sum(1).tolist(), strict=True))
         unused = int(in_no_row.sum() - self.pool.free_count)
-        wanted = max(shortage, int(unused * _LEAST_GIVEN_UP))
+        wanted = max(shortage, int(unused * _LEAST_DROPPED))
         if unused < shortage:
             if not in_use:
                 return False
             gains, wanted = dict.fromkeys(order, blocks[0].numel()), shortage
         dropped: dict[bytes, Tensor] = {}
-        for ends_only in (True, False):  # an entry whose own blocks are in use may be the end of a chain that is not
+        for ends_only in (True, False):  # the blocks of a last entry may be in use where those before it are not
             for key in order:
                 if wanted <= 0 or key in dropped or (ends_only and (self.entries[key].children or not gains[key])):
                     continue
@@ -114,12 +124,13 @@ class PrefixIndex:
         return True
 
     def clear(self) -> None:
+        """Drop all entries."""
         if self.entries:
             self.pool.drop(torch.stack([entry.blocks for entry in self.entries.values()]))
             self.entries.clear()
 
     def _keys(self, tokens: Sequence[int], salt: str) -> Iterator[bytes]:
-        """The keys of the whole blocks of ``tokens``, in order."""
+        """The keys of the full blocks of ``tokens``, in order."""
         if not isinstance(salt, str):
             raise TypeError(f"salt: expected a str, got {salt!r}")
         size = self.pool.block_size
@@ -129,7 +140,7 @@ class PrefixIndex:
             yield key
 
     def _touch(self, keys: Sequence[bytes]) -> int:
-        """How many of ``keys`` are remembered, from the first on, all of which are used now."""
+        """How many of ``keys`` are remembered, from the first on. These count as used now."""
         self._clock += 1
         known = 0
         while known < len(keys) and (entry := self.entries.get(keys[known])) is not None:
@@ -138,7 +149,7 @@ class PrefixIndex:
         return known
 
     def _insert(self, parent: bytes, key: bytes, blocks: Tensor) -> None:
-        """The parent, where there is one, is there already."""
+        """Add an entry whose parent, if it has one, is there already."""
         above = self.entries.get(parent)
         if above is not None:
             above.children += 1

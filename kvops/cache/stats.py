@@ -6,20 +6,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvops.cache.pool import BlockPool
+from kvops.cache.prefix import PrefixStore
+from kvops.cache.rows import RowStates
+from kvops.cache.storage import BlockStorage
+
 
 @dataclass(frozen=True)
 class CacheStats:
     """What a :class:`~kvops.PagedKVCache` holds at one moment; ``str()`` reads like a report.
 
     Attributes:
-        blocks_total, blocks_in_use, block_size: of the pool; a block that several rows share is in use once.
-        bytes_per_block, side_bytes_per_block: K and V of a block, and what is kept beside them (original positions and
-            scores).
-        blocks_shared, blocks_saved: blocks that stand in the lists of several rows (:meth:`~kvops.PagedKVCache.fork`,
+        blocks_total, blocks_in_use, block_size: of the pool; a block that several rows share is counted once.
+        bytes_per_block, side_bytes_per_block: keys and values of a block, and its positions and scores.
+        blocks_shared, blocks_saved: blocks in the lists of several rows (:meth:`~kvops.PagedKVCache.fork`,
             :meth:`~kvops.PagedKVCache.recall`), and how many more would be in use if every row had its own.
-        tokens_remembered, blocks_unused: tokens of prefixes that are remembered, and blocks that only they hold: these
-            are given back when room is needed.
-        tokens_seen: int32 ``[max_batch]`` on the CPU, the tokens that each row has taken in, those evicted included.
+        tokens_remembered, blocks_unused: tokens of remembered prefixes, and blocks that no row uses: these are freed
+            when room is needed.
+        tokens_seen: int32 ``[max_batch]`` on the CPU, the tokens that each row has taken in, including evicted ones.
         lengths: int32 ``[num_layers, max_batch, num_kv_heads]`` on the CPU, slots in use of each list.
     """
 
@@ -88,6 +92,24 @@ class CacheStats:
                     f"longest {int(lists.max()):,}: {_percent(kept, seen * lists.numel())} of the {seen:,} taken in"
                 )
         return "\n".join(lines)
+
+
+def collect(storage: BlockStorage, pool: BlockPool, prefixes: PrefixStore, states: RowStates) -> CacheStats:
+    """The statistics of a cache's parts. Synchronises."""
+    holders, in_use = pool.holders(), pool.blocks_in_use()
+    return CacheStats(
+        blocks_total=pool.num_blocks,
+        blocks_in_use=in_use,
+        block_size=pool.block_size,
+        bytes_per_block=storage.bytes_per_block,
+        side_bytes_per_block=storage.side_bytes_per_block,
+        blocks_shared=int((holders > 1).sum()),
+        blocks_saved=int((holders - 1).clamp(min=0).sum()),
+        blocks_unused=in_use - int((holders > 0).sum()),
+        tokens_remembered=len(prefixes) * pool.block_size,
+        tokens_seen=states.next_positions.cpu().clone(),
+        lengths=pool.lens.cpu().clone(),
+    )
 
 
 def _percent(part: int, whole: int) -> str:

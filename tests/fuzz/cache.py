@@ -474,7 +474,7 @@ class Model:
         cache, pool, case = self.cache, self.cache._pool, self.case
         assert cache.next_positions.tolist() == self.next, "next_positions"
         assert cache.compressed == self.compressed, "compressed"
-        assert cache._settled.tolist() == self.settled, "where rollback must stop"
+        assert cache._states.settled.tolist() == self.settled, "where rollback must stop"
         for key, entries in self.lists.items():
             assert int(cache.seq_lens[key]) == len(entries), f"the length of {key}"
             assert self.slots(cache.positions, key) == [entry[0] for entry in entries], f"positions of {key}"

@@ -1,0 +1,17 @@
+"""Inference tensors, which cannot be written outside of inference mode: a cache must not keep any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def writable(state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` with normal tensors in place of inference tensors, as an object that was copied or unpickled needs."""
+    with torch.inference_mode(False):
+        return {
+            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+            for name, value in state.items()
+        }
