@@ -291,6 +291,19 @@ def test_arrays_are_not_printed_whole(device):
         assert len(str(refusal.value)) < 200
 
 
+def test_the_bound_counts_a_copy_for_every_block_that_is_written_again(device):
+    """Each time a little is rolled back and written again, the tokens alone bound fewer blocks than are copied."""
+    cache = make_cache(device, num_layers=1, num_kv_heads=1)
+    feed(cache, 12, rows=[0])
+    cache.fork(0, 1)
+    cache._pool.exact = False
+    for number in (1, 5, 5):
+        cache.rollback(number, rows=1)
+        feed(cache, 1, rows=[1])
+    assert cache.stats().blocks_in_use == 6
+    assert cache._pool.bound.total() >= 6
+
+
 def test_a_misspelt_argument_names_the_class(device):
     """The error named an internal base class."""
     with pytest.raises(TypeError, match=r"^PagedKVCache\.__init__\(\) got an unexpected keyword argument 'num_block'"):

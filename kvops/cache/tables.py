@@ -1,7 +1,7 @@
-"""Page tables of other engines, from and to those of kvops, and their caches as ragged ones, without a copy.
+"""Conversion of the page tables of other engines, and views of their caches as ragged ones. No page is copied.
 
-FlashInfer's and vLLM's pages hold all KV heads. :func:`kvops.paged_attention` and :func:`kvops.paged_append` take such
-caches as they are, given as views ``[num_pages, page_size, Hkv, D]`` of any strides:
+A page of FlashInfer or vLLM holds all KV heads. :func:`kvops.paged_attention` and :func:`kvops.paged_append` take such
+caches in place, as views ``[num_pages, page_size, Hkv, D]`` of any strides:
 
 ==========================================  ================================================  ==================
 memory                                      k_cache, v_cache                                  which is
@@ -12,11 +12,11 @@ memory                                      k_cache, v_cache                    
 ``kv [pages, page_size, Hkv, D + Dv]``      ``kv[..., :D], kv[..., D:]``                      vLLM, K and V fused
 ==========================================  ================================================  ==================
 
-vLLM's ``block_table [B, max_blocks]`` and ``seq_lens [B]`` are kvops' own. :func:`to_flashinfer` and
-:func:`from_flashinfer` convert FlashInfer's three arrays, :func:`slot_mapping` makes what vLLM appends by, and
-:class:`HeadBlocks` gives every head of such a cache a table and a length of its own, so that it can be compressed per
-head where it lies. Lengths and counts of pages that do not fit are a ValueError where a function synchronises anyway,
-and with ``KVOPS_DEBUG=1``.
+vLLM's ``block_table [B, max_blocks]`` and ``seq_lens [B]`` need no conversion. :func:`to_flashinfer` and
+:func:`from_flashinfer` convert FlashInfer's three arrays, :func:`slot_mapping` computes vLLM's slot mapping, and
+:class:`HeadBlocks` gives every head of such a cache its own table and length, so that each head can be compressed in
+place. Lengths and page counts that do not fit raise ValueError in functions that synchronise anyway, and in all of them
+with ``KVOPS_DEBUG=1``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def to_flashinfer(block_tables: Tensor, seq_lens: Tensor, page_size: int) -> tup
 
     Args:
         block_tables: int32 ``[B, max_blocks]``, pages that hold all heads. Per-head tables are refused: join them with
-            :meth:`HeadBlocks.join`, or flatten both arguments and attend to pages of one head, which also ragged heads
-            have (``k_cache[:, :, None]``, B * Hkv sequences).
+            :meth:`HeadBlocks.join`, or, for ragged heads, flatten both arguments and attend to B * Hkv sequences of
+            one head (``k_cache[:, :, None]``).
         seq_lens: int32 ``[B]``.
         page_size: slots in a page.
 
-    Returns: int32 ``[B + 1]``, ``[pages in use]`` and ``[B]``; an empty sequence has no pages and a last length of 0.
-    Synchronises, as the number of pages has to be known.
+    Returns: int32 ``[B + 1]``, ``[pages in use]`` and ``[B]``. An empty sequence has no pages and a last length of 0.
+    Synchronises, because the host needs the number of pages.
     """
     checks.expect_int("page_size", page_size, 1)
     _expect_uniform(block_tables, seq_lens)
@@ -62,7 +62,7 @@ def from_flashinfer(
     Args:
         kv_indptr, kv_indices, kv_last_page_len: int32 ``[B + 1]``, ``[at least kv_indptr[-1]]`` and ``[B]``.
         page_size: slots in a page.
-        max_blocks: columns of the tables; None for as many as the longest sequence has pages, which synchronises.
+        max_blocks: columns of the tables; None for the pages of the longest sequence, which synchronises.
     """
     checks.expect_int("page_size", page_size, 1)
     for name, value in (("kv_indptr", kv_indptr), ("kv_indices", kv_indices), ("kv_last_page_len", kv_last_page_len)):
@@ -105,7 +105,7 @@ def slot_mapping(
         block_tables, seq_lens: int32 ``[B, max_blocks]`` and ``[B]``, lengths that include the new tokens.
         page_size: slots in a page.
         num_tokens: T, the new tokens of each sequence.
-        q_lens: int32 ``[B]``, where sequences have different numbers of them, each at most T.
+        q_lens: int32 ``[B]``, where sequences have different numbers of new tokens, each at most T.
     """
     checks.expect_int("page_size", page_size, 1)
     checks.expect_int("num_tokens", num_tokens, 0)
@@ -119,7 +119,7 @@ def slot_mapping(
         if checks.debug():
             within = (q_lens >= 0) & (q_lens <= num_tokens)
             checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
-    if block_tables.shape[1] == 0:  # no sequence has any
+    if block_tables.shape[1] == 0:  # no sequence has any page
         return torch.full((len(seq_lens), num_tokens), -1, dtype=torch.int64, device=seq_lens.device)
     token = torch.arange(num_tokens, device=seq_lens.device)
     count = torch.full_like(seq_lens, num_tokens) if q_lens is None else q_lens
@@ -132,17 +132,18 @@ def slot_mapping(
 
 @dataclass(frozen=True)
 class HeadBlocks:
-    """A cache whose pages hold all heads, seen as a pool of blocks of one head each, in place.
+    """Views of a cache whose pages hold all heads, as a pool of blocks of one head each.
 
-    Block ``page * page_step + head * head_step`` of the views is what ``page`` has of ``head``. Whatever kvops does
-    with blocks works on them: append, attend, and, after :meth:`split`, evict per head in another engine's memory.
+    Block ``page * page_step + head * head_step`` of the views is the part of ``page`` that belongs to ``head``. All
+    operators on blocks work on the views: append, attend and, after :meth:`split`, evict per head in another engine's
+    memory.
 
     Attributes:
         k_cache, v_cache: views ``[num_blocks, page_size, D]`` and ``[..., Dv]``. Where heads come before slots in
             memory (HND) there is one block for each page and head. Where slots come first (NHD) blocks overlap, and
-            arrays beside the views (positions, scores) are ``page_size`` times larger than what is used of them.
+            side arrays (positions, scores) are ``page_size`` times larger than the part in use.
         num_kv_heads: heads of a page.
-        page_step, head_step: see above.
+        page_step, head_step: block numbers from one page and from one head to the next.
     """
 
     k_cache: Tensor
@@ -153,10 +154,10 @@ class HeadBlocks:
 
     @classmethod
     def of(cls, k_cache: Tensor, v_cache: Tensor) -> HeadBlocks:
-        """Views of ``[num_pages, page_size, Hkv, D]`` and ``[..., Dv]``, of any strides but for the last dimension.
+        """Views of ``[num_pages, page_size, Hkv, D]`` and ``[..., Dv]``. All strides but the last are free.
 
-        Raises ValueError for another shape, a last dimension that is not contiguous, and keys and values whose pages
-        and heads lie in different proportions.
+        Raises ValueError for another shape, a last dimension that is not contiguous, and keys and values in which the
+        strides of pages and heads have different ratios.
         """
         layout = "[num_pages, page_size, Hkv, D]"
         checks.expect_tensor("k_cache", k_cache)
@@ -194,8 +195,8 @@ class HeadBlocks:
     def join(self, block_tables: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`split`: tables ``[B, max_blocks]`` and lengths ``[B]``. Synchronises.
 
-        Raises ValueError where the heads of a sequence have different lengths (after an eviction per head), or blocks
-        of different pages: nothing but a copy could make pages of them.
+        Raises ValueError where the heads of a sequence have different lengths (after an eviction per head) or blocks
+        of different pages: these could become pages only by a copy.
         """
         checks.expect_dtype("block_tables", block_tables, torch.int32)
         checks.expect_dtype("seq_lens", seq_lens, torch.int32)
@@ -229,7 +230,7 @@ class HeadBlocks:
 def _steps(cache: Tensor) -> tuple[int, int, int]:
     """Blocks from one page and from one head to the next, and elements from one block to the next."""
     page, head = cache.stride(0), cache.stride(2)
-    if cache.shape[2] == 1:  # its stride says nothing
+    if cache.shape[2] == 1:  # the stride of one head has no meaning
         head = page
     if cache.shape[0] == 1:
         page = head * cache.shape[2]
