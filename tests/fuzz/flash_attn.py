@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from oracle import assert_accurate, attention, attention_mask
+from rounding import rounded
 from torch import Tensor
 
 from fuzz.inputs import DTYPES, HEAD_DIMS, backend, often
@@ -106,11 +107,11 @@ def _options(case: Case, slopes: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _expected(case: Case, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, dtype: torch.dtype) -> Any:
+def _expected(case: Case, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> Any:
     """One sequence without its batch dimension -> out [Sq, Hq, D] and lse [Hq, Sq]."""
     mask = attention_mask(len(q), len(k), causal=case.causal, window_left=case.window[0], window_right=case.window[1])
     scoring = {"scale": case.scale, "softcap": case.softcap, "alibi_slopes": slopes}
-    out, lse, _ = attention(q[None], k[None], v[None], mask=mask, dtype=dtype, **scoring)
+    out, lse, _ = attention(q[None], k[None], v[None], mask=mask, **scoring)
     return out[0], lse[0]
 
 
@@ -152,14 +153,15 @@ def _check_function(case: Case) -> None:
         out, lse, _ = flash_attn.flash_attn_varlen_func(q, *pages, *lengths, **end, block_table=table)
     if "varlen" not in case.kind:
         out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
-    exact, low = ([], []), ([], [])
-    for b in range(batch):
-        of_q, of_k = (slice(int(end[b]), int(end[b + 1])) for end in ends)
-        for sides, dtype in ((exact, torch.float64), (low, q.dtype)):
-            for side, part in zip(sides, _expected(case, q[of_q], k[of_k], v[of_k], slopes, dtype), strict=True):
-                side.append(part)
-    assert_accurate(out, torch.cat(exact[0]), torch.cat(low[0]), "out")
-    assert_accurate(lse, torch.cat(exact[1], 1), torch.cat(low[1], 1).float(), "lse")
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        of = [[slice(int(end[b]), int(end[b + 1])) for end in ends] for b in range(batch)]
+        parts = [_expected(case, q[rows], k[keys], v[keys], slopes) for rows, keys in of]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], 1)
+
+    exact, low = expected(q, k, v), rounded(q.dtype, expected, q, k, v)
+    assert_accurate(out, exact[0], low[0], "out")
+    assert_accurate(lse, exact[1], low[1], "lse")
 
 
 def _paged(case: Case, k: Tensor, v: Tensor, ends: Tensor, g: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -233,19 +235,20 @@ def _check_cache(case: Case) -> None:
             )
     out, lse = flash_attn.flash_attn_with_kvcache(q, *caches, **arguments, return_softmax_lse=True)
     stored = _rows_of(case, caches, arguments.get("block_table"), where, room)
-    exact, low = [], []
     for b in range(batch):
         end = held[b] + case.new
         for row, found, values in zip(rows, stored, (right_k, new[1]), strict=True):
             row[b, held[b] : end] = values[b]
             _same_rounding(found[b, :end], row[b, :end])
-        # What is attended to is what is stored, rounding and all.
-        k, v = (found[b, :end] for found in stored)
-        exact.append(_expected(case, right_q[b], k, v, None, torch.float64))
-        low.append(_expected(case, right_q[b], k, v, None, dtype))
-    for one, place, name in ((out, 0, "out"), (lse, 1, "lse")):
-        right, same = (torch.stack([pair[place] for pair in side]) for side in (exact, low))
-        assert_accurate(one, right, same.to(one.dtype), name)
+
+    # What is attended to is what is stored, rounding and all.
+    def expected(q: Tensor, *stored: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [_expected(case, q[b], *(side[b, : held[b] + case.new] for side in stored), None) for b in range(batch)]
+        return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+
+    exact, low = expected(right_q, *stored), rounded(dtype, expected, right_q, *stored)
+    assert_accurate(out, exact[0], low[0], "out")
+    assert_accurate(lse, exact[1], low[1], "lse")
 
 
 def _rows_of(case: Case, caches: list[Tensor], table: Tensor | None, where: Tensor, room: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ from random import Random
 
 import torch
 from oracle import assert_accurate, attention
+from rounding import rounded
 from torch import Tensor
 
 import kvops
@@ -60,13 +61,10 @@ def check(case: Case) -> None:
         _check_parts(case) if case.keys else _check_any(case)
 
 
-def _merged(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
-    """The formula, in ``dtype``; lse stays in at least float32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    lse_a, lse_b = lse_a.to(wide), lse_b.to(wide)
-    largest = torch.maximum(lse_a, lse_b).detach()
+def _merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula."""
+    out_a, lse_a, out_b, lse_b = (x.double() for x in (out_a, lse_a, out_b, lse_b))
+    largest = torch.maximum(lse_a, lse_b)
     shift = largest.masked_fill(largest == -math.inf, 0.0)
     a, b = (lse_a - shift).exp(), (lse_b - shift).exp()
     total = a + b
@@ -76,7 +74,7 @@ def _merged(
     def beside(share: Tensor) -> Tensor:
         return share.transpose(-1, -2)[..., None]
 
-    return (beside(share_a) * out_a.to(wide) + beside(share_b) * out_b.to(wide)).to(dtype), lse
+    return beside(share_a) * out_a + beside(share_b) * out_b, lse
 
 
 def _check_any(case: Case) -> None:
@@ -103,21 +101,21 @@ def _check_any(case: Case) -> None:
         return
     inputs = tuple(x.requires_grad_(case.gradient) for x in arguments.values())
     actual = kvops.merge_attention(*inputs)
-    exact, low = _merged(*(x.detach() for x in inputs)), _merged(*(x.detach() for x in inputs), dtype=dtype)
+    given = [x.detach() for x in inputs]
+    exact, low = _merged(*given), rounded(dtype, _merged, *given)
     assert_accurate(actual[0], exact[0], low[0], "out")
     assert_accurate(actual[1], exact[1], low[1], "lse")
     if case.gradient:
         dout, dlse = torch.randn(shape, generator=g).to(dtype), torch.randn(rows, generator=g)
         found = torch.autograd.grad(actual, inputs, (dout, dlse))
-        exact, low = (_gradients(inputs, dout, dlse, d) for d in (torch.float64, torch.float32))
+        exact, low = _gradients(*given, dout, dlse), rounded(dtype, _gradients, *given, dout, dlse)
         for one, right, same, name in zip(found, exact, low, arguments, strict=True):
-            assert_accurate(one, right, same.to(one.dtype), f"d{name}")
+            assert_accurate(one, right, same, f"d{name}")
 
 
-def _gradients(inputs: tuple[Tensor, ...], dout: Tensor, dlse: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _gradients(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, dout: Tensor, dlse: Tensor) -> list[Tensor]:
     """Written out: the weights are a softmax of two, and lse its logarithm's sum."""
-    out_a, lse_a, out_b, lse_b = (x.detach().to(dtype) for x in inputs)
-    dout, dlse = dout.to(dtype), dlse.to(dtype)
+    out_a, lse_a, out_b, lse_b, dout, dlse = (x.double() for x in (out_a, lse_a, out_b, lse_b, dout, dlse))
     largest = torch.maximum(lse_a, lse_b)
     shift = largest.masked_fill(largest == -math.inf, 0.0)
     a, b = (lse_a - shift).exp(), (lse_b - shift).exp()
@@ -143,8 +141,15 @@ def _check_parts(case: Case) -> None:
         out, lse = kvops.merge_attention(out, lse, *kvops.flash_attention(q, *part))
     k, v = torch.cat(parts, 2)
     exact = attention(q, k, v)
-    same, same_lse, _ = attention(q, *parts[0], dtype=dtype)
-    for part in parts[1:]:
-        same, same_lse = _merged(same, same_lse, *attention(q, *part, dtype=dtype)[:2], dtype=dtype)
-    assert_accurate(out, exact[0], same, "out of the parts")
-    assert_accurate(lse, exact[1], same_lse, "lse of the parts")
+
+    def merged(q: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, _ = attention(q, *parts[0])
+        for part in parts[1:]:
+            out, lse = _merged(
+                out.to(dtype), lse, *(x.to(dtype) if x.dim() == 4 else x for x in attention(q, *part)[:2])
+            )
+        return out, lse
+
+    same = rounded(dtype, merged, q, *parts)
+    assert_accurate(out, exact[0], same[0], "out of the parts")
+    assert_accurate(lse, exact[1], same[1], "lse of the parts")

@@ -8,6 +8,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from oracle import assert_accurate
+from rounding import rounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
@@ -112,7 +113,8 @@ def _check(case: Case) -> None:
     out = kvops.scaled_dot_product_attention(**arguments)
     dout = torch.randn(out.shape, generator=g).to(dtype)
     found = (out, *(torch.autograd.grad(out, (q, k, v), dout) if case.gradient else ()))
-    exact, low = (_torch(q, k, v, seen, case, group, dout, d) for d in (torch.float64, dtype))
+    given = q.detach(), k.detach(), v.detach(), dout, seen, case
+    exact, low = _torch(*given), rounded(dtype, _torch, *given)
     for one, right, same, name in zip(found, exact, low, ("out", "dq", "dk", "dv"), strict=False):
         assert_accurate(one, right, same, name)
 
@@ -143,19 +145,16 @@ def _has_gaps(mask: Tensor | None) -> bool:
     return any("0" in row.strip("0") for row in rows)
 
 
-def _torch(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, case: Case, group: int, dout: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+def _torch(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, case: Case) -> tuple[Tensor, ...]:
     """torch's answer; a query that sees nothing gives 0, which torch does not promise."""
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     real = seen.any(-1, keepdim=True)
+    # One key of zeros more, which the empty rows see: torch needs one, and what it gives there is masked out.
+    more_k, more_v = (torch.cat([x, x.new_zeros(*x.shape[:-2], 1, x.shape[-1])], -2) for x in (k, v))
+    mask, gqa = torch.cat([seen, ~real], -1), case.group > 1 and case.kv_heads > 0
     with sdpa_kernel(SDPBackend.MATH):
-        # A key of zeros that the empty rows see: torch needs one, and what it gives there is masked out.
-        wide_k, wide_v = (torch.cat([x, torch.zeros_like(x[..., :1, :]) if x.shape[-2] else x.new_zeros(
-            *x.shape[:-2], 1, x.shape[-1])], -2) for x in (k, v))  # fmt: skip
-        mask = torch.cat([seen, ~real], -1)
-        out = F.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask, scale=case.scale, enable_gqa=group > 1)
+        out = F.scaled_dot_product_attention(q, more_k, more_v, attn_mask=mask, scale=case.scale, enable_gqa=gqa)
     out = out.masked_fill(~real, 0.0)
     if not case.gradient:
         return (out.detach(),)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
