@@ -148,7 +148,8 @@ def assert_accurate(actual: Tensor, exact: Tensor, same_arithmetic: Tensor, name
     actual, exact, same_arithmetic = actual[~infinite], exact[~infinite], same_arithmetic[:, ~infinite]
     squares = (same_arithmetic - exact).square().mean(0)
     spread = squares.clamp(min=squares.mean().item()).sqrt()
-    unit = torch.finfo(dtype).eps * exact.abs()
+    number = torch.finfo(dtype)
+    unit = number.eps * exact.abs().clamp(min=number.tiny)  # below tiny, numbers are that far apart
     error, allowed = (actual - exact).abs(), SPREADS * spread + UNITS * unit
     margin = (error / allowed).nan_to_num(0.0)  # 0 of 0 is nothing
     worst = int(margin.argmax())

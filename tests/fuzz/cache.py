@@ -76,7 +76,7 @@ def check(case: Case) -> None:
 class Model:
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.capacity = -(-case.capacity // case.size) * case.size
+        self.capacity = case.capacity
         self.cache = kvops.PagedKVCache(
             **{"num_layers": case.layers, "num_kv_heads": case.heads, "head_dim": 2, "v_head_dim": 1},
             **{"num_blocks": case.blocks, "max_batch": case.rows, "max_tokens": case.capacity},
@@ -288,7 +288,7 @@ class Model:
     def evict(self, code: int, budget: int, how: int) -> None:
         rows, named = self.some_rows(code)
         r = Random(how)
-        budget %= len(self.pairs) * self.capacity // self.case.size + 2
+        budget %= len(self.pairs) * -(-self.capacity // self.case.size) + 2
         keywords = {
             "protect_first": r.choice((0, 0, 1, 3)),
             "protect_last": r.choice((0, 0, 1, 5)),

@@ -7,11 +7,11 @@ from random import Random
 from typing import Any
 
 import torch
-from oracle import assert_accurate, attention, attention_mask
+from oracle import attention, attention_mask
 from rounding import rounded
 from torch import Tensor
 
-from fuzz.inputs import DTYPES, HEAD_DIMS, backend, often
+from fuzz.inputs import DTYPES, HEAD_DIMS, backend, close, often
 from kvops.integrations import flash_attn
 
 _KINDS = ("dense", "kvpacked", "qkvpacked", "varlen", "varlen kvpacked", "varlen qkvpacked", "varlen pages")
@@ -160,8 +160,8 @@ def _check_function(case: Case) -> None:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], 1)
 
     exact, low = expected(q, k, v), rounded(q.dtype, expected, q, k, v)
-    assert_accurate(out, exact[0], low[0], "out")
-    assert_accurate(lse, exact[1], low[1], "lse")
+    close(out, exact[0], low[0], "out")
+    close(lse, exact[1], low[1], "lse")
 
 
 def _paged(case: Case, k: Tensor, v: Tensor, ends: Tensor, g: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -247,8 +247,8 @@ def _check_cache(case: Case) -> None:
         return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
 
     exact, low = expected(right_q, *stored), rounded(dtype, expected, right_q, *stored)
-    assert_accurate(out, exact[0], low[0], "out")
-    assert_accurate(lse, exact[1], low[1], "lse")
+    close(out, exact[0], low[0], "out")
+    close(lse, exact[1], low[1], "lse")
 
 
 def _rows_of(case: Case, caches: list[Tensor], table: Tensor | None, where: Tensor, room: int) -> list[Tensor]:
