@@ -53,6 +53,7 @@ def expect_tensor(name: str, value: object) -> None:
 
 
 def expect_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    expect_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_names([tensor.dtype])}")
 

@@ -225,7 +225,8 @@ def _forbid(x: Tensor, line: _Line, bad_words: Sequence[Sequence[int]]) -> None:
         matches = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for back, token in enumerate(reversed(head)):
             matches &= ending[..., back] == token
-        x[:, :, last].masked_fill_(matches, -math.inf)
+        column = x[:, :, last]
+        column.masked_fill_(matches & ~column.isnan(), -math.inf)  # a NaN is refused, forbidden or not
 
 
 def _keep_largest(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, one_k: int | None) -> Tensor:

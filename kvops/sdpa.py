@@ -56,7 +56,20 @@ def scaled_dot_product_attention(
         if attn_mask is not None and attn_mask.dim() == 3 and not hasattr(attn_mask, "variant"):
             attn_mask = attn_mask.unsqueeze(1)
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale).squeeze(1)
-    if not enable_gqa and query.shape[1] != key.shape[1]:
+    # Under the caller's names: the operators have others for the same tensors.
+    if not torch.is_autocast_enabled(query.device.type):  # which makes dtypes fit
+        checks.expect_dtype("query", query, *checks.FLOAT_DTYPES)
+        checks.expect_same_dtype("key", key, "query", query)
+        checks.expect_same_dtype("value", value, "query", query)
+    for name, tensor in (("key", key), ("value", value)):
+        checks.expect_same_device(name, tensor, "query", query)
+    checks.expect_shape("key", key, _LAYOUT, query.shape[0], None, None, query.shape[3])
+    checks.expect_shape("value", value, _LAYOUT, *key.shape[:3], None)
+    for name, tensor in (("query", query), ("value", value)):
+        checks.expect_at_least(f"{name}.shape[-1] (head_dim)", tensor.shape[-1], 1)
+    if enable_gqa:
+        checks.expect_head_ratio("query", query.shape[1], "key", key.shape[1])
+    elif query.shape[1] != key.shape[1]:
         raise ValueError(f"key: expected {query.shape[1]} heads as query has, got {key.shape[1]}: set enable_gqa=True")
     q, k, v = (_last_contiguous(x).transpose(1, 2) for x in (query, key, value))
     if attn_mask is None:

@@ -296,3 +296,16 @@ def test_numbers_in_tensors_are_looked_at_on_demand(monkeypatch):
         numbers = torch.tensor([0, value, 0], dtype=torch.int32 if name == "top_k" else torch.float32)
         with pytest.raises(ValueError, match=rf"^{name}: expected numbers .* got 1 that are not, the first at \[1\]"):
             kvops.process_logits(logits_batch(), **{name: numbers})
+
+
+def test_a_nan_is_not_hidden_by_a_bad_word():
+    """The row was made one of finite numbers, and sampled from."""
+    logits = torch.tensor([[[1.0, float("nan"), 2.0]]])
+    assert kvops.process_logits(logits, bad_words=[[1]]).isnan().any()
+    assert kvops.process_logits(logits, bad_words=[[0]]).isnan().any()
+
+
+@pytest.mark.parametrize("name", ["context", "prompt_lens", "draft_tokens", "parents"])
+def test_what_is_no_tensor_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor, got str"):
+        kvops.process_logits(torch.zeros(1, 1, 5), **{name: "x"})

@@ -139,6 +139,32 @@ def test_what_cannot_be_done_is_refused(device):
         kvops.scaled_dot_product_attention(q, k, v[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.zeros(1, 2, 3, 8).double()}, TypeError, "query: expected dtype float16 or .*got float64"),
+        ({"key": torch.zeros(1, 2, 4, 8).half()}, TypeError, "key: expected the dtype of query, float32, got float16"),
+        ({"value": torch.zeros(1, 2, 4, 8, device="meta")}, ValueError, "value: expected the device of query"),
+        (
+            {"key": torch.zeros(1, 2, 4, 9)},
+            ValueError,
+            r"key: expected shape .* got \[1, 2, 4, 9\]",
+        ),
+        (
+            {"value": torch.zeros(1, 2, 5, 8)},
+            ValueError,
+            r"value: expected shape .* got \[1, 2, 5, 8\]",
+        ),
+        ({"value": torch.zeros(1, 2, 4, 0)}, ValueError, r"value.shape\[-1\] \(head_dim\): expected at least 1, got 0"),
+        ({"query": torch.zeros(1, 3, 3, 8), "enable_gqa": True}, ValueError, "query: expected a number of query heads"),
+    ],
+)
+def test_refusals_use_the_names_that_the_caller_used(change, error, message):
+    arguments = {"query": torch.zeros(1, 2, 3, 8), "key": torch.zeros(1, 2, 4, 8), "value": torch.zeros(1, 2, 4, 8)}
+    with pytest.raises(error, match=message):
+        kvops.scaled_dot_product_attention(**arguments | change)
+
+
 @pytest.fixture
 def registered(device):
     """On the CPU torch chooses another flash attention: the operators are registered there and called by name."""

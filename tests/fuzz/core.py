@@ -126,7 +126,7 @@ def sweep(
     *,
     seconds: float = float("inf"),
     cases: float = float("inf"),
-    shrink_seconds: float = 60.0,
+    shrink_seconds: float = 20.0,
     most_failures: int = 5,
     before: Callable[[Any], None] = lambda case: None,
 ) -> Result:

@@ -152,5 +152,5 @@ def raised(call: Callable[[], Any]) -> Exception | None:
 
 
 def close(actual: Tensor, exact: Tensor, rounded: Tensor, name: str) -> None:
-    """:func:`oracle.assert_accurate` with twice the room: of a million comparisons, the worst come close to its bound."""
+    """:func:`oracle.assert_accurate` with twice the room: the worst of a million come close to its bound."""
     assert_accurate(actual, exact, exact + 2 * (rounded - exact).nan_to_num(0.0), name)
