@@ -57,7 +57,8 @@ def scaled_dot_product_attention(
             attn_mask = attn_mask.unsqueeze(1)
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale).squeeze(1)
     # Under the caller's names: the operators have others for the same tensors.
-    if not torch.is_autocast_enabled(query.device.type):  # which makes dtypes fit
+    kind = query.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # which makes dtypes fit
         checks.expect_dtype("query", query, *checks.FLOAT_DTYPES)
         checks.expect_same_dtype("key", key, "query", query)
         checks.expect_same_dtype("value", value, "query", query)

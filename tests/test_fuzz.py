@@ -13,7 +13,10 @@ from fuzz import core, inputs
 import kvops
 
 # Areas and how many of their cases take about a second.
-SMOKE = {"eviction": 12, "verification": 12, "sampling": 60}
+SMOKE = {
+    **{"dense": 12, "packed": 8, "merge": 20, "sdpa": 25, "paged": 10, "eviction": 10, "cache": 15, "verification": 12},
+    **{"sampling": 60, "lookup": 60, "flash_attn": 15, "families": 10},
+}
 
 
 @pytest.mark.parametrize("area", SMOKE)
@@ -33,6 +36,17 @@ def test_a_case_survives_the_way_through_the_command_line(area):
 
 def no_window(real):
     return lambda *args, **kwargs: real(*args, **{**kwargs, "window_left": -1})
+
+
+def a_draft_too_short(real):
+    def faulty(*args, **kwargs):
+        tokens, lens = real(*args, **kwargs)
+        long = lens == 5
+        if long.any():
+            tokens[long, 4] = -1
+        return tokens, lens - long.int()
+
+    return faulty
 
 
 def a_slot_lost(real):
@@ -67,6 +81,7 @@ def nothing_refused(real):
     ("area", "function", "fault", "shows", "cases"),
     [
         ("dense", "flash_attention", no_window, lambda case: case.window_left >= 0, 60),
+        ("lookup", "prompt_lookup", a_draft_too_short, lambda case: case.num_draft >= 5, 100),
         ("eviction", "compact", a_slot_lost, lambda case: case.blocks, 20),
         ("verification", "verify_draft", a_token_more_likely, lambda case: case.vocab > 1, 30),
         ("sampling", "process_logits", nothing_refused, lambda case: case.bad, 60),

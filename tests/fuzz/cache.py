@@ -315,7 +315,7 @@ class Model:
 
     def _choice(self, rows: list[int], budget: int, keywords: dict[str, Any]) -> dict[Key, list[bool]]:
         """What the definition of select_blocks keeps, over lists laid out anew."""
-        size, width, kept = self.case.size, self.capacity // self.case.size, {}
+        size, width, kept = self.case.size, -(-self.capacity // self.case.size), {}
         for row in rows:
             keys = [(layer, row, h) for layer, h in self.pairs]
             scores = torch.zeros(len(keys) * width, size)

@@ -31,7 +31,7 @@ MUTATIONS = {
     "q": (*TENSOR, "strided"),
     "k": (*TENSOR, "strided"),
     "v": ("dtype", "integer", "rank", "flat", "meta", "string", "none", "strided"),
-    "causal": ("string", "none"),
+    "causal": ("string",),
     "window_left": COUNT,
     "window_right": COUNT,
     "scale": ("nan", "inf", "string"),
@@ -55,7 +55,7 @@ class Case(Scoring):
     value_dim: int = 1
     layouts: tuple[str, ...] = ()  # of q, k and v
     magnitude: float = 1.0
-    poison: str = ""  # "nan" or "inf" in a key and its value that some query does not see
+    poison: str = ""  # "nan" or "inf" in a key that some query does not see
     gradient: str = ""  # through "out", "lse" or "both"
     scores: str = ""  # reduce and group of attention_scores
     query_start: int = 0
@@ -121,7 +121,7 @@ def _check(case: Case) -> None:
     mask = case.mask(case.queries, case.keys)
     exact = attention(q, k, v, mask=mask, **options)
     low = rounded(dtype, attention, q, k, v, mask=mask, **options)
-    rows = _poison(case, k, v, mask, g)
+    rows = _poison(case, k, mask, g)
     gradient = case.gradient if not case.poison else ""
     sinks = (options["sinks"],) if "sinks" in options else ()
     for tensor in (q, k, v, *sinks):
@@ -136,15 +136,15 @@ def _check(case: Case) -> None:
         _check_scores(case, q.detach(), k.detach(), v.detach(), lse.detach(), mask, options)
 
 
-def _poison(case: Case, k: Tensor, v: Tensor, mask: Tensor, g: torch.Generator) -> Tensor:
+def _poison(case: Case, k: Tensor, mask: Tensor, g: torch.Generator) -> Tensor:
     """Spoil one key; returns the queries, bool [Sq], that do not see it."""
     everyone = torch.ones(case.queries, dtype=torch.bool)
-    if not case.poison or 0 in (*k.shape, *v.shape):
+    expanded = any(layout.startswith("expanded") for layout in case.layouts)
+    if not case.poison or expanded or k.numel() == 0:
         return everyone
     hidden = (~mask.any(0)).nonzero()[:, 0]
     place = int(hidden[0]) if len(hidden) else int(torch.randint(case.keys, (), generator=g))
-    for side in (k, v):
-        side[:, place] = float(case.poison)
+    k[:, place] = float(case.poison)
     return everyone & ~mask[:, place]
 
 

@@ -225,7 +225,7 @@ def _check_cache(case: Case) -> None:
     if case.new:
         arguments |= {"k": new[0], "v": new[1]}
         if case.rotary:
-            angle = torch.rand(room + T, case.rotary, generator=g) * 6
+            angle = torch.rand(2 * room + case.page_size + T, case.rotary, generator=g) * 6
             cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
             arguments |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": case.interleaved}
             moving = case.causal or max(case.window) >= 0
