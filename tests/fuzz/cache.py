@@ -295,6 +295,9 @@ class Model:
             "min_per_head": r.choice((0, 0, 2)),
             "scope": r.choice(("head", "sequence")),
         }
+        ascending = all(a[0] < b[0] for key in self.of(rows) for a, b in itertools.pairwise(self.lists[key]))
+        if not ascending:  # after retain(), where protection by position means nothing
+            keywords |= {"protect_first": 0, "protect_last": 0}
         kept = self._choice(rows, budget, keywords)
         over = any(
             sum(-(-sum(kept[layer, row, h]) // self.case.size) for layer, h in self.pairs) > budget for row in rows

@@ -24,6 +24,7 @@ from fuzz.inputs import (
     expect_refusal,
     laid_out,
     often,
+    without_equals,
 )
 from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients
 
@@ -70,7 +71,7 @@ def draw(r: Random) -> Case:
     keys = r.choice((r.randint(0, longest), longest))
     queries = r.choice((r.randint(0, longest), r.randint(0, 3), keys))
     reduce, group = r.choice(("sum", "sumsq", "max")), r.choice(("sum", "mean", "max"))
-    return Case(
+    case = Case(
         seed=r.randrange(2**31),
         backend="triton" if on_triton else "eager",
         dtype=r.choice(tuple(DTYPES)),
@@ -91,6 +92,7 @@ def draw(r: Random) -> Case:
         bad=draw_mutation(r, MUTATIONS) if r.random() < 0.15 else "",
         **draw_scoring(r, longest),
     )
+    return without_equals(case)
 
 
 def check(case: Case) -> None:

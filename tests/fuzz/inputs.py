@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import os
@@ -154,3 +155,11 @@ def raised(call: Callable[[], Any]) -> Exception | None:
 def close(actual: Tensor, exact: Tensor, rounded: Tensor, name: str) -> None:
     """:func:`oracle.assert_accurate` with twice the room: the worst of a million come close to its bound."""
     assert_accurate(actual, exact, exact + 2 * (rounded - exact).nan_to_num(0.0), name)
+
+
+def without_equals(case: Any) -> Any:
+    """A case whose gradients, in half precision, do not come of equal keys: they cancel but for a tie in rounding."""
+    if not case.gradient or case.dtype == "float32":
+        return case
+    layouts = tuple("" if layout.startswith("expanded") else layout for layout in case.layouts)
+    return dataclasses.replace(case, layouts=layouts)

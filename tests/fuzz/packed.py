@@ -25,6 +25,7 @@ from fuzz.inputs import (
     laid_out,
     often,
     raised,
+    without_equals,
 )
 from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients, one_sequence
 
@@ -66,7 +67,7 @@ def draw(r: Random) -> Case:
     on_triton = r.random() < 0.12
     longest = r.choice((2, 9, 40)) if on_triton else r.choice((2, 9, 40, 150))
     head_dim = r.choice(HEAD_DIMS[:10] if on_triton else HEAD_DIMS)
-    return Case(
+    case = Case(
         seed=r.randrange(2**31),
         backend="triton" if on_triton else "eager",
         dtype=r.choice(tuple(DTYPES)),
@@ -88,6 +89,7 @@ def draw(r: Random) -> Case:
         nonsense=often(r, "", "descends", "beyond", "starts late", "negative", "short", p=0.94),
         **draw_scoring(r, longest),
     )
+    return without_equals(case)
 
 
 def check(case: Case) -> None:

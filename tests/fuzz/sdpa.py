@@ -26,6 +26,7 @@ from fuzz.inputs import (
     laid_out,
     often,
     raised,
+    without_equals,
 )
 from fuzz.scoring import expected_gradients
 
@@ -64,7 +65,7 @@ def draw(r: Random) -> Case:
     head_dim = r.choice(HEAD_DIMS[:10] if on_triton else HEAD_DIMS)
     keys = r.randint(0, longest)
     kv_heads = r.choice((0, 1, 2, 3))
-    return Case(
+    case = Case(
         seed=r.randrange(2**31),
         backend="triton" if on_triton else "eager",
         dtype=r.choice(tuple(DTYPES)),
@@ -81,6 +82,7 @@ def draw(r: Random) -> Case:
         gradient=r.random() < 0.5,
         bad=draw_mutation(r, MUTATIONS) if r.random() < 0.1 else "",
     )
+    return without_equals(case)
 
 
 def check(case: Case) -> None:
