@@ -28,7 +28,7 @@ from kvops.kernels.paged_plan import PagedKind
 from kvops.kernels.paged_schedule import paged_schedule
 from kvops.kernels.paged_scores import paged_scores_kernel
 from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visible_range, visible_slots
-from kvops.kernels.primitives import LARGEST, LN_2, LOG2_E, dot, log2_scores, online_softmax_step, page_address
+from kvops.kernels.primitives import LN_2, LOG2_E, dot, log2_scores, online_softmax_step, page_address
 from kvops.prepared import prepared
 
 
@@ -235,8 +235,7 @@ def _normalise(m, l, sinks_ptr, sink_offset):
     """What to multiply acc by, and lse; both for rows that may see nothing. A sink joins a row that sees a key."""
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + sink_offset).to(tl.float32) * LOG2_E
-        # Finite, as neither infinity can be subtracted from itself: a sink may be one, and m is -inf in an empty row.
-        highest = tl.minimum(tl.maximum(tl.maximum(m, sink), -LARGEST), LARGEST)
+        highest = tl.maximum(m, sink)
         weight = tl.exp2(m - highest)
         total = l * weight + tl.exp2(sink - highest)
     else:

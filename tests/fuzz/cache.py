@@ -298,7 +298,7 @@ class Model:
         ascending = all(a[0] < b[0] for key in self.of(rows) for a, b in itertools.pairwise(self.lists[key]))
         if not ascending:  # after retain(), where protection by position means nothing
             keywords |= {"protect_first": 0, "protect_last": 0}
-        kept = self._choice(rows, budget, keywords)
+        kept = self._choice(rows, budget, keywords, ascending)
         over = any(
             sum(-(-sum(kept[layer, row, h]) // self.case.size) for layer, h in self.pairs) > budget for row in rows
         )
@@ -316,7 +316,9 @@ class Model:
         for key, marks in kept.items():
             self.lists[key] = [entry for entry, stays in zip(self.lists[key], marks, strict=True) if stays]
 
-    def _choice(self, rows: list[int], budget: int, keywords: dict[str, Any]) -> dict[Key, list[bool]]:
+    def _choice(
+        self, rows: list[int], budget: int, keywords: dict[str, Any], by_position: bool
+    ) -> dict[Key, list[bool]]:
         """What the definition of select_blocks keeps, over lists laid out anew."""
         size, width, kept = self.case.size, -(-self.capacity // self.case.size), {}
         for row in rows:
@@ -330,7 +332,7 @@ class Model:
                     positions[n * width + i // size, i % size] = position
             lens = torch.tensor([[len(self.lists[key]) for key in keys]], dtype=torch.int32)
             _, keep = expected_choice(
-                Lists(scores, positions, tables, lens, size), torch.tensor([budget]), positions=True, **keywords
+                Lists(scores, positions, tables, lens, size), torch.tensor([budget]), positions=by_position, **keywords
             )
             for key, marks in zip(keys, keep[0].tolist(), strict=True):
                 kept[key] = marks[: len(self.lists[key])]
