@@ -91,6 +91,7 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "growth": _growth,
         "throughput": _serving,
         "quality": _quality,
+        "demo": _demo,
     }
     if kind.startswith("gpu-"):
         title, body[kind] = f"GPU run: {kind.removeprefix('gpu-')}", _gpu_phase
@@ -141,8 +142,8 @@ def growth_table(rows: Sequence[Row], style: str) -> str:
 
 def _growth(result: Result) -> str:
     text = (
-        "Powers fitted to the upper half of each ladder. Memory is what one call allocates beyond its inputs, outputs "
-        f"included. Within {growth.TOLERANCE} of theory counts as theory's."
+        "Powers are fitted to the upper half of each series. Memory is what one call allocates beyond its inputs, "
+        f"outputs included. A power within {growth.TOLERANCE} of theory counts as equal."
     )
     return f"{text}\n\n{growth_table(result['rows'], 'pipe')}"
 
@@ -152,15 +153,21 @@ def _quality(result: Result) -> str:
     return f"{lines}\n\nThe whole study: [`{STUDY.as_posix()}`]({STUDY.as_posix()})."
 
 
+def _demo(result: Result) -> str:
+    """Sizes and quality; of the seconds that the demo also notes, Generation has better ones."""
+    rows = [{name: value for name, value in row.items() if "second" not in name} for row in result["rows"]]
+    return f"Speeds are under Generation, measured beside transformers.\n\n{_generic({'rows': rows})}"
+
+
 def _serving(result: Result) -> str:
     from bench import throughput
 
     one = result["rows"][0]
     text = (
         f"Simulated: {one['tokens_in']} tokens in and {one['tokens_out']} out for each request, random weights, drafts "
-        "accepted by chance; `python -m bench.throughput --help` says what is measured and what is put together. The "
-        "multiples are over the cache as it is (1x), drafts off, with the same kind of batch. Published: KV-Compress "
-        "(Rehg 2024) over vLLM, Llama-3.1-8B."
+        "accepted at random; `python -m bench.throughput --help` says what is measured and what is computed. The "
+        "multiples are over the uncompressed cache (1x), drafts off, with the same kind of batch. Published: "
+        "KV-Compress (Rehg 2024) over vLLM, Llama-3.1-8B."
     )
     return f"{text}\n\n{throughput.table(result['rows'], 'pipe')}"
 
