@@ -53,6 +53,7 @@ def draw(record: Mapping[str, Any]) -> Any:
         axes.set_xticks(ratios, ["full" if ratio == 1 else f"{ratio:g}x" for ratio in ratios])
         axes.margins(x=0.08)
         axes.spines[["top", "right"]].set_visible(False)
+    answer.set_yticks([0, 25, 50, 75, 100])
     text.set_xlabel("how many times smaller the cache is")
     figure.suptitle(
         f"{record['model']}, a document of {document:,} tokens, policy {record['policy']}", fontsize=11, weight="bold"
