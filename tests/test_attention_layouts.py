@@ -112,15 +112,17 @@ def test_kernels_read_every_layout(view, dims, backend):
 
 
 @pytest.mark.usefixtures("_watched")
+@pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("view", VIEWS)
-def test_paged_attention_reads_every_layout(view, dtype, tokens, backend):
+def test_eager_paged_attention_reads_every_layout(view, dtype, tokens, heads, monkeypatch):
     """Three drafts of overlapping windows attended to as if they were others."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     cache = torch.randn(40, 4, 16).to(dtype)
     tables = torch.randperm(40).int().view(2, 2, 10)
     lens = torch.full((2, 2), 37, dtype=torch.int32)
-    q = arranged(view, tokens, 4, 16, dtype)
+    q = arranged(view, tokens, heads, 16, dtype)
     actual = kvops.paged_attention(q, cache, cache, tables, lens)
     torch.testing.assert_close(actual, kvops.paged_attention(compact(q), cache, cache, tables, lens))
 

@@ -454,8 +454,8 @@ def flash_attention_backward(
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         return dq, dk, dv, dsinks
     if softcap == 0 and dlse is None:
-        wide = (cast(x, dtype) for x in (dout, q, k, v, out))
-        dq, dk, dv = _fused_backward(*wide, lse, window, scale, slopes)
+        inputs = cast(dout, dtype), cast(q, dtype), cast(k, dtype), cast(v, dtype), cast(out, dtype)
+        dq, dk, dv = _fused_backward(*inputs, lse, window, scale, slopes)
     else:
         delta = _delta(dout, out, lse, dlse, dtype)
         dq, dk, dv = _tiled_backward(dout, q, k, v, lse, delta, window, scale, softcap, slopes, dtype)
