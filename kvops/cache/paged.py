@@ -3,11 +3,9 @@
 A block holds ``block_size`` slots of one KV head. A sequence (a *row*) owns ``num_layers * num_kv_heads`` lists of
 blocks. Each list may be compressed at its own rate, and the blocks that it gives up are free for any other list.
 
-The parts, each in a file of its own: :mod:`storage <kvops.cache.storage>` (keys, values, positions, scores),
-:mod:`pool <kvops.cache.pool>` (which list holds which block), :mod:`bound <kvops.cache.bound>` (what the host knows of
-the pool), :mod:`prefix <kvops.cache.prefix>` (remembered prompts), :mod:`rows <kvops.cache.rows>` (selections of rows
-and their states), :mod:`allocator <kvops.cache.allocator>` (room for tokens, copy-on-write),
-:mod:`eviction <kvops.cache.eviction>` (compaction) and :mod:`file <kvops.cache.file>`.
+Its parts are files of this package: storage (keys, values, positions, scores), pool (which list holds which block),
+bound (what the host knows of the pool), prefix (remembered prompts), rows (selections of rows, and their states),
+allocator (room for tokens, copy-on-write), eviction (shorter lists) and file.
 """
 
 from __future__ import annotations
