@@ -36,7 +36,7 @@ MINUTES ?= 10
 AREAS ?=
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-oldest margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
+.PHONY: help setup test test-oldest release-check margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
   format clean
 
 help:  ## this list
@@ -87,6 +87,19 @@ mutations: $(SETUP)  ## plant faults in a copy of the sources: each must fail it
 docs: $(SETUP)  ## the manual as a site in build/docs; a warning is an error
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
 	@echo "The manual is in build/docs/index.html"
+
+# The suite runs from the unpacked source distribution, in an environment for each Python that is here (5 GB each, kept).
+RELEASE := .cache/release
+PYTHONS ?= python3.10 python3.13
+release-check: $(SETUP)  ## build the sdist and the wheel, run the tests of the sdist on PYTHONS="python3.10 python3.13"
+	rm -rf $(RELEASE)/dist $(RELEASE)/source && mkdir -p $(RELEASE)/source
+	$(BIN)/python -m build --no-isolation --outdir $(RELEASE)/dist .
+	tar xzf $(RELEASE)/dist/kvops-*.tar.gz -C $(RELEASE)/source --strip-components 1
+	@for python in $(PYTHONS); do \
+	  if ! $$python -c "" 2> /dev/null; then echo "== $$python is not installed: not tested"; continue; fi; \
+	  echo "== the tests of the source distribution on $$($$python -V)"; \
+	  $(MAKE) -C $(RELEASE)/source test PYTHON=$$python VENV=$(CURDIR)/$(RELEASE)/$$(basename $$python) || exit 1; \
+	done
 
 fuzz: $(SETUP)  ## random sweeps against oracles, with another seed every time; MINUTES=10 AREAS="paged dense"
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m fuzz --minutes $(MINUTES) $(AREAS)

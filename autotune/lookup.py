@@ -57,6 +57,10 @@ class Choice:
     refused: tuple[str, ...] = ()
     runs: str = ""
 
+    def __repr__(self) -> str:
+        problem = ", ".join(f"{name}={size}" for name, size in self.problem.items())
+        return f"Choice({self.spec.name}({problem}) on {self.device.name}: {self.config}, {self.origin}: {self.reason})"
+
     @property
     def verdict(self) -> Verdict:
         """What compiling without a GPU has proved of it."""

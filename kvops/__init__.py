@@ -1,9 +1,15 @@
 """kvops: attention over a KV cache as PyTorch operators with Triton kernels.
 
-Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Triton comes in at the first launch.
+Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Triton comes in at the first launch. The
+packages ``kvops.policies``, ``models``, ``generation``, ``autotune``, ``parallel``, ``tables`` and ``integrations`` are
+imported when they are first named.
 """
 
+from __future__ import annotations
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from kvops import nn
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
@@ -19,6 +25,17 @@ from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import tree_mask, verify_tree
 from kvops.sampling import process_logits
 from kvops.sdpa import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from kvops import autotune as autotune
+    from kvops import generation as generation
+    from kvops import integrations as integrations
+    from kvops import models as models
+    from kvops import parallel as parallel
+    from kvops import policies as policies
+    from kvops.cache import tables as tables
 
 try:
     __version__ = version("kvops")
@@ -53,3 +70,19 @@ __all__ = [
     "verify_draft",
     "verify_tree",
 ]
+
+_ON_DEMAND = {
+    **{name: f"kvops.{name}" for name in ("autotune", "generation", "integrations", "models", "parallel", "policies")},
+    "tables": "kvops.cache.tables",
+}
+
+if not TYPE_CHECKING:  # type checkers shall find a name that does not exist
+
+    def __getattr__(name: str) -> ModuleType:
+        if name not in _ON_DEMAND:
+            raise AttributeError(f"module 'kvops' has no attribute {name!r}")
+        return importlib.import_module(_ON_DEMAND[name])
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ON_DEMAND])

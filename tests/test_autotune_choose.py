@@ -161,12 +161,19 @@ def test_a_miss_reaches_the_journal_and_a_hit_does_not(store):
     assert (store[1].folder / "misses.jsonl").read_text().count("\n") == 1
 
 
+def test_a_choice_prints_in_a_few_lines(store):
+    text = repr(explain("paged_append", None, "NVIDIA H100 80GB HBM3")[0])
+    assert text.startswith("Choice(paged_append(")
+    assert " on NVIDIA H100 80GB HBM3: " in text
+    assert len(text) < 400
+
+
 def test_an_unknown_operator_or_device_is_named():
     with pytest.raises(KeyError):
         choose("no_such_kernel", DEVICE, 1)
     with pytest.raises(ValueError, match=r"op: expected one of flash_forward.* got 'no_such"):
         explain("no_such_kernel", None, "sm_90")
-    with pytest.raises(ValueError, match=r"device: expected one of NVIDIA A100"):
+    with pytest.raises(ValueError, match=r"device: expected the name of a GPU"):
         explain("compact", None, "GeForce 256")
     with pytest.raises(ValueError, match=r"problem: expected the fields width"):
         explain("paged_append", {"width": 128}, "sm_90")

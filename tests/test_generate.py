@@ -446,3 +446,16 @@ def test_few_rows_are_multiplied_as_many_are(shape, bias, leading):
         actual = layer.float()(x)
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_print_in_a_few_lines():
+    stats = GenerationStats(
+        prompt_tokens=30, new_tokens=9, decoded_tokens=8, decode_seconds=0.5, first_token_seconds=0.25
+    )
+    assert (
+        repr(stats) == "GenerationStats(30 prompt tokens, 9 new, 0.25 s to the first tokens, 16.0 tokens/s from there)"
+    )
+    stats.drafted, stats.accepted, stats.full_blocks, stats.final_blocks = 6, 4, 8, 2
+    stats.unmet.append("nothing was compressed")
+    for part in ("4 of 6 drafted tokens accepted", "caches 4.0 times smaller at the end", "nothing was compressed"):
+        assert part in repr(stats)

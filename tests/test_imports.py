@@ -34,7 +34,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     # run.
     "kvops.autotune": (
         {"torch", "triton", "numpy", "kvops.autotune", "kvops.cli.console", "kvops.extras"},
-        {"tqdm", "kvops.autotune.workloads"},
+        {"tqdm", "kvops.autotune.workloads", "kvops.kernels.device"},
     ),
     "kvops.autotune.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (

@@ -31,6 +31,16 @@ def test_gguf_loads_to_the_weights_that_were_written(tmp_path, kind, tied):
     assert_same_weights(load(tmp_path).weights, expected)  # the only one in its folder
 
 
+def test_a_loaded_model_prints_in_one_line(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    loaded = load(tmp_path / "tiny.gguf", dtype=torch.bfloat16)
+    numbers = sum(weight.numel() for weight in loaded.weights.values())
+    assert repr(loaded) == (
+        f"LoadedModel('tiny': {numbers / 1e6:.1f}M parameters in bfloat16 on cpu, 2 layers, "
+        "4 query and 2 KV heads of 8, a tokenizer)"
+    )
+
+
 def test_gguf_of_qwen2_keeps_its_row_order_and_has_biases(tmp_path):
     config = LlamaConfig(**{**vars(TINY), "attention_bias": True})
     expected = write_gguf(tmp_path / "q.gguf", config, "qwen2", splits="qwen2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerationStats:
     """What a generation did, over all its prompts.
 
@@ -53,6 +53,20 @@ class GenerationStats:
     final_blocks: int = 0
     full_blocks: int = 0
     unmet: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{self.prompt_tokens} prompt tokens, {self.new_tokens} new",
+            f"{self.first_token_seconds:.3g} s to the first tokens",
+            f"{self.tokens_per_second:.1f} tokens/s from there",
+        ]
+        if self.drafted:
+            parts.append(f"{self.accepted} of {self.drafted} drafted tokens accepted")
+        if self.full_blocks:
+            parts.append(f"caches {self.compression:.1f} times smaller at the end")
+        if self.refused:
+            parts.append(f"{self.refused} prompts ended early")
+        return f"GenerationStats({', '.join([*parts, *self.unmet])})"
 
     @property
     def compression(self) -> float:

@@ -36,6 +36,17 @@ class LoadedModel:
     path: Path
     _tokenizer: Tokenizer | None
 
+    def __repr__(self) -> str:
+        numbers = sum(weight.numel() for weight in self.weights.values())
+        first = next(iter(self.weights.values()), None)
+        where = "" if first is None else f" in {str(first.dtype).removeprefix('torch.')} on {first.device}"
+        c = self.config
+        return (
+            f"LoadedModel({self.name!r}: {numbers / 1e6:,.1f}M parameters{where}, {c.num_layers} layers, "
+            f"{c.num_heads} query and {c.num_kv_heads} KV heads of {c.head_dim}, "
+            f"{'a' if self._tokenizer else 'no'} tokenizer)"
+        )
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises FileNotFoundError for a folder without ``tokenizer.json``: such a model still computes logits."""
