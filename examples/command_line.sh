@@ -21,4 +21,4 @@ NEW_TOKENS=${NEW_TOKENS:-48}
 "$PYTHON" -m kvops generate "Write one sentence about caches." --max-new-tokens "$NEW_TOKENS" --temperature 0.7 --seed 1
 
 # What a launch would run on a GPU that is not here, and why.
-"$PYTHON" -m kvops.autotune explain paged_attention --device "NVIDIA H100 80GB HBM3" | head -n 4
+"$PYTHON" -m kvops.autotune explain paged_attention --device "NVIDIA H100 80GB HBM3" | sed -n 1,4p  # head would close the pipe early
