@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvops demo | generate | doctor``."""
+"""The command line: ``python -m kvops demo | generate | chat | evaluate | doctor``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvops.cli.console import Parser, quiet_without_reader
 
 
 def _parser() -> argparse.ArgumentParser:
-    from kvops.cli import generate
+    from kvops.cli import chat, evaluate, generate
 
     parser = Parser(prog="kvops", description=kvops.__doc__)
     parser.add_argument("--version", action="version", version=f"kvops {kvops.__version__}")
@@ -25,6 +25,10 @@ def _parser() -> argparse.ArgumentParser:
     options.add_model(demo)
 
     generate.add_arguments(commands.add_parser("generate", help="answer a prompt"))
+    chat.add_arguments(commands.add_parser("chat", help="talk with a model, whose cache is kept and compressed"))
+    evaluate.add_arguments(
+        commands.add_parser("evaluate", help="measure what policies keep, on your own model, text and questions")
+    )
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
     return parser
 
@@ -47,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
             from kvops.cli import generate
 
             generate.run(arguments)
+        elif arguments.command == "chat":
+            from kvops.cli import chat
+
+            chat.run(arguments)
+        elif arguments.command == "evaluate":
+            from kvops.cli import evaluate
+
+            evaluate.run(arguments)
         else:
             from kvops.cli.doctor import report
 

@@ -16,7 +16,7 @@ import bench.overhead
 import bench.throughput
 import kvops.__main__
 import kvops.autotune.__main__
-from kvops.cli import console, options
+from kvops.cli import console, models
 from kvops.cli.console import positive, quiet_without_reader
 from kvops.cli.environment import chosen_device
 
@@ -143,7 +143,7 @@ class Letters:
 @pytest.fixture
 def tiny(monkeypatch):
     """The commands load a tiny model."""
-    monkeypatch.setattr(options, "load_model", lambda path, device: (tiny_model(), Letters(), "tiny"))
+    monkeypatch.setattr(models, "load_model", lambda path, device: (tiny_model(), Letters(), "tiny"))
 
 
 def test_a_compression_that_does_nothing_is_said(tiny, capsys):

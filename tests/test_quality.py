@@ -10,11 +10,11 @@ import torch
 
 from bench import results
 from bench.__main__ import main
-from bench.quality import measure, run, study, tasks
+from bench.quality import run, study, tasks
 from bench.quality.kept import Form, Task, kept
-from bench.quality.measure import Context, ask
-from bench.quality.tasks import AFTER, BEFORE, TEXT, TINY, Probe
-from kvops.generation.evaluate import forced_logits
+from bench.quality.tasks import TINY
+from kvops.generation.contexts import Context, Probe, ask, compress, fingerprint
+from kvops.generation.evaluate import AFTER, BEFORE, TEXT, forced_logits
 from kvops.generation.passes import new_cache, prefill, read_prompt
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
@@ -61,7 +61,7 @@ def test_one_pass_scores_as_each_policy_alone_would(model):
         with torch.no_grad():
             prefill(model, cache, torch.tensor([PREFIX]), 0, policy)
         alone = context.copy()
-        measure.compress(alone, context.scores[name], policy, 1, len(PREFIX))
+        compress(alone, context.scores[name], policy, 1, len(PREFIX))
         for layer in range(CONFIG.num_layers):
             ours, theirs = (
                 one.scores[one.block_tables[layer, 0].long()].flatten(-2)[:, : len(PREFIX)] for one in (alone, cache)
@@ -123,7 +123,7 @@ def test_a_copy_is_the_cache_again_whatever_was_done_to_the_last_one(model):
     for name in ("snapkv", "knorm"):
         cache = context.copy()
         assert all(one.equal(other) for one, other in zip(cache.gather(0, 0, 0), before, strict=True))
-        measure.compress(cache, context.scores[name], policies(model)[name], 2, len(PREFIX))
+        compress(cache, context.scores[name], policies(model)[name], 2, len(PREFIX))
         assert cache.stats().blocks_in_use < context.cache.stats().blocks_in_use
         cache.append(0, *(torch.zeros(1, 8, 2, 8) for _ in "kv"), cache.extend(8))
     assert all(one.equal(other) for one, other in zip(context.cache.gather(0, 0, 0), before, strict=True))
@@ -134,8 +134,8 @@ def test_a_fingerprint_is_that_of_the_tokens_kept(model):
     prints = {}
     for variant in run.variants(["snapkv", "ada-kv", "knorm"]):
         cache = context.copy()
-        measure.compress(cache, context.scores[variant.name], variant.policy, 2, len(PREFIX))
-        prints[variant.name, variant.policy.scope] = measure.fingerprint(cache)
+        compress(cache, context.scores[variant.name], variant.policy, 2, len(PREFIX))
+        prints[variant.name, variant.policy.scope] = fingerprint(cache)
     assert prints["snapkv", "head"] == prints["ada-kv", "head"]
     assert len({prints["snapkv", "head"], prints["knorm", "head"], prints["knorm", "sequence"]}) == 3
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import NamedTuple
 
-from bench.quality.tasks import AFTER, BEFORE, TEXT
 from bench.results import Result, Row
+from kvops.generation.evaluate import AFTER, BEFORE, TEXT
 
 SETTINGS = (TEXT, BEFORE, AFTER)
 PERPLEXITY, AGREEMENT = "perplexity", "agreement"

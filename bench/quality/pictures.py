@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
@@ -10,8 +9,10 @@ import numpy
 
 from bench.drawing import FAINT, LINE, PALETTE, pyplot
 from bench.quality.kept import Form, Kept, form_of, kept, label_of
-from bench.quality.tasks import AFTER, BEFORE, MAP_RATIO, TEXT
+from bench.quality.tasks import MAP_RATIO
 from bench.results import Result
+from kvops.cli.evaluate_plot import label_ends
+from kvops.generation.evaluate import AFTER, BEFORE, TEXT
 
 TITLES = {TEXT: "Text that follows", BEFORE: "Questions read before eviction", AFTER: "Questions asked after eviction"}
 
@@ -33,7 +34,7 @@ def curves(result: Result) -> Any:
             style = "o-" if form.ragged else "s--"
             axes.plot(found.ratios, shares, style, color=color, markersize=4, linewidth=1.5)
             ends.append((shares[-1], form.policy + ("" if form.ragged else ", equal heads"), color))
-        _label_ends(axes, found.ratios[-1], ends)
+        label_ends(axes, found.ratios[-1], ends)
         axes.axhline(100, color=LINE, linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xticks(found.ratios, [f"{ratio}x" for ratio in found.ratios])
@@ -119,27 +120,3 @@ def _panels(plt: Any, count: int, **options: Any) -> tuple[Any, list[Any]]:
 
 def _percent(found: Kept, form: Form, setting: str | None) -> list[float]:
     return [100 * found.of(form, ratio, setting) for ratio in found.ratios]
-
-
-def _label_ends(axes: Any, x: float, ends: Sequence[tuple[float, str, str]], apart: float = 6.4) -> None:
-    """Names beside the ends of lines (value, name, colour), moved apart where they would overlap."""
-    ends = sorted(ends)
-    places = [value for value, _, _ in ends]
-    for _ in range(200):
-        for low, high in zip(range(len(places)), range(1, len(places)), strict=False):
-            short = apart - (places[high] - places[low])
-            if short > 0:
-                places[low] -= short / 2
-                places[high] += short / 2
-        lift = max(0.0, 2 - places[0]) if places else 0.0
-        places = [place + lift for place in places]
-    for place, (value, name, color) in zip(places, ends, strict=True):
-        axes.annotate(
-            name,
-            (x, value),
-            (x * 1.5, place),
-            color=color,
-            fontsize=8.5,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4},
-        )

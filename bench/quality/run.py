@@ -7,44 +7,37 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import results
-from bench.quality import measure, tasks
-from bench.quality.tasks import BEFORE, MAP_RATIO, TEXT, Size, Unit
+from bench.quality import tasks
+from bench.quality.steps import step_ms
+from bench.quality.tasks import MAP_RATIO, Size
 from bench.timing import setting
+from kvops.generation.contexts import Context, compress, fingerprint
+from kvops.generation.evaluate import FULL, TEXT, Unit, Variant, evaluate
 from kvops.models.llama import Llama
 from kvops.models.loading import load
-from kvops.policies import POLICIES, Policy
+from kvops.policies import POLICIES
 
 RATIOS = (2, 4, 8, 16, 64)
 QUICK_RATIOS = (8,)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A policy in one of its two forms: its heads compete for blocks, or all keep the same number."""
-
-    name: str
-    policy: Policy
-    default: bool
-
-
 def variants(names: Sequence[str] | None) -> list[Variant]:
-    """Every policy as it is by default and, next to it, its twin: the same scores, shared out the other way."""
+    """Every policy in both forms, its default first: heads that compete for blocks, and heads of equal length."""
     unknown = set(names or ()) - set(POLICIES)
     if unknown:
         raise ValueError(f"--policies: expected some of {', '.join(POLICIES)}; got {', '.join(sorted(unknown))}")
-    found = []
+    forms = []
     for name in names or POLICIES:
         policy = POLICIES[name]()
         twin = replace(policy, scope="sequence" if policy.scope == "head" else "head")
-        found += [Variant(name, policy, True), Variant(name, twin, False)]
-    return found
+        forms += [Variant(name, policy), Variant(name, twin, default=False)]
+    return forms
 
 
 @dataclass
@@ -104,20 +97,20 @@ class Run:
         texts = [unit for unit in self.units if unit.setting == TEXT]
         with _Progress(len(texts) * len(self.wanted) * len(self.ratios)) as bar:
             for unit in texts:
-                bar.say(f"reading {unit.name}")
+                bar.step(f"reading {unit.name}", 0)
                 rows = {_key(row): row for row in self.rows if row["unit"] == unit.name}
-                context = measure.Context(self.model, unit.prefix, policies, room=_tokens(unit), questions=False)
+                context = Context(self.model, unit.prefix, policies, room=unit.room, questions=False)
                 known: dict[str, dict[str, float]] = {}
                 for ratio, variant in itertools.product(self.ratios, self.wanted):
-                    bar.skip(1)
+                    bar.step("", 1)
                     row = rows.get((unit.name, variant.name, variant.policy.scope, ratio))
                     if row is None:
                         continue
                     cache = context.copy()
-                    measure.compress(cache, context.scores[variant.name], variant.policy, ratio, unit.length)
-                    kept = measure.fingerprint(cache)
+                    compress(cache, context.scores[variant.name], variant.policy, ratio, unit.length)
+                    kept = fingerprint(cache)
                     if kept not in known:
-                        known[kept] = measure.step_ms(self.model, {"full_ms": context.cache, "ms": cache})
+                        known[kept] = step_ms(self.model, {"full_ms": context.cache, "ms": cache})
                     row |= known[kept]
                 self._save()
 
@@ -130,86 +123,31 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["unit"], row["policy"], row["scope"], row["ratio"]
 
 
-def _knows(full: Mapping[str, Any]) -> bool:
-    return full["setting"] == TEXT or any(map(any, full["right"].values()))
-
-
 def _measure(
     model: Llama,
-    every: Sequence[Unit],
-    wanted: Sequence[Variant],
+    units: Sequence[Unit],
+    variants: Sequence[Variant],
     ratios: Sequence[int],
     rows: Sequence[Mapping[str, Any]],
     bar: _Progress,
 ) -> Iterator[dict[str, Any]]:
+    """The rows that ``rows`` lacks."""
     done = {_key(row) for row in rows}
-    unknown = {row["unit"] for row in rows if row["policy"] == "full" and not _knows(row)}
-    policies = {variant.name: variant.policy for variant in wanted}  # twins score alike
-    configurations = [(variant, ratio) for ratio in ratios for variant in wanted]
+    unknown = {row["unit"] for row in rows if row["policy"] == FULL and not _knows(row)}
 
-    def missing(unit: Unit) -> list[tuple[Variant, int]]:
-        if unit.name in unknown:
-            return []
-        return [
-            (variant, ratio)
-            for variant, ratio in configurations
-            if (unit.name, variant.name, variant.policy.scope, ratio) not in done
-        ]
+    def wanted(unit: Unit, variant: Variant, ratio: float) -> bool:
+        return unit.name not in unknown and (unit.name, variant.name, variant.policy.scope, ratio) not in done
 
-    for prefix, group in groupby(every, key=lambda unit: unit.prefix):
-        members = list(group)
-        bar.skip(sum(len(configurations) - len(missing(unit)) for unit in members))
-        members = [unit for unit in members if missing(unit)]
-        if not members:
+    for row, cache in evaluate(model, units, variants, ratios, wanted=wanted, progress=bar.step):
+        if _key(row) in done:
             continue
-        bar.say(f"reading {members[0].name}")
-        room = max(len(unit.question) + _tokens(unit) for unit in members)
-        context = measure.Context(
-            model, prefix, policies, room=room, questions=any(unit.setting == BEFORE for unit in members)
-        )
-        for unit in members:
-            yield from _rows(model, context, unit, missing(unit), done, bar)
-
-
-def _tokens(unit: Unit) -> int:
-    return sum(len(probe.tail) + len(probe.answer) for probe in unit.probes)
-
-
-def _rows(
-    model: Llama,
-    context: measure.Context,
-    unit: Unit,
-    missing: Sequence[tuple[Variant, int]],
-    done: set[tuple[Any, ...]],
-    bar: _Progress,
-) -> Iterator[dict[str, Any]]:
-    shown = context.read(unit.question) if unit.question else []
-    base = {"unit": unit.name, "setting": unit.setting, "length": unit.length}
-    full = measure.Full(model, unit, context.cache)
-    full_row = base | full.row
-    if _key(full_row) not in done:
-        yield full_row
-    scores = context.judge(shown, unit.question) if shown and full.knows else context.scores
-    known: dict[str, dict[str, Any]] = {}
-    for variant, ratio in missing if full.knows else ():
-        bar.say(f"{unit.name}: {variant.name} {ratio}x")
-        cache = context.copy()
-        measure.compress(cache, scores[variant.name], variant.policy, ratio, unit.length)
-        row = base | {"policy": variant.name, "scope": variant.policy.scope, "default": variant.default}
-        row |= {"ratio": ratio, "blocks": cache.stats().blocks_in_use, "full_blocks": full.row["blocks"]}
-        # What keeps the same tokens gives the same answers: AdaKV's equal heads are SnapKV's.
-        kept = measure.fingerprint(cache)
-        if kept not in known:
-            known[kept] = full.measure(model, cache)
-        row |= known[kept]
-        if variant.policy.recital is not None:
-            row["reading"] = context.recital_cost[variant.policy.recital]
-        if unit.setting == TEXT and ratio == MAP_RATIO:
+        if row["setting"] == TEXT and row["ratio"] == MAP_RATIO:
             row["lengths"] = cache.seq_lens[:, 0].tolist()
-        bar.skip(1)
         yield row
-    if unit.question:
-        context.cache.rollback(len(unit.question))
+
+
+def _knows(full: Mapping[str, Any]) -> bool:
+    return full["setting"] == TEXT or any(map(any, full["right"].values()))
 
 
 class _Progress:
@@ -226,8 +164,7 @@ class _Progress:
 
         self._bar = tqdm(total=total, unit="cache", desc="quality", disable=None, smoothing=0.05)
 
-    def say(self, text: str) -> None:
-        self._bar.set_postfix_str(text)
-
-    def skip(self, count: int) -> None:
-        self._bar.update(count)
+    def step(self, what: str, done: int) -> None:
+        if what:
+            self._bar.set_postfix_str(what)
+        self._bar.update(done)

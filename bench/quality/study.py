@@ -9,8 +9,9 @@ from statistics import mean, median
 
 from bench import table
 from bench.quality.kept import Form, Kept, form_of, kept, label_of
-from bench.quality.tasks import AFTER, BEFORE, SIZES, TEXT
+from bench.quality.tasks import SIZES
 from bench.results import Result
+from kvops.generation.evaluate import AFTER, BEFORE, TEXT
 
 GOALS = ((4, 0.95), (8, 0.90))
 """At that ratio the best policy should keep that share."""

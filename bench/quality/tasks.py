@@ -11,10 +11,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvops.generation.contexts import Probe
+from kvops.generation.evaluate import AFTER, BEFORE, TEXT, Unit
 from kvops.models.tokenizer import Tokenizer
 
-TEXT, BEFORE, AFTER = "text", "before", "after"
-"""Settings: prose that goes on; a question that is read before the cache is compressed, or asked only after it."""
 MAP_RATIO = 8
 """The ratio at which every head's length is written down."""
 
@@ -83,33 +83,6 @@ FULL = Size("full", ((4096, 0), (2048, 1), (8192, 2), (4096, 3)), 96, ((4096, 0)
 QUICK = Size("quick", ((1024, 0),), 32, ((1024, 0),), 2, 200, 16)
 TINY = Size("tiny", ((224, 0),), 8, ((300, 0),), 1, 48, 8)
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """``answer`` should follow ``tail`` (at least one token), which follows the context. ``exact``: the answer is right
-    as a whole or not at all; otherwise every token of it counts."""
-
-    task: str
-    tail: Sequence[int]
-    answer: Sequence[int]
-    exact: bool = True
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is read before compression (``prefix``, which units share, and ``question`` behind it) and asked after it.
-    All probes of a unit begin with the same token."""
-
-    name: str
-    setting: str
-    prefix: Sequence[int]
-    question: Sequence[int]
-    probes: tuple[Probe, ...]
-
-    @property
-    def length(self) -> int:
-        return len(self.prefix) + len(self.question)
 
 
 def units(tokenizer: Tokenizer, size: Size) -> list[Unit]:

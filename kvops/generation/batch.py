@@ -24,7 +24,8 @@ class Batch:
 
     ``text`` int64 [B, L] holds the first ``lens`` int32 [B] tokens of each sequence and -1 after them; all but the last
     token are in the cache. ``counts`` are the tokens emitted, ``paces`` how far ahead it pays to draft,
-    ``compressed_at`` how many tokens a sequence had when it was last compressed.
+    ``compressed_at`` how many tokens a sequence had when it was last compressed. With ``keep``, sequences that end stay
+    in the cache.
     """
 
     model: Decoder
@@ -34,6 +35,7 @@ class Batch:
     compressions: Sequence[Compression | None]
     options: GenerationOptions
     stats: GenerationStats
+    keep: bool = False
 
     def __post_init__(self) -> None:
         self.stop_tokens = frozenset(self.options.stop_tokens)
@@ -46,8 +48,8 @@ class Batch:
         if again and self.accumulate is None:
             self.recent = RecentQueries(len(self.compressions), max(policy.recall for policy in again))
 
-    def read(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Prefill all prompts; their first tokens."""
+    def read(self, prompts: Sequence[Sequence[int]], held: int = 0) -> list[list[int]]:
+        """Read all prompts, of which the cache already holds the first ``held`` tokens; returns their first tokens."""
         started = time.perf_counter()
         batch, device = len(prompts), self.model.embedding.weight.device
         self.prompt_lens = [len(prompt) for prompt in prompts]
@@ -60,7 +62,8 @@ class Batch:
         for row, prompt in enumerate(prompts):
             self.text[row, : len(prompt)] = torch.tensor(prompt, device=device)
             tokens = self.text[row : row + 1, : len(prompt)]
-            last_hidden.append(read_prompt(self.model, self.cache, tokens, row, self.compressions[row], self.recent))
+            compression = self.compressions[row]
+            last_hidden.append(read_prompt(self.model, self.cache, tokens, row, compression, self.recent, held))
             if self.drafter:
                 self.drafter.begin(row, tokens)
         self.no_drafts = Drafts(self.text[:, :0], torch.zeros_like(self.lens))
@@ -69,7 +72,7 @@ class Batch:
         logits = self.model.logits(torch.cat(last_hidden))
         verdict = verify(self.no_drafts, logits, self.text, self.lens, self.sampler, "token")
         new = self._emit(self.no_drafts, verdict, torch.ones_like(self.lens))
-        self.stats.prompt_tokens += sum(self.prompt_lens)
+        self.stats.prompt_tokens += sum(self.prompt_lens) - held * batch
         self.stats.first_token_seconds += time.perf_counter() - started
         return new
 
@@ -154,7 +157,8 @@ class Batch:
         if ended:
             self._record_cache(ended)
         for row in ended:
-            self.cache.free(slice(row, row + 1))
+            if not self.keep:
+                self.cache.free(slice(row, row + 1))
             if self.drafter:
                 self.drafter.end(row)
         return new

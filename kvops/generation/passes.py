@@ -182,21 +182,24 @@ def read_prompt(
     row: int,
     compression: Compression | None = None,
     recent: RecentQueries | None = None,
+    held: int = 0,
 ) -> Tensor:
-    """Run a prompt, int64 [1, S], into the empty ``row`` and compress it, as a whole or chunk by chunk.
+    """Run a prompt, int64 [1, S], into ``row`` and compress the row, as a whole or chunk by chunk.
 
-    Returns the hidden states of the last token, [1, 1, hidden]. ``recent`` takes the last queries of every layer.
+    The row holds the first ``held`` tokens, however compressed, and only the others are run. Returns the hidden states
+    of the last token, [1, 1, hidden]. ``recent`` takes the last queries of every layer.
     """
     length, rows = tokens.shape[1], slice(row, row + 1)
-    if compression is None or compression.chunk == 0:
-        hidden = prefill(model, cache, tokens, row, compression.policy if compression else None, recent)
-        if compression:
-            compression.apply(cache, [length], rows)
+    if compression is None:
+        hidden = decode(model, cache, tokens[:, held:], rows=rows) if held else prefill(model, cache, tokens, row)
         return hidden[:, -1:]
-    for start in range(0, length, compression.chunk):
-        hidden = _read_chunk(
-            model, cache, tokens[:, : start + compression.chunk], start, row, compression.policy, recent
-        )
+    if not held and compression.chunk == 0:
+        hidden = prefill(model, cache, tokens, row, compression.policy, recent)
+        compression.apply(cache, [length], rows)
+        return hidden[:, -1:]
+    size = compression.chunk or length
+    for start in range(held, length, size):
+        hidden = _read_chunk(model, cache, tokens[:, : start + size], start, row, compression.policy, recent)
         compression.apply(cache, [length], rows)
     return hidden[:, -1:]
 

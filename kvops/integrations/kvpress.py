@@ -11,7 +11,7 @@ their blocks are free for other sequences. Presses that only select keys work, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from kvops.cache import PagedKVCache
 from kvops.extras import require
+from kvops.generation.passes import new_cache, prefill
 from kvops.integrations.transformers.attention import NAME, attention, enable
+from kvops.integrations.transformers.decoder import Decoder
 from kvops.policies import Compression, Policy, Prefill, Seen
 
 # What a layer was called with: the module, and its arguments by name.
@@ -130,3 +132,25 @@ def _which(keys: Tensor, left: Tensor) -> Tensor:
         if int(kept[place].sum()) != len(chosen):
             raise ValueError("press: expected one that selects keys as they are, got one that changes them")
     return kept
+
+
+def reader(press: Any) -> Callable[[Any, Sequence[int], float, int], PagedKVCache]:
+    """The press for :func:`kvops.generation.evaluate.evaluate`: reads tokens and keeps what the press chooses.
+
+    Its ``compression_ratio`` is set for each ratio. The model has to be a
+    :class:`kvops.integrations.transformers.Decoder`.
+    """
+
+    @torch.no_grad()
+    def read(model: Any, tokens: Sequence[int], ratio: float, room: int) -> PagedKVCache:
+        if not isinstance(model, Decoder):
+            raise ValueError(f"model: expected one that transformers loaded, for a press, got {type(model).__name__}")
+        press.compression_ratio = 1 - 1 / ratio
+        cache = new_cache(model, max_batch=1, max_tokens=len(tokens) + room)
+        ids = torch.tensor([list(tokens)], device=model.embedding.weight.device)
+        with evicting(model.model, press) as compression:
+            prefill(model, cache, ids, 0, compression.policy)
+            compression.apply(cache, [len(tokens)])
+        return cache
+
+    return read
