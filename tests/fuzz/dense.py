@@ -26,7 +26,7 @@ from fuzz.inputs import (
     often,
     without_equals,
 )
-from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients
+from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients, finite
 
 MUTATIONS = {
     "q": (*TENSOR, "strided"),
@@ -90,7 +90,7 @@ def draw(r: Random) -> Case:
         query_start=often(r, 0, r.randint(-longest, longest)),
         skip_recent=often(r, 0, r.randint(0, longest), 2**31 - 1, p=0.7),
         bad=draw_mutation(r, MUTATIONS) if r.random() < 0.15 else "",
-        **draw_scoring(r, longest),
+        **draw_scoring(r, longest, on_triton),
     )
     return without_equals(case)
 
@@ -122,7 +122,7 @@ def _check(case: Case) -> None:
         return
     mask = case.mask(case.queries, case.keys)
     exact = attention(q, k, v, mask=mask, **options)
-    low = rounded(dtype, attention, q, k, v, mask=mask, **options)
+    low = rounded(dtype, attention, q, k, v, mask=mask, **finite(options))
     rows = _poison(case, k, mask, g)
     gradient = case.gradient if not case.poison else ""
     sinks = (options["sinks"],) if "sinks" in options else ()
@@ -169,8 +169,9 @@ def _check_gradient(
     q, k, v = (x.detach() for x in inputs)
     plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
     dout = torch.zeros_like(out) if dout is None else dout
-    given = q, k, v, dout.detach(), dlse, mask, plain
-    exact, low = expected_gradients(*given), rounded(out.dtype, expected_gradients, *given, out.dtype)
+    given = q, k, v, dout.detach(), dlse, mask
+    exact = expected_gradients(*given, plain)
+    low = rounded(out.dtype, expected_gradients, *given, finite(plain), out.dtype)
     compare(actual, exact, low, ("dq", "dk", "dv", "dsinks")[: len(leaves)])
 
 
@@ -199,8 +200,8 @@ def _check_scores(
 
     plain = {name: value.detach() if isinstance(value, Tensor) else value for name, value in options.items()}
 
-    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        p = torch.where(counted, attention(q, k, v, mask=mask, **plain)[2], 0.0)
+    def expected(options: dict[str, Any]) -> Tensor:
+        p = torch.where(counted, attention(q, k, v, mask=mask, **options)[2], 0.0)
         if reduce == "max":
             columns = p.amax(2) if p.shape[2] else p.new_zeros(p.shape[0], p.shape[1], p.shape[3])
         else:
@@ -208,4 +209,4 @@ def _check_scores(
         columns = columns.unflatten(1, (case.kv_heads, case.group))
         return {"sum": columns.sum(2), "mean": columns.mean(2), "max": columns.amax(2)}[group]
 
-    close(actual, expected(q, k, v), rounded(q.dtype, expected, q, k, v), "scores")
+    close(actual, expected(plain), rounded(q.dtype, expected, finite(plain)), "scores")

@@ -27,7 +27,7 @@ from fuzz.inputs import (
     raised,
     without_equals,
 )
-from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients, one_sequence
+from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients, finite, one_sequence
 
 _LENGTHS = ("dtype", "rank", "flat", "last", "meta", "string", "none")
 MUTATIONS = {
@@ -87,7 +87,7 @@ def draw(r: Random) -> Case:
         query_start=often(r, 0, r.randint(-longest, longest)),
         bad=draw_mutation(r, MUTATIONS) if r.random() < 0.12 else "",
         nonsense=often(r, "", "descends", "beyond", "starts late", "negative", "short", p=0.94),
-        **draw_scoring(r, longest),
+        **draw_scoring(r, longest, on_triton),
     )
     return without_equals(case)
 
@@ -133,8 +133,8 @@ def _check(case: Case) -> None:
     for tensor in (q, k, v, *sinks):
         tensor.requires_grad_(bool(case.gradient))
     out, lse = kvops.flash_attention_varlen(**arguments)
-    given = case, q, k, v, options
-    exact, low = _each(*given), rounded(dtype, _each, *given)
+    exact = _each(case, q, k, v, options)
+    low = rounded(dtype, _each, case, q, k, v, finite(options))
     compare((out, lse), exact[:2], low[:2], ("out", "lse"))
     if case.gradient:
         _check_gradient(case, (q, k, v), options, out, lse, g)
@@ -183,23 +183,24 @@ def _check_gradient(
         actual = torch.autograd.grad(out, [*inputs, *sinks], dout)
     plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
 
-    def expected(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    q, k, v = (x.detach() for x in inputs)
+
+    def expected(options: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         total = [torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v)]
         of_sinks = [torch.zeros(x.shape, dtype=torch.float64) for x in sinks]
         for b, (queries, keys) in enumerate(_spans(case)):
             parts = (x[None, span] for x, span in ((q, queries), (k, keys), (v, keys), (dout, queries)))
             of_lse = dlse[None, :, queries] if case.gradient == "both" else None
             mask = case.mask(*case.lengths[b])
-            found = expected_gradients(*parts, of_lse, mask, one_sequence(plain, b), dtype)
+            found = expected_gradients(*parts, of_lse, mask, one_sequence(options, b), dtype)
             for x, span, part in zip(total, (queries, keys, keys), found, strict=False):
                 x[span] = part[0]
             for x, part in zip(of_sinks, found[3:], strict=True):
                 x += part
         return *total, *of_sinks
 
-    given = [x.detach() for x in inputs]
-    low = rounded(out.dtype, expected, *given, out.dtype)
-    compare(actual, expected(*given), low, ("dq", "dk", "dv", "dsinks")[: len(actual)])
+    low = rounded(out.dtype, expected, finite(plain), out.dtype)
+    compare(actual, expected(plain), low, ("dq", "dk", "dv", "dsinks")[: len(actual)])
 
 
 def _check_nonsense(case: Case, arguments: dict[str, Any]) -> None:
