@@ -211,6 +211,18 @@ def test_a_key_that_is_nan_spoils_only_the_tokens_that_see_it(backend, device, n
         torch.testing.assert_close(one, other)
 
 
+def test_the_widest_window_is_none_in_lists_shorter_than_the_new_tokens(backend, device):
+    """On the CPU the place of a token before the list less 2^63 - 1 wrapped round: the whole list was hidden."""
+    lists = make_lists([[1, 2]], block_size=4, head_dim=16, device=device)
+    q, tree = queries(lists, 1, 3), torch.ones(3, 3, dtype=torch.bool, device=device)
+    for options in ({}, {"tree_mask": tree}, {"causal": False}):
+        free = kvops.paged_attention(q, *lists.arguments, **options)
+        for far in (2**31 - 1, 2**63 - 1):
+            bounded = kvops.paged_attention(q, *lists.arguments, window_left=far, **options)
+            for one, other in zip(bounded, free, strict=True):
+                torch.testing.assert_close(one, other)
+
+
 def test_sinks_do_not_join_rows_that_a_window_empties(backend, device):
     lists = make_lists([[20, 3]], block_size=16, head_dim=32, device=device)
     far = torch.tensor([[1000]], dtype=torch.int32, device=device)

@@ -491,14 +491,15 @@ class _Attention:
             column = min(width, max(0, int((limit - origin[:, None]).min())))
         slot = origin[:, None] + torch.arange(column, width)
         hidden = slot[:, None] >= limit[:, :, None]
+        reach = min(self.window_left, 1 << 32)  # further than two int32 lie apart
         if self.query_positions is not None and self.positions is not None:
             by_head = self.positions.dim() == 3
             position = read_blocks(*by_block(self.positions, group.blocks, group.index, by_head=by_head)).flatten(1)
             newest = self.query_positions[group.index // self.num_kv_heads, first:last].long()
-            oldest = newest - min(self.window_left, 1 << 32)  # further than two int32 lie apart
+            oldest = newest - reach
             hidden |= position[:, None, skip + column : skip + width] < oldest[:, :, None]
         elif self.window_left >= 0:
-            hidden |= slot[:, None] < (query - self.window_left)[:, :, None]
+            hidden |= slot[:, None] < (query - reach)[:, :, None]
         if self.tree_mask is not None:
             tree = self.tree_mask.expand(len(self.lens) // self.num_kv_heads, -1, -1)
             tree = tree[group.index // self.num_kv_heads, first:last]
