@@ -1,9 +1,8 @@
-"""The attention module: projections, rotary embedding and the operators, for training and for a paged cache."""
+"""An attention module: projections, rotary embedding and kvops' operators, for training and over a paged cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,32 +17,39 @@ from kvops.rotary import rotate
 if TYPE_CHECKING:
     from kvops.policies import Policy
 
-__all__ = ["Attention", "Replacement", "Swap", "replace"]
+__all__ = ["Attention"]
 
 
 class Attention(nn.Module):
-    """Multi-head attention without the matrix of scores: grouped heads, rotary embedding, window, softcap, sinks.
+    """Multi-head attention that never materialises the scores, with grouped heads, rotary embedding and windows.
 
     Args:
-        hidden_size: of the input and of the output.
-        num_heads, num_kv_heads: query heads, and the heads of keys and values that they share (None: as many).
-        head_dim: None for ``hidden_size // num_heads``.
-        bias, out_bias: of the query, key and value projections, and of the output projection (None: as ``bias``).
-        causal: a token sees no later one.
-        window: how many tokens a query sees, the latest and its own included (without ``causal`` as many behind it);
-            None for all.
-        softcap: c > 0 caps the scores at c, see :func:`kvops.flash_attention`.
-        scale: of the scores, None for ``head_dim ** -0.5``.
-        sinks: learn a logit for each head that joins the softmax's denominator, 0 at first.
-        rope: base of the rotary embedding's frequencies, or the frequencies themselves, float32 ``[head_dim / 2]``
-            (dimension i is paired with i + head_dim / 2); None for no rotary embedding.
-        qk_norm_eps: normalise queries and keys head by head before the rotary embedding (RMSNorm); None for no.
-        layer: which layer of a cache is this module's.
-        policy: what judges the keys of prompts in a cache, for :meth:`kvops.PagedKVCache.evict`.
-        device, dtype: of the parameters.
+        hidden_size: the size of inputs and outputs.
+        num_heads: the number of query heads.
+        num_kv_heads: the number of key and value heads, a divisor of ``num_heads``. None means ``num_heads``.
+        head_dim: the size of a head. None means ``hidden_size // num_heads``.
+        bias: whether the query, key and value projections have a bias.
+        out_bias: whether the output projection has one. None means ``bias``.
+        causal: whether a token attends only to itself and to earlier tokens.
+        window: the number of tokens a query attends to, counting itself: earlier ones, and without ``causal`` as many
+            later ones. None means all.
+        softcap: a value c > 0 caps the scores at c, see :func:`kvops.flash_attention`. 0 caps nothing.
+        scale: the factor of the scores. None means ``head_dim ** -0.5``.
+        sinks: whether each head learns a logit that joins the denominator of the softmax. They start at 0.
+        rope: the base of the rotary embedding, or its frequencies, float32 ``[head_dim / 2]``. Dimension i is paired
+            with i + head_dim / 2. None means no rotary embedding.
+        qk_norm_eps: the epsilon of an RMSNorm over each head of queries and keys before the rotary embedding. None
+            means no norm.
+        layer: the layer of a cache that this module uses.
+        policy: scores the keys of prompts in a cache, for :meth:`kvops.PagedKVCache.evict`.
+        device, dtype: the parameters' device and dtype.
 
-    The parameters have the names that Hugging Face's models use: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``,
-    ``q_norm``, ``k_norm``, ``sinks``.
+    The parameters have the names of Hugging Face models: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``q_norm``,
+    ``k_norm``, ``sinks``.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+        TypeError: a size that is not an int, or a policy that is not a :class:`kvops.policies.Policy`.
     """
 
     rope: Tensor | None
@@ -106,13 +112,17 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **place)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **place)
         self.register_parameter("sinks", nn.Parameter(torch.zeros(num_heads, **place)) if sinks else None)
-        self.register_buffer("rope", None if rope is None else _frequencies(rope, self.head_dim, device), False)
+        self.register_buffer("rope", None if rope is None else frequencies(rope, self.head_dim, device), False)
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, *, causal: bool = False) -> Attention:
-        """A copy of ``module``'s projections; inputs are ``[batch, seqlen, hidden]`` whatever its ``batch_first``.
+        """A module with a copy of ``module``'s projections.
 
-        Raises ValueError for dropout, ``add_bias_kv``, ``add_zero_attn`` and keys or values of another width.
+        Inputs are ``[batch, seqlen, hidden]``, whatever ``module.batch_first`` is.
+
+        Raises:
+            ValueError: ``module`` has dropout, ``add_bias_kv``, ``add_zero_attn``, or keys or values of another width.
+            TypeError: ``module`` is not a :class:`torch.nn.MultiheadAttention`.
         """
         if not isinstance(module, nn.MultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
@@ -143,35 +153,8 @@ class Attention(nn.Module):
         return attention.train(module.training)
 
     @classmethod
-    def from_transformers(cls, layer: nn.Module, *, rope: Tensor | None = None) -> Attention:
-        """An attention layer of a transformers model, taken over with the projections that it has (nothing is copied).
-
-        Args:
-            layer: of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3 or GPT-OSS.
-            rope: frequencies, float32 ``[head_dim / 2]``: the ``inv_freq`` of the model's rotary embedding. None: by
-                the config's ``rope_theta``, where the config says no more than that.
-
-        Raises ValueError for another layer, or a rotary embedding that only the model knows. :func:`replace` swaps the
-        layers of a whole model.
-        """
-        from kvops.integrations.transformers.config import rope_of
-        from kvops.integrations.transformers.layers import options_of
-
-        options = options_of(layer)
-        if rope is None:
-            rope = rope_of(layer.config)
-            if rope is None:
-                raise ValueError(
-                    "rope: expected the frequencies, as the config's rotary embedding is not the plain one: pass the "
-                    "model's rotary_emb.inv_freq"
-                )
-        attention = cls._around(layer, **options)
-        attention.rope = _frequencies(rope, attention.head_dim, attention.q_proj.weight.device)
-        return attention
-
-    @classmethod
-    def _around(cls, source: Any, **options: Any) -> Any:
-        """An instance that has ``source``'s own projections, norms and sinks, and no rotary embedding."""
+    def around(cls, source: Any, **options: Any) -> Any:
+        """An instance that shares ``source``'s projections, norms and sinks and has no rotary embedding."""
         attention = cls(device="meta", **options)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(attention, name, getattr(source, name))
@@ -180,8 +163,8 @@ class Attention(nn.Module):
         return attention.train(source.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
-        """Moves, casts or empties what the module has, apart from the frequencies, which only move. In bfloat16 they
-        would turn a token at position 1000 by up to two radians too much or too little; no state dict brings them."""
+        """Move, cast or empty the module. The frequencies of the rotary embedding only move: in bfloat16, the angle of
+        position 1000 would be up to two radians off, and no state dict restores them."""
         rope = self.rope
         super()._apply(fn, recurse)
         if rope is not None and self.rope is not None:
@@ -193,7 +176,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x ``[..., hidden]``, keys and values of ``context``: each ``[..., heads, head_dim]``.
 
-        Queries and keys are normalised, and turned where ``cos`` and ``sin`` ``[..., head_dim / 2]`` are given.
+        Queries and keys are normalised if the module has norms, and rotated if ``cos`` and ``sin``
+        ``[..., head_dim / 2]`` are given.
         """
         q, k, v = (
             projection(source).unflatten(-1, (-1, self.head_dim))
@@ -219,24 +203,30 @@ class Attention(nn.Module):
         q_lens: Tensor | None = None,
         prefill: bool = False,
     ) -> Tensor:
-        """Attend, in one of three ways.
+        """Attention over dense inputs, over packed inputs, or over a cache.
 
         Args:
-            x: dense ``[B, S, hidden]``; packed ``[T, hidden]`` with ``cu_seqlens`` int32 ``[sequences + 1]`` and
-                ``max_seqlen``; with a ``cache``, the next tokens ``[B', T, hidden]`` of its ``rows``.
-            positions: int ``[B, S]`` (or ``[S]``, the same for all rows) or ``[T]`` for the rotary embedding; None
-                counts from 0 in each sequence. With a cache they are what :meth:`kvops.PagedKVCache.extend` returned,
-                once for all layers.
-            context: ``[B, Sk, hidden]`` that keys and values come from (cross-attention, without rotary embedding).
-            q_lens: with a cache: int32 ``[B']``, how many of a row's tokens are real, where not all are.
-            prefill: with a cache: x are whole prompts of one length for empty ``rows``. They are read by dense
-                attention, and scored by the policy. Otherwise tokens attend to what the cache kept and add to its
-                scores as the policy says.
+            x: ``[B, S, hidden]``; packed ``[T, hidden]`` with ``cu_seqlens``; with a ``cache``, the next tokens
+                ``[B', T, hidden]`` of its ``rows``.
+            positions: int ``[B, S]``, ``[S]`` or ``[T]``, for the rotary embedding. None counts from 0 in each
+                sequence. With a cache, what :meth:`kvops.PagedKVCache.extend` returned; all layers share it.
+            context: ``[B, Sk, hidden]``, the source of keys and values in cross-attention. The module has no rotary
+                embedding then.
+            cu_seqlens: int32 ``[sequences + 1]``, where packed sequences begin and end.
+            max_seqlen: the length of the longest packed sequence.
+            cache: the cache that keys and values are appended to and read from. There is no gradient.
+            rows: the rows of the cache.
+            q_lens: int32 ``[B']``, the number of real tokens of each row of a cache. None means all.
+            prefill: with a cache, whether x are whole prompts of one length for empty rows. Prompts are read by dense
+                attention and scored by the policy. Other tokens attend to what is in the cache and add to its scores
+                as the policy says.
 
-        Returns x's shape. There are no gradients through a cache.
+        Returns:
+            A tensor of x's shape.
 
-        Raises ValueError for arguments that do not go together, and, on the CPU and with ``KVOPS_DEBUG=1``, for
-        ``prefill`` of rows that are not empty.
+        Raises:
+            ValueError: arguments that do not fit together; on the CPU and with ``KVOPS_DEBUG=1`` also ``prefill`` of
+                rows that are not empty.
         """
         if cache is not None:
             return self._cached(x, positions, cache, rows, q_lens, prefill, context)
@@ -259,7 +249,7 @@ class Attention(nn.Module):
             raise ValueError(
                 f"positions: expected one for each token of x, {list(x.shape[:-1])}, got shape {list(positions.shape)}"
             )
-        q, k, v = self.project(x, x if context is None else context, *self._turns(positions))
+        q, k, v = self.project(x, x if context is None else context, *self._angles(positions))
         options = self._options() | {"causal": self.causal}
         if not self.causal:
             options["window_right"] = options["window_left"]
@@ -273,7 +263,7 @@ class Attention(nn.Module):
         window_left = -1 if self.window is None else self.window - 1
         return {"window_left": window_left, "softcap": self.softcap, "scale": self.scale, "sinks": self.sinks}
 
-    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         if self.rope is None:
             return None, None
         angles = positions[..., None].float() * self.rope.to(positions.device)
@@ -294,7 +284,7 @@ class Attention(nn.Module):
         if positions is None:
             raise ValueError("positions: expected what cache.extend() returned for these tokens, got None")
         checks.expect_rank("x", x, "[rows, tokens, hidden]")
-        q, k, v = self.project(x, x, *self._turns(positions))
+        q, k, v = self.project(x, x, *self._angles(positions))
         cache.append(self.layer, k, v, positions, q_lens=q_lens, rows=rows)
         if not prefill:
             accumulate = None if self.policy is None else self.policy.accumulate
@@ -332,7 +322,8 @@ class Attention(nn.Module):
         return f"{heads}, causal={self.causal}{window}{softcap}{sinks}"
 
 
-def _frequencies(rope: float | Tensor, head_dim: int, device: torch.device | str | None) -> Tensor:
+def frequencies(rope: float | Tensor, head_dim: int, device: torch.device | str | None) -> Tensor:
+    """The frequencies of a rotary embedding, float32 ``[head_dim / 2]``, from its base or checked."""
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even size for the rotary embedding, got {head_dim}")
     if not isinstance(rope, Tensor):
@@ -341,49 +332,6 @@ def _frequencies(rope: float | Tensor, head_dim: int, device: torch.device | str
         rope = rope ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
         device = device or torch.get_default_device()
     checks.expect_shape("rope", rope, "[head_dim / 2]", head_dim // 2)
-    if device is not None and torch.device(device).type != "meta":  # what is there cannot be had back
+    if device is not None and torch.device(device).type != "meta":  # values on the meta device are lost
         rope = rope.to(device)
     return rope.to(torch.float32)
-
-
-@dataclass(frozen=True)
-class Swap:
-    """What became of the attention layer ``name`` of class ``kind``: swapped, or left as it was for a ``reason``."""
-
-    name: str
-    kind: str
-    reason: str = ""
-
-    @property
-    def swapped(self) -> bool:
-        return not self.reason
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What :func:`replace` did, layer by layer; ``str()`` reads like a report."""
-
-    layers: tuple[Swap, ...]
-
-    @property
-    def swapped(self) -> int:
-        return sum(layer.swapped for layer in self.layers)
-
-    def __str__(self) -> str:
-        lines = [f"{self.swapped} of {len(self.layers)} attention layers run on kvops.nn.Attention"]
-        lines += [f"  left: {layer.name} ({layer.kind}): {layer.reason}" for layer in self.layers if not layer.swapped]
-        return "\n".join(lines)
-
-
-def replace(model: nn.Module) -> Replacement:
-    """Put :class:`Attention` in the place of a loaded transformers model's attention layers, in place.
-
-    The layers keep their own projections, so that nothing is copied and the state dict keeps its names; the model's
-    masks become those of ``attn_implementation="kvops"``. Print what comes back.
-
-    Raises ValueError for what is no transformers model, and as
-    :func:`kvops.integrations.transformers.enable`.
-    """
-    from kvops.integrations.transformers.layers import replace_layers
-
-    return replace_layers(model)

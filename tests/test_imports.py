@@ -87,7 +87,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.policies": ({"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.rotary"}, set()),
     "kvops.nn": (
         {"torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.rotary"},
-        {"kvops.policies", "kvops.integrations"},
+        {"kvops.policies"},
     ),
     "kvops.models": (
         {

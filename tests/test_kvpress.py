@@ -164,6 +164,7 @@ def test_what_a_press_leaves_is_what_stays_in_the_cache(make_press):
     model(ids[:, :1], past_key_values=cache)  # and on from there
     assert torch.equal(cache.paged.seq_lens, lens + 1)
     cache.crop(-1)
+    torch.manual_seed(0)
     expected = left_by(make_press(), model, ids)
     for layer, row, head in product(range(2), range(2), range(2)):
         assert set(cache.paged.gather(layer, row, head)[2].tolist()) == expected[layer, row, head]
@@ -213,9 +214,136 @@ def test_presses_that_do_more_than_select_are_refused():
         run("knorm")
     with pytest.raises(ValueError, match="press: expected one that needs no matrix of attention"):
         run(kvpress.ObservedAttentionPress(0.5))
-    with pytest.raises(ValueError, match="press: expected one that selects keys as they are"):
+    with pytest.raises(ValueError, match="press: expected one that selects keys and values as they are"):
         run(kvpress.KeyRerotationPress(kvpress.KnormPress(0.5)))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="attention_mask: expected prompts of one length"):
         run(kvpress.KnormPress(0.5), attention_mask=mask)
+
+
+class Spoiling(kvpress.KnormPress):
+    """Selects keys, and writes into what it was given."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        left = super().compress(module, hidden_states, keys.clone(), values.clone(), attentions, kwargs)
+        keys.zero_()
+        values.zero_()
+        return left
+
+
+class ValuesChanged(kvpress.KnormPress):
+    def compress(self, *args):
+        keys, values = super().compress(*args)
+        return keys, values * 2
+
+
+class ValuesSwapped(kvpress.KnormPress):
+    def compress(self, *args):
+        keys, values = super().compress(*args)
+        return keys, values.flip(2)
+
+
+class InPlace(kvpress.KnormPress):
+    """As ThinK does: changes the keys that it was given, and returns them."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        return keys.mul_(0.5), values
+
+
+class Around(kvpress.BasePress):
+    """Leaves everything to another press."""
+
+    def __init__(self, press):
+        self.press = press
+
+    def compress(self, *args):
+        return self.press.compress(*args)
+
+
+def logits_with(press, model, ids) -> torch.Tensor:
+    with evicting(model, press) as compression:
+        cache = KVOpsCache(model.config, max_tokens=64, block_size=BLOCK, compression=compression)
+        model(ids, past_key_values=cache)
+        return model(ids[:, :1], past_key_values=cache).logits
+
+
+@torch.no_grad()
+def test_what_a_press_writes_into_its_keys_and_values_is_lost():
+    model, ids = make_model("Llama"), torch.randint(1, 61, (2, PROMPT))
+    torch.testing.assert_close(logits_with(Spoiling(0.5), model, ids), logits_with(kvpress.KnormPress(0.5), model, ids))
+
+
+@pytest.mark.parametrize(
+    "make_press",
+    [
+        lambda: kvpress.ThinKPress(0.5, window_size=4),
+        lambda: kvpress.MergingPress(kvpress.KnormPress(0.5)),
+        lambda: kvpress.KeyRerotationPress(kvpress.KnormPress(0.5)),
+        lambda: ValuesChanged(0.5),
+        lambda: ValuesSwapped(0.5),
+        lambda: InPlace(0.5),
+    ],
+    ids=["think", "merging", "rerotation", "values", "swapped-values", "in-place"],
+)
+@torch.no_grad()
+def test_presses_that_change_keys_or_values_are_refused(make_press):
+    """ThinK changes keys in place and was compared with a view of itself; values were never looked at."""
+    with pytest.raises(ValueError, match="press: expected one that selects keys and values as they are"):
+        logits_with(make_press(), make_model("Llama"), torch.randint(1, 61, (2, PROMPT)))
+
+
+@pytest.mark.parametrize(
+    "make_press",
+    [
+        lambda: kvpress.DecodingPress(kvpress.KnormPress(0.5), compression_interval=4, target_size=8),
+        lambda: kvpress.PrefillDecodingPress(kvpress.KnormPress(0.5), kvpress.DecodingPress(kvpress.KnormPress(0.5))),
+        lambda: kvpress.PrefillDecodingPress(kvpress.KnormPress(0.5), None),
+        lambda: kvpress.ComposedPress([kvpress.KnormPress(0.5)]),
+        lambda: kvpress.KVzipPress(0.5),
+        lambda: Around(kvpress.DecodingPress(kvpress.KnormPress(0.5))),
+    ],
+    ids=["decoding", "prefill-decoding", "prefill-only", "composed", "kvzip", "inner-decoding"],
+)
+def test_presses_that_act_at_other_times_are_refused(make_press):
+    """Their compress() was called on the prompt, whatever they do while decoding."""
+    with pytest.raises(ValueError, match=r"press: expected (one that acts once|a press of kvpress with a compress)"):
+        logits_with(make_press(), make_model("Llama"), torch.randint(1, 61, (2, PROMPT)))
+
+
+def every_press():
+    """One of each class of the package that a compression ratio alone makes."""
+    for name in sorted(dir(kvpress)):
+        kind = getattr(kvpress, name)
+        if not isinstance(kind, type) or not issubclass(kind, kvpress.BasePress):
+            continue
+        for options in ({"compression_ratio": 0.5}, {"press": kvpress.KnormPress(0.5)}, {}):
+            try:
+                kind(**options)
+            except Exception:
+                continue
+            yield pytest.param(lambda kind=kind, options=options: kind(**options), id=name)
+            break
+
+
+@pytest.mark.parametrize("make_press", list(every_press()))
+@torch.no_grad()
+def test_every_press_of_the_package_selects_or_is_refused(make_press):
+    """What stays is what the press leaves in a run of transformers alone; no press is taken for one that selects."""
+    model, ids = make_model("Llama"), torch.randint(1, 61, (2, PROMPT))
+    try:
+        press = make_press()
+        torch.manual_seed(0)  # some project keys at random
+        with evicting(model, press) as compression:
+            cache = KVOpsCache(model.config, max_tokens=64, block_size=BLOCK, compression=compression)
+            model(ids, past_key_values=cache)
+    except (AssertionError, KeyError, OSError) as error:
+        pytest.skip(f"needs a model of the hub: {error}")
+    except ValueError as error:
+        pytest.skip(f"refused: {error}")
+    if "Random" in type(press).__name__:
+        return
+    torch.manual_seed(0)
+    expected = left_by(make_press(), model, ids)
+    for layer, row, head in product(range(2), range(2), range(2)):
+        assert set(cache.paged.gather(layer, row, head)[2].tolist()) == expected[layer, row, head]

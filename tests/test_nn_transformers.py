@@ -7,9 +7,7 @@ import torch
 import transformers
 from test_transformers import MODELS, TINY, assert_no_worse, make_model, padded, rows, train
 
-import kvops
-from kvops.integrations.transformers import KVOpsCache
-from kvops.nn import Attention
+from kvops.integrations.transformers import KVOpsCache, attention_module, replace
 
 FAMILIES = MODELS | {"Qwen3": ("Qwen3Config", {}), "Gemma": ("GemmaConfig", {})}
 
@@ -38,7 +36,7 @@ def test_a_layer_of_transformers_is_taken_over(family, monkeypatch):
         layer.register_forward_hook(record, with_kwargs=True)
     model(torch.cat(rows()[:1]))
     for index, layer in enumerate(layers):
-        own = Attention.from_transformers(layer)
+        own = attention_module(layer)
         assert own.q_proj is layer.q_proj
         x, expected = seen[index]
         torch.testing.assert_close(own(x), expected)
@@ -49,7 +47,7 @@ def test_replaced_layers_give_the_models_logits_gradients_and_tokens(family, mon
     model, batch = make_any(family, monkeypatch), padded("left")
     alone = [{"input_ids": row} for row in rows()]
     reference, names = copy.deepcopy(model), list(model.state_dict())
-    report = kvops.nn.replace(model)
+    report = replace(model)
     assert (report.swapped, str(report)) == (2, "2 of 2 attention layers run on kvops.nn.Attention")
     assert list(model.state_dict()) == names
     theirs = train(reference, "eager", alone)
@@ -69,7 +67,7 @@ def test_the_report_tells_what_was_left_and_why():
         pass
 
     model.first, model.second = torch.nn.MultiheadAttention(4, 2), OwnAttention()
-    report = kvops.nn.replace(model)
+    report = replace(model)
     assert report.swapped == 1
     assert str(report).splitlines() == [
         "1 of 4 attention layers run on kvops.nn.Attention",
@@ -80,12 +78,19 @@ def test_the_report_tells_what_was_left_and_why():
         "  left: second (OwnAttention): not one of Gemma2Attention, Gemma3Attention, GemmaAttention, GptOssAttention, "
         "LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention",
     ]
-    assert kvops.nn.replace(model).swapped == 0, "a layer is swapped once"
+    assert replace(model).swapped == 0, "a layer is swapped once"
 
 
 def test_frequencies_that_are_scaled_must_be_given():
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
     layer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, rope_parameters=scaled)).model.layers[0]
     with pytest.raises(ValueError, match=r"rope: expected the frequencies, .* rotary_emb.inv_freq"):
-        Attention.from_transformers(layer.self_attn)
-    assert Attention.from_transformers(layer.self_attn, rope=torch.ones(4)).rope.tolist() == [1.0] * 4
+        attention_module(layer.self_attn)
+    assert attention_module(layer.self_attn, rope=torch.ones(4)).rope.tolist() == [1.0] * 4
+
+
+def test_what_is_no_layer_and_no_model_is_refused():
+    with pytest.raises(ValueError, match=r"layer: .* got Linear: not one of Gemma2"):
+        attention_module(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"model: expected a model of transformers, got Linear"):
+        replace(torch.nn.Linear(1, 1))

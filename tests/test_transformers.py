@@ -252,7 +252,7 @@ def attend_directly(model, name, value):
 def test_arguments_that_may_change_attention_are_refused(name):
     """They were swallowed: T5's position_bias alone made a relative error of 0.5."""
     model = make_model("Llama")
-    with pytest.raises(ValueError, match=rf"^{name}: expected None, got a tensor of shape \[4\]: .* LlamaAttention"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected None, got Tensor of shape \[4\]: .* LlamaAttention"):
         attend_directly(model, name, torch.zeros(4))
     with pytest.raises(ValueError, match=f"^{name}: expected None, got False"):
         attend_directly(model, name, False)
@@ -270,7 +270,7 @@ def test_models_with_a_position_bias_are_refused(family):
     config = getattr(transformers, f"{family}Config")(**sizes, attn_implementation="kvops")
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
     ids = torch.ones(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"position_bias: expected None, got a tensor of shape"):
+    with pytest.raises(ValueError, match=r"position_bias: expected None, got Tensor of shape"):
         model(ids, decoder_input_ids=ids)
 
 

@@ -206,8 +206,11 @@ def test_misuse_is_told_apart():
     model.set_attn_implementation("eager")
     with pytest.raises(TypeError, match=r"attn_implementation: expected 'kvops' .* got 'eager'"), torch.no_grad():
         model(ids, past_key_values=cache())
-    config = transformers.LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"])
-    with pytest.raises(ValueError, match="config: expected layers of full or sliding attention, got linear_attention"):
+    config = transformers.LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(ValueError, match="config: expected layers of full or sliding attention, got chunked_attention"):
+        KVOpsCache(config, max_tokens=16)
+    config = transformers.LlamaConfig(num_hidden_layers=1, layer_types=["linear_attention"])
+    with pytest.raises(ValueError, match="config: expected at least one layer of attention, got none"):
         KVOpsCache(config, max_tokens=16)
 
 
@@ -285,7 +288,6 @@ def test_a_padded_prompt_in_chunks_is_compressed_without_its_padding():
     assert cache.paged.next_positions.tolist() == [len(row) + 9 for row in rows]
 
 
-@pytest.mark.xfail(reason="PagedKVCache allows whole blocks")
 @pytest.mark.parametrize(("max_tokens", "block_size"), [(25, 8), (25, 16), (32, 16)])
 def test_max_tokens_is_the_longest_that_a_sequence_may_become(max_tokens, block_size):
     """25 allowed 32, as blocks are whole."""
@@ -311,7 +313,7 @@ def test_models_that_compute_with_stored_keys_are_refused_in_one_sentence():
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with (
             torch.no_grad(),
-            pytest.raises(TypeError, match=r"^past_key_values: expected a model that hands .*: use transformers' Dyn"),
+            pytest.raises(TypeError, match=r"^past_key_values: expected a model that hands .*: generate with"),
         ):
             model(torch.ones(1, 4, dtype=torch.int64), past_key_values=KVOpsCache(model.config, max_tokens=16))
 
@@ -342,3 +344,64 @@ def test_packed_sequences_are_refused():
     cache = KVOpsCache(model.config, max_tokens=16)
     with torch.no_grad(), pytest.raises(ValueError, match="cu_seq_lens_q: expected None with a cache"):
         model(ids, past_key_values=cache, cu_seq_lens_q=lens, cu_seq_lens_k=lens, max_length_q=3, max_length_k=3)
+
+
+def lfm2() -> torch.nn.Module:
+    """Convolutions with a state of a few tokens, and attention."""
+    types = ["conv", "full_attention", "conv", "full_attention"]
+    config = transformers.Lfm2Config(**TINY | {"num_hidden_layers": 4, "layer_types": types, "initializer_range": 0.2})
+    return shared(transformers.Lfm2ForCausalLM(config))
+
+
+def qwen3_next() -> torch.nn.Module:
+    """Linear attention with a recurrent state, and attention."""
+    types = ["linear_attention", "full_attention"]
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "mlp_only_layers": [0, 1]}
+    states = {f"linear_{name}_head_dim": 8 for name in ("key", "value")} | {"linear_num_key_heads": 2}
+    sizes = experts | states | {"linear_num_value_heads": 2, "layer_types": types, "initializer_range": 0.2}
+    return shared(transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**TINY | sizes)))
+
+
+@pytest.mark.parametrize("make_model", [lfm2, qwen3_next])
+def test_layers_with_a_state_keep_it_beside_the_paged_cache(make_model):
+    model = make_model()
+    cache = KVOpsCache(model.config, max_tokens=96, block_size=4)
+    expected = new_tokens(model, prompts())
+    assert new_tokens(model, prompts(), past_key_values=cache) == expected
+    assert cache.paged.num_layers == model.config.layer_types.count("full_attention")
+    cache.reset()
+    assert new_tokens(model, prompts(), past_key_values=cache) == expected
+
+
+def test_what_a_state_has_seen_is_taken_back_where_it_can_be():
+    """Convolutions keep their last inputs; a recurrent state is a sum."""
+    model, row = lfm2(), [prompts()[1] * 2]
+    cache = KVOpsCache(model.config, max_tokens=128, block_size=4)
+    plain = new_tokens(model, row)
+    assert new_tokens(model, row, past_key_values=cache, prompt_lookup_num_tokens=3) == plain
+    model = qwen3_next()
+    cache = KVOpsCache(model.config, max_tokens=128, block_size=4)
+    with torch.no_grad():
+        model(torch.tensor(row), past_key_values=cache)
+    with pytest.raises(ValueError, match="tokens_to_remove: expected 0, got -1: the states of linear attention cannot"):
+        cache.crop(-1)
+
+
+def test_a_broken_pass_of_a_model_with_states_is_told():
+    model = lfm2()
+    cache = KVOpsCache(model.config, max_tokens=32)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        hook = model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match=r"expected passes that end, .* call reset\(\)"):
+            model(ids, past_key_values=cache)
+        cache.reset()
+        model(ids, past_key_values=cache)

@@ -103,18 +103,46 @@ def test_models_that_decode_otherwise_are_refused():
         Decoder(transformers.LlamaForCausalLM(config))
     with pytest.raises(ValueError, match="model: expected a causal language model, got LlamaModel"):
         Decoder(transformers.LlamaModel(transformers.LlamaConfig(**TINY)))
-    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1, "vocab_size": 61}
-    for model in (
-        transformers.GraniteForCausalLM(transformers.GraniteConfig(**TINY, logits_scaling=4.0)),
-        transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True)),  # a layer before the matrix
-    ):
-        with pytest.raises(ValueError, match=f"model: expected logits as the output .* got a {type(model).__name__}"):
-            Decoder(model)
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=48, n_layer=1, n_head=6, vocab_size=61))
     with pytest.raises(
         ValueError, match=r"model: expected one that hands keys and values straight on .* \(BloomForCausalLM\)"
     ):
         Decoder(bloom)
+
+
+def test_models_that_do_more_to_their_logits():
+    """Granite divides them, Cohere multiplies them, and BERT has a layer before the matrix."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 61}
+    for model in (
+        transformers.GraniteForCausalLM(transformers.GraniteConfig(**TINY, logits_scaling=4.0, initializer_range=0.2)),
+        transformers.CohereForCausalLM(transformers.CohereConfig(**TINY, logit_scale=0.5, initializer_range=0.2)),
+        transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True, initializer_range=0.2)),
+    ):
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        model.eval()
+        alone = [by_transformers(model, [row])[0] for row in repetitive()]
+        decoder = Decoder(model)
+        for options in ({}, {"draft": "prompt_lookup"}):
+            assert generate(decoder, repetitive(), max_new_tokens=12, **options).tokens == alone
+        assert "forward" not in vars(model.base_model)
+
+
+def test_a_model_that_counts_its_tokens_itself_is_refused():
+    """The decoders of BART's family get their positions from the length of a cache."""
+    sizes = {"d_model": 48, "decoder_layers": 1, "decoder_attention_heads": 6, "decoder_ffn_dim": 16}
+    model = transformers.BartForCausalLM(transformers.BartConfig(**sizes, vocab_size=61, init_std=0.2)).eval()
+    with pytest.raises(ValueError, match=r"model: expected one that goes by its position_ids, got BartForCausalLM"):
+        Decoder(model)
+
+
+def test_layers_that_share_keys_are_refused():
+    sizes = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    types = ["sliding_attention", "full_attention"] * 2
+    options = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": types}
+    model = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**TINY | sizes | options)).eval()
+    with pytest.raises(ValueError, match=r"model: expected one that hands keys .* got one whose layers share them"):
+        Decoder(model)
 
 
 def test_a_model_without_groups_of_heads_and_with_half_a_rotary_embedding():

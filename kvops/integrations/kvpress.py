@@ -1,12 +1,12 @@
-"""NVIDIA's kvpress: a press chooses what stays of a prompt, and kvops evicts the rest for real.
+"""NVIDIA's kvpress: a press chooses which keys of a prompt stay, and kvops returns the memory of the others.
 
     with kvops.integrations.kvpress.evicting(model, press) as compression:
         cache = KVOpsCache(model.config, max_tokens=4096, compression=compression)
         model.generate(**inputs, past_key_values=cache)
 
-A press takes keys out of the tensors of a cache, or masks them where heads keep different numbers. Here it is shown the
-prompt as it passes, what it leaves is read off its result, and those slots alone stay in the paged cache, head by head:
-their blocks are free for other sequences. Presses that only select keys work, whatever they select by.
+A press removes keys from the tensors of a cache, or masks them where heads keep different numbers. Here it gets a copy
+of the prompt's keys and values. The keys in its result stay in the paged cache, head by head, and the blocks of all
+others are free for other sequences. Every press that selects keys once, while the prompt is read, works.
 """
 
 from __future__ import annotations
@@ -27,44 +27,61 @@ from kvops.integrations.transformers.attention import NAME, attention, enable
 from kvops.integrations.transformers.decoder import Decoder
 from kvops.policies import Compression, Policy, Prefill, Seen
 
-# What a layer was called with: the module, and its arguments by name.
-Shown = tuple[nn.Module, dict[str, Any]]
+# An attention layer and the arguments of its last call, by name.
+Call = tuple[nn.Module, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class PressPolicy(Policy):
-    """Asks the press which keys of a prompt stay: 1 for those, 0 for the others."""
+    """Scores a prompt's keys by a press: 1 for those that stay, 0 for the others."""
 
     press: Any = None
-    shown: dict[int, Shown] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
 
     def score(self, seen: Seen) -> Tensor:
         if not isinstance(seen, Prefill):
-            raise ValueError("compression: expected every=0 and chunk=0, a press judges whole prompts")
-        module, kwargs = self.shown[seen.layer]
+            raise ValueError(
+                "compression: expected every=0 and chunk=0, as a press scores whole prompts, got one of them"
+            )
+        module, kwargs = self.calls[seen.layer]
         hidden = kwargs["hidden_states"]
         if hidden.shape[:2] != seen.k.shape[:2]:
             raise ValueError(
-                "attention_mask: expected prompts of one length, a press cannot tell padding from text: generate from "
-                "one prompt at a time"
+                "attention_mask: expected prompts of one length, as a press cannot tell padding from text: generate "
+                "from one prompt at a time"
             )
         kwargs.setdefault("cache_position", torch.arange(hidden.shape[1], device=hidden.device))
         k, v = seen.k.transpose(1, 2), seen.v.transpose(1, 2)
         module.masked_key_indices = None  # type: ignore[assignment]
-        left, _ = self.press.compress(module, hidden, k, v, None, kwargs)
+        left = self._compress(module, hidden, k, v, kwargs)
         masked = module.masked_key_indices
         module.masked_key_indices = None  # type: ignore[assignment]
-        kept = _which(k, left)
+        kept = _which(torch.cat((k, v), -1), left)
         if masked is not None:
             kept[tuple(index.to(kept.device) for index in masked)] = False  # type: ignore[union-attr]
         self.kept[seen.layer] = kept
         return kept.float()
 
+    def _compress(self, module: nn.Module, hidden: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the press leaves of keys and values, side by side: ``[B, H, n, D + Dv]``."""
+        name = type(self.press).__name__
+        try:
+            # Clones, as a press may write into what it is given.
+            left_k, left_v = self.press.compress(module, hidden, k.clone(), v.clone(), None, kwargs)
+        except Exception as error:
+            raise ValueError(f"press: expected one that selects keys, {name} failed: {error}") from error
+        if left_k.shape[:3] != left_v.shape[:3] or (left_k.shape[3], left_v.shape[3]) != (k.shape[3], v.shape[3]):
+            raise ValueError(
+                f"press: expected one that keeps keys with their values, got {list(left_k.shape)} keys and "
+                f"{list(left_v.shape)} values from {name}"
+            )
+        return torch.cat((left_k, left_v), -1)
+
 
 @dataclass(frozen=True)
 class PressCompression(Compression):
-    """What :func:`evicting` yields: takes the place of a :class:`kvops.policies.Compression`."""
+    """The :class:`kvops.policies.Compression` that :func:`evicting` yields."""
 
     policy: PressPolicy = field(default_factory=PressPolicy)
 
@@ -76,11 +93,20 @@ class PressCompression(Compression):
 
 @contextmanager
 def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
-    """While this lasts, prompts that ``model`` reads into a ``KVOpsCache`` with the yielded compression lose the keys
-    that ``press`` (a kvpress press) would take from them. They are of one length, without padding.
+    """A context in which ``press`` chooses what stays of prompts.
 
-    Raises ValueError for a press that does more than select keys (rotates, merges or prunes them, needs the matrix of
-    attention, or further passes).
+    Args:
+        model: a transformers model; its ``attn_implementation`` becomes ``"kvops"``.
+        press: a press of kvpress that selects keys while the prompt is read.
+
+    Yields:
+        A compression for :class:`~kvops.integrations.transformers.KVOpsCache`. The prompts of a batch are of one
+        length, without padding.
+
+    Raises:
+        ValueError: ``press`` acts at other times than on the whole prompt or needs the matrix of attention. While the
+            prompt is read: it fails, or changes keys or values.
+        ImportError: kvpress or transformers is not installed.
     """
     require("transformers")
     require("kvpress")
@@ -89,35 +115,49 @@ def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
 
     if not isinstance(press, BasePress) or type(press).compress is BasePress.compress:
         raise ValueError(f"press: expected a press of kvpress with a compress method, got {type(press).__name__}")
+    for inner in _with_inner(press, BasePress):
+        if type(inner).forward_hook is not BasePress.forward_hook or type(inner).__call__ is not BasePress.__call__:
+            raise ValueError(
+                f"press: expected one that acts once, on the whole prompt, got {type(inner).__name__}, which acts at "
+                "other times too"
+            )
     if isinstance(press, ObservedAttentionPress):
         raise ValueError("press: expected one that needs no matrix of attention, use kvops.policies.H2O in its place")
     model.set_attn_implementation(enable())  # type: ignore[operator]
-    # kvpress wraps what is registered when it is imported, in order to mask keys that are gone here.
+    # Importing kvpress wraps all registered attention functions, to mask keys. Here those keys are gone.
     ALL_ATTENTION_FUNCTIONS[NAME] = attention
     press.post_init_from_model(model)
     policy = PressPolicy(press=press)
 
-    def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        policy.shown[module.layer_idx] = module, dict(kwargs)  # type: ignore[index]
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        policy.calls[module.layer_idx] = module, dict(kwargs)  # type: ignore[index]
 
     decoder = model.base_model
     hooks = []
     for layer in decoder.layers:  # type: ignore[union-attr]
         layer.self_attn.rotary_emb = decoder.rotary_emb  # type: ignore[union-attr]
-        hooks.append(layer.self_attn.register_forward_pre_hook(show, with_kwargs=True))
+        hooks.append(layer.self_attn.register_forward_pre_hook(record, with_kwargs=True))
     try:
         yield PressCompression(policy=policy)
     finally:
         for hook in hooks:
             hook.remove()
-        policy.shown.clear()
+        policy.calls.clear()
+
+
+def _with_inner(press: Any, kind: type) -> Iterator[Any]:
+    """A press and all presses, of class ``kind``, that it is made of."""
+    yield press
+    for value in vars(press).values():
+        for inner in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(inner, kind):
+                yield from _with_inner(inner, kind)
 
 
 def _which(keys: Tensor, left: Tensor) -> Tensor:
     """Which of ``keys`` [B, H, S, D] are among ``left`` [B, H, n, D]: bool [B, H, S].
 
-    Of keys that are the same to the last bit the first ones are taken: to attention they are one as good as the other,
-    but for their values.
+    Of keys that are equal to the last bit the first ones are taken.
     """
     kept = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
     for place in product(*map(range, keys.shape[:2])):
@@ -130,7 +170,7 @@ def _which(keys: Tensor, left: Tensor) -> Tensor:
         copy = torch.arange(len(rows), device=keys.device) - first  # how many of the same stand before
         kept[place][order] = copy < wanted[ordered]
         if int(kept[place].sum()) != len(chosen):
-            raise ValueError("press: expected one that selects keys as they are, got one that changes them")
+            raise ValueError("press: expected one that selects keys and values as they are, got one that changes them")
     return kept
 
 

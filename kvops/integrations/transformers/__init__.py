@@ -20,18 +20,24 @@ from kvops.integrations.transformers.attention import NAME, attention, enable
 if TYPE_CHECKING:
     from kvops.integrations.transformers.cache import KVOpsCache
     from kvops.integrations.transformers.decoder import Decoder
+    from kvops.integrations.transformers.layers import attention_module, replace
 
-__all__ = ["NAME", "Decoder", "KVOpsCache", "attention", "enable"]
+__all__ = ["NAME", "Decoder", "KVOpsCache", "attention", "attention_module", "enable", "replace"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "KVOpsCache":  # derives from a class of transformers, which importing this package does not bring in
-        require("transformers")
+    """Names that bring in more than this package needs: transformers' classes, models, modules."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("transformers")
+    if name == "KVOpsCache":
         from kvops.integrations.transformers.cache import KVOpsCache
 
         return KVOpsCache
-    if name == "Decoder":  # brings in kvops.models
+    if name == "Decoder":
         from kvops.integrations.transformers.decoder import Decoder
 
         return Decoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kvops.integrations.transformers import layers
+
+    return getattr(layers, name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import reprlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvops import checks
 from kvops.extras import require
 from kvops.integrations.transformers.masks import ELSEWHERE, Mask, Packing, make_mask
 from kvops.ops.attention import flash_attention
@@ -26,12 +26,14 @@ HARMLESS = frozenset(
 
 
 def enable() -> str:
-    """Register ``"kvops"`` as an attention implementation of transformers; returns that name. Twice is harmless.
+    """Register ``"kvops"`` as an attention implementation of transformers and return that name.
 
-    ``from_pretrained(..., attn_implementation="kvops")`` and ``model.set_attn_implementation("kvops")`` work from then
-    on.
+    Afterwards ``from_pretrained(..., attn_implementation="kvops")`` and ``model.set_attn_implementation("kvops")``
+    work. Calling it again does nothing.
 
-    Raises RuntimeError where the installed transformers describes masks in another way than kvops reads them.
+    Raises:
+        RuntimeError: this version of transformers describes masks in a way that kvops cannot read.
+        ImportError: transformers is not installed.
     """
     require("transformers")
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -74,23 +76,26 @@ def attention(
     Args:
         module: the attention layer.
         query: ``[B, Hq, T, D]``.
-        key, value: ``[B, Hkv, S, ·]``, or what :class:`KVOpsCache` hands out.
-        attention_mask: what :func:`make_mask` returned; None in a model that makes no mask, which then goes by its
-            ``is_causal`` and ``sliding_window``.
-        s_aux: ``[Hq]``, the sinks of GPT-OSS.
-        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences (transformers' flattening collator).
-        output_attentions: True warns, as it does with "sdpa": the weights are never in memory.
+        key, value: ``[B, Hkv, S, ·]``, or the placeholder that :class:`KVOpsCache` returns.
+        attention_mask: what :func:`make_mask` returned. None in a model that makes no mask: then ``is_causal`` (the
+            argument, or the attribute of ``module``) and ``sliding_window`` say what a query sees.
+        s_aux: ``[Hq]``, attention sinks as in GPT-OSS.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as transformers' flattening collator
+            describes them.
+        output_attentions: True warns, as with ``"sdpa"``.
         **kwargs: arguments of the model's forward that do not change attention (:data:`HARMLESS`).
 
-    Returns ``[B, T, Hq, Dv]`` and None in the place of the weights.
+    Returns:
+        The output ``[B, T, Hq, Dv]``, and None in place of the weights.
 
-    Raises ValueError for dropout, a mask that is a tensor, a mask made for other lengths, and every other argument that
-    is not None.
+    Raises:
+        ValueError: dropout, a mask that is a tensor or was made for other lengths, or any other argument that is not
+            None.
     """
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS:
             raise ValueError(
-                f"{name}: expected None, got {_short(given)}: kvops does not know what it does to attention in "
+                f"{name}: expected None, got {checks.shown(given)}: kvops does not know what it does to attention in "
                 f"{type(module).__name__}, {ELSEWHERE}"
             )
     if dropout:
@@ -98,7 +103,7 @@ def attention(
     if output_attentions:
         _warn_about_weights()
     batch, _, q_length, _ = query.shape
-    held = not isinstance(key, Tensor)  # by a KVOpsCache, which hands out a placeholder
+    held = not isinstance(key, Tensor)  # a placeholder of a KVOpsCache or a Decoder
     kv_length = key.kv_length if held else key.shape[2]
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -128,10 +133,6 @@ def attention(
         return key.attend(query.transpose(1, 2), attention_mask, options), None
     q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, value))
     return attend(q, k, v, attention_mask, packing or attention_mask.packing, options), None
-
-
-def _short(value: object) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def _row_contiguous(x: Tensor) -> Tensor:

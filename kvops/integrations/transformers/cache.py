@@ -2,50 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from kvops import checks
 from kvops.cache import CacheStats, PagedKVCache
 from kvops.integrations.transformers.attention import NAME
-from kvops.integrations.transformers.config import expect_attention_layers, rope_of, storing_layers
+from kvops.integrations.transformers.config import expect_layers, num_layers_of, rope_of, state_layers, storing_layers
 from kvops.integrations.transformers.masks import Mask
+from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
 from kvops.integrations.transformers.step import NewTokens, Step
 from kvops.policies import Compression
 
-_OWN_CACHE = "use transformers' DynamicCache with this model"
+_OWN_CACHE = "generate with the model's own cache"
 
 
 class KVOpsCache(Cache):
-    """``model.generate(..., past_key_values=KVOpsCache(model.config, max_tokens=4096, compression=Compression(4)))``
+    """A cache for transformers models that is compressed head by head.
 
-    Keys and values live in one :class:`kvops.PagedKVCache`, which attention reads in place; padding is never stored.
-    With a ``compression``, prompts are scored while they are read and evicted right behind the first pass of the model
-    (and again where ``compression.every`` says so); the freed blocks serve whatever comes next.
+    ``model.generate(..., past_key_values=KVOpsCache(model.config, max_tokens=4096, compression=Compression(4)))``
+
+    Keys and values live in one :class:`kvops.PagedKVCache`, which attention reads in place. Padding is not stored. With
+    a ``compression``, the prompt is scored while it is read and evicted before the next token comes; decoded tokens
+    are evicted as ``compression.every`` says. The freed blocks serve other tokens.
 
     Args:
-        config: of the model.
-        max_tokens: the longest a sequence may become, prompt and new tokens.
-        compression: None keeps everything.
-        num_blocks: of the pool, for all sequences; None makes room for all of them uncompressed. A pool must hold the
-            prompts of a batch uncompressed for a moment.
-        block_size: slots in a block.
+        config: the config of the model, whose ``attn_implementation`` is ``"kvops"``.
+        max_tokens: the longest that a sequence may become, prompt and new tokens.
+        compression: what to keep. None keeps everything.
+        num_blocks: the blocks of the pool, for all sequences. None makes room for all sequences uncompressed. The pool
+            holds the prompts of a batch uncompressed until they are evicted.
+        block_size: the slots in a block.
 
-    Attributes:
-        paged: the :class:`kvops.PagedKVCache`, once the first token has come in (it brings batch size, dtype and
-            device).
+    The first pass of the model counts as the prompt: with ``generate(..., prefill_chunk_size=N)`` only the first N
+    tokens are compressed. :class:`~kvops.integrations.transformers.Decoder` reads prompts in chunks
+    (``Compression.chunk``).
 
-    A first pass counts as the prompt: with ``generate(..., prefill_chunk_size=N)`` the first N tokens alone are judged
-    and compressed. :class:`~kvops.integrations.transformers.Decoder` reads prompts in chunks (``Compression.chunk``).
+    Without a compression, layers with a sliding window give up the keys that no later token sees, several blocks at a
+    time.
 
-    Without a compression, layers with a sliding window give up what no later token sees, a few blocks at a time.
+    Sequence lengths and positions count the tokens of the text, evicted ones included. The rows of a batch stay
+    together: beam search and selecting rows raise. :meth:`crop` takes drafts back; where transformers announces drafts,
+    evictions wait for it.
 
-    Sequence lengths and positions are those of the text, whatever has been evicted. A batch is one for good: beam
-    search and selecting rows raise. Drafts are taken back by :meth:`crop`, and evictions wait for it where transformers
-    announces drafts.
+    Raises:
+        ValueError: the model has layers of another kind than full or sliding attention; the compression has a
+            ``chunk``, scores that cannot grow while decoding together with ``every``, or a policy with a recital.
+            While the model runs: layers have different heads, or attention is not causal.
+        TypeError: an argument of another type; while the model runs, a model that computes with keys after it stored
+            them, or whose ``attn_implementation`` is not ``"kvops"``.
+        RuntimeError: the model runs with gradients.
     """
 
     def __init__(
@@ -57,7 +66,7 @@ class KVOpsCache(Cache):
         num_blocks: int | None = None,
         block_size: int = 16,
     ) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=[])  # known below
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config: expected that of a model, model.config, got {type(config).__name__}")
         checks.expect_int("max_tokens", max_tokens, 1)
@@ -67,22 +76,20 @@ class KVOpsCache(Cache):
         if not isinstance(compression, Compression | None):
             raise TypeError(f"compression: expected a kvops.policies.Compression, got {compression!r}")
         text = config.get_text_config(decoder=True)
-        expect_attention_layers("config", text, _OWN_CACHE)
-        if compression is not None and compression.chunk:
-            raise ValueError(f"compression: expected chunk=0, as transformers reads prompts, got {compression.chunk}")
-        if compression is not None and compression.every and compression.policy.accumulate is None:
-            raise ValueError(
-                f"compression: expected every=0 with {type(compression.policy).__name__}, whose scores do not grow "
-                "while decoding: generate with kvops.integrations.transformers.Decoder, which judges anew"
-            )
-        if compression is not None and compression.policy.recital is not None:
-            raise ValueError(
-                f"compression: expected a policy without recital, as a cache cannot make the model read again, got "
-                f"{type(compression.policy).__name__}: generate with kvops.integrations.transformers.Decoder, which can"
-            )
-        self.num_layers: int = text.num_hidden_layers
+        expect_layers("config", text, states=True, advice=_OWN_CACHE)
+        if compression is not None:
+            _expect_judging_once(compression)
+        self.num_layers: int = num_layers_of(text)
         # The place in the pool of each layer that stores keys: some layers may use those of another one.
         self._places = {layer: place for place, layer in enumerate(storing_layers(text))}
+        # States of convolutions and linear attention are kept as transformers keeps them.
+        states = getattr(text, "number_of_conv_states", None) or 1
+        with_state = state_layers(text)
+        self.layers: list[Any] = [
+            LinearAttentionLayer(number_of_states=states) if layer in with_state else _PagedLayer()
+            for layer in range(self.num_layers)
+        ]
+        self._states = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
         self._shape: tuple[int, ...] | None = None  # KV heads, head size and head size of values, of all layers
         self._text = text
         self.max_tokens, self.compression = max_tokens, compression
@@ -212,6 +219,11 @@ class KVOpsCache(Cache):
 
     def _undo(self) -> None:
         """Take back what a pass that was broken off has stored."""
+        if self._step is not None and self._states:
+            raise RuntimeError(
+                "KVOpsCache: expected passes that end, as states of convolutions and linear attention cannot be taken "
+                "back, got one that was broken off: call reset() and read the text again"
+            )
         if self._step is not None:
             self._step.undo()
         self._step = None
@@ -261,7 +273,7 @@ class KVOpsCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return True
+        return all(layer.is_croppable for layer in self._states)
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -269,11 +281,11 @@ class KVOpsCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [False] * self.num_layers
+        return [isinstance(layer, LinearAttentionLayer) for layer in self.layers]
 
     @property
     def is_dummy(self) -> list[bool]:
-        return [layer not in self._places for layer in range(self.num_layers)]
+        return [layer not in self._places and not state for layer, state in enumerate(self.is_linear)]
 
     @property
     def is_initialized(self) -> bool:
@@ -285,6 +297,12 @@ class KVOpsCache(Cache):
 
     def __len__(self) -> int:
         return self.num_layers
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotATensorError(_refusal(f"one that reads .{name}"))
+
+    def __iter__(self) -> NoReturn:
+        raise NotATensorError(_refusal("one that loops over it"))
 
     def __repr__(self) -> str:
         return f"KVOpsCache({self._length} tokens, {self.paged and self.paged.stats()})"
@@ -301,19 +319,29 @@ class KVOpsCache(Cache):
                 f"tokens_to_remove: expected at least {self._trimmed - self._length}, got {tokens_to_remove}: what "
                 "earlier tokens saw through a sliding window is gone"
             )
+        if tokens_to_remove and not self.is_croppable:
+            raise ValueError(
+                f"tokens_to_remove: expected 0, got {tokens_to_remove}: the states of linear attention cannot be taken "
+                "back"
+            )
         self._undo()
+        for layer in self._states if tokens_to_remove or self._recording else ():
+            layer.crop(tokens_to_remove)
         if tokens_to_remove:
             self._pool().rollback(-tokens_to_remove)
             self._length += tokens_to_remove
         self._evict()
 
     def activate_past_recording(self) -> None:
+        super().activate_past_recording()
         self._recording = True
 
     def reset(self) -> None:
         """Empty the cache; its blocks stay for the next batch of the same size."""
         if self._paged is not None:
             self._paged.free()
+        for layer in self._states:
+            layer.reset()
         self._length, self._since_eviction, self._trimmed = 0, 0, 0
         self._recording, self._due, self._step = False, False, None
 
@@ -327,6 +355,33 @@ class KVOpsCache(Cache):
         raise NotImplementedError("KVOpsCache cannot drop rows: generate with the batch that is wanted")
 
 
+class _PagedLayer(Placeholder):
+    """A layer whose keys and values are in the paged cache."""
+
+    def refuse(self, use: str) -> NoReturn:
+        raise NotATensorError(_refusal(f"{use} in a layer"))
+
+
+def _refusal(use: str) -> str:
+    return f"past_key_values: expected a model that works with any cache of transformers, got {use}: {_OWN_CACHE}"
+
+
 def _heads(count: int, head_dim: int, v_head_dim: int) -> str:
     sizes = f"size {head_dim}" if head_dim == v_head_dim else f"sizes {head_dim} and {v_head_dim}"
     return f"{count} of {sizes}"
+
+
+def _expect_judging_once(compression: Compression) -> None:
+    """ValueError for a compression that needs more than one pass over the prompt and scores that grow."""
+    if compression.chunk:
+        raise ValueError(f"compression: expected chunk=0, as transformers reads prompts, got {compression.chunk}")
+    if compression.every and compression.policy.accumulate is None:
+        raise ValueError(
+            f"compression: expected every=0 with {type(compression.policy).__name__}, whose scores do not grow "
+            "while decoding: generate with kvops.integrations.transformers.Decoder, which judges anew"
+        )
+    if compression.policy.recital is not None:
+        raise ValueError(
+            f"compression: expected a policy without recital, as a cache cannot make the model read again, got "
+            f"{type(compression.policy).__name__}: generate with kvops.integrations.transformers.Decoder, which can"
+        )

@@ -9,27 +9,47 @@ from torch import Tensor
 
 # Layer types that keep keys and values of all tokens, or of those in a window.
 _ATTENTION = {"full_attention", "sliding_attention"}
+# Layer types that keep a state of fixed size, alone or beside keys and values.
+_STATE = {"linear_attention", "conv"}
+_BOTH = {"hybrid", "hybrid_sliding"}
 # Layer types that keep nothing.
 _STATELESS = {"moe", "mlp"}
 
 
-def expect_attention_layers(name: str, config: Any, advice: str) -> None:
-    """ValueError for a model with layers of another kind than full or sliding attention."""
-    others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION - _STATELESS
+def expect_layers(name: str, config: Any, *, states: bool, advice: str) -> None:
+    """ValueError for layers of another kind than full or sliding attention; ``states`` allows layers with a state."""
+    allowed = _ATTENTION | _STATELESS | (_STATE | _BOTH if states else set())
+    others = set(layer_types_of(config)) - allowed
     if others:
         raise ValueError(
             f"{name}: expected layers of full or sliding attention, got {', '.join(sorted(others))}: {advice}"
         )
+    if not storing_layers(config):
+        raise ValueError(f"{name}: expected at least one layer of attention, got none: {advice}")
+
+
+def layer_types_of(config: Any) -> list[str]:
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * num_layers_of(config))
+
+
+def state_layers(config: Any) -> list[int]:
+    """The layers that keep a state of fixed size (convolutions, linear attention)."""
+    return [layer for layer, kind in enumerate(layer_types_of(config)) if kind in _STATE | _BOTH]
+
+
+def num_layers_of(config: Any) -> int:
+    """Layers of the decoder: what num_hidden_layers counts may be those of an encoder."""
+    return getattr(config, "decoder_layers", None) or config.num_hidden_layers
 
 
 def storing_layers(config: Any) -> list[int]:
     """The layers that store keys and values of their own; others may attend to those of an earlier layer."""
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    types = layer_types_of(config)
     modes = getattr(config, "kv_sharing_modes", None) or [""] * len(types)
     return [
         layer
         for layer, (kind, mode) in enumerate(zip(types, modes, strict=True))
-        if kind not in _STATELESS and mode != "reuse"
+        if kind in _ATTENTION | _BOTH and mode != "reuse"
     ]
 
 

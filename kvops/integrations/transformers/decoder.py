@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from kvops.integrations.transformers.attention import enable
-from kvops.integrations.transformers.config import head_dim_of, rope_of
+from kvops.integrations.transformers.config import expect_layers, head_dim_of, num_layers_of, rope_of
 from kvops.integrations.transformers.masks import Mask
 from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
 from kvops.models.llama import Attend
 from kvops.ops.attention import flash_attention
 
+_GENERATE = "use model.generate"
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What generation wants to know."""
+    """The sizes that generation asks for."""
 
     vocab_size: int
     num_layers: int
@@ -37,14 +41,16 @@ class Decoder:
         model: a causal language model with layers of full or sliding attention; its ``attn_implementation`` becomes
             ``"kvops"``.
 
-    Raises ValueError for a model whose layers or logits are of another kind; two tokens are run to see.
+    The model is tried with three tokens, at once and one after the other, against its own logits. A model on the meta
+    device is not tried.
+
+    Raises ValueError for a model that keeps more than keys and values, shares them between layers, has layers with
+    other heads than the rest, or does not take its positions from ``position_ids``.
     """
 
     def __init__(self, model: Any) -> None:
         text = model.config.get_text_config(decoder=True)
-        others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if others:
-            raise ValueError(f"model: expected layers of full or sliding attention, got {', '.join(sorted(others))}")
+        expect_layers("model", text, states=False, advice=_GENERATE)
         if model.get_output_embeddings() is None:
             raise ValueError(f"model: expected a causal language model, got {type(model).__name__}")
         model.set_attn_implementation(enable())
@@ -55,41 +61,51 @@ class Decoder:
             self.rope = self.rope.to(self.embedding.weight.device)
         self._options: dict[int, dict[str, Any]] = {}
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        self._whole_head = False  # logits by the model's own forward, where they are more than a product
+        if self.embedding.weight.is_meta:
+            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+            head_dim = head_dim_of(text)
+        else:
+            heads, head_dim = self._try(num_layers_of(text))
         self.config = DecoderConfig(
             vocab_size=text.vocab_size,
-            num_layers=text.num_hidden_layers,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            head_dim=head_dim_of(text),
+            num_layers=num_layers_of(text),
+            num_kv_heads=heads,
+            head_dim=head_dim,
             max_positions=getattr(text, "max_position_embeddings", None) or 2**31 - 1,  # a config may know no end
         )
-        if not self.embedding.weight.is_meta:
-            self._try()
 
-    def _try(self) -> None:
-        """Two tokens through the model and through this class: no list of families tells which do more than is done
-        here."""
-        device = self.embedding.weight.device
-        tokens, positions = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flash_attention(q, k, v, causal=True, **self.options(layer))[0]
-
+    def _try(self, num_layers: int) -> tuple[int, int]:
+        """The number and size of KV heads, found by running three tokens: no list of families tells what each does."""
+        device, kind = self.embedding.weight.device, type(self.model).__name__
+        pad = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
+        tokens = torch.tensor([[token for token in range(1, 5) if token != pad][:3]], device=device)
+        positions = torch.arange(3, device=device)[None]
         training = self.model.training
         self.model.eval()  # no dropout
-        kind = type(self.model).__name__
         try:
             with torch.no_grad():
-                got = self.logits(self(tokens, positions, attend)).float()
                 expected = self.model(input_ids=tokens, use_cache=False).logits.float()
+                whole = _Trial(self)
+                hidden = self(tokens, positions, whole.attend)
+                self._whole_head = not _agree(self.logits(hidden), expected)
+                if not _agree(self.logits(hidden), expected):
+                    raise ValueError(
+                        f"model: expected logits that follow from tokens, positions from 0 on and the last hidden "
+                        f"states, got {kind}, which goes by more than these: {_GENERATE}"
+                    )
+                whole.held.clear()
+                parts = [self(tokens[:, part], positions[:, part], whole.attend) for part in (slice(0, 1), slice(1, 3))]
+                if not _agree(self.logits(torch.cat(parts, 1)), expected):
+                    raise ValueError(
+                        f"model: expected one that goes by its position_ids, got {kind}, which counts tokens itself: "
+                        f"{_GENERATE}"
+                    )
         except NotATensorError as error:
-            raise ValueError(f"model: {error} ({kind}): use model.generate") from None
+            raise ValueError(f"{error} ({kind}): {_GENERATE}") from None
         finally:
             self.model.train(training)
-        if got.shape != expected.shape or bool((got - expected).abs().max() > 0.01 * expected.abs().max()):
-            raise ValueError(
-                f"model: expected logits as the output matrix gives them of the last hidden states, got a {kind}, "
-                "which does more to them: generate with model.generate and KVOpsCache"
-            )
+        return whole.heads(num_layers)
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The hidden states after the last norm: tokens int64 [B, T], positions int [B, T] -> [B, T, hidden]."""
@@ -104,12 +120,82 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> logits [..., vocab_size]."""
+        if self._whole_head:
+            with _base_returns(self.model, hidden.reshape(1, -1, hidden.shape[-1])) as tokens:
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+            return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
         logits = self.model.get_output_embeddings()(hidden)
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
 
-class _Handover:
+@contextmanager
+def _base_returns(model: Any, hidden: Tensor) -> Iterator[Tensor]:
+    """While this lasts, the base model returns ``hidden [1, T, hidden]``; yields tokens to call the model with."""
+    base = model.base_model
+    own = base.__dict__.get("forward")
+    base.forward = lambda *args, **kwargs: _BaseOutput(hidden)
+    try:
+        yield torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    finally:
+        del base.forward
+        if own is not None:
+            base.forward = own
+
+
+@dataclass
+class _BaseOutput:
+    """What a base model returns, with None for everything but the hidden states."""
+
+    last_hidden_state: Tensor
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _agree(logits: Tensor, expected: Tensor) -> bool:
+    if logits.shape != expected.shape:
+        return False
+    error, largest = (logits.float() - expected).abs().max(), expected.abs().max()
+    return bool(error <= (1e-3 if logits.dtype == torch.float32 else 0.03) * largest)
+
+
+@dataclass
+class _Trial:
+    """Keeps keys and values of three tokens, and what the layers do with them."""
+
+    decoder: Decoder
+    held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        before = self.held.get(layer, (k[:, :0], v[:, :0]))
+        k, v = torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
+        self.held[layer] = k, v
+        return flash_attention(q, k, v, causal=True, **self.decoder.options(layer))[0]
+
+    def heads(self, num_layers: int) -> tuple[int, int]:
+        """The number and size of KV heads, the same in all layers; ValueError where they are not."""
+        shapes = {(k.shape[2], k.shape[3], v.shape[3]) for k, v in self.held.values()}
+        if sorted(self.held) != list(range(num_layers)) or len(shapes) > 1:
+            raise ValueError(
+                f"model: expected keys with the same heads from all {num_layers} layers, got "
+                f"{len(shapes)} kinds of heads from layers {sorted(self.held)}: {_GENERATE}"
+            )
+        heads, head_dim, v_head_dim = shapes.pop()
+        if head_dim != v_head_dim:
+            raise ValueError(
+                f"model: expected keys and values of one size, got {head_dim} and {v_head_dim}: use model.generate "
+                "with KVOpsCache"
+            )
+        return heads, head_dim
+
+
+class _Handover(Placeholder):
     """Stands in the place of a cache and holds nothing: what a layer puts in goes to ``attend``."""
+
+    is_compileable, is_initialized = False, True
 
     def __init__(self, decoder: Decoder, attend: Attend) -> None:
         self._decoder, self._attend = decoder, attend
@@ -127,6 +213,9 @@ class _Handover:
     def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
         return query_length, 0
 
+    def refuse(self, use: str) -> NoReturn:
+        raise NotATensorError(f"model: expected one that keeps keys and values only, got {use.replace('on it', '')}")
+
 
 @dataclass(eq=False)
 class _NewTokens(Placeholder):
@@ -137,7 +226,6 @@ class _NewTokens(Placeholder):
     layer: int
     k: Tensor
     v: Tensor
-
     attended: bool = False
 
     @property
@@ -145,8 +233,11 @@ class _NewTokens(Placeholder):
         return self.k.shape[1]
 
     def refuse(self, use: str) -> NoReturn:
-        raise NotATensorError(f"expected one that hands keys and values straight on to attention, got {use}")
+        raise NotATensorError(f"model: expected one that hands keys and values straight on to attention, got {use}")
 
     def attend(self, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
+        if self.attended:
+            self.refuse("one whose layers share them")
+        self.attended = True
         self.decoder._options[self.layer] = options | {"window_left": mask.window_left}
         return self.hand_over(self.layer, q, self.k, self.v)

@@ -1,14 +1,16 @@
-"""Attention layers of transformers' models as :class:`kvops.nn.Attention`; :func:`kvops.nn.replace` swaps them."""
+"""Attention layers of transformers models as :class:`kvops.nn.Attention`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvops.integrations.transformers.attention import attention, enable
-from kvops.nn import Attention, Replacement, Swap
+from kvops.integrations.transformers.config import rope_of
+from kvops.nn import Attention, frequencies
 
 # Layers of the same arithmetic: project, normalise per head where there are norms, rotate halves, attend, project.
 KNOWN = frozenset(
@@ -90,8 +92,71 @@ class TransformersAttention(Attention):
         return self.o_proj(out.flatten(-2)), None
 
 
-def replace_layers(model: torch.nn.Module) -> Replacement:
-    """See :func:`kvops.nn.replace`."""
+def attention_module(layer: torch.nn.Module, *, rope: Tensor | None = None) -> Attention:
+    """A :class:`kvops.nn.Attention` that shares the projections of an attention layer of a transformers model.
+
+    Args:
+        layer: an attention layer of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3 or GPT-OSS.
+        rope: the frequencies, float32 ``[head_dim / 2]``: the ``inv_freq`` of the model's rotary embedding. None
+            computes them from the ``rope_theta`` of the config, where the config scales nothing.
+
+    Raises:
+        ValueError: the layer is of another kind, or the config describes a scaled rotary embedding and ``rope`` is
+            None. :func:`replace` needs no frequencies.
+    """
+    options = options_of(layer)
+    if rope is None:
+        rope = rope_of(layer.config)
+        if rope is None:
+            raise ValueError(
+                "rope: expected the frequencies, as the config's rotary embedding is not the plain one: pass the "
+                "model's rotary_emb.inv_freq"
+            )
+    module = Attention.around(layer, **options)
+    module.rope = frequencies(rope, module.head_dim, module.q_proj.weight.device)
+    return module
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What happened to the attention layer ``name`` of class ``kind``: swapped, or kept for a ``reason``."""
+
+    name: str
+    kind: str
+    reason: str = ""
+
+    @property
+    def swapped(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What :func:`replace` did to each layer. ``str()`` gives a report."""
+
+    layers: tuple[Swap, ...]
+
+    @property
+    def swapped(self) -> int:
+        """The number of layers that were swapped."""
+        return sum(layer.swapped for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [f"{self.swapped} of {len(self.layers)} attention layers run on kvops.nn.Attention"]
+        lines += [f"  left: {layer.name} ({layer.kind}): {layer.reason}" for layer in self.layers if not layer.swapped]
+        return "\n".join(lines)
+
+
+def replace(model: torch.nn.Module) -> Replacement:
+    """Swap the attention layers of a loaded transformers model for :class:`kvops.nn.Attention`, in place.
+
+    The new layers share the old ones' projections, so nothing is copied and the state dict keeps its names. The model
+    makes its masks as with ``attn_implementation="kvops"``.
+
+    Raises:
+        ValueError: ``model`` is not a transformers model.
+        RuntimeError: as :func:`enable`.
+    """
     implementation = enable()
     owners = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
     if not owners:
@@ -104,7 +169,7 @@ def replace_layers(model: torch.nn.Module) -> Replacement:
         obstacle = _obstacle(layer)
         swaps.append(Swap(name, kind, obstacle))
         if not obstacle:
-            swapped = TransformersAttention._around(layer, **options_of(layer))
+            swapped = TransformersAttention.around(layer, **options_of(layer))
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, swapped)
     if any(swap.swapped for swap in swaps):

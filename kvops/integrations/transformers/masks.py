@@ -1,7 +1,7 @@
-"""What a transformers model may see, in the words of the operators: a causal flag, a window and lengths.
+"""Masks of transformers models, as arguments of kvops' operators: a causal flag, windows and cumulative lengths.
 
-transformers describes a mask as a function of two indices and leaves it to the attention implementation to build what
-it needs. Here nothing is built: the function is taken apart, and padding and packing become cumulative lengths.
+transformers describes a mask by a function of two indices and lets the attention implementation build what it needs.
+Here no mask is built: the parts of the function are recognised, and padding and packing become cumulative lengths.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ELSEWHERE = "set attn_implementation to 'sdpa', 'eager' or 'flex_attention' for 
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of padded tokens as sequences that lie one behind the other, gaps between them included.
+    """Padded rows as packed sequences, without moving a token.
 
-    ``[B, T]`` queries and ``[B, S]`` keys, flattened, are cut into sequences in place: padding becomes sequences that
-    have queries or keys only, so nothing is copied and no shape depends on what the mask says.
+    ``[B, T]`` queries and ``[B, S]`` keys are flattened and cut into sequences. Padding becomes sequences that have
+    queries only or keys only. So nothing is copied, and no shape depends on the values of the mask.
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as :func:`kvops.flash_attention_varlen` takes them.
-        first_query, num_queries: int32 ``[B]``, where the real queries of each row begin and how many there are; None
-            for packed sequences.
+        first_query, num_queries: int32 ``[B]``, the place of the first real query of each row and the number of real
+            queries. None for packed sequences.
     """
 
     cu_seqlens_q: Tensor
@@ -41,7 +41,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a mask was made from, so that a part of it can be made again."""
+    """The arguments that a mask was made from, to make a slice of it."""
 
     batch: int
     q_offset: int | Tensor
@@ -52,19 +52,19 @@ class _Source:
 
 @dataclass(frozen=True, eq=False)
 class Mask(Placeholder):
-    """What the mask function hands to the attention function in the place of a tensor ``[B, 1, T, S]``.
+    """The mask that the mask function returns and the attention function gets, in place of a tensor ``[B, 1, T, S]``.
 
     Attributes:
         causal, window_left, window_right: as :func:`kvops.flash_attention` takes them.
-        packing: cumulative lengths where rows have padding or several sequences, None where every query row and key
-            row is one whole sequence.
+        packing: cumulative lengths. None where each row is one whole sequence.
         q_length, kv_length: T and S. Attention with other lengths is refused.
-        source: None for packed sequences, of which no part can be taken.
+        source: the arguments that the mask was made from. None for packed sequences, which cannot be sliced.
 
-    Slices of queries and keys are masks again (``mask[:, :, -1:, :]``); any other use as a tensor raises.
+    Slicing queries and keys gives another mask (``mask[:, :, -1:, :]``). Any other use as a tensor raises
+    :class:`~kvops.integrations.transformers.placeholders.NotATensorError`.
 
-    ``generate`` makes the masks of a static cache itself and hands them to the model, whose mask function gets them
-    back: ``ndim`` (anything but the 2 of a padding mask) and ``contiguous`` are what they are asked for on the way.
+    With a static cache, ``generate`` makes the masks and passes them to the model, which passes them to the mask
+    function again. On the way they are asked for ``ndim`` (2 would mean a padding mask) and ``contiguous``.
     """
 
     causal: bool
@@ -88,15 +88,15 @@ class Mask(Placeholder):
     def __getitem__(self, index: Any) -> Mask:
         parts = index if isinstance(index, tuple) else (index,)
         if len(parts) > 4 or any(not isinstance(part, slice) or part.step not in (None, 1) for part in parts):
-            self.refuse(f"one that takes mask[{index}]")
+            self.refuse(f"one that takes mask[{_as_written(parts)}]")
         parts += (slice(None),) * (4 - len(parts))
         if parts[:2] != (slice(None),) * 2:
-            self.refuse(f"one that takes mask[{index}]")
+            self.refuse(f"one that takes mask[{_as_written(parts)}]")
         queries, keys = parts[2].indices(self.q_length), parts[3].indices(self.kv_length)
         if (queries, keys) == ((0, self.q_length, 1), (0, self.kv_length, 1)):
             return self
         if self.source is None:
-            self.refuse(f"one that takes mask[{index}] of packed sequences")
+            self.refuse(f"one that takes mask[{_as_written(parts)}] of packed sequences")
         q_length, kv_length = max(queries[1] - queries[0], 0), max(keys[1] - keys[0], 0)
         source = replace(
             self.source, q_offset=self.source.q_offset + queries[0], kv_offset=self.source.kv_offset + keys[0]
@@ -120,6 +120,18 @@ class Mask(Placeholder):
             )
 
 
+def _as_written(index: tuple[Any, ...]) -> str:
+    """An index as it stands in a program."""
+    parts = []
+    for part in index:
+        if isinstance(part, slice):
+            start, stop = ("" if end is None else str(end) for end in (part.start, part.stop))
+            parts.append(f"{start}:{stop}" + ("" if part.step is None else f":{part.step}"))
+        else:
+            parts.append(str(part) if isinstance(part, int) or part is None else type(part).__name__)
+    return ", ".join(parts)
+
+
 @dataclass
 class _Pattern:
     """The parts of a mask function that the operators can express."""
@@ -132,7 +144,7 @@ class _Pattern:
 
 
 def _captured(function: Any, name: str) -> Any:
-    """What a function made inside another one remembers under ``name``."""
+    """The value of the variable ``name`` in the closure of ``function``."""
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
@@ -147,8 +159,15 @@ def _refuse_pattern(name: str) -> NoReturn:
     )
 
 
+def _adds_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a function lets no query see any key: blocks of image tokens in a text without images."""
+    if not function.__qualname__.startswith("blockwise_overlay."):
+        return False
+    return bool((_captured(function, "block_sequence_ids") < 0).all())
+
+
 def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
-    """Add what one of transformers' mask functions asks for to ``pattern``."""
+    """Add the conditions of one of transformers' mask functions to ``pattern``."""
     name = function.__qualname__.split(".")[0]
     if name == "causal_mask_function":
         pattern.causal = True
@@ -157,6 +176,11 @@ def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
     elif name == "and_masks":
         for part in _captured(function, "mask_functions"):
             _read(part, pattern)
+    elif name == "or_masks":
+        parts = [part for part in _captured(function, "mask_functions") if not _adds_nothing(part)]
+        if len(parts) != 1:
+            _refuse_pattern(name)
+        _read(parts[0], pattern)
     elif name == "sliding_window_overlay":
         pattern.window_left = _narrower(pattern.window_left, _captured(function, "sliding_window") - 1)
     elif name == "sliding_window_bidirectional_overlay":
@@ -168,7 +192,7 @@ def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
     elif name == "packed_sequence_mask_function":
         pattern.sequence_ids = _captured(function, "packed_sequence_mask")
     elif name == "remap_positions_for_packed_sequence":
-        _read(_captured(function, "mask_function"), pattern)  # distances within a sequence stay what they are
+        _read(_captured(function, "mask_function"), pattern)  # this does not change distances within a sequence
     else:
         _refuse_pattern(name)
 
@@ -176,10 +200,10 @@ def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
 def _read_traced(
     function: Callable[..., Any], pattern: _Pattern, config: Any, local_size: int | None, custom: bool
 ) -> None:
-    """Do what :func:`_read` does within ``torch.compile``, which cannot look into functions made while it traces.
+    """:func:`_read` within ``torch.compile``, which gives no access to the closure of a function.
 
-    It knows their names, though, and transformers passes on the size of a window or chunk (``local_size``) and whether
-    a caller added a function of its own (``custom``).
+    The function's name is known, and transformers passes the size of a window or chunk (``local_size``) and whether
+    the caller added a function (``custom``).
     """
     name = function.__name__
     pattern.causal = getattr(config, "is_causal", True) and name != "bidirectional_mask_function"
@@ -211,11 +235,12 @@ def make_mask(
 ) -> Mask:
     """The mask function that :func:`kvops.integrations.transformers.enable` registers.
 
-    Query t stands at position ``q_offset + t`` and key j at ``kv_offset + j``; ``attention_mask`` is bool
-    ``[B, positions]``, False where a token is padding. ``config``, ``local_size`` and ``use_vmap`` describe
-    ``mask_function`` where it cannot be looked into.
+    Query t has position ``q_offset + t`` and key j position ``kv_offset + j``. ``attention_mask`` is bool
+    ``[B, positions]``, False for padding. ``config``, ``local_size`` and ``use_vmap`` describe ``mask_function`` within
+    ``torch.compile``.
 
-    Raises ValueError for a pattern that the operators cannot express.
+    Raises:
+        ValueError: the operators cannot express the mask.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
@@ -246,7 +271,7 @@ def make_mask(
 
 
 def _sequence_ids(function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> Tensor:
-    """int64 ``[B, S]``, a new number where ``function`` hides a token's predecessor: there a new sequence begins."""
+    """int64 ``[B, S]``: a new number begins where ``function`` hides the previous token, as a new sequence does."""
     rows, tokens = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
     follows = function(rows, torch.zeros_like(rows), tokens[:, 1:], tokens[:, :-1])
     return torch.nn.functional.pad((~follows).long().cumsum(1), (1, 0))
@@ -265,12 +290,12 @@ def _pack_rows_if_needed(
 
 
 def _pack_sequences(sequence_ids: Tensor) -> Packing:
-    """Rows of several sequences: int [B, S], a new number where a new sequence begins."""
+    """Packing of rows with several sequences. ``sequence_ids`` is int ``[B, S]``, another number in each sequence."""
     batch, length = sequence_ids.shape
     new = torch.ones(batch, length, dtype=torch.bool, device=sequence_ids.device)
     new[:, 1:] = sequence_ids.diff(dim=1) != 0
     if torch.compiler.is_compiling():
-        # Nothing may depend on the number of sequences: as many as there are tokens, most of them empty, at the end.
+        # No shape may depend on the number of sequences: there are as many as tokens, and the last ones are empty.
         tokens = torch.arange(batch * length, device=sequence_ids.device)
         starts = torch.where(new.flatten(), tokens, batch * length).sort().values
         longest = length
@@ -286,7 +311,7 @@ def _pack_sequences(sequence_ids: Tensor) -> Packing:
 def _pack_rows(
     source: _Source, real: Tensor | None, q_length: int, kv_length: int, causal: bool, windowed: bool
 ) -> Packing:
-    """Rows of one sequence each, with padding before and after it and room that a static cache has not used yet."""
+    """Packing of rows with one sequence, padding before and after it, and unused slots of a static cache."""
     batch, device, q_offset, kv_offset = source.batch, source.device, source.q_offset, source.kv_offset
     first = torch.zeros(batch, dtype=torch.int64, device=device)
     end = torch.full((batch,), kv_length, dtype=torch.int64, device=device)
@@ -304,16 +329,16 @@ def _pack_rows(
                 "attention_mask: expected padding at the left or right end of each row only, got padding between the "
                 f"tokens of row {row}: pad prompts on the left to generate from them (tokenizer.padding_side = 'left')"
             )
-    if causal:  # whatever lies behind the last query has not been written yet
+    if causal:  # slots behind the last query are not written yet
         end = torch.minimum(end, torch.as_tensor(q_offset + q_length - kv_offset, device=end.device))
         first = torch.minimum(first, end)
     shift = kv_offset - q_offset
     first_query = (first + shift).clamp(0, q_length)
     end_query = torch.maximum((end + shift).clamp(0, q_length), first_query)
-    if not causal and not windowed:  # maybe the queries of another sequence than the keys': all of them see all keys
+    if not causal and not windowed:  # in cross-attention all queries are real
         first_query, end_query = torch.zeros_like(first_query), torch.full_like(end_query, q_length)
 
-    # Five sequences to a row: padding before it (queries, then keys), the sequence itself, and padding behind it.
+    # Five sequences for each row: queries, then keys of the padding before it, the sequence, and the padding behind it.
     rows = torch.arange(batch, device=end.device)
     cu_q = (rows * q_length)[:, None] + torch.stack([first_query, first_query, end_query, end_query, end_query], 1)
     cu_k = (rows * kv_length)[:, None] + torch.stack([torch.zeros_like(first), first, end, end, end], 1)

@@ -1,25 +1,27 @@
-"""Objects that a transformers model carries in the place of a tensor and hands back to this package unopened."""
+"""Objects that take the place of a tensor in a transformers model and only pass through it."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
-_OPERATORS = (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "neg", "invert"),
-    *("and", "rand", "or", "ror", "xor", "rxor", "lt", "le", "gt", "ge", "len", "iter", "getitem", "setitem"),
-)
+# How a program writes the operators that Python looks for in a class.
+_BINARY = {
+    **{"add": "+", "sub": "-", "mul": "*", "truediv": "/", "matmul": "@", "and": "&", "or": "|", "xor": "^"},
+    **{"lt": "<", "le": "<=", "gt": ">", "ge": ">="},
+}
+_OTHER = {"neg": "-", "invert": "~", "len": "len()", "iter": "a loop", "getitem": "an index", "setitem": "an index"}
 
 
 class NotATensorError(TypeError, AttributeError):
-    """A model computes with an object that stands in the place of a tensor."""
+    """A model computes with a :class:`Placeholder`."""
 
 
 class Placeholder:
-    """Whatever a model does with it, other than passing it on, raises :class:`NotATensorError` with one sentence."""
+    """Reading an attribute, an operator or a function of torch raises :class:`NotATensorError`."""
 
     def refuse(self, use: str) -> NoReturn:
         """Raise :class:`NotATensorError`; ``use`` is what the model did, in a few words."""
-        raise NotATensorError(f"{type(self).__name__}: expected a model that passes it on unopened, got {use}")
+        raise NotATensorError(f"{type(self).__name__}: expected a model that passes it on, got {use}")
 
     def __getattr__(self, name: str) -> Any:
         self.refuse(f"one that reads .{name}")
@@ -33,12 +35,15 @@ class Placeholder:
         return NotImplemented
 
 
-def _refusing(name: str) -> Any:
+def _refusing(written: str) -> Any:
     def operator(self: Placeholder, *args: Any) -> NoReturn:
-        self.refuse(f"one that calls {name} on it")
+        self.refuse(f"one that uses {written} on it")
 
     return operator
 
 
-for _name in _OPERATORS:
-    setattr(Placeholder, f"__{_name}__", _refusing(f"__{_name}__"))
+for _name, _written in _BINARY.items():
+    setattr(Placeholder, f"__{_name}__", _refusing(_written))
+    setattr(Placeholder, f"__r{_name}__", _refusing(_written))
+for _name, _written in _OTHER.items():
+    setattr(Placeholder, f"__{_name}__", _refusing(_written))

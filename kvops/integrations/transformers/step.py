@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class NewTokens(Placeholder):
-    """What :meth:`KVOpsCache.update` returns in the place of keys and values: the new ones and where they belong.
+    """What :meth:`KVOpsCache.update` returns in place of keys and values: the new ones and the layer they belong to.
 
     Attributes:
         layer: of the model.
