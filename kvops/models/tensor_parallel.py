@@ -1,9 +1,9 @@
-"""Tensor parallelism of the reference model: every process of a device mesh has some of the heads.
+"""Tensor parallelism of the reference model: every process of a device mesh holds some of the heads.
 
-Shoeybi et al. 2019, "Megatron-LM" (arXiv:1909.08053), on torch's own DTensor. Queries, keys, values and the
-feed-forward layer are split by rows, what follows them by columns, and two sums over the processes a layer put the
-residual stream together again. A cache made for the model holds this process's KV heads only: ragged lengths, scores
-and eviction are local, and heads compete for a budget with those of the same process.
+Shoeybi et al. 2019, "Megatron-LM" (arXiv:1909.08053), on torch's DTensor. The weights of queries, keys, values and the
+first half of the feed-forward layer are split by rows. The weights that follow them are split by columns. Two
+all-reduces in each layer restore the residual stream. A cache made for the model holds the KV heads of this process only: lengths,
+scores and eviction are local, and a head competes for the budget with the other heads of its process.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
 def tensor_parallel(config: LlamaConfig, weights: Mapping[str, Tensor], mesh: DeviceMesh) -> Llama:
     """The part of a model that belongs to this process of a one-dimensional ``mesh``.
 
-    ``weights`` are the whole model's, as :class:`~kvops.models.llama.Llama` takes them, the same on every process and
-    on the mesh's kind of device. The model that comes back has this process's heads in its ``config``; its hidden
-    states and logits are complete, and the same on every process. It trains: the gradients of split weights are this
-    process's, those of norms and embeddings are the same everywhere.
+    ``weights`` are those of the whole model, as :class:`~kvops.models.llama.Llama` takes them: the same on every
+    process, on the mesh's device type. The ``config`` of the returned model counts the heads of this process. Hidden
+    states and logits are complete and the same on every process. The model can be trained: each process has the
+    gradients of its part of the split weights, and all have the same gradients of norms and embeddings.
 
     Raises:
         ValueError: ``num_kv_heads``, ``num_heads`` or ``intermediate_size`` does not divide by the processes.
@@ -71,7 +71,7 @@ def _part(name: str, weight: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _enter(mesh: DeviceMesh) -> Any:
-    """Before a product split by rows: the same input everywhere, whose gradient is the sum over the processes."""
+    """Hook before weights split by rows: every process has the same input, and its gradients are summed."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         whole = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
@@ -81,7 +81,7 @@ def _enter(mesh: DeviceMesh) -> Any:
 
 
 def _leave(mesh: DeviceMesh) -> Any:
-    """Behind a product split by columns: the sum over the processes."""
+    """Hook after weights split by columns: the outputs of all processes are summed."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         part = DTensor.from_local(output, mesh, [Partial()], run_check=False)
