@@ -14,7 +14,7 @@ import kvops
 
 # Areas and how many of their cases take about a second.
 SMOKE = {
-    **{"dense": 12, "packed": 8, "merge": 20, "sdpa": 25, "eviction": 10, "cache": 15, "verification": 12},
+    **{"dense": 12, "packed": 8, "merge": 20, "sdpa": 25, "paged": 8, "eviction": 10, "cache": 15, "verification": 12},
     **{"sampling": 60, "lookup": 60, "flash_attn": 15, "families": 10},
 }
 
