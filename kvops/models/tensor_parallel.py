@@ -2,8 +2,8 @@
 
 Shoeybi et al. 2019, "Megatron-LM" (arXiv:1909.08053), on torch's DTensor. The weights of queries, keys, values and the
 first half of the feed-forward layer are split by rows. The weights that follow them are split by columns. Two
-all-reduces in each layer restore the residual stream. A cache made for the model holds the KV heads of this process only: lengths,
-scores and eviction are local, and a head competes for the budget with the other heads of its process.
+all-reduces in each layer restore the residual stream. A cache made for the model holds the KV heads of this process
+only: lengths, scores and eviction are local, and a head competes for the budget with the other heads of its process.
 """
 
 from __future__ import annotations
