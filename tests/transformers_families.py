@@ -345,7 +345,8 @@ def page(table: dict[str, dict[str, str]], version: str) -> str:
 
 def _general(sentence: str) -> str:
     """The sentence without what differs between families."""
-    return re.sub(r"\d+", "N", re.sub(r"\(\w+\)", "(...)", sentence))
+    sentence = re.sub(r"\b[A-Z]\w*(ForCausalLM|LMHeadModel|Attention)\b", "...", sentence)
+    return re.sub(r"\d+", "N", sentence)
 
 
 def main() -> int:

@@ -105,7 +105,28 @@ def attention(
     batch, _, q_length, _ = query.shape
     held = not isinstance(key, Tensor)  # a placeholder of a KVOpsCache or a Decoder
     kv_length = key.kv_length if held else key.shape[2]
-    if attention_mask is None:
+    mask = _mask(attention_mask, module, is_causal, sliding_window, q_length, kv_length)
+    mask.expect_lengths(batch, q_length, kv_length)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    packing = _given_packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if held:
+        if packing is not None:
+            raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
+        return key.attend(query.transpose(1, 2), mask, options), None
+    q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, value))
+    return attend(q, k, v, mask, packing or mask.packing, options), None
+
+
+def _mask(
+    given: Any,
+    module: torch.nn.Module,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    q_length: int,
+    kv_length: int,
+) -> Mask:
+    """The mask of this call, or ValueError where it is not clear what a query sees."""
+    if given is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and 1 < q_length != kv_length:
             raise ValueError(
@@ -113,26 +134,18 @@ def attention(
                 f"None, which does not tell which keys the first query sees: {ELSEWHERE}"
             )
         window = sliding_window or 0
-        attention_mask = Mask(causal, window - 1, -1 if causal else window - 1, None, q_length, kv_length)
-    elif not isinstance(attention_mask, Mask):
+        return Mask(causal, window - 1, -1 if causal else window - 1, None, q_length, kv_length)
+    if not isinstance(given, Mask):
         raise ValueError(
-            f"attention_mask: expected a 2-D mask of padding, got a tensor of shape {list(attention_mask.shape)}: "
+            f"attention_mask: expected a 2-D mask of padding, got a tensor of shape {list(given.shape)}: "
             "kvops never holds the matrix of scores, use attn_implementation='sdpa' or 'eager' with it"
         )
-    elif is_causal is not None and is_causal != attention_mask.causal and q_length > 1:
+    if is_causal is not None and is_causal != given.causal and q_length > 1:
         raise ValueError(
-            f"is_causal: expected {attention_mask.causal}, as the mask has it, got {is_causal}: leave it out, or set "
+            f"is_causal: expected {given.causal}, as the mask has it, got {is_causal}: leave it out, or set "
             "is_causal in the model's config"
         )
-    attention_mask.expect_lengths(batch, q_length, kv_length)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
-    packing = _given_packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-    if held:
-        if packing is not None:
-            raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
-        return key.attend(query.transpose(1, 2), attention_mask, options), None
-    q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, value))
-    return attend(q, k, v, attention_mask, packing or attention_mask.packing, options), None
+    return given
 
 
 def _row_contiguous(x: Tensor) -> Tensor:
