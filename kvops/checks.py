@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from kvops.private_torch import FakeTensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

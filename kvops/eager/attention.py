@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from kvops.prepared import prepared
-
-# Called some microseconds sooner than the operator of the same name below torch.ops.
-_forward = torch._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from kvops.private_torch import flash_attention as _forward
+from kvops.private_torch import flash_attention_backward as _backward
 
 # Tiles of plain PyTorch: scores of this many elements stay in cache between the passes over them.
 _TILE_ELEMENTS = 1 << 20

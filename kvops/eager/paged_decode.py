@@ -21,8 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from kvops.eager.attention import union_weights
 from kvops.eager.paged_rows import Rows, fold_scores
-
-_flash = torch._scaled_dot_product_flash_attention_for_cpu
+from kvops.private_torch import flash_attention as _flash
 
 # Slots in a tile, about: a batch is fast from here on, and a list's last tile wastes half of it.
 _TILE = 128

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvops.ops.registry import register_autograd
+from kvops.private_torch import schema_of
 
 
 def last_contiguous(gradient: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backward: Any, names: tuple[str, ...], *values: Any) -> Any:
-        ctx.name = backward._schema.name.removeprefix("kvops::").removesuffix("_backward")
+        ctx.name = schema_of(backward).name.removeprefix("kvops::").removesuffix("_backward")
         positional = len(values) - len(names)
         return backward(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
 

@@ -9,6 +9,7 @@ from kvops import checks
 from kvops.eager import paged as eager
 from kvops.ops.dense import check_scores
 from kvops.ops.registry import LIBRARY, register
+from kvops.private_torch import schema_of
 
 REDUCTIONS = ("sum", "sumsq", "max")
 # Programs per multiprocessor: as many as fit at once with any number of registers, so that all shares run together.
@@ -345,7 +346,7 @@ def _define_with_numbers(overload: object, function: object) -> None:
 
     The mixed ones come first: torch would take a tensor of one element for a number, and read it back to do so.
     """
-    schema = str(overload._schema).removeprefix("kvops::")  # type: ignore[attr-defined]
+    schema = str(schema_of(overload)).removeprefix("kvops::")
     name, rest = schema.split("(", 1)
     for kind, scales in (
         ("k_scale_number", ("k_scale",)),

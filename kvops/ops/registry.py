@@ -14,9 +14,9 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd.forward_ad import unpack_dual
 
-from kvops import checks
+from kvops import checks, private_torch
 from kvops.extras import require
 
 # Kinds of calls that are remembered; a service that never sees the same shape twice starts over now and then.
@@ -49,21 +49,15 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return function if prepare is None else prepare(*args, **kwargs)
 
 
-_launches: list[dict[tuple[Any, ...], Callable[..., Any]]] = []
-_on_cpu: dict[str, Callable[..., Any]] = {}
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-# Where no mode, wrapper or trace stands between autograd and the implementation on the CPU.
-_STRAIGHT_TO_CPU = frozenset(
-    (keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)).raw_repr()
-    for keys in (_CPU, _CPU | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView))
-)
 _facts, _strides = attrgetter("shape", "dtype", "device", "requires_grad"), torch.Tensor.stride
+_operators: dict[str, _Operator] = {}
 
 
 def forget_launches() -> None:
     """Check and prepare every call anew."""
-    for launches in _launches:
-        launches.clear()
+    for operator in _operators.values():
+        operator.served.clear()
+        operator.interpreted.clear()
 
 
 def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -77,6 +71,122 @@ def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         else:
             found.append(value)
     return tuple(found)
+
+
+class _Operator:
+    """What the dispatcher calls for one operator: its checks, then what serves the call. See :func:`register`."""
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        check_data: Callable[..., None] | None,
+        fake: Callable[..., Any],
+        eager: Callable[..., Any],
+        kernel: str,
+        differentiable: bool,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.check, self.check_data, self.fake = check, check_data, fake
+        self.eager, self.kernel, self.differentiable = eager, kernel, differentiable
+        # By what calls have in common but data; those of the interpreter (TRITON_INTERPRET=1) apart.
+        self.served: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.interpreted: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.overload = self._define(schema)
+        arguments = private_torch.schema_of(self.overload).arguments
+        self.tensors = [x.name for x in takewhile(lambda x: isinstance(x.type, torch.TensorType), arguments)]
+
+    def _define(self, schema: str) -> Any:
+        LIBRARY.define(schema)
+        LIBRARY.impl(self.name, self.on_cpu, "CPU")
+        LIBRARY.impl(self.name, self.on_gpu, "CUDA")
+        LIBRARY.impl(self.name, self.on_vmap, "FuncTorchBatched")
+        torch.library.register_fake(f"kvops::{self.name}", self.on_fake, lib=LIBRARY)
+        return getattr(torch.ops.kvops, self.name).default
+
+    def on_cpu(self, *args: Any, **kwargs: Any) -> Any:
+        launch = self._launch_for(self.interpreted if checks.interpreting() else self.served, args, kwargs)
+        if self.check_data is not None:
+            self.check_data(*args, **kwargs)
+        with private_torch.below_autograd():
+            return launch(*args, **kwargs)
+
+    def on_gpu(self, *args: Any, **kwargs: Any) -> Any:
+        launch = self._launch_for(self.served, args, kwargs)
+        if self.check_data is not None and checks.debug():
+            self.check_data(*args, **kwargs)
+        index = args[0].device.index
+        if index == torch.cuda.current_device():
+            return launch(*args, **kwargs)
+        with torch.cuda.device(index):
+            return launch(*args, **kwargs)
+
+    def on_fake(self, *args: Any, **kwargs: Any) -> Any:
+        self._validate(args, kwargs)
+        return self.fake(*args, **kwargs)
+
+    def on_vmap(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"kvops.{self.name} does not run under torch.func.vmap: put the mapped dimension into the batch dimension, "
+            "which every operator has"
+        )
+
+    def _launch_for(
+        self, launches: dict[tuple[Any, ...], Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """What serves this call. Checks and preparation look at everything but data, so calls alike share both; how
+        long a launch takes then, ``python -m bench.overhead`` tells."""
+        if checks.debug() or private_torch.tangents_exist():  # data and tangents are looked at every time
+            return self._prepare(args, kwargs)
+        try:
+            likeness = _likeness(len(self.tensors), args, kwargs)
+        except AttributeError:
+            self._validate(args, kwargs)
+            raise
+        launch = launches.get(likeness)
+        if launch is None:
+            launch = self._prepare(args, kwargs)
+            if len(launches) >= _MAX_LAUNCHES:
+                launches.clear()
+            launches[likeness] = launch
+        return launch
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What serves this call, once it is found valid, and all that differ from it in nothing but data."""
+        self._validate(args, kwargs)
+        return _launch(self.eager if backend(args[0].device) == "eager" else _kernel(self.kernel), args, kwargs)
+
+    def _validate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, value in zip(self.tensors, args, strict=False):  # the dispatcher takes None for any tensor
+            checks.expect_tensor(name, value)
+        if not self.differentiable and torch.is_grad_enabled():
+            self._refuse_gradient(args, kwargs)
+        if private_torch.tangents_exist():
+            self._refuse_tangents(args, kwargs)
+        self.check(*args, **kwargs)
+
+    def _refuse_gradient(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _some_requires_grad(args, kwargs):
+            raise RuntimeError(
+                f"kvops.{self.name} has no gradient, but an input requires one: call it under torch.no_grad() "
+                "or detach its inputs"
+            )
+
+    def _refuse_tangents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    f"kvops.{self.name} has no forward-mode derivative (jvp), and an input carries a tangent: "
+                    "differentiate backwards with torch.autograd.grad"
+                )
+
+
+def _some_requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    for value in (*args, *kwargs.values()):  # noqa: SIM110 - any() over a generator takes 1 µs longer
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return True
+    return False
 
 
 def register(
@@ -104,138 +214,48 @@ def register(
     ``autocast_like`` (a cache, unless it is float8); nothing else is. ``torch.func.vmap`` and forward-mode
     differentiation are refused.
     """
-    name = schema.split("(", 1)[0]
-
-    def refuse_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
-            return
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise RuntimeError(
-                    f"kvops.{name} has no gradient, but an input requires one: call it under torch.no_grad() "
-                    "or detach its inputs"
-                )
-
-    def refuse_tangents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-                raise RuntimeError(
-                    f"kvops.{name} has no forward-mode derivative (jvp), and an input carries a tangent: "
-                    "differentiate backwards with torch.autograd.grad"
-                )
-
-    def refuse_vmap(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"kvops.{name} does not run under torch.func.vmap: put the mapped dimension into the batch dimension, "
-            "which every operator has"
-        )
-
-    def validate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for argument, value in zip(leading, args, strict=False):  # the dispatcher takes None for any tensor
-            checks.expect_tensor(argument.name, value)
-        if not differentiable:
-            refuse_gradient(args, kwargs)
-        if forward_ad._current_level >= 0:
-            refuse_tangents(args, kwargs)
-        check(*args, **kwargs)
-
-    served: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    interpreted: dict[tuple[Any, ...], Callable[..., Any]] = {}  # on the CPU, while TRITON_INTERPRET=1
-    _launches.extend((served, interpreted))
-
-    def prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """What serves this call, once it is found valid, and all that differ in nothing but data."""
-        validate(args, kwargs)
-        return _launch(eager if backend(args[0].device) == "eager" else _kernel(kernel), args, kwargs)
-
-    def launch_for(
-        launches: dict[tuple[Any, ...], Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[..., Any]:
-        """Checks and preparation look at everything but data, so calls alike share both; how long a launch takes then,
-        ``python -m bench.overhead`` tells."""
-        if checks.debug() or forward_ad._current_level >= 0:  # data and tangents are looked at every time
-            return prepare(args, kwargs)
-        try:
-            likeness = _likeness(len(leading), args, kwargs)
-        except AttributeError:
-            validate(args, kwargs)
-            raise
-        launch = launches.get(likeness)
-        if launch is None:
-            launch = prepare(args, kwargs)
-            if len(launches) >= _MAX_LAUNCHES:
-                launches.clear()
-            launches[likeness] = launch
-        return launch
-
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        launch = launch_for(interpreted if checks.interpreting() else served, args, kwargs)
-        if check_data is not None:
-            check_data(*args, **kwargs)
-        with torch._C._AutoDispatchBelowAutograd():  # each of its operations would look for a gradient
-            return launch(*args, **kwargs)
-
-    def on_gpu(*args: Any, **kwargs: Any) -> Any:
-        launch = launch_for(served, args, kwargs)
-        if check_data is not None and checks.debug():
-            check_data(*args, **kwargs)
-        index = args[0].device.index
-        if index == torch.cuda.current_device():
-            return launch(*args, **kwargs)
-        with torch.cuda.device(index):
-            return launch(*args, **kwargs)
-
-    def on_fake(*args: Any, **kwargs: Any) -> Any:
-        validate(args, kwargs)
-        return fake(*args, **kwargs)
-
-    _on_cpu[name] = on_cpu
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, on_cpu, "CPU")
-    LIBRARY.impl(name, on_gpu, "CUDA")
-    LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
-    torch.library.register_fake(f"kvops::{name}", on_fake, lib=LIBRARY)
-    operator = getattr(torch.ops.kvops, name).default
-    leading = list(takewhile(lambda argument: isinstance(argument.type, torch.TensorType), operator._schema.arguments))
+    operator = _Operator(
+        schema,
+        check=check,
+        check_data=check_data,
+        fake=fake,
+        eager=eager,
+        kernel=kernel,
+        differentiable=differentiable,
+    )
+    _operators[operator.name] = operator
     if autocast:
         for device_type in ("cpu", "cuda"):
             _register_autocast(operator, device_type, autocast, autocast_like)
-    return operator
+    return operator.overload
 
 
-def register_autograd(operator: Any, apply: Callable[..., Any]) -> None:
-    """Give ``operator`` a gradient: a call in which some tensor requires one is ``apply(below, *args, **kwargs)``, with
-    ``below`` the operator without autograd.
-
-    Written out: ``torch.library.register_autograd`` takes no keyword-only tensors, and its calls take longer.
-    """
-    name = operator._schema.name.split("::")[1]
-    on_cpu, redispatch = _on_cpu[name], operator._handle.redispatch_boxed
-    after_autograd = torch._C._after_autograd_keyset
+def register_autograd(overload: Any, apply: Callable[..., Any]) -> None:
+    """Give the operator of ``overload`` a gradient: a call in which some tensor requires one is
+    ``apply(below, *args, **kwargs)``, with ``below`` the operator without autograd."""
+    name = private_torch.schema_of(overload).name.removeprefix("kvops::")
+    on_cpu = _operators[name].on_cpu
 
     def below(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if keyset.raw_repr() in _STRAIGHT_TO_CPU:
+        if private_torch.leads_straight_to_cpu(keyset):
             return on_cpu(*args, **kwargs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return redispatch(keyset & after_autograd, *args, **kwargs)
+        return private_torch.call_below_autograd(overload, keyset, args, kwargs)
 
     def on_autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if private_torch.transforms_are_active():
             raise RuntimeError(
                 f"kvops.{name} does not run under torch.func's transforms (grad, vjp, jacrev): use torch.autograd.grad"
             )
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
+        if torch.is_grad_enabled() and _some_requires_grad(args, kwargs):
             return apply(partial(below, keyset), *args, **kwargs)
         return below(keyset, *args, **kwargs)
 
     LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
 
 
-def _register_autocast(operator: Any, device_type: str, names: tuple[str, ...], like: str | None) -> None:
-    """Written out: ``torch.library.register_autocast`` casts every floating point tensor, caches and lse included."""
-    order = [argument.name for argument in operator._schema.arguments]
-    key = f"Autocast{device_type.upper()}"
-    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+def _register_autocast(operator: _Operator, device_type: str, names: tuple[str, ...], like: str | None) -> None:
+    order = [argument.name for argument in private_torch.schema_of(operator.overload).arguments]
+    outside = private_torch.without_autocast(device_type)
 
     def on_autocast(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(order, args, strict=False)) | kwargs
@@ -245,7 +265,7 @@ def _register_autocast(operator: Any, device_type: str, names: tuple[str, ...], 
         for name in names:
             if isinstance(given[name], torch.Tensor) and given[name].dtype in checks.FLOAT_DTYPES:
                 given[name] = given[name].to(dtype, memory_format=torch.contiguous_format)
-        with torch._C._ExcludeDispatchKeyGuard(below):
-            return operator(*(given[name] for name in order[: len(args)]), **{n: given[n] for n in kwargs})
+        with outside():
+            return operator.overload(*(given[name] for name in order[: len(args)]), **{n: given[n] for n in kwargs})
 
-    LIBRARY.impl(operator._schema.name.split("::")[1], on_autocast, key)
+    LIBRARY.impl(operator.name, on_autocast, f"Autocast{device_type.upper()}")
