@@ -100,6 +100,11 @@ def test_figures_are_what_the_script_draws():
     assert stored == drawn, "next step: python docs/figures/draw.py"
 
 
+def toctree_pages(page, name):
+    """The pages that an entry names, which may be a pattern and may begin with ../ ."""
+    return [there.resolve() for there in page.parent.glob(f"{name}.md")]
+
+
 def test_every_page_is_reached_from_the_index():
     """Sphinx warns of it too, in a build; this holds it without one."""
     reached, left = set(), [DOCS / "index.md"]
@@ -108,6 +113,6 @@ def test_every_page_is_reached_from_the_index():
         reached.add(page)
         for toctree in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
             names = [line for line in toctree.splitlines() if line and not line.startswith(":")]
-            pages = [there for name in names for there in page.parent.glob(f"{name.lstrip('/')}.md")]
+            pages = [there for name in names for there in toctree_pages(page, name)]
             left += [there for there in pages if there not in reached]
     assert reached == set(PAGES)

@@ -1,6 +1,5 @@
 """What README.md shows can be run: its Python as it stands, its commands in a quick form."""
 
-import importlib.util
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from bench.quality.tasks import AFTER
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = blocks_of(README)
 # How a command becomes quick; None: tests of its own run it.
-QUICK = {"generate": ["--max-new-tokens", "3"], "doctor": [], "demo": None}
+QUICK = {"generate": ["--max-new-tokens", "3"], "doctor": [], "demo": None, "chat": None, "evaluate": None}
 
 
 def blocks(*kinds):
@@ -93,13 +92,3 @@ def test_the_study_is_quoted_as_it_is():
     questions = [counts for task, counts in found.answered.items() if task.setting == AFTER and task.name != "digits"]
     right, asked = (sum(counts) for counts in zip(*questions, strict=True))
     assert f"{right} of {asked} questions" in text
-
-
-def test_links_become_absolute_for_a_package_index():
-    spec = importlib.util.spec_from_file_location("absolute_links", ROOT / ".ci" / "absolute_links.py")
-    absolute_links = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(absolute_links)
-    text = absolute_links.absolute(README, "https://host.example/kvops/v1/")
-    assert "](https://host.example/kvops/v1/bench/results/cpu/demo.png)" in text
-    assert re.findall(r"\]\((?!https://host)", text) == []
-    assert text.count("```") == README.count("```")
