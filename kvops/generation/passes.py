@@ -159,8 +159,9 @@ def recite(
                 )
                 # All of the recital stands behind the chunk: there is nothing to mask.
                 pair = q[:, :, heads], keys[:, judged, own], lse
-                for paid, reduce in zip(found[layer], ("max", "sum"), strict=True):
-                    paid[:, own, judged] = attention_scores(*pair, reduce=reduce, group=reduce, **options)
+                largest, total = found[layer]
+                largest[:, own, judged] = attention_scores(*pair, reduce="max", group="max", **options)
+                total[:, own, judged] = attention_scores(*pair, **options)
             return out
 
         model(read, positions, attend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -163,7 +165,7 @@ def select_blocks(
     protect_first: int = 0,
     protect_last: int = 0,
     min_per_head: int = 0,
-    scope: str = "head",
+    scope: Literal["head", "sequence"] = "head",
 ) -> tuple[Tensor, Tensor]:
     """Choose the slots that survive when each sequence may hold ``budget`` blocks in all its heads together.
 

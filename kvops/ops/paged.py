@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -447,7 +449,7 @@ def paged_attention(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     scores: Tensor | None = None,
-    score_reduce: str = "sum",
+    score_reduce: Literal["sum", "sumsq", "max"] = "sum",
     score_decay: float = 1.0,
     schedule: Tensor | None = None,
     batch_invariant: bool = False,

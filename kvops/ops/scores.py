@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,8 +112,8 @@ def attention_scores(
     alibi_slopes: Tensor | None = None,
     query_start: int = 0,
     skip_recent: int = 0,
-    reduce: str = "sum",
-    group: str = "sum",
+    reduce: Literal["sum", "sumsq", "max"] = "sum",
+    group: Literal["sum", "mean", "max"] = "sum",
 ) -> Tensor:
     """How much attention each key receives: the softmax reduced over its queries, the matrix never in memory.
 
@@ -175,8 +175,8 @@ def attention_scores_varlen(
     alibi_slopes: Tensor | None = None,
     query_start: int = 0,
     skip_recent: int = 0,
-    reduce: str = "sum",
-    group: str = "sum",
+    reduce: Literal["sum", "sumsq", "max"] = "sum",
+    group: Literal["sum", "mean", "max"] = "sum",
 ) -> Tensor:
     """:func:`attention_scores` over packed sequences.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def verify_draft(
     temperature: Tensor | None = None,
     seed: Tensor | None = None,
     step: Tensor | None = None,
-    method: str = "token",
+    method: Literal["token", "block"] = "token",
 ) -> tuple[Tensor, Tensor]:
     """Verify drafted tokens against the target model, losslessly: what is emitted is distributed as the target's own.
 
