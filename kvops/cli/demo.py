@@ -18,12 +18,11 @@ import kvops
 from kvops.cli.console import table
 from kvops.cli.demo_plot import draw
 from kvops.cli.environment import chosen_device, what_runs
+from kvops.cli.models import load_model
 from kvops.extras import require
 from kvops.generation.evaluate import agreement, forced_logits, perplexity
 from kvops.generation.generate import Generation, generate
-from kvops.generation.passes import new_cache, prefill
-from kvops.models.llama import Llama
-from kvops.models.loading import load
+from kvops.generation.passes import Decoder, new_cache, prefill
 from kvops.models.tokenizer import Tokenizer
 from kvops.policies import Compression
 
@@ -76,48 +75,83 @@ def run(
     device: str | None = None,
 ) -> None:
     """Run the demo and print its table; see ``python -m kvops demo --help``."""
-    tqdm = require("tqdm").tqdm
     if plot_path:
         require("matplotlib")  # before the minutes that the runs take
 
     place = chosen_device(device)
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-    loaded = load(model_path, dtype=dtype, device=place)
-    model, tokenizer = Llama(loaded.config, loaded.weights), loaded.tokenizer
+    model, tokenizer, name = load_model(model_path, place)
     size = QUICK if quick else FULL
     text = document_tokens(tokenizer, size.document + size.held_out)
     question = f"{tokenizer.decode(text[: size.document])}\n\n{QUESTION}"
     prompt = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": question}]))
 
-    compressions = {ratio: Compression(ratio=ratio) if ratio > 1 else None for ratio in RATIOS}
-    with tqdm(total=3 * len(RATIOS), unit="run", desc="demo", disable=None, leave=False) as bar:
-        answers: dict[tuple[int, bool], Generation] = {}
-        for ratio, compression in compressions.items():
-            for drafts in (False, True):
-                bar.set_postfix_str(f"{ratio}x{', drafts' if drafts else ''}")
-                answers[ratio, drafts] = generate(
-                    model,
-                    [prompt],
-                    max_new_tokens=size.answer,
-                    compression=compression,
-                    draft="prompt_lookup" if drafts else None,
-                )
-                bar.update()
+    with require("tqdm").tqdm(total=3 * len(RATIOS), unit="run", desc="demo", disable=None, leave=False) as bar:
+        answers = _answer(model, prompt, size, bar)
         full_answer = answers[1, False].tokens[0]
-        quality, lengths = {}, {}
-        document = _Prefilled(model, text[: size.document])
-        question_asked = _Prefilled(model, prompt)
-        for ratio, compression in compressions.items():
-            bar.set_postfix_str(f"{ratio}x, quality")
-            logits, lengths[ratio] = document.go_on(compression, text[size.document :])
-            kept_logits, _ = question_asked.go_on(compression, full_answer)
-            quality[ratio] = (
-                perplexity(logits.cpu(), torch.tensor(text[size.document :])),
-                agreement(kept_logits.cpu(), torch.tensor(full_answer)),
+        quality, lengths = _measure(model, prompt, text, size, full_answer, bar)
+    rows = _rows(answers, quality)
+    print(f"{name}: {len(prompt)} tokens read, {len(full_answer)} generated, {size.held_out} held out\n")
+    print(f"Q: {QUESTION}\nA: {tokenizer.decode(full_answer).strip()}\n")
+    print(_render(rows))
+    for (ratio, drafts), answer in answers.items():
+        for sentence in () if drafts else answer.stats.unmet:
+            print(f"{ratio}x: {sentence}")
+    print(f"\nRan: {what_runs(place)}")
+    record = _record(rows, lengths, name, place, size, len(prompt))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(record, indent=2) + "\n")
+        print(f"Table written to {json_path}")
+    if plot_path:
+        plot_path.parent.mkdir(parents=True, exist_ok=True)
+        draw(record).savefig(plot_path, dpi=120)
+        print(f"Plot written to {plot_path}")
+
+
+def _compression(ratio: int) -> Compression | None:
+    return Compression(ratio=ratio) if ratio > 1 else None
+
+
+def _answer(model: Decoder, prompt: Sequence[int], size: Size, bar: Any) -> dict[tuple[int, bool], Generation]:
+    """The answers from every cache, without and with drafts."""
+    answers: dict[tuple[int, bool], Generation] = {}
+    for ratio in RATIOS:
+        for drafts in (False, True):
+            bar.set_postfix_str(f"{ratio}x{', drafts' if drafts else ''}")
+            answers[ratio, drafts] = generate(
+                model,
+                [prompt],
+                max_new_tokens=size.answer,
+                compression=_compression(ratio),
+                draft="prompt_lookup" if drafts else None,
             )
             bar.update()
+    return answers
 
-    rows = [
+
+def _measure(
+    model: Decoder, prompt: Sequence[int], text: Sequence[int], size: Size, answer: Sequence[int], bar: Any
+) -> tuple[dict[int, tuple[float, float]], dict[int, Tensor]]:
+    """Of every cache the perplexity of the held-out text and the share of the full cache's answer that it predicts, and
+    the lengths [layers, heads] of its lists."""
+    quality, lengths = {}, {}
+    held_out = text[size.document :]
+    document = _Prefilled(model, text[: size.document])
+    question_asked = _Prefilled(model, prompt)
+    for ratio in RATIOS:
+        bar.set_postfix_str(f"{ratio}x, quality")
+        logits, lengths[ratio] = document.go_on(_compression(ratio), held_out)
+        kept_logits, _ = question_asked.go_on(_compression(ratio), answer)
+        quality[ratio] = (
+            perplexity(logits.cpu(), torch.tensor(held_out)),
+            agreement(kept_logits.cpu(), torch.tensor(answer)),
+        )
+        bar.update()
+    return quality, lengths
+
+
+def _rows(answers: dict[tuple[int, bool], Generation], quality: dict[int, tuple[float, float]]) -> list[Row]:
+    return [
         Row(
             compression=ratio,
             drafts=drafts,
@@ -131,54 +165,34 @@ def run(
         )
         for (ratio, drafts), answer in answers.items()
     ]
-    print(f"{loaded.name}: {len(prompt)} tokens read, {len(full_answer)} written, {size.held_out} held out\n")
-    print(f"Q: {QUESTION}\nA: {tokenizer.decode(full_answer).strip()}\n")
-    print(
-        table(
-            [
-                [
-                    "full" if row.compression == 1 else f"{row.compression}x",
-                    "lookup" if row.drafts else "-",
-                    f"{row.first_token_seconds:.2f}",
-                    f"{row.tokens_per_second:.1f}",
-                    row.blocks,
-                    f"{row.mebibytes:.1f}",
-                    f"{row.accepted_per_step:.2f}" if row.drafts else "-",
-                    f"{row.perplexity:.2f}",
-                    f"{row.answer_kept:.0%}",
-                ]
-                for row in rows
-            ],
-            headers=[
-                "cache",
-                "drafts",
-                "first token s",
-                "tokens/s",
-                "blocks",
-                "MiB",
-                "accepted/step",
-                "perplexity",
-                "answer kept",
-            ],
-            align=9 * "r",
+
+
+def _render(rows: Sequence[Row]) -> str:
+    cells = [
+        (
+            "full" if row.compression == 1 else f"{row.compression}x",
+            "lookup" if row.drafts else "-",
+            f"{row.first_token_seconds:.2f}",
+            f"{row.tokens_per_second:.1f}",
+            row.blocks,
+            f"{row.mebibytes:.1f}",
+            f"{row.accepted_per_step:.2f}" if row.drafts else "-",
+            f"{row.perplexity:.2f}",
+            f"{row.answer_kept:.0%}",
         )
+        for row in rows
+    ]
+    headers = (
+        *("cache", "drafts", "first token s", "tokens/s", "blocks", "MiB"),
+        *("accepted/step", "perplexity", "answer kept"),
     )
-    print(f"\nRan: {what_runs(place)}")
-    record = _record(rows, lengths, loaded.name, place, size, len(prompt))
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(record, indent=2) + "\n")
-        print(f"Table written to {json_path}")
-    if plot_path:
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
-        draw(record).savefig(plot_path, dpi=120)
-        print(f"Plot written to {plot_path}")
+    return table(cells, headers, align="r" * len(headers))
 
 
 class _Prefilled:
     """A text in a cache, uncompressed, from which several compressions go on."""
 
-    def __init__(self, model: Llama, tokens: Sequence[int]) -> None:
+    def __init__(self, model: Decoder, tokens: Sequence[int]) -> None:
         self.model = model
         self.num_tokens = len(tokens)
         self.cache = new_cache(model, max_batch=1, max_tokens=len(tokens) + 512)
