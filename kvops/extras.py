@@ -9,6 +9,7 @@ from types import ModuleType
 _COMMANDS = {
     **dict.fromkeys(("gguf", "jinja2", "safetensors", "tokenizers", "tqdm"), 'pip install "kvops[models]"'),
     "matplotlib": 'pip install "kvops[plot]"',
+    "numba": 'pip install "kvops[cpu]"',
     "triton": 'pip install "triton>=3.6"',
     "transformers": 'pip install "transformers>=5.20"',
     "kvpress": "pip install kvpress",

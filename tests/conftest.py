@@ -82,15 +82,16 @@ def device() -> torch.device:
     return torch.device(DEVICE)
 
 
-@pytest.fixture(params=["eager", "triton"])
+@pytest.fixture(params=["eager", "numba", "triton"])
 def backend(request, monkeypatch) -> Iterator[str]:
     """The implementation under test; on a GPU only the kernels exist. Where a test names no ``device``, tensors are
     made on the one under test."""
     where = contextlib.nullcontext()
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1" if request.param == "triton" else "0")
-    elif request.param == "eager":
-        pytest.skip("the eager implementation serves CPU tensors")
+        monkeypatch.setenv("KVOPS_CPU", "eager" if request.param == "eager" else "")
+    elif request.param != "triton":
+        pytest.skip("serves CPU tensors")
     elif "device" not in request.fixturenames:
         where = torch.device(DEVICE)
     with where:
@@ -103,6 +104,17 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
+    # A file whose operators have CPU kernels says so: elsewhere "numba" would run the eager implementation once more.
+    items[:] = [
+        item
+        for item in items
+        if getattr(item.module, "NUMBA", False) or getattr(item, "callspec", None) is None
+        or item.callspec.params.get("backend") != "numba"
+    ]  # fmt: skip
+    _longest_first(items)
+
+
+def _longest_first(items) -> None:
     """The files with the longest tests first, so that no process is left with them at the end of a parallel run."""
     rank: dict[pathlib.Path, int] = {}
     for item in items:

@@ -45,6 +45,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup", "kvops.prepared"},
         set(),
     ),
+    "kvops.kernels.cpu": ({"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu"}, set()),
     "kvops.ops": (
         {"torch", "kvops.ops", "kvops.checks", "kvops.eager", "kvops.extras", "kvops.private_torch"},
         {"triton", "kvops.kernels", "kvops.autotune"},
@@ -178,7 +179,7 @@ def imports(name: str, tree: ast.Module) -> list[tuple[str, bool, int]]:
                     found.append((argument.value, id(node) in lazy, node.lineno))
         elif (
             isinstance(node, ast.keyword)
-            and node.arg in ("kernel", "workload")
+            and node.arg in ("kernel", "cpu", "workload")
             and isinstance(node.value, ast.Constant)
         ):
             # "module:function" of the registry, and of a family under the store, is an import at its first call.
@@ -240,6 +241,7 @@ def test_a_forbidden_import_is_found(name, source):
 
 # What stands behind a check that Triton is there: kernels by the registry, these by the commands that need them.
 BEHIND_TRITON = ("kvops.kernels", "kvops.autotune.inspect")
+# The registry imports kvops.kernels.cpu where numba is installed.
 # Imported after `require("transformers")`, by the package's __getattr__.
 BEHIND_TRANSFORMERS = ("kvops.integrations.transformers.cache",)
 
@@ -249,6 +251,7 @@ def bare_imports(name: str, source: str) -> list[str]:
     function nor a ``try`` that goes on without the package."""
     installed = {"torch", "numpy", "kvops", *STDLIB}
     installed |= {"triton"} if within(name, set(BEHIND_TRITON)) else set()
+    installed |= {"numba", "llvmlite"} if within(name, {"kvops.kernels.cpu"}) else set()
     installed |= {"transformers"} if name in BEHIND_TRANSFORMERS else set()
     tree = ast.parse(source)
 

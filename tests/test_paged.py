@@ -16,6 +16,8 @@ from kvops.eager import paged as eager
 from kvops.eager import paged_decode
 from kvops.eager.paged_rows import Rows
 
+NUMBA = True
+
 
 def check(
     q: Tensor,

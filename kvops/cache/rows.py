@@ -105,7 +105,7 @@ class RowSelector:
     def schedule(self, layer: int, rows: Selection) -> Tensor | None:
         """The layer's part of this step's schedule, which is made once for all layers. The CPU needs none."""
         pool = self.pool
-        if backend(pool.lens.device) == "eager":
+        if backend(pool.lens.device) in ("eager", "numba"):
             return None
         key = rows.numbers, pool.capturing()  # what a graph computes exists only when it is replayed
         if key not in self._schedules:

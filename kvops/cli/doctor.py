@@ -23,7 +23,12 @@ from kvops.cli.environment import processor
 _MIN_TORCH, _MIN_TRITON = "2.11", "3.6"
 _MIN_CAPABILITY = (8, 0)
 _CHECK_SECONDS = 300
-_EXTRAS = {"models": "the reference model, generation, the demo", "plot": "plots", "dev": "tests and benchmarks"}
+_EXTRAS = {
+    "cpu": "kernels for CPU tensors, compiled by numba",
+    "models": "the reference model, generation, the demo",
+    "plot": "plots",
+    "dev": "tests and benchmarks",
+}
 
 Row = tuple[str, ...]
 

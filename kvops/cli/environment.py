@@ -9,7 +9,12 @@ import torch
 
 from kvops.ops.registry import backend
 
-_BACKENDS = {"eager": "eager PyTorch", "triton": "Triton kernels", "triton-interpreter": "Triton's interpreter"}
+_BACKENDS = {
+    "eager": "eager PyTorch",
+    "numba": "CPU kernels",
+    "triton": "Triton kernels",
+    "triton-interpreter": "Triton's interpreter",
+}
 
 
 def processor() -> str:

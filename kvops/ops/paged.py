@@ -277,6 +277,7 @@ _attention = register(
     fake=_fake_attention,
     eager=eager.paged_attention,
     kernel="kvops.kernels.paged_attention:paged_attention",
+    cpu="kvops.kernels.cpu.paged_attention:paged_attention",
     autocast=("q",),
     autocast_like="k_cache",
 )

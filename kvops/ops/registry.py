@@ -26,20 +26,25 @@ LIBRARY = torch.library.Library("kvops", "DEF")
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """What serves a call with tensors on ``device``: ``"triton"``, ``"triton-interpreter"`` or ``"eager"``.
+    """What serves tensors on ``device``: ``"triton"``, ``"triton-interpreter"``, ``"numba"`` or ``"eager"``.
 
-    CPU tensors run the eager implementation, or the Triton kernels in Triton's interpreter when ``TRITON_INTERPRET=1``
-    is set. Every other device runs the Triton kernels; there is no fallback from one to another.
+    CPU tensors run the CPU kernels, which numba compiles at their first call. Without numba (the extra ``kvops[cpu]``),
+    with ``KVOPS_CPU=eager``, and for operators that PyTorch itself serves at full speed, they run the eager
+    implementation. With ``TRITON_INTERPRET=1`` they run the Triton kernels in Triton's interpreter. Every other device
+    runs the Triton kernels; no backend falls back to another.
     """
     if torch.device(device).type != "cpu":
         return "triton"
-    return "triton-interpreter" if checks.interpreting() else "eager"
+    if checks.interpreting():
+        return "triton-interpreter"
+    return "eager" if checks.eager_on_cpu() else "numba"
 
 
 def _kernel(target: str) -> Callable[..., Any]:
-    """A launch function, ``"module:function"``, imported at its first call: Triton stays out of ``import kvops``."""
-    require("triton")
+    """A launch function, ``"module:function"``, imported at its first call, with Triton or numba behind it."""
     module, name = target.split(":")
+    if not module.startswith("kvops.kernels.cpu."):
+        require("triton")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
@@ -58,6 +63,7 @@ def forget_launches() -> None:
     for operator in _operators.values():
         operator.served.clear()
         operator.interpreted.clear()
+        operator.compiled.clear()
 
 
 def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -85,14 +91,16 @@ class _Operator:
         fake: Callable[..., Any],
         eager: Callable[..., Any],
         kernel: str,
+        cpu: str | None,
         differentiable: bool,
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.check, self.check_data, self.fake = check, check_data, fake
-        self.eager, self.kernel, self.differentiable = eager, kernel, differentiable
-        # By what calls have in common but data; those of the interpreter (TRITON_INTERPRET=1) apart.
+        self.eager, self.kernel, self.cpu, self.differentiable = eager, kernel, cpu, differentiable
+        # By what calls have in common but data; those of the interpreter (TRITON_INTERPRET=1) and of numba apart.
         self.served: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.interpreted: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.overload = self._define(schema)
         arguments = private_torch.schema_of(self.overload).arguments
         self.tensors = [x.name for x in takewhile(lambda x: isinstance(x.type, torch.TensorType), arguments)]
@@ -106,7 +114,10 @@ class _Operator:
         return getattr(torch.ops.kvops, self.name).default
 
     def on_cpu(self, *args: Any, **kwargs: Any) -> Any:
-        launch = self._launch_for(self.interpreted if checks.interpreting() else self.served, args, kwargs)
+        launches = self.interpreted
+        if not checks.interpreting():
+            launches = self.served if checks.eager_on_cpu() else self.compiled
+        launch = self._launch_for(launches, args, kwargs)
         if self.check_data is not None:
             self.check_data(*args, **kwargs)
         with private_torch.below_autograd():
@@ -155,7 +166,13 @@ class _Operator:
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What serves this call, once it is found valid, and all that differ from it in nothing but data."""
         self._validate(args, kwargs)
-        return _launch(self.eager if backend(args[0].device) == "eager" else _kernel(self.kernel), args, kwargs)
+        return _launch(self._implementation(args[0].device), args, kwargs)
+
+    def _implementation(self, device: torch.device) -> Callable[..., Any]:
+        serving = backend(device)
+        if serving == "eager" or (serving == "numba" and self.cpu is None):
+            return self.eager
+        return _kernel(self.cpu if serving == "numba" and self.cpu is not None else self.kernel)
 
     def _validate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, value in zip(self.tensors, args, strict=False):  # the dispatcher takes None for any tensor
@@ -197,6 +214,7 @@ def register(
     eager: Callable[..., Any],
     kernel: str,
     check_data: Callable[..., None] | None = None,
+    cpu: str | None = None,
     differentiable: bool = False,
     autocast: tuple[str, ...] = (),
     autocast_like: str | None = None,
@@ -208,6 +226,7 @@ def register(
     runs before everything else, while tracing too; it must not look at what tensors hold, unless under
     ``KVOPS_DEBUG=1``: calls that differ in nothing else share one check. ``check_data`` looks at it, at every call of
     CPU tensors and under ``KVOPS_DEBUG=1`` of any. ``kernel`` is ``"module:function"``, imported at its first launch.
+    ``cpu`` is the same for the numba kernel, where there is one.
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
 
     Under ``torch.autocast`` the arguments named in ``autocast`` are cast to its dtype, or to that of the argument
@@ -221,6 +240,7 @@ def register(
         fake=fake,
         eager=eager,
         kernel=kernel,
+        cpu=cpu,
         differentiable=differentiable,
     )
     _operators[operator.name] = operator

@@ -1,0 +1,83 @@
+"""Numbers as the CPU kernels read them: rows of a cache in any dtype, widened to float32 in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.vector import LANES, load_bfloat16, load_float8, load_float16, load_float32, store
+
+LOG2_E = 1.4426950408889634
+
+# How the elements of a cache are read. Kernels take a cache as bytes, so that each is compiled once for all dtypes.
+FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = range(4)
+_FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: FLOAT8}
+
+
+def as_bytes(cache: torch.Tensor) -> tuple[np.ndarray, int]:
+    """A cache as an array of bytes, its last dimension contiguous, and the format of its elements."""
+    return cache.view(torch.uint8).numpy(), _FORMATS[cache.dtype]
+
+
+@intrinsic
+def _bits_to_float(typing_context: Any, x: Any) -> Any:
+    """The float32 with these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@jit
+def padded(width):
+    """A row's width in whole vectors, two at a time."""
+    return -(-width // (2 * LANES)) * (2 * LANES)
+
+
+@jit
+def widen(address, element, count, out):
+    """Write ``count`` elements from ``address`` on as float32 to the address ``out``, and 0 to a whole vector's end."""
+    step = 4 * LANES
+    for _ in range(0, count, LANES):
+        if element == FLOAT32:
+            store(out, load_float32(address, count))
+            address += 4 * LANES
+        elif element == BFLOAT16:
+            store(out, load_bfloat16(address, count))
+            address += 2 * LANES
+        elif element == FLOAT16:
+            store(out, load_float16(address, count))
+            address += 2 * LANES
+        else:
+            store(out, load_float8(address, count))
+            address += LANES
+        out += step
+        count -= LANES
+
+
+@jit
+def exp2(x):
+    """2 ** x for x up to 127, in float32 with an error below 2 ulp; below 2 ** -126 it is 0.
+
+    The exponential of the C library is called for one number at a time; this one is compiled into vector instructions.
+    The polynomial interpolates 2 ** f at the Chebyshev nodes of [-0.5, 0.5], with a relative error of 2e-9.
+    """
+    x = np.float32(-127) if x < np.float32(-127) else x
+    whole = np.rint(x)
+    f = x - whole
+    p = np.float32(0.00015461444854736328)
+    p = p * f + np.float32(0.0013400427997112274)
+    p = p * f + np.float32(0.009618056938052177)
+    p = p * f + np.float32(0.05550327152013779)
+    p = p * f + np.float32(0.24022650718688965)
+    p = p * f + np.float32(0.6931471824645996)
+    p = p * f + np.float32(1.0)
+    exponent = np.int32(whole) + np.int32(127)
+    return p * _bits_to_float(np.uint32(exponent) << np.uint32(23))

@@ -1,0 +1,93 @@
+"""Compile functions for the CPU with numba, and keep what was compiled on disk.
+
+numba's own cache looks at one source file only, so that a change of a helper in another file would go unseen. This one
+keeps a folder for each state of all files beside this one, of numba and of Python.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numba
+import torch
+from numba.core import caching
+
+# What may change the last bits of a sum: not the meaning of NaN and infinities, which stand for "masked" and "empty".
+_FAST_MATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``numba.njit`` without the GIL, with vectorised sums and a cache on disk."""
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=_FAST_MATH)(function)
+    compiled._cache = _Cache(function)
+    return compiled
+
+
+@functools.cache
+def entry(function: Any, call: type) -> Callable[[Any], Any]:
+    """``function(call)`` compiled for one named tuple, whose fields are annotated with their types in numba. Arrays may
+    have any strides."""
+    signature = (numba.types.NamedTuple(list(call.__annotations__.values()), call),)
+    function.compile(signature)
+    return function.overloads[signature].entry_point  # without the search for the signature of each call
+
+
+def cache_folder() -> Path:
+    """Where compiled functions are kept: ``KVOPS_CACHE_DIR``, or kvops below the XDG cache."""
+    named = os.environ.get("KVOPS_CACHE_DIR")
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvops"
+    return base / "numba" / _state()
+
+
+@functools.cache
+def _state() -> str:
+    """A hash of all that decides what is compiled; numba itself tells processors apart."""
+    digest = hashlib.sha256(f"{numba.__version__} {torch.__version__} {sys.prefix} {sys.version}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _Locator(caching._CacheLocator):
+    """Where numba keeps a function, and since when."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._lineno = function.__code__.co_firstlineno
+        self.folder = cache_folder()
+
+    def ensure_cache_path(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.folder).close()  # raises OSError where nothing can be written
+
+    def get_cache_path(self) -> str:
+        return str(self.folder)
+
+    def get_source_stamp(self) -> str:
+        return _state()
+
+    def get_disambiguator(self) -> str:
+        return str(self._lineno)
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator | None:
+        locator = cls(py_func)
+        try:
+            locator.ensure_cache_path()
+        except OSError:  # compiled anew in every process
+            locator.folder = Path(tempfile.mkdtemp(prefix="kvops-numba-"))
+        return locator
+
+
+class _CacheImpl(caching.CompileResultCacheImpl):
+    _locator_classes: ClassVar = [_Locator]
+
+
+class _Cache(caching.FunctionCache):
+    _impl_class = _CacheImpl

@@ -1,0 +1,517 @@
+"""Attention over the ragged paged cache on the CPU.
+
+A *list* is the blocks of one (sequence, KV head). Lists of few query rows are cut into pieces of ``PIECE`` slots, the
+rows of tall ones into tiles of ``ROWS``; either is an item of work with a partial result. The items of all lists are
+shared among the threads by the slots that they read. Items follow from a list alone, and the partial results of a list
+are merged in order: the bits depend neither on the number of threads nor on the other lists.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import boolean, float32, float64, int32, int64, types, uint8
+
+from kvops.kernels.cpu.elements import FLOAT32, LOG2_E, as_bytes, exp2, padded, widen
+from kvops.kernels.cpu.jit import entry, jit
+from kvops.kernels.cpu.threads import num_threads, run_shares
+from kvops.kernels.cpu.vector import multiply_add, multiply_transposed
+
+TILE = 64  # slots of K and V that are widened to float32 at once; they stay in the first level of the cache
+PIECE = 256  # slots of a piece
+ROWS = 32  # query rows that walk a list together
+_LEAST_WORK = 1 << 15  # elements of K and V below which a second thread costs more than it saves
+
+SUM, SUM_OF_SQUARES, MAX = 0, 1, 2
+_REDUCE = {"sum": SUM, "sumsq": SUM_OF_SQUARES, "max": MAX}
+
+
+class Call(NamedTuple):
+    """The arguments of one call, with their numba types; what is not given has size 0."""
+
+    q: float32[:, :, :, :]  # [B, T, Hq, D]
+    # [num_blocks, block_size, Hkv, D] bytes; the stride of Hkv is 0 where a block has the slots of one head
+    k_cache: uint8[:, :, :, :]
+    v_cache: uint8[:, :, :, :]
+    element: int64  # of the caches
+    tables: int32[:, :, :]  # [B, Hkv, max_blocks]
+    lens: int32[:, :]  # [B, Hkv]
+    counts: int32[:]  # [B], real query tokens
+    positions: int32[:, :, :]  # [num_blocks, block_size, Hkv]
+    query_positions: int32[:, :]  # [B, T]
+    tree: boolean[:, :, :]  # [B, T, T]
+    sinks: float32[:]  # [Hq]
+    k_scale: float32[:]  # [Hkv]
+    v_scale: float32[:]
+    scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
+    out: float32[:, :, :, :]  # [B, T, Hq, Dv]
+    lse: float32[:, :, :]  # [B, Hq, T]
+    scale: float64
+    softcap: float64
+    decay: float64
+    window_left: int64
+    causal: boolean
+    reduce: int64
+    threads: int64
+
+
+class Items(NamedTuple):
+    """How the work is cut: the items of all lists in one line."""
+
+    spans: int64[:, ::1]  # [lists, 4]: slots of the list, real query tokens, and the slots [begin, end) that they see
+    starts: int64[::1]  # [lists + 1], the first item of each list
+    costs: int64[::1]  # [lists + 1], slots that the lists before it read
+    row_tiles: int64
+
+
+@jit
+def _seen(length, count, t, causal, window_left):
+    """The slots [begin, end) of a list that token ``t`` of ``count`` sees."""
+    own = length - count + t
+    begin = max(own - window_left, 0) if window_left >= 0 else 0
+    end = max(own + 1, 0) if causal else length
+    return (begin, end) if t < count else (0, 0)
+
+
+@jit
+def _by_slots(call):
+    """Causality and the window as far as slots decide: a tree replaces the one, positions measure the other."""
+    return call.causal and call.tree.size == 0, call.window_left if call.query_positions.size == 0 else -1
+
+
+@jit
+def _cut(call, row_tiles):
+    B, Hkv = call.lens.shape
+    spans = np.zeros((B * Hkv, 4), np.int64)
+    starts, costs = np.zeros(B * Hkv + 1, np.int64), np.zeros(B * Hkv + 1, np.int64)
+    causal, window_left = _by_slots(call)
+    for i in range(B * Hkv):
+        length = min(max(call.lens[i // Hkv, i % Hkv], 0), call.tables.shape[2] * call.k_cache.shape[1])
+        count = min(max(call.counts[i // Hkv], 0), call.q.shape[1])
+        begin, _ = _seen(length, count, 0, causal, window_left)
+        _, end = _seen(length, count, count - 1, causal, window_left)
+        spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = length, count, begin, end
+        pieces = -(-end // PIECE) - begin // PIECE if row_tiles == 1 else row_tiles
+        starts[i + 1] = starts[i] + (pieces if begin < end else 0)
+        costs[i + 1] = costs[i] + max(end - begin, 0) * row_tiles
+    return Items(spans, starts, costs, row_tiles)
+
+
+@jit
+def _first_item(items, share, shares):
+    """Where a share begins, so that all read about the same number of slots."""
+    target = items.costs[-1] * share // shares
+    i = _list_of(items.costs, target)
+    if i >= len(items.costs) - 1:
+        return items.starts[-1]
+    inside, cost = target - items.costs[i], items.costs[i + 1] - items.costs[i]
+    return items.starts[i] + (inside * (items.starts[i + 1] - items.starts[i]) + cost - 1) // cost
+
+
+@jit
+def _list_of(starts, place):
+    """The last list that begins at or before ``place``: binary search."""
+    low, high = 0, len(starts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if starts[middle] <= place:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@jit
+def _item_slots(items, item, i):
+    """The slots [begin, end) of ``item``, which is one of list ``i``."""
+    begin, end = items.spans[i, 2], items.spans[i, 3]
+    if items.row_tiles > 1:
+        return begin, end
+    first = (begin // PIECE + item - items.starts[i]) * PIECE
+    return max(first, begin), min(first + PIECE, end)
+
+
+@jit
+def _load_queries(q, b, first_head, group, first, rows, factor, queries):
+    """Rows ``first`` onward of [T * group], times ``factor``."""
+    for r in range(rows):
+        t, head = (first + r) // group, first_head + (first + r) % group
+        for d in range(q.shape[3]):
+            queries[r, d] = q[b, t, head, d] * factor
+
+
+@jit
+def _query_factor(call, h):
+    """The scale of the scores; without a softcap times log2(e), which makes them logarithms to base 2."""
+    factor = call.scale * (1.0 if call.softcap > 0 else LOG2_E)
+    return np.float32(factor * call.k_scale[h] if call.k_scale.size else factor)
+
+
+@jit
+def _locate(cache, element, width, table, h, first, count, tile, rows):
+    """Where the slots [first, first + count) of a list stand as float32 rows of whole vectors: in the cache itself, or
+    in ``tile`` [TILE + 1, padded width], to which they are copied. Writes the addresses of the rows; the number of rows
+    is rounded up by fours with the last of the tile, which is 0."""
+    size = cache.shape[1]
+    in_place = element == FLOAT32 and width == tile.shape[1]
+    block, offset = first // size, first % size
+    base = cache.ctypes.data + h * cache.strides[2]
+    for j in range(count):
+        address = base + table[block] * cache.strides[0] + offset * cache.strides[1]
+        rows[j] = address
+        if not in_place:
+            rows[j] = tile.ctypes.data + j * tile.strides[0]
+            widen(address, element, width, rows[j])
+        offset += 1
+        if offset == size:
+            block, offset = block + 1, 0
+    for j in range(count, -(-count // 4) * 4):
+        rows[j] = tile.ctypes.data + TILE * tile.strides[0]
+
+
+@jit
+def _cap(softcap, rows, count, s):
+    for r in range(rows):
+        for j in range(count):
+            s[r, j] = np.float32(softcap * LOG2_E) * np.tanh(s[r, j] / np.float32(softcap))
+
+
+@jit
+def _mask(call, span, b, h, first_row, rows, first, count, s):
+    """Put -inf where a row does not see a slot."""
+    group = call.q.shape[2] // call.lens.shape[1]
+    length, tokens = span[0], span[1]
+    causal, window_left = _by_slots(call)
+    table, size = call.tables[b, h], call.k_cache.shape[1]
+    for r in range(rows):
+        t = (first_row + r) // group
+        begin, end = _seen(length, tokens, t, causal, window_left)
+        for j in range(min(max(begin - first, 0), count)):
+            s[r, j] = -np.inf
+        for j in range(min(max(end - first, 0), count), count):
+            s[r, j] = -np.inf
+        if call.query_positions.size and t < tokens:
+            oldest = np.int64(call.query_positions[b, t]) - call.window_left
+            for j in range(count):
+                if call.positions[table[(first + j) // size], (first + j) % size, h] < oldest:
+                    s[r, j] = -np.inf
+        if call.tree.size and t < tokens:
+            for j in range(max(length - tokens - first, 0), count):
+                if not call.tree[b, t, first + j - (length - tokens)]:
+                    s[r, j] = -np.inf
+
+
+class Scratch(NamedTuple):
+    """What a thread works in."""
+
+    queries: float32[:, ::1]  # [ROWS, D], head sizes rounded up to whole vectors
+    keys: float32[:, ::1]  # [TILE + 1, D], the last row is 0
+    key_rows: int64[::1]  # [TILE], addresses
+    s: float32[:, ::1]  # [ROWS, TILE], the scores, then the probabilities
+    values: float32[:, ::1]  # [TILE + 1, Dv]
+    value_rows: int64[::1]  # [TILE]
+
+
+@jit
+def _scratch(head_dim, value_dim):
+    D, Dv = padded(head_dim), padded(value_dim)
+    return Scratch(
+        np.zeros((ROWS, D), np.float32),
+        np.zeros((TILE + 1, D), np.float32),
+        np.zeros(TILE, np.int64),
+        np.zeros((ROWS, TILE), np.float32),
+        np.zeros((TILE + 1, Dv), np.float32),
+        np.zeros(TILE, np.int64),
+    )
+
+
+@jit
+def _score(call, scratch, span, b, h, first_row, rows, first, count):
+    """scratch.s [rows, count]: the scores of the loaded queries and keys, as logarithms to base 2."""
+    multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s)
+    if call.softcap > 0:
+        _cap(call.softcap, rows, count, scratch.s)
+    _mask(call, span, b, h, first_row, rows, first, count, scratch.s)
+
+
+@jit
+def _soften(s, count, acc):
+    """One step of the online softmax: s [count] becomes weights, and acc [Dv + 2] is rescaled to the new maximum."""
+    Dv = len(acc) - 2
+    largest = acc[Dv + 1]
+    for j in range(count):
+        largest = s[j] if s[j] > largest else largest
+    shift = largest if largest > -np.inf else np.float32(0)
+    old = exp2(acc[Dv + 1] - shift)
+    total = np.float32(0)
+    for j in range(count):
+        p = exp2(s[j] - shift)
+        s[j] = p
+        total += p
+    if old != 1:
+        for d in range(Dv + 1):
+            acc[d] *= old
+    acc[Dv] += total
+    acc[Dv + 1] = largest
+
+
+@jit
+def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, stash):
+    """One item: rows [first_row, first_row + rows) over the slots [begin, end) of a list.
+
+    partial [rows, padded Dv + 2]: the weighted sum of V, the sum of the weights and the largest score. stash
+    [rows, PIECE] keeps the scores, where it has room for them.
+    """
+    group, Dv = call.q.shape[2] // call.lens.shape[1], scratch.values.shape[1]
+    table = call.tables[b, h]
+    _load_queries(call.q, b, h * group, group, first_row, rows, _query_factor(call, h), scratch.queries)
+    for r in range(len(partial)):
+        partial[r, : Dv + 1] = 0
+        partial[r, Dv + 1] = -np.inf
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _locate(call.k_cache, call.element, call.q.shape[3], table, h, first, count, scratch.keys, scratch.key_rows)
+        _score(call, scratch, span, b, h, first_row, rows, first, count)
+        if stash.size:
+            for r in range(rows):
+                for j in range(count):
+                    stash[r, first - begin + j] = scratch.s[r, j]
+        _locate(
+            call.v_cache, call.element, call.out.shape[3], table, h, first, count, scratch.values, scratch.value_rows
+        )
+        for r in range(rows):
+            _soften(scratch.s[r], count, partial[r])
+        multiply_add(scratch.s, rows, count, scratch.value_rows, scratch.values.shape[1], partial)
+
+
+@jit
+def _attend_share(share, shares, call, items, partials, stash):
+    Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
+    rows = call.q.shape[1] * group
+    scratch = _scratch(call.q.shape[3], call.out.shape[3])
+    for item in range(_first_item(items, share, shares), _first_item(items, share + 1, shares)):
+        i = _list_of(items.starts, item)
+        first_row = (item - items.starts[i]) * ROWS if items.row_tiles > 1 else 0
+        begin, end = _item_slots(items, item, i)
+        _attend(
+            call, scratch, items.spans[i], i // Hkv, i % Hkv, first_row, min(ROWS, rows - first_row), begin, end,
+            partials[item], stash[min(item, len(stash) - 1)],
+        )  # fmt: skip
+
+
+@jit
+def _merge_share(share, shares, call, items, partials):
+    """out and lse of a share of the lists from the partial results of their items."""
+    B, Hkv = call.lens.shape
+    group, Dv = call.q.shape[2] // Hkv, call.out.shape[3]
+    weight, largest_score = partials.shape[2] - 2, partials.shape[2] - 1
+    lists = B * Hkv
+    for i in range(lists * share // shares, lists * (share + 1) // shares):
+        b, h = i // Hkv, i % Hkv
+        factor = call.v_scale[h] if call.v_scale.size else np.float32(1)
+        for r in range(call.q.shape[1] * group):
+            t, head = r // group, h * group + r % group
+            out = call.out[b, t, head]
+            out[:] = 0
+            if items.row_tiles > 1:
+                first = items.starts[i] + r // ROWS
+                last = min(first + 1, items.starts[i + 1])
+            else:
+                first, last = items.starts[i], items.starts[i + 1]
+            largest = np.float32(-np.inf)
+            for item in range(first, last):
+                largest = max(largest, partials[item, r % ROWS, largest_score])
+            if largest == -np.inf:
+                call.lse[b, head, t] = -np.inf
+                continue
+            sink = call.sinks[head] * np.float32(LOG2_E) if call.sinks.size else np.float32(-np.inf)
+            largest = max(largest, sink)
+            if sink == np.inf:
+                call.lse[b, head, t] = np.inf
+                continue
+            total = exp2(sink - largest)
+            for item in range(first, last):
+                partial = partials[item, r % ROWS]
+                share_of_all = exp2(partial[largest_score] - largest)
+                total += share_of_all * partial[weight]
+                for d in range(Dv):
+                    out[d] += share_of_all * partial[d]
+            for d in range(Dv):
+                out[d] *= factor / total
+            call.lse[b, head, t] = (largest + np.log2(total)) / np.float32(LOG2_E)
+
+
+@jit
+def _reduce(lse_of, first_head, group, reduce, first_row, rows, s, count, reduced, seen):
+    """Add the rows' probabilities of each slot to ``reduced``, and mark the slots that a row sees."""
+    for r in range(rows):
+        lse = lse_of[first_head + (first_row + r) % group, (first_row + r) // group] * np.float32(LOG2_E)
+        if lse == -np.inf:
+            continue
+        for j in range(count):
+            seen[j] |= s[r, j] != -np.inf
+            p = exp2(s[r, j] - lse)
+            if reduce == MAX:
+                reduced[j] = max(reduced[j], p)
+            else:
+                reduced[j] += p * p if reduce == SUM_OF_SQUARES else p
+
+
+@jit
+def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
+    """The reduced probabilities of the slots [begin, end) of a list whose scores were not kept."""
+    group = call.q.shape[2] // call.lens.shape[1]
+    rows = call.q.shape[1] * group
+    for first in range(begin, end, TILE):
+        count, done = min(TILE, end - first), first - begin
+        _locate(
+            call.k_cache,
+            call.element,
+            call.q.shape[3],
+            call.tables[b, h],
+            h,
+            first,
+            count,
+            scratch.keys,
+            scratch.key_rows,
+        )
+        for first_row in range(0, rows, ROWS):
+            some = min(ROWS, rows - first_row)
+            _load_queries(call.q, b, h * group, group, first_row, some, _query_factor(call, h), scratch.queries)
+            _score(call, scratch, span, b, h, first_row, some, first, count)
+            _reduce(
+                call.lse[b],
+                h * group,
+                group,
+                call.reduce,
+                first_row,
+                some,
+                scratch.s,
+                count,
+                reduced[done:],
+                seen[done:],
+            )
+
+
+@jit
+def _score_share(share, shares, call, items, stash):
+    """Update the scores of a share of the pieces of lists."""
+    Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
+    rows = call.q.shape[1] * group
+    scratch = _scratch(call.q.shape[3], 0)
+    reduced, seen = np.empty(PIECE, np.float32), np.empty(PIECE, np.bool_)
+    size = call.k_cache.shape[1]
+    for item in range(_first_item(items, share, shares), _first_item(items, share + 1, shares)):
+        i = _list_of(items.starts, item)
+        b, h = i // Hkv, i % Hkv
+        begin, end = _item_slots(items, item, i)
+        reduced[:] = 0
+        seen[:] = False
+        if stash.size:
+            _reduce(call.lse[b], h * group, group, call.reduce, 0, rows, stash[item], end - begin, reduced, seen)
+        else:
+            _score_again(call, scratch, items.spans[i], b, h, begin, end, reduced, seen)
+        for j in range(end - begin):
+            if seen[j]:
+                block, offset = call.tables[b, h, (begin + j) // size], (begin + j) % size
+                call.scores[block, offset, h] = np.float32(call.decay) * call.scores[block, offset, h] + reduced[j]
+
+
+@jit
+def _run(call):
+    rows = call.q.shape[1] * (call.q.shape[2] // call.lens.shape[1])
+    row_tiles = -(-rows // ROWS)
+    items = _cut(call, row_tiles)
+    count, height = items.starts[-1], -(-min(rows, ROWS) // 4) * 4  # rows are multiplied by fours
+    partials = np.empty((count, height, padded(call.out.shape[3]) + 2), np.float32)
+    scored = call.scores.size > 0
+    stash = np.empty((max(count, 1), height, PIECE if scored and row_tiles == 1 else 0), np.float32)
+    succeeded = run_shares(_attend_share, (call, items, partials, stash), call.threads)
+    succeeded &= run_shares(_merge_share, (call, items, partials), call.threads)
+    if scored:
+        pieces = items if row_tiles == 1 else _cut(call, 1)
+        succeeded &= run_shares(_score_share, (call, pieces, stash), call.threads)
+    return succeeded
+
+
+def _per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """A cache or side array with a dimension for the heads behind its slots; its stride is 0 where all share."""
+    return x.unsqueeze(2).expand(-1, -1, heads, *x.shape[2:])
+
+
+# What stands for an argument that is not given.
+_NONE = {
+    kind: np.empty((0,) * kind.ndim, kind.dtype.name if kind.dtype != boolean else np.bool_)
+    for kind in Call.__annotations__.values()
+    if isinstance(kind, types.Array)
+}
+
+
+def _or_none(x: torch.Tensor | None, field: str) -> np.ndarray:
+    return _NONE[Call.__annotations__[field]] if x is None else x.numpy()
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    q_lens: torch.Tensor | None = None,
+    causal: bool = True,
+    window_left: int = -1,
+    positions: torch.Tensor | None = None,
+    query_positions: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    score_reduce: str = "sum",
+    score_decay: float = 1.0,
+    schedule: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvops.paged_attention`. Every call is batch invariant and balanced without a ``schedule``."""
+    B, T, Hq, D = q.shape
+    Dv = v_cache.shape[-1]
+    heads = k_cache.shape[2] if k_cache.dim() == 4 else block_tables.shape[1]
+    if k_cache.dim() == 4:
+        block_tables, seq_lens = (x.unsqueeze(1).expand(B, heads, *x.shape[1:]) for x in (block_tables, seq_lens))
+    else:
+        k_cache, v_cache = _per_head(k_cache, heads), _per_head(v_cache, heads)
+    positions, scores = (x if x is None or x.dim() == 3 else _per_head(x, heads) for x in (positions, scores))
+    out, lse = torch.empty(B, T, Hq, Dv), torch.empty(B, Hq, T)
+    counts = torch.full((B,), T, dtype=torch.int32) if q_lens is None else q_lens
+    far = window_left >= 0 and query_positions is not None
+    (k_bytes, element), (v_bytes, _) = as_bytes(k_cache), as_bytes(v_cache)
+    call = Call(
+        q=q.float().numpy(),
+        k_cache=k_bytes,
+        v_cache=v_bytes,
+        element=element,
+        tables=block_tables.numpy(),
+        lens=seq_lens.numpy(),
+        counts=counts.numpy(),
+        positions=_or_none(positions if far else None, "positions"),
+        query_positions=_or_none(query_positions if far else None, "query_positions"),
+        tree=_or_none(None if tree_mask is None else tree_mask.expand(B, T, T), "tree"),
+        sinks=_or_none(None if sinks is None else sinks.float(), "sinks"),
+        k_scale=_or_none(None if k_scale is None else k_scale.expand(heads), "k_scale"),
+        v_scale=_or_none(None if v_scale is None else v_scale.expand(heads), "v_scale"),
+        scores=_or_none(scores, "scores"),
+        out=out.numpy(),
+        lse=lse.numpy(),
+        scale=D**-0.5 if scale is None else scale,
+        softcap=softcap,
+        decay=score_decay,
+        window_left=min(window_left, 1 << 33),  # further than two int32 positions lie apart
+        causal=causal,
+        reduce=_REDUCE[score_reduce],
+        threads=num_threads(int(k_cache.shape[0] * k_cache.shape[1]) * heads * D, _LEAST_WORK),
+    )
+    entry(_run, Call)(call)
+    return out.to(q.dtype), lse

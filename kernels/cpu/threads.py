@@ -1,0 +1,116 @@
+"""Share the work of one call among the threads of torch's own OpenMP pool.
+
+numba brings pools of its own, but torch's threads keep spinning for a while after each of torch's operators: a second
+pool would fight them for the cores. So the region is opened in the very OpenMP library that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_INT32, _INT64, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+_forked = False
+
+
+def _alone() -> None:
+    """A forked child has none of its parent's threads, and OpenMP would wait for them for ever."""
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_alone)
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded; None where it has none that opens regions as GCC does."""
+    with open("/proc/self/maps") as maps:
+        paths = {found[1] for line in maps if (found := re.search(r"(/\S*/lib(?:gomp|iomp5|omp)[^/]*\.so\S*)$", line))}
+    for path in sorted(paths, key=lambda path: "/torch/" not in path):
+        library = ctypes.CDLL(path)
+        if hasattr(library, "GOMP_parallel"):
+            return library
+    return None
+
+
+_LIBRARY = _openmp()
+_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+for _name in _FUNCTIONS if _LIBRARY else ():
+    _address = ctypes.cast(getattr(_LIBRARY, _name), ctypes.c_void_p).value
+    llvm.add_symbol(f"kvops_{_name}", _address)
+
+
+def num_threads(work: int, least: int) -> int:
+    """Threads for a call: torch's number, fewer where each would get less than ``least`` of the ``work``."""
+    if _LIBRARY is None or _forked:
+        return 1
+    return max(1, min(torch.get_num_threads(), work // least))
+
+
+@intrinsic
+def run_shares(typing_context: Any, function: Any, arguments: Any, threads: Any) -> Any:
+    """Call ``function(share, shares, *arguments)`` on ``threads`` threads at once, each with a share of its own.
+
+    Returns False where a call failed, which is for want of memory.
+    """
+    share_types = (types.int64, types.int64, *arguments.types)
+    function.dispatcher.compile(share_types)
+    compiled = function.dispatcher.overloads[share_types]
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        context.add_linking_libs([compiled.library])
+        module = builder.module
+        callee = context.declare_function(module, compiled.fndesc)
+
+        def call(builder: Any, share: Any, shares: Any, arguments: Any) -> Any:
+            unpacked = cgutils.unpack_tuple(builder, arguments, len(share_types) - 2)
+            status, _ = context.call_conv.call_function(
+                builder, callee, types.none, share_types, [share, shares, *unpacked]
+            )
+            return builder.zext(status.is_ok, _INT32)
+
+        # What all threads read: the arguments, and how many calls have failed.
+        data = cgutils.pack_struct(builder, (values[1], _INT32(0)))
+        shared = cgutils.alloca_once_value(builder, data)
+        region_type = ir.FunctionType(ir.VoidType(), [_BYTES])
+        region = ir.Function(module, region_type, module.get_unique_name("share"))
+        region.linkage = "internal"
+        inside = ir.IRBuilder(region.append_basic_block())
+        own = inside.bitcast(region.args[0], shared.type)
+        share, shares = (
+            inside.sext(inside.call(_declare(module, name, _INT32, []), []), _INT64) for name in _FUNCTIONS[1:]
+        )
+        succeeded = call(inside, share, shares, inside.load(cgutils.gep_inbounds(inside, own, 0, 0)))
+        failed = inside.sub(_INT32(1), succeeded)
+        inside.atomic_rmw("add", cgutils.gep_inbounds(inside, own, 0, 1), failed, "monotonic")
+        inside.ret_void()
+
+        with builder.if_else(builder.icmp_signed(">", values[2], values[2].type(1))) as (many, one):
+            with many:
+                open_region = _declare(
+                    module, _FUNCTIONS[0], ir.VoidType(), [region_type.as_pointer(), _BYTES, _INT32, _INT32]
+                )
+                builder.call(
+                    open_region,
+                    [region, builder.bitcast(shared, _BYTES), builder.trunc(values[2], _INT32), _INT32(0)],
+                )
+            with one:
+                succeeded = call(builder, _INT64(0), _INT64(1), values[1])
+                builder.store(builder.sub(_INT32(1), succeeded), cgutils.gep_inbounds(builder, shared, 0, 1))
+        failures = builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
+        return builder.icmp_signed("==", failures, _INT32(0))
+
+    return types.boolean(function, arguments, types.int64), generate
+
+
+def _declare(module: Any, name: str, returned: Any, arguments: list[Any]) -> Any:
+    return cgutils.get_or_insert_function(module, ir.FunctionType(returned, arguments), f"kvops_{name}")

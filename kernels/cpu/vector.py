@@ -1,0 +1,240 @@
+"""Vectors of float32 in registers, for the inner products and weighted sums that LLVM would not vectorise well alone.
+
+An address is an integer, in bytes; vectors need no alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from kvops.kernels.cpu.jit import jit
+
+# Numbers in a vector: a register of the processor that compiles.
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+_VECTOR = ir.VectorType(ir.FloatType(), LANES)
+
+
+class _VectorType(types.Type):
+    def __init__(self) -> None:
+        super().__init__(f"float32x{LANES}")
+
+
+@register_model(_VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, data_model_manager: Any, numba_type: Any) -> None:
+        super().__init__(data_model_manager, numba_type, _VECTOR)
+
+
+vector = _VectorType()
+_Generate = Callable[[Any, Any, Any, Any], Any]
+
+
+@intrinsic
+def zero(typing_context: Any) -> tuple[Any, _Generate]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(_VECTOR, None)
+
+    return vector(), generate
+
+
+@intrinsic
+def load(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
+    """The ``LANES`` numbers from ``address`` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], _VECTOR.as_pointer()), align=4)
+
+    return vector(types.intp), generate
+
+
+def _loader(bits: int, widen: Callable[[Any, Any], Any]) -> Any:
+    """A function ``(address, count)`` that loads ``min(count, LANES)`` numbers of so many bits, and 0 for the rest."""
+    narrow = ir.VectorType(ir.IntType(bits), LANES)
+    name = f"llvm.masked.load.v{LANES}i{bits}.p0v{LANES}i{bits}"
+
+    @intrinsic
+    def load_widened(typing_context: Any, address: Any, count: Any) -> tuple[Any, _Generate]:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], narrow.as_pointer())
+            loaded = cgutils.alloca_once(builder, narrow)
+            all_lanes = builder.icmp_signed(">=", arguments[1], arguments[1].type(LANES))
+            with builder.if_else(all_lanes, likely=True) as (whole, part):
+                with whole:
+                    builder.store(builder.load(pointer, align=1), loaded)
+                with part:
+                    lanes = ir.VectorType(ir.IntType(32), LANES)
+                    count = builder.insert_element(
+                        ir.Constant(lanes, ir.Undefined), builder.trunc(arguments[1], lanes.element), lanes.element(0)
+                    )
+                    count = builder.shuffle_vector(count, count, ir.Constant(lanes, None))
+                    mask = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), count)
+                    masked_load = cgutils.get_or_insert_function(
+                        builder.module,
+                        ir.FunctionType(narrow, [pointer.type, lanes.element, mask.type, narrow]),
+                        name,
+                    )
+                    builder.store(
+                        builder.call(masked_load, [pointer, lanes.element(1), mask, ir.Constant(narrow, None)]), loaded
+                    )
+            return widen(builder, builder.load(loaded))
+
+        return vector(types.intp, types.intp), generate
+
+    return load_widened
+
+
+def _every(number: int) -> Any:
+    return ir.Constant(ir.VectorType(ir.IntType(32), LANES), [number] * LANES)
+
+
+def _from_float8(builder: Any, x: Any) -> Any:
+    """e4m3: the exponent's bias is 7 where float32 has 127, and all bits set are NaN."""
+    bits = builder.zext(x, _every(0).type)
+    magnitude = builder.and_(bits, _every(0x7F))
+    scale = ir.Constant(_VECTOR, [2.0**120] * LANES)
+    value = builder.fmul(builder.bitcast(builder.shl(magnitude, _every(20)), _VECTOR), scale)
+    is_nan = builder.icmp_signed("==", magnitude, _every(0x7F))
+    unsigned = builder.select(is_nan, _every(0x7FC00000), builder.bitcast(value, bits.type))
+    sign = builder.shl(builder.and_(bits, _every(0x80)), _every(24))
+    return builder.bitcast(builder.or_(unsigned, sign), _VECTOR)
+
+
+load_float32 = _loader(32, lambda builder, x: builder.bitcast(x, _VECTOR))
+load_float16 = _loader(
+    16, lambda builder, x: builder.fpext(builder.bitcast(x, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
+)
+load_bfloat16 = _loader(
+    16, lambda builder, x: builder.bitcast(builder.shl(builder.zext(x, _every(0).type), _every(16)), _VECTOR)
+)
+load_float8 = _loader(8, _from_float8)
+
+
+@intrinsic
+def store(typing_context: Any, address: Any, x: Any) -> tuple[Any, _Generate]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[1], builder.inttoptr(arguments[0], _VECTOR.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, vector), generate
+
+
+@intrinsic
+def splat(typing_context: Any, x: Any) -> tuple[Any, _Generate]:
+    """A vector of one number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[0], ir.IntType(32)(0))
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+
+    return vector(types.float32), generate
+
+
+@intrinsic
+def fma(typing_context: Any, a: Any, b: Any, c: Any) -> tuple[Any, _Generate]:
+    """a * b + c, rounded once where the processor can."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b, c = arguments
+        return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+    return vector(vector, vector, vector), generate
+
+
+@intrinsic
+def total(typing_context: Any, x: Any) -> tuple[Any, _Generate]:
+    """The sum of a vector's numbers, by halves."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, width = arguments[0], LANES
+        while width > 1:
+            width //= 2
+            halves = (
+                builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), width), list(lanes)))
+                for lanes in (range(width), range(width, 2 * width))
+            )
+            value = builder.fadd(*halves)
+        return builder.extract_element(value, ir.IntType(32)(0))
+
+    return types.float32(vector), generate
+
+
+@jit
+def multiply_transposed(a, rows, b, columns, width, out):
+    """out [rows, columns] = a [rows, width] @ b [columns, width].T; widths are multiples of ``LANES``.
+
+    ``b`` has the addresses of its rows. Two rows of ``a`` by four of ``b`` at a time: every number that is loaded is
+    used more than once. ``b`` and ``out`` have room for columns by fours.
+    """
+    step = 4 * LANES
+    for j in range(0, columns, 4):
+        b0, b1, b2, b3 = b[j], b[j + 1], b[j + 2], b[j + 3]
+        for i in range(0, rows - 1, 2):
+            a0 = a.ctypes.data + i * a.strides[0]
+            a1 = a0 + a.strides[0]
+            x0, x1, x2, x3 = zero(), zero(), zero(), zero()
+            y0, y1, y2, y3 = zero(), zero(), zero(), zero()
+            for d in range(0, 4 * width, step):
+                x, y = load(a0 + d), load(a1 + d)
+                c = load(b0 + d)
+                x0, y0 = fma(x, c, x0), fma(y, c, y0)
+                c = load(b1 + d)
+                x1, y1 = fma(x, c, x1), fma(y, c, y1)
+                c = load(b2 + d)
+                x2, y2 = fma(x, c, x2), fma(y, c, y2)
+                c = load(b3 + d)
+                x3, y3 = fma(x, c, x3), fma(y, c, y3)
+            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = total(x0), total(x1), total(x2), total(x3)
+            i += 1
+            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = total(y0), total(y1), total(y2), total(y3)
+        if rows % 2:
+            i = rows - 1
+            a0 = a.ctypes.data + i * a.strides[0]
+            x0, x1, x2, x3 = zero(), zero(), zero(), zero()
+            for d in range(0, 4 * width, step):
+                x = load(a0 + d)
+                x0, x1 = fma(x, load(b0 + d), x0), fma(x, load(b1 + d), x1)
+                x2, x3 = fma(x, load(b2 + d), x2), fma(x, load(b3 + d), x3)
+            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = total(x0), total(x1), total(x2), total(x3)
+
+
+@jit
+def multiply_add(a, rows, depth, b, width, out):
+    """out [rows, width] += a [rows, depth] @ b [depth, width], a multiple of ``2 * LANES`` wide.
+
+    ``b`` has the addresses of its rows. Four rows by two vectors of ``out`` stay in registers; ``a`` and ``out`` have
+    room for rows by fours.
+    """
+    step = 4 * LANES
+    for i in range(0, rows, 4):
+        out0 = out.ctypes.data + i * out.strides[0]
+        out1, out2, out3 = out0 + out.strides[0], out0 + 2 * out.strides[0], out0 + 3 * out.strides[0]
+        for d in range(0, 4 * width, 2 * step):
+            e = d + step
+            w0, x0, y0, z0 = load(out0 + d), load(out1 + d), load(out2 + d), load(out3 + d)
+            w1, x1, y1, z1 = load(out0 + e), load(out1 + e), load(out2 + e), load(out3 + e)
+            for j in range(depth):
+                b0, b1 = load(b[j] + d), load(b[j] + e)
+                c = splat(a[i, j])
+                w0, w1 = fma(c, b0, w0), fma(c, b1, w1)
+                c = splat(a[i + 1, j])
+                x0, x1 = fma(c, b0, x0), fma(c, b1, x1)
+                c = splat(a[i + 2, j])
+                y0, y1 = fma(c, b0, y0), fma(c, b1, y1)
+                c = splat(a[i + 3, j])
+                z0, z1 = fma(c, b0, z0), fma(c, b1, z1)
+            store(out0 + d, w0)
+            store(out0 + e, w1)
+            store(out1 + d, x0)
+            store(out1 + e, x1)
+            store(out2 + d, y0)
+            store(out2 + e, y1)
+            store(out3 + d, z0)
+            store(out3 + e, z1)

@@ -1,0 +1,148 @@
+"""What the numba kernels share: threads, the cache of compiled code, elements of every dtype, and when they run."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from paged_lists import make_lists
+
+import kvops
+from kvops import checks
+
+pytest.importorskip("numba")
+
+from kvops.kernels.cpu import elements, jit, threads
+
+
+def call(lists, q):
+    scores = lists.scores.clone()
+    return (*kvops.paged_attention(q, *lists.arguments, scores=scores), scores)
+
+
+@pytest.fixture
+def problem():
+    """Lists long enough for several threads."""
+    lists = make_lists([[700, 33, 1500], [0, 900, 17]], block_size=16, head_dim=64)
+    return lists, torch.randn(2, 2, 9, 64)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same_bits(results, others):
+    for result, other in zip(results, others, strict=True):
+        assert torch.equal(result.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0))
+
+
+def test_any_number_of_threads_gives_the_same_bits(problem, two_threads):
+    expected = call(*problem)
+    for count in (1, 3, 5):
+        torch.set_num_threads(count)
+        assert_same_bits(call(*problem), expected)
+
+
+def test_threads_follow_torch_and_the_amount_of_work(two_threads):
+    assert threads.num_threads(work=10, least=10) == 1
+    assert threads.num_threads(work=20, least=10) == 2
+    torch.set_num_threads(1)
+    assert threads.num_threads(work=1 << 40, least=10) == 1
+
+
+def test_python_threads_may_call_at_once(problem, two_threads):
+    expected, results = call(*problem), {}
+    workers = [threading.Thread(target=lambda i=i: results.update({i: call(*problem)})) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4
+    for result in results.values():
+        assert_same_bits(result, expected)
+
+
+def test_a_forked_child_works_alone(problem, two_threads):
+    """OpenMP's threads do not survive a fork; a region that waited for them would never end."""
+    expected = call(*problem)
+    child = os.fork()
+    if child == 0:
+        same = threads.num_threads(1 << 40, 1) == 1 and torch.equal(call(*problem)[1], expected[1])
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("count", [1, 7, 16, 33, 256])
+def test_every_element_is_widened_exactly_and_nothing_behind_a_row_is_read(dtype, count):
+    bits = torch.uint8 if dtype == torch.float8_e4m3fn else {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    x = (torch.arange(count * 97) * 40503 % (1 << 31)).to(bits).view(dtype)[-count:]  # the memory ends with them
+    width = elements.padded(count)
+    out = torch.full((width,), math.nan)
+    _, element = elements.as_bytes(x[None])
+    elements.widen(x.data_ptr(), element, count, out.data_ptr())
+    assert torch.equal(out[:count].nan_to_num(nan=7.0), x.float().nan_to_num(nan=7.0))
+    assert out[count : -(-count // 8) * 8].eq(0).all()
+
+
+def test_every_float8_is_widened_exactly():
+    x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    out = torch.empty(256)
+    elements.widen(x.data_ptr(), elements.FLOAT8, 256, out.data_ptr())
+    assert torch.equal(out.isnan(), x.float().isnan())
+    assert torch.equal(out.nan_to_num(nan=7.0), x.float().nan_to_num(nan=7.0))
+    assert torch.equal(out.signbit(), x.float().signbit())
+
+
+def test_powers_of_two_err_by_less_than_two_units_in_the_last_place():
+    x = torch.cat([torch.linspace(-126, 0, 4001), torch.linspace(-1e-3, 1e-3, 101)])
+    exact = torch.exp2(x.double())
+    result = torch.tensor([elements.exp2(value) for value in x.numpy()], dtype=torch.float64)
+    assert ((result - exact).abs() / exact).max() < 2 * 2**-23
+    special = torch.tensor([-math.inf, -200.0, -127.5, math.nan])
+    assert [elements.exp2(value) for value in special.numpy()][:3] == [0.0, 0.0, 0.0]
+    assert math.isnan(elements.exp2(special.numpy()[3]))
+
+
+def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path))
+    jit._state.cache_clear()
+    first = jit.cache_folder()
+    monkeypatch.setattr(jit.numba, "__version__", "0.0")
+    jit._state.cache_clear()
+    try:
+        assert jit.cache_folder() != first
+        assert jit.cache_folder().is_relative_to(tmp_path)
+    finally:
+        jit._state.cache_clear()
+
+
+def test_eager_is_chosen_by_a_variable_and_without_numba(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("KVOPS_CPU", raising=False)
+    assert kvops.backend("cpu") == "numba"
+    monkeypatch.setenv("KVOPS_CPU", "eager")
+    assert kvops.backend("cpu") == "eager"
+    monkeypatch.delenv("KVOPS_CPU")
+    monkeypatch.setattr(checks, "has_numba", lambda: False)
+    assert kvops.backend("cpu") == "eager"
+
+
+def test_numba_comes_in_at_the_first_call():
+    code = """
+import sys, torch, kvops
+assert "numba" not in sys.modules
+kvops.flash_attention(*torch.randn(3, 1, 4, 2, 8))
+assert "numba" not in sys.modules
+lens = torch.tensor([[3]], dtype=torch.int32)
+kvops.paged_attention(torch.randn(1, 1, 1, 8), *torch.randn(2, 1, 4, 8), lens[None] * 0, lens)
+assert "numba" in sys.modules and "triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
