@@ -27,6 +27,7 @@ def prepared(monkeypatch):
     """The calls that were prepared, and so checked."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("KVOPS_DEBUG", raising=False)
+    monkeypatch.setenv("KVOPS_CPU", "eager")
     found = []
     launch_of = registry._launch
 

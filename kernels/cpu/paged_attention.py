@@ -484,7 +484,8 @@ def paged_attention(
     else:
         k_cache, v_cache = _per_head(k_cache, heads), _per_head(v_cache, heads)
     positions, scores = (x if x is None or x.dim() == 3 else _per_head(x, heads) for x in (positions, scores))
-    out, lse = torch.empty(B, T, Hq, Dv), torch.empty(B, Hq, T)
+    out = torch.empty(B, T, Hq, Dv, dtype=torch.float32)
+    lse = torch.empty(B, Hq, T, dtype=torch.float32)
     counts = torch.full((B,), T, dtype=torch.int32) if q_lens is None else q_lens
     far = window_left >= 0 and query_positions is not None
     (k_bytes, element), (v_bytes, _) = as_bytes(k_cache), as_bytes(v_cache)
