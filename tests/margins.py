@@ -65,7 +65,7 @@ class FromWorkers:
 
 
 def pytest_configure(config) -> None:
-    if config.pluginmanager.hasplugin("dsession"):
+    if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(FromWorkers())
 
 
