@@ -92,6 +92,20 @@ def test_every_element_is_widened_exactly_and_nothing_behind_a_row_is_read(dtype
     assert out[count : -(-count // 8) * 8].eq(0).all()
 
 
+def test_one_element_may_be_strided():
+    lists = make_lists([[5, 9]], block_size=4, head_dim=1)
+    q = torch.randn(1, 1, 2, 1)
+    expected = call(lists, q)
+    for name in ("k_cache", "v_cache"):
+        cache = getattr(lists, name)
+        setattr(
+            lists,
+            name,
+            cache.new_empty(*cache.shape[:2], 3)[..., :1].copy_(cache).as_strided(cache.shape, (3 * 4, 3, 2)),
+        )
+    assert_same_bits(call(lists, q), expected)
+
+
 def test_every_float8_is_widened_exactly():
     x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     out = torch.empty(256)

@@ -22,6 +22,8 @@ _FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLO
 
 def as_bytes(cache: torch.Tensor) -> tuple[np.ndarray, int]:
     """A cache as an array of bytes, its last dimension contiguous, and the format of its elements."""
+    if cache.stride(-1) != 1:  # of one element, or none
+        cache = cache.as_strided(cache.shape, (*cache.stride()[:-1], 1))
     return cache.view(torch.uint8).numpy(), _FORMATS[cache.dtype]
 
 

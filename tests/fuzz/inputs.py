@@ -24,18 +24,20 @@ LAYOUTS = ("", "padded", "transposed", "reversed", "last first", "expanded 0", "
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """``eager`` or ``triton``, in Triton's interpreter; what nobody writes is NaN."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1" if name == "triton" else "0"
+    """``eager``, ``numba``, or ``triton`` in Triton's interpreter; what nobody writes is NaN."""
+    chosen = {"TRITON_INTERPRET": "1" if name == "triton" else "0", "KVOPS_CPU": "eager" if name == "eager" else ""}
+    before = {variable: os.environ.get(variable) for variable in chosen}
+    os.environ.update(chosen)
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        del os.environ["TRITON_INTERPRET"]
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
+        for variable, value in before.items():
+            del os.environ[variable]
+            if value is not None:
+                os.environ[variable] = value
 
 
 def often(r: Random, likely: Any, *others: Any, p: float = 0.6) -> Any:

@@ -90,7 +90,7 @@ def draw(r: Random) -> Case:
 
     return Case(
         seed=r.randrange(2**31),
-        backend="triton" if on_triton else "eager",
+        backend="triton" if on_triton else r.choice(("eager", "numba")),
         dtype=r.choice(tuple(DTYPES)),
         lengths=tuple(row() for _ in range(batch)),
         tokens=tokens,
