@@ -39,6 +39,7 @@ GRADIENT = _named("attention_backward", "agrees", "triton", "float32")
 GRADIENT_EAGER = _named("attention_backward", "agrees or lse", "eager")
 PAGED = _named("paged", "triton", "decoding_reads or drafts or windows or float8 or softcap")
 PAGED_EAGER = _named("paged", "eager", "not triton", "not invariant")
+PAGED_NUMBA = _named("paged", "numba", "decoding_reads or drafts or windows or float8 or softcap or long_list")
 SCORES = _named("scores", "triton", "reduction or queries_that_count or windows")
 SCORES_EAGER = _named("scores", "eager", "reduction or queries_that_count or windows")
 MERGE = _named("merge", "triton", "whole or float64")
@@ -365,6 +366,56 @@ MUTATIONS = [
         "first * cos - second * sin, second * cos + first * sin",
         "first * cos + second * sin, second * cos - first * sin",
         "tests/test_nn.py -k 'written_out and eager'",
+    ),
+    # Paged attention on the CPU, compiled by numba
+    Mutation(
+        "what was summed is not rescaled when the maximum rises",
+        "kernels/cpu/paged_attention.py",
+        "    if old != 1:",
+        "    if False:",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "drafts do not see themselves",
+        "kernels/cpu/paged_attention.py",
+        "end = max(own + 1, 0) if causal else length",
+        "end = max(own, 0) if causal else length",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "the window is one slot too wide",
+        "kernels/cpu/paged_attention.py",
+        "begin = max(own - window_left, 0)",
+        "begin = max(own - window_left - 1, 0)",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "the last slot of a piece is left out",
+        "kernels/cpu/paged_attention.py",
+        "return max(first, begin), min(first + PIECE, end)",
+        "return max(first, begin), min(first + PIECE - 1, end)",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "pieces are joined without their weights",
+        "kernels/cpu/paged_attention.py",
+        "share_of_all = exp2(partial[largest_score] - largest)",
+        "share_of_all = np.float32(1)",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "the bias of a float8 exponent is 6",
+        "kernels/cpu/vector.py",
+        "[2.0**120] * LANES",
+        "[2.0**121] * LANES",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "probabilities are not normalised",
+        "kernels/cpu/paged_attention.py",
+        "p = exp2(s[r, j] - lse)",
+        "p = exp2(s[r, j])",
+        PAGED_NUMBA,
     ),
 ]
 

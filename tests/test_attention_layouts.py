@@ -119,6 +119,7 @@ def test_kernels_read_every_layout(view, dims, backend):
 def test_eager_paged_attention_reads_every_layout(view, dtype, tokens, heads, monkeypatch):
     """Three drafts of overlapping windows attended to as if they were others."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("KVOPS_CPU", "eager")
     cache = torch.randn(40, 4, 16).to(dtype)
     tables = torch.randperm(40).int().view(2, 2, 10)
     lens = torch.full((2, 2), 37, dtype=torch.int32)

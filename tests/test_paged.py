@@ -19,6 +19,12 @@ from kvops.eager.paged_rows import Rows
 NUMBA = True
 
 
+@pytest.fixture(autouse=True)
+def _eager_where_a_test_is_about_it(request, monkeypatch):
+    if request.function.__name__.startswith("test_eager_"):
+        monkeypatch.setenv("KVOPS_CPU", "eager")
+
+
 def check(
     q: Tensor,
     lists: Lists,
