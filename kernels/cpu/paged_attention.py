@@ -20,7 +20,7 @@ from kvops.kernels.cpu.vector import multiply_add, multiply_transposed
 TILE = 64  # slots of K and V that are widened to float32 at once; they stay in the first level of the cache
 PIECE = 256  # slots of a piece
 ROWS = 32  # query rows that walk a list together
-_LEAST_WORK = 1 << 15  # elements of K and V below which a second thread costs more than it saves
+_LEAST_WORK = 1 << 14  # elements of K and V that a thread should have at least
 
 SUM, SUM_OF_SQUARES, MAX = 0, 1, 2
 _REDUCE = {"sum": SUM, "sumsq": SUM_OF_SQUARES, "max": MAX}
@@ -424,13 +424,14 @@ def _run(call):
     items = _cut(call, row_tiles)
     count, height = items.starts[-1], -(-min(rows, ROWS) // 4) * 4  # rows are multiplied by fours
     partials = np.empty((count, height, padded(call.out.shape[3]) + 2), np.float32)
+    threads = max(1, min(call.threads, items.costs[-1] * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
     scored = call.scores.size > 0
     stash = np.empty((max(count, 1), height, PIECE if scored and row_tiles == 1 else 0), np.float32)
-    succeeded = run_shares(_attend_share, (call, items, partials, stash), call.threads)
-    succeeded &= run_shares(_merge_share, (call, items, partials), call.threads)
+    succeeded = run_shares(_attend_share, (call, items, partials, stash), threads)
+    succeeded &= run_shares(_merge_share, (call, items, partials), threads)
     if scored:
         pieces = items if row_tiles == 1 else _cut(call, 1)
-        succeeded &= run_shares(_score_share, (call, pieces, stash), call.threads)
+        succeeded &= run_shares(_score_share, (call, pieces, stash), threads)
     return succeeded
 
 
@@ -512,7 +513,8 @@ def paged_attention(
         window_left=min(window_left, 1 << 33),  # further than two int32 positions lie apart
         causal=causal,
         reduce=_REDUCE[score_reduce],
-        threads=num_threads(int(k_cache.shape[0] * k_cache.shape[1]) * heads * D, _LEAST_WORK),
+        threads=num_threads(),
     )
-    entry(_run, Call)(call)
+    if not entry(_run, Call)(call):
+        raise MemoryError("paged_attention: not enough memory for the partial results of the lists")
     return out.to(q.dtype), lse

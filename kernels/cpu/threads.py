@@ -49,11 +49,9 @@ for _name in _FUNCTIONS if _LIBRARY else ():
     llvm.add_symbol(f"kvops_{_name}", _address)
 
 
-def num_threads(work: int, least: int) -> int:
-    """Threads for a call: torch's number, fewer where each would get less than ``least`` of the ``work``."""
-    if _LIBRARY is None or _forked:
-        return 1
-    return max(1, min(torch.get_num_threads(), work // least))
+def num_threads() -> int:
+    """The most threads that a call may use: torch's number, and one where there is no pool."""
+    return 1 if _LIBRARY is None or _forked else torch.get_num_threads()
 
 
 @intrinsic
