@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 from kvops.cli import models, options
 from kvops.cli.environment import chosen_device
-from kvops.cli.generate import draft_of, summary
+from kvops.cli.generate import settings_of, summary
 from kvops.generation.conversation import Conversation
-from kvops.generation.options import GenerationOptions
 from kvops.models.tokenizer import Tokenizer
 
 _HELP = """/stats   what the cache holds and what the last answer took
@@ -36,19 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     compression = options.compression_of(arguments)
     device = chosen_device(arguments.device)
     model, tokenizer, name = models.load_model(arguments.model, device)
-    settings = GenerationOptions(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature or 0.0,
-        seed=arguments.seed,
-        stop_tokens=tokenizer.eos_token_ids,
-        compression=compression,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        draft=draft_of(arguments, device),
-        tree=1 if arguments.tree is None else arguments.tree,
-    )
+    settings = settings_of(arguments, tokenizer, compression, device)
     longest = min(arguments.max_tokens, model.config.max_positions)
     chat = Chat(Conversation(model, settings, max_tokens=longest), tokenizer, arguments.system)
     print(f"{name}, conversations of up to {longest} tokens. /help lists the commands.", file=sys.stderr)

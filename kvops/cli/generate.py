@@ -12,7 +12,10 @@ import torch
 from kvops.cli import models, options
 from kvops.cli.environment import chosen_device
 from kvops.generation.generate import GenerationStats, stream
+from kvops.generation.options import GenerationOptions
 from kvops.generation.passes import Decoder
+from kvops.models.tokenizer import Tokenizer
+from kvops.policies import Compression
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,22 @@ def run(arguments: argparse.Namespace) -> None:
     steps = stream(
         model,
         [tokenizer.encode(text)],
+        **vars(settings_of(arguments, tokenizer, compression, device)),
+        stats=stats,
+    )
+    for (tokens,) in steps:
+        for token in tokens:
+            if token not in tokenizer.eos_token_ids:
+                print(words.put(token), end="", flush=True)
+    print(words.finish(), flush=True)
+    print(f"\n{summary(stats)}", file=sys.stderr)
+
+
+def settings_of(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, compression: Compression | None, device: torch.device
+) -> GenerationOptions:
+    """The options of a generation that the command line names."""
+    return GenerationOptions(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature or 0.0,
         seed=arguments.seed,
@@ -53,14 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         repetition_penalty=arguments.repetition_penalty,
         draft=draft_of(arguments, device),
         tree=1 if arguments.tree is None else arguments.tree,
-        stats=stats,
     )
-    for (tokens,) in steps:
-        for token in tokens:
-            if token not in tokenizer.eos_token_ids:
-                print(words.put(token), end="", flush=True)
-    print(words.finish(), flush=True)
-    print(f"\n{summary(stats)}", file=sys.stderr)
 
 
 def draft_of(arguments: argparse.Namespace, device: torch.device) -> Literal["prompt_lookup"] | Decoder | None:
