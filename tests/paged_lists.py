@@ -1,13 +1,16 @@
-"""Ragged lists in a shuffled, poisoned pool, and attention over them written out list by list."""
+"""Ragged lists in a shuffled, poisoned pool, attention over them written out list by list, and the comparison."""
 
 import math
 from dataclasses import dataclass
 
 import torch
-from oracle import attention
+from oracle import assert_accurate, attention
+from rounding import rounded
 from torch import Tensor
 
-# What stands in a table past its length: reading it would be far out of bounds.
+import kvops
+
+# Entries of a block table past the end of its list: reading one would be far out of bounds.
 POISON_BLOCK = 2**30
 
 
@@ -125,3 +128,44 @@ def expected(
                 old = scores[block, offset]
                 scores[block, offset] = torch.where(mask.any(0), score_decay * old + reduced, old)
     return out, lse, scores
+
+
+def check(
+    q: Tensor,
+    lists: Lists,
+    *,
+    scores: bool = False,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
+    cache: Lists | None = None,
+    scales: tuple[float, float] | None = None,
+    **options,
+) -> None:
+    """Hold out, lse and scores to float64; slots that belong to no list keep their NaN.
+
+    ``cache`` is given to the operator in place of ``lists`` where the two differ (float8).
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    exact = expected(q, lists, **options)
+    same = rounded(q.dtype, expected, q, lists, **options)
+    options["batch_invariant"] = batch_invariant
+    positions = lists.positions if "query_positions" in options else None
+    updated = lists.scores.clone() if scores else None
+    if scales is not None:
+        options["k_scale"], options["v_scale"] = scales
+    out, lse = kvops.paged_attention(
+        q, *(cache or lists).arguments, positions=positions, scores=updated, schedule=schedule, **options
+    )
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    assert_accurate(out, exact[0], same[0], "out")
+    assert_accurate(lse, exact[1], same[1], "lse")
+    if updated is not None:
+        owned = ~exact[2].isnan()
+        assert torch.equal(updated.cpu().isnan(), ~owned)
+        assert_accurate(updated.cpu()[owned], exact[2][owned], same[2][:, owned], "scores")
+
+
+def queries(lists: Lists, group: int, num_tokens: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    B, Hkv = lists.seq_lens.shape
+    return torch.randn(B, num_tokens, Hkv * group, lists.k_cache.shape[-1]).to(dtype).to(lists.k_cache.device)
