@@ -261,15 +261,29 @@ MUTATIONS = [
     Mutation(
         "paged, eager: keys' scales belong to the next head",
         "kvops/eager/paged.py",
-        "scaled *= k_scale.expand(Hkv).repeat_interleave(self.group)[:, None]",
-        "scaled *= k_scale.expand(Hkv).roll(1).repeat_interleave(self.group)[:, None]",
+        "rows *= k_scale.expand(heads)[h]",
+        "rows *= k_scale.expand(heads)[h - 1]",
         PAGED_EAGER,
     ),
     Mutation(
         "paged, eager: a window one slot short",
         "kvops/eager/paged.py",
-        "start = max(0, length - count + first - self.window_left)",
-        "start = max(0, length - count + first - self.window_left + 1)",
+        "low = max(0, before + first - self.window_left)",
+        "low = max(0, before + first - self.window_left + 1)",
+        PAGED_EAGER,
+    ),
+    Mutation(
+        "paged, eager: drafts see the token behind them",
+        "kvops/eager/paged.py",
+        "seen = slot <= query if self.causal",
+        "seen = slot <= query + 1 if self.causal",
+        PAGED_EAGER,
+    ),
+    Mutation(
+        "paged, eager: what a tile gives the scores takes the place of what others gave",
+        "kvops/eager/paged.py",
+        'values += (p.square() if self.reduce == "sumsq" else p).sum(0)',
+        'values.copy_((p.square() if self.reduce == "sumsq" else p).sum(0))',
         PAGED_EAGER,
     ),
     Mutation(

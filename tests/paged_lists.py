@@ -36,7 +36,7 @@ class Lists:
 
 def make_lists(
     lengths: list[list[int]], *, block_size: int, head_dim: int, value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", consecutive: bool = False,
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> Lists:  # fmt: skip
     """Every slot that belongs to no list is NaN, and so is its score; positions have gaps, as after eviction."""
     value_dim = head_dim if value_dim is None else value_dim
@@ -44,7 +44,7 @@ def make_lists(
     used = (seq_lens + block_size - 1) // block_size
     max_blocks = int(used.max()) + 2
     num_blocks = int(used.sum()) + 3
-    order = torch.arange(num_blocks) if consecutive else torch.randperm(num_blocks)
+    order = torch.randperm(num_blocks)
     tables = torch.full((*seq_lens.shape, max_blocks), POISON_BLOCK, dtype=torch.int32)
     lists = Lists(
         torch.full((num_blocks, block_size, head_dim), math.nan),

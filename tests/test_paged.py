@@ -118,7 +118,7 @@ def test_softcap_scale_and_sinks(backend, device):
 @pytest.mark.parametrize("level", [1e4, 1e5])
 @pytest.mark.parametrize("lengths", [[[1, 1]], [[40, 9]], [[1500, 1300]], [[2100, 1300], [70, 5]]], ids=str)
 def test_probabilities_sum_to_one_however_large_scores_are(backend, device, lengths, level):
-    """A mean of ones is 1; what tiles, runs and sinks gave was joined by exp(lse_a - lse), which loses 4e-4 at 1e4."""
+    """A mean of ones is 1; partial results and sinks joined by exp(lse_a - lse) lose 4e-4 at 1e4."""
     lists = make_lists(lengths, block_size=16, head_dim=16, device=device)
     if lengths == [[1, 1]]:  # exact scores
         lists.k_cache.copy_(torch.where(lists.k_cache.isnan(), torch.nan, 0.0))
