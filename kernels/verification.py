@@ -1,17 +1,33 @@
-"""What every way of verifying drafts shares: the softmax statistics of all rows and the race over one.
+"""Steps that all verification operators share: softmax statistics of every row of logits, and the race over one row.
 
-A row's chunks depend on the vocabulary only: a request's tokens never depend on what it is batched with.
+A row is cut into chunks by the size of the vocabulary alone, so the tokens of a request do not depend on its batch.
 """
 
+from typing import Any, TypeAlias
+
+import torch
 import triton
 import triton.language as tl
 
+from kvops.autotune.config import VerifyConfig
 from kvops.kernels.primitives import LOG2_E, exponential_from_uniform, philox_words, uniform_from_bits
 
 # The streams of kvops/eager/philox.py.
 ACCEPT = tl.constexpr(0)
 RESAMPLE = tl.constexpr(1)
 NO_INDEX = tl.constexpr(2147483647)
+
+# Logits, draft tokens, draft lengths (or parents), draft probabilities, temperature, seed, step: the tensors that most
+# kernels of verification take first, in their order.
+DraftInputs: TypeAlias = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+]
 
 
 @triton.jit
@@ -211,3 +227,61 @@ def emit_kernel(score_ptr, index_ptr, row_sum_ptr, accepted_ptr, tokens_ptr, T, 
     if best > 0:
         winner = tl.min(tl.where(score == best, index, NO_INDEX), 0)
         tl.store(tokens_ptr + batch * (T + 1) + tl.load(accepted_ptr + batch), winner.to(tl.int64))
+
+
+def softmax_stats(
+    target_logits: torch.Tensor, draft_lens: torch.Tensor | None, temperature: torch.Tensor | None, config: VerifyConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch ``softmax_stats_kernel`` over the rows of ``target_logits`` ``[B, rows, V]``.
+
+    Returns the maximum (float32), the sum of exponentials (float32) and the lowest argmax (int32) of each chunk, each
+    ``[B * rows, chunks]``.
+    """
+    B, rows, V = target_logits.shape
+    chunks = triton.cdiv(V, config.block)
+    chunk_max, chunk_sum = target_logits.new_empty((2, B * rows, chunks), dtype=torch.float32).unbind()
+    chunk_argmax = target_logits.new_empty((B * rows, chunks), dtype=torch.int32)
+    softmax_stats_kernel[(B * rows, chunks)](
+        target_logits,
+        draft_lens,
+        temperature,
+        chunk_max,
+        chunk_sum,
+        chunk_argmax,
+        *target_logits.stride()[:2],
+        rows - 1,
+        V,
+        HAS_LENS=draft_lens is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )
+    return chunk_max, chunk_sum, chunk_argmax
+
+
+def draw_by_race(
+    kernel: Any,
+    tensors: tuple[torch.Tensor | None, ...],
+    numbers: tuple[int, ...],
+    flags: dict[str, bool],
+    row_sum: torch.Tensor,
+    num_accepted: torch.Tensor,
+    tokens: torch.Tensor,
+    config: VerifyConfig,
+) -> None:
+    """Draw the token behind the accepted drafts of each sampled request, and write it into ``tokens`` ``[B, rows]``.
+
+    ``kernel`` races over splits of the vocabulary. It takes ``tensors``, the buffers of the splits' winners, and
+    ``numbers``, of which the last is the size of the vocabulary. A request with ``row_sum`` 0 is greedy.
+    """
+    B, rows = tokens.shape
+    splits = triton.cdiv(numbers[-1], config.race_block)
+    score = row_sum.new_empty((B, splits))
+    index = row_sum.new_empty((B, splits), dtype=torch.int32)
+    kernel[(B, splits)](
+        *tensors, score, index, *numbers, LANES=config.race_block // 4, num_warps=config.num_warps, **flags
+    )
+    emit_kernel[(B,)](
+        score, index, row_sum, num_accepted, tokens, rows - 1, splits,
+        BLOCK_S=triton.next_power_of_2(splits), num_warps=1,
+    )  # fmt: skip

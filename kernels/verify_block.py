@@ -1,11 +1,13 @@
 """Block verification: the drafts of a request are accepted together (Sun et al., arXiv 2403.10444, algorithm 2).
 
-It replaces ``accept_kernel`` of verify_draft by three:
+Three kernels replace ``accept_kernel`` of ``verify_draft``:
 
-1. ``path_kernel``: a program per request multiplies p / q along its drafts, kept at most 1 (``path[i]``, the paper's
-   p_i), and finds how many drafts count. For point masses it knows what position i leaves behind too.
-2. ``left_kernel``: (requests x drafts, splits), with draft probabilities only: the chunks of sum max(path p - q, 0).
-3. ``stop_kernel``: a program per request finds the last position whose test passes and emits.
+1. ``path_kernel``: one program per request multiplies p / q along its drafts and caps the product at 1: ``path[i]``,
+   the paper's p_i. It counts the drafts that may be accepted. Without draft probabilities it also writes the residual
+   mass of each position.
+2. ``left_kernel``: (requests x drafts, splits) programs, with draft probabilities only: the residual mass of each
+   position, sum max(path p - q, 0), in chunks of the vocabulary.
+3. ``stop_kernel``: one program per request finds the last position whose test passes, and writes the tokens.
 """
 
 import torch
@@ -14,6 +16,7 @@ import triton.language as tl
 
 from kvops.autotune.config import VerifyConfig
 from kvops.kernels.verification import (
+    DraftInputs,
     acceptance_threshold,
     draft_length,
     exponent_scale,
@@ -162,13 +165,7 @@ def stop_kernel(
 
 
 def accept_block(
-    target_logits: torch.Tensor,
-    draft_tokens: torch.Tensor,
-    draft_lens: torch.Tensor | None,
-    draft_probs: torch.Tensor | None,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    step: torch.Tensor | None,
+    inputs: DraftInputs,
     stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     results: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     config: VerifyConfig,
@@ -177,8 +174,10 @@ def accept_block(
 ) -> torch.Tensor:
     """Fill ``results`` (tokens, num_accepted, row_max, row_sum) from the chunks' ``stats``, as ``accept_kernel`` does.
 
-    Returns float32 ``[B]``: the factor of the target's probabilities in the residual to draw from.
+    ``inputs`` are the first seven arguments of ``accept_kernel``, with ``temperature`` and ``seed``. Returns float32
+    ``[B]``: the factor of the target's probabilities in the residual to draw from.
     """
+    target_logits, draft_tokens, draft_lens, draft_probs, temperature, seed, step = inputs
     B, rows, V = target_logits.shape
     T = rows - 1
     splits = stats[0].shape[1]
@@ -188,21 +187,16 @@ def accept_block(
     left = new((B * rows, num_left), dtype=torch.float32)
     count = new(B, dtype=torch.int32)
     ratio = new(B, dtype=torch.float32)
-    logit_strides = target_logits.stride()[:2]
     prob_strides = (0, 0) if draft_probs is None else draft_probs.stride()[:2]
     path_kernel[(B,)](
-        target_logits,
-        draft_tokens,
-        draft_lens,
-        draft_probs,
-        temperature,
+        *inputs[:5],
         *stats,
         row_max,
         row_sum,
         path,
         left,
         count,
-        *logit_strides,
+        *target_logits.stride()[:2],
         *draft_tokens.stride(),
         *prob_strides,
         T,
@@ -223,7 +217,7 @@ def accept_block(
             path,
             count,
             left,
-            *logit_strides,
+            *target_logits.stride()[:2],
             *prob_strides,
             T,
             V,
@@ -239,10 +233,7 @@ def accept_block(
         path,
         left,
         count,
-        results[0],
-        results[1],
-        results[2],
-        results[3],
+        *results,
         ratio,
         *draft_tokens.stride(),
         T,

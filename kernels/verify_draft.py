@@ -1,10 +1,11 @@
 """Draft verification: one read of the logits for the softmax statistics, then a race over one row of each request.
 
-1. ``softmax_stats_kernel``: (rows, splits) programs; maximum, its lowest index and the sum of exponentials of a chunk.
-2. ``accept_kernel``: a program per request merges the chunks, walks the drafts and emits what greedy requests need
-   (for block verification the kernels of verify_block).
-3. ``race_kernel``: (requests, splits); the exponential race over the row at which a sampled request stopped.
-4. ``emit_kernel``: a program per request merges the splits of the race.
+1. ``softmax_stats_kernel``: (rows, chunks) programs; the maximum, its lowest index and the sum of exponentials of a
+   chunk.
+2. ``accept_kernel``: one program per request merges the chunks, accepts drafts from the first on, and writes the tokens
+   of greedy requests. Block verification has kernels of its own for this step (``verify_block``).
+3. ``race_kernel``: (requests, splits) programs; the exponential race over the row at which a sampled request stopped.
+4. ``emit_kernel``: one program per request merges the splits of the race.
 """
 
 import torch
@@ -16,7 +17,7 @@ from kvops.kernels.device import current_device
 from kvops.kernels.verification import (
     acceptance_threshold,
     draft_length,
-    emit_kernel,
+    draw_by_race,
     exponent_scale,
     finish_request,
     merge_stats,
@@ -24,7 +25,7 @@ from kvops.kernels.verification import (
     race_step,
     row_weights,
     seed_and_step,
-    softmax_stats_kernel,
+    softmax_stats,
     store_winner,
     vocabulary_index,
 )
@@ -170,76 +171,33 @@ def verify_draft(
     num_accepted = draft_tokens.new_empty(B, dtype=torch.int32)
     if B == 0:
         return tokens, num_accepted
-    config = choose("verify", current_device(), target_logits.element_size(), V)
-    splits = triton.cdiv(V, config.block)
-    BLOCK_S = triton.next_power_of_2(splits)
-    BLOCK_T = min(triton.next_power_of_2(rows), max(1, 1024 // BLOCK_S))
-
-    # One-per-request arguments are read by index: a stride other than 1 is made 1 (B numbers).
+    # The kernels read arguments with one element per request by index: any other stride becomes 1.
     draft_lens, temperature, seed, step = (
         None if value is None else value.contiguous() for value in (draft_lens, temperature, seed, step)
     )
     if temperature is None:
-        draft_probs = None  # greedy: nothing is drawn
-    new = target_logits.new_empty
-    chunk_max, chunk_sum = new((2, B * rows, splits), dtype=torch.float32).unbind()
-    chunk_argmax = new((B * rows, splits), dtype=torch.int32)
-    row_max, row_sum = new((2, B), dtype=torch.float32).unbind()
-    logit_strides = target_logits.stride(0), target_logits.stride(1)
-    prob_strides = (0, 0) if draft_probs is None else (draft_probs.stride(0), draft_probs.stride(1))
-    flags = {"HAS_LENS": draft_lens is not None}
+        draft_probs = None  # greedy requests draw nothing
+    config = choose("verify", current_device(), target_logits.element_size(), V)
+    stats = softmax_stats(target_logits, draft_lens, temperature, config)
+    splits = stats[0].shape[1]
+    BLOCK_S = triton.next_power_of_2(splits)
+    BLOCK_T = min(triton.next_power_of_2(rows), max(1, 1024 // BLOCK_S))
+    row_max, row_sum = target_logits.new_empty((2, B), dtype=torch.float32).unbind()
+    inputs = target_logits, draft_tokens, draft_lens, draft_probs, temperature, seed, step
+    results = tokens, num_accepted, row_max, row_sum
+    prob_strides = (0, 0) if draft_probs is None else draft_probs.stride()[:2]
+    strides = *target_logits.stride()[:2], *draft_tokens.stride(), *prob_strides
+    flags = {"HAS_LENS": draft_lens is not None, "HAS_PROBS": draft_probs is not None, "HAS_STEP": step is not None}
 
-    softmax_stats_kernel[(B * rows, splits)](
-        target_logits,
-        draft_lens,
-        temperature,
-        chunk_max,
-        chunk_sum,
-        chunk_argmax,
-        *logit_strides,
-        T,
-        V,
-        HAS_TEMPERATURE=temperature is not None,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
-        **flags,
-    )
-    flags |= {"HAS_PROBS": draft_probs is not None, "HAS_STEP": step is not None}
     ratio = None
     if method == "block" and temperature is not None and seed is not None:
-        ratio = accept_block(
-            target_logits,
-            draft_tokens,
-            draft_lens,
-            draft_probs,
-            temperature,
-            seed,
-            step,
-            (chunk_max, chunk_sum, chunk_argmax),
-            (tokens, num_accepted, row_max, row_sum),
-            config,
-            BLOCK_T,
-            BLOCK_S,
-        )
+        ratio = accept_block(inputs, stats, results, config, BLOCK_T, BLOCK_S)
     else:
         accept_kernel[(B,)](
-            target_logits,
-            draft_tokens,
-            draft_lens,
-            draft_probs,
-            temperature,
-            seed,
-            step,
-            chunk_max,
-            chunk_sum,
-            chunk_argmax,
-            tokens,
-            num_accepted,
-            row_max,
-            row_sum,
-            *logit_strides,
-            *draft_tokens.stride(),
-            *prob_strides,
+            *inputs,
+            *stats,
+            *results,
+            *strides,
             T,
             V,
             splits,
@@ -249,37 +207,8 @@ def verify_draft(
             num_warps=4,
             **flags,
         )
-    if temperature is None:
-        return tokens, num_accepted
-    race_splits = triton.cdiv(V, config.race_block)
-    score = new((B, race_splits), dtype=torch.float32)
-    index = new((B, race_splits), dtype=torch.int32)
-    race_kernel[(B, race_splits)](
-        target_logits,
-        draft_tokens,
-        draft_lens,
-        draft_probs,
-        temperature,
-        seed,
-        step,
-        num_accepted,
-        row_max,
-        row_sum,
-        ratio,
-        score,
-        index,
-        *logit_strides,
-        *draft_tokens.stride(),
-        *prob_strides,
-        T,
-        V,
-        HAS_RATIO=ratio is not None,
-        LANES=config.race_block // 4,
-        num_warps=config.num_warps,
-        **flags,
-    )
-    emit_kernel[(B,)](
-        score, index, row_sum, num_accepted, tokens, T, race_splits,
-        BLOCK_S=triton.next_power_of_2(race_splits), num_warps=1,
-    )  # fmt: skip
+    if temperature is not None:
+        tensors = *inputs, num_accepted, row_max, row_sum, ratio
+        flags["HAS_RATIO"] = ratio is not None
+        draw_by_race(race_kernel, tensors, (*strides, T, V), flags, row_sum, num_accepted, tokens, config)
     return tokens, num_accepted

@@ -1,13 +1,14 @@
 """Verification of trees of drafts.
 
-1. ``softmax_stats_kernel`` of verify_draft over the rows of all nodes.
-2. ``offer_kernel``: (requests, nodes); a node offers its children what their refused siblings left. That depends on
-   the node alone and not on the way to it, so all nodes decide at once.
-3. ``walk_kernel``: a program per request follows the decisions from the root.
-4. ``tree_race_kernel`` and ``emit_kernel``: the exponential race over what is left at the node where it stopped.
+1. ``softmax_stats_kernel`` over the rows of all nodes.
+2. ``offer_kernel``: (requests, nodes) programs; each decides which children of its node are accepted. A child is tested
+   against the residual that its refused siblings leave. The residual depends on the node alone, not on the path to it,
+   so all nodes decide in parallel.
+3. ``walk_kernel``: one program per request follows the decisions from the root.
+4. ``tree_race_kernel`` and ``emit_kernel``: the exponential race over the residual of the node at which the walk stops.
 
-What is left is never stored: ``mass[c]`` is the sum of the residual that child c was offered from, and with it each
-entry of the vocabulary goes through its siblings on its own: r <- max(r / mass[c] - q[c], 0).
+Residuals are not stored. ``mass[c]`` is the sum of the residual against which child c was tested; from it each entry of
+the vocabulary is computed again by a loop over the siblings: r <- max(r / mass[c] - q[c], 0).
 """
 
 import torch
@@ -19,14 +20,14 @@ from kvops.kernels.device import current_device
 from kvops.kernels.verification import (
     NO_INDEX,
     acceptance_threshold,
-    emit_kernel,
+    draw_by_race,
     exponent_scale,
     race_start,
     race_step,
     row_stats,
     row_weights,
     seed_and_step,
-    softmax_stats_kernel,
+    softmax_stats,
     store_winner,
     vocabulary_index,
 )
@@ -271,73 +272,44 @@ def verify_tree(
     num_accepted = parents.new_empty(B)
     if B == 0:
         return path, tokens, num_accepted
-    config = choose("verify", current_device(), target_logits.element_size(), V)
-    splits = triton.cdiv(V, config.block)
-    BLOCK_S, BLOCK_N = triton.next_power_of_2(splits), triton.next_power_of_2(N)
     temperature, seed, step = (None if value is None else value.contiguous() for value in (temperature, seed, step))
     if temperature is None:
-        draft_probs = None  # greedy: nothing is drawn
-    new = target_logits.new_empty
-    chunk_max, chunk_sum = new((2, B * N, splits), dtype=torch.float32).unbind()
-    chunk_argmax = new((B * N, splits), dtype=torch.int32)
-    accept = new((B, N), dtype=torch.int32)
-    mass = new((B, N), dtype=torch.float32)
-    row_max, row_sum = new((2, B), dtype=torch.float32).unbind()
-    node = new(B, dtype=torch.int32)
-    strides = *target_logits.stride()[:2], *draft_tokens.stride(), *parents.stride()
+        draft_probs = None  # greedy requests draw nothing
+    config = choose("verify", current_device(), target_logits.element_size(), V)
+    stats = softmax_stats(target_logits, None, temperature, config)
+    splits = stats[0].shape[1]
+    tiles = {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_N": triton.next_power_of_2(N)}
+    accept = parents.new_empty((B, N))
+    node = parents.new_empty(B)
+    mass = target_logits.new_empty((B, N), dtype=torch.float32)
+    row_max, row_sum = target_logits.new_empty((2, B), dtype=torch.float32).unbind()
+    inputs = target_logits, draft_tokens, parents, draft_probs, temperature, seed, step
+    tree_strides = *draft_tokens.stride(), *parents.stride()
     prob_strides = (0, 0) if draft_probs is None else draft_probs.stride()[:2]
-    has_temperature = temperature is not None
-    has_probs, has_step = draft_probs is not None, step is not None
+    strides = *target_logits.stride()[:2], *tree_strides, *prob_strides
+    flags = {"HAS_PROBS": draft_probs is not None, "HAS_STEP": step is not None}
 
-    softmax_stats_kernel[(B * N, splits)](
-        target_logits,
-        None,
-        temperature,
-        chunk_max,
-        chunk_sum,
-        chunk_argmax,
-        *target_logits.stride()[:2],
-        N - 1,
-        V,
-        HAS_LENS=False,
-        HAS_TEMPERATURE=has_temperature,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
-    )
     if N > 1:
         offer_kernel[(B, N)](
-            target_logits,
-            draft_tokens,
-            parents,
-            draft_probs,
-            temperature,
-            seed,
-            step,
-            chunk_max,
-            chunk_sum,
-            chunk_argmax,
+            *inputs,
+            *stats,
             accept,
             mass,
             *strides,
-            *prob_strides,
             N,
             V,
             splits,
-            HAS_PROBS=has_probs,
-            HAS_TEMPERATURE=has_temperature,
-            HAS_STEP=has_step,
+            HAS_TEMPERATURE=temperature is not None,
             BLOCK=config.block,
-            BLOCK_S=BLOCK_S,
-            BLOCK_N=BLOCK_N,
             num_warps=config.num_warps,
+            **tiles,
+            **flags,
         )
     walk_kernel[(B,)](
         draft_tokens,
         parents,
         temperature,
-        chunk_max,
-        chunk_sum,
-        chunk_argmax,
+        *stats,
         accept,
         path,
         tokens,
@@ -345,44 +317,14 @@ def verify_tree(
         node,
         row_max,
         row_sum,
-        *strides[2:],
+        *tree_strides,
         N,
         splits,
-        HAS_TEMPERATURE=has_temperature,
-        BLOCK_S=BLOCK_S,
-        BLOCK_N=BLOCK_N,
+        HAS_TEMPERATURE=temperature is not None,
         num_warps=4,
+        **tiles,
     )
-    if temperature is None:
-        return path, tokens, num_accepted
-    race_splits = triton.cdiv(V, config.race_block)
-    score = new((B, race_splits), dtype=torch.float32)
-    index = new((B, race_splits), dtype=torch.int32)
-    tree_race_kernel[(B, race_splits)](
-        target_logits,
-        draft_tokens,
-        parents,
-        draft_probs,
-        temperature,
-        seed,
-        step,
-        mass,
-        node,
-        row_max,
-        row_sum,
-        score,
-        index,
-        *strides,
-        *prob_strides,
-        N,
-        V,
-        HAS_PROBS=has_probs,
-        HAS_STEP=has_step,
-        LANES=config.race_block // 4,
-        num_warps=config.num_warps,
-    )
-    emit_kernel[(B,)](
-        score, index, row_sum, num_accepted, tokens, N - 1, race_splits,
-        BLOCK_S=triton.next_power_of_2(race_splits), num_warps=1,
-    )  # fmt: skip
+    if temperature is not None:
+        tensors = *inputs, mass, node, row_max, row_sum
+        draw_by_race(tree_race_kernel, tensors, (*strides, N, V), flags, row_sum, num_accepted, tokens, config)
     return path, tokens, num_accepted
