@@ -40,6 +40,7 @@ GRADIENT_EAGER = _named("attention_backward", "agrees or lse", "eager")
 PAGED = _named("paged", "triton", "decoding_reads or drafts or windows or float8 or softcap")
 PAGED_EAGER = "tests/test_paged.py tests/test_paged_eager.py -k 'eager and not triton'"
 PAGED_NUMBA = _named("paged", "numba", "decoding_reads or drafts or windows or float8 or softcap or long_list")
+APPEND_NUMBA = _named("paged_operators", "numba", "append")
 SCORES = _named("scores", "triton", "reduction or queries_that_count or windows")
 SCORES_EAGER = _named("scores", "eager", "reduction or queries_that_count or windows")
 MERGE = _named("merge", "triton", "whole or float64")
@@ -430,6 +431,28 @@ MUTATIONS = [
         "p = exp2(s[r, j] - lse)",
         "p = exp2(s[r, j])",
         PAGED_NUMBA,
+    ),
+    # The other operators on the CPU, compiled by numba
+    Mutation(
+        "numba: tokens are appended one slot too early",
+        "kernels/cpu/paged_append.py",
+        "slot = call.lens[b, h] - count + t\n",
+        "slot = call.lens[b, h] - count + t - 1\n",
+        APPEND_NUMBA,
+    ),
+    Mutation(
+        "numba: new slots keep the scores of those that were there before",
+        "kernels/cpu/paged_append.py",
+        "call.scores[block, offset, h] = 0",
+        "call.scores[block, offset, h] += 0",
+        APPEND_NUMBA,
+    ),
+    Mutation(
+        "numba: halves of float8 are rounded up, not to even",
+        "kernels/cpu/elements.py",
+        "odd = (magnitude >> np.uint32(20)) & np.uint32(1)",
+        "odd = np.uint32(1)",
+        APPEND_NUMBA,
     ),
 ]
 

@@ -50,6 +50,31 @@ def test_any_number_of_threads_gives_the_same_bits(problem, two_threads):
         assert_same_bits(call(*problem), expected)
 
 
+def appended():
+    lists = make_lists([[700, 33, 1500], [600, 900, 617]], block_size=16, head_dim=64)
+    k, v = torch.randn(2, 2, 600, 3, 64)
+    positions = torch.randint(9999, (2, 600), dtype=torch.int32)
+    kvops.paged_append(
+        k, v, *lists.arguments, positions=lists.positions, token_positions=positions, scores=lists.scores
+    )
+    return lists.k_cache, lists.v_cache, lists.positions, lists.scores
+
+
+@pytest.mark.parametrize("results", [appended])
+def test_the_shares_of_several_threads_make_the_whole(results, two_threads, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+    def run(threads, cpu):
+        torch.set_num_threads(threads)
+        monkeypatch.setenv("KVOPS_CPU", cpu)
+        torch.manual_seed(0)
+        return results()
+
+    expected = run(1, "eager")
+    for count in (1, 2, 5):
+        assert_same_bits(run(count, ""), expected)
+
+
 def test_threads_follow_torch(two_threads):
     assert threads.num_threads() == 2
     torch.set_num_threads(1)
@@ -142,6 +167,21 @@ def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, mo
         assert jit.cache_folder().is_relative_to(tmp_path)
     finally:
         jit._state.cache_clear()
+
+
+def test_a_long_compilation_is_told(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit, "_LONG", 0)
+
+    @jit.jit
+    def add(x, y):
+        return x + y
+
+    function = jit.compiled(add, (jit.numba.int64, jit.numba.int64))
+    assert function(2, 3) == 5
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "test_cpu_kernels" in caplog.text
+    assert str(tmp_path) in caplog.text
 
 
 def test_eager_is_chosen_by_a_variable_and_without_numba(monkeypatch):

@@ -45,7 +45,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup", "kvops.prepared"},
         set(),
     ),
-    "kvops.kernels.cpu": ({"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu"}, set()),
+    "kvops.kernels.cpu": ({"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu", "kvops.prepared"}, set()),
     "kvops.ops": (
         {"torch", "kvops.ops", "kvops.checks", "kvops.eager", "kvops.extras", "kvops.private_torch"},
         {"triton", "kvops.kernels", "kvops.autotune"},

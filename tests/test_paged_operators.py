@@ -9,6 +9,8 @@ from paged_lists import POISON_BLOCK, make_lists
 
 import kvops
 
+NUMBA = True
+
 
 def empty_lists(lengths, *, block_size=8, head_dim=32, value_dim=24, dtype=torch.float32, device="cpu"):
     """Lists with room, and caches whose every slot is NaN."""

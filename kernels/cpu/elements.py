@@ -17,14 +17,14 @@ LOG2_E = 1.4426950408889634
 
 # How the elements of a cache are read. Kernels take a cache as bytes, so that each is compiled once for all dtypes.
 FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = range(4)
-_FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: FLOAT8}
+FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: FLOAT8}
 
 
 def as_bytes(cache: torch.Tensor) -> tuple[np.ndarray, int]:
     """A cache as an array of bytes, its last dimension contiguous, and the format of its elements."""
     if cache.stride(-1) != 1:  # of one element, or none
         cache = cache.as_strided(cache.shape, (*cache.stride()[:-1], 1))
-    return cache.view(torch.uint8).numpy(), _FORMATS[cache.dtype]
+    return cache.view(torch.uint8).numpy(), FORMATS[cache.dtype]
 
 
 @intrinsic
@@ -35,6 +35,33 @@ def _bits_to_float(typing_context: Any, x: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _float_to_bits(typing_context: Any, x: Any) -> Any:
+    """The 32 bits of this float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@jit
+def to_float8(x):
+    """The float8 (e4m3fn) nearest to a float32, as a byte; beyond 448 it is 448, and NaN stays NaN."""
+    bits = _float_to_bits(x)
+    sign, magnitude = (bits >> np.uint32(24)) & np.uint32(0x80), bits & np.uint32(0x7FFFFFFF)
+    if magnitude > np.uint32(0x7F800000):
+        code = np.uint32(0x7F)
+    elif magnitude >= np.uint32(0x43E00000):  # 448
+        code = np.uint32(0x7E)
+    elif magnitude < np.uint32(0x3C800000):  # 2 ** -6: multiples of 2 ** -9, the last place of 2 ** 14
+        code = _float_to_bits(_bits_to_float(magnitude) + np.float32(16384)) - np.uint32(0x46800000)
+    else:  # the exponent's bias is 7 where float32 has 127, and 20 bits of the fraction are rounded to even
+        odd = (magnitude >> np.uint32(20)) & np.uint32(1)
+        code = (magnitude - np.uint32(0x3C000000) + np.uint32(0x7FFFF) + odd) >> np.uint32(20)
+    return np.uint8(sign | code)
 
 
 @jit

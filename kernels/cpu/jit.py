@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,24 +21,40 @@ import numba
 import torch
 from numba.core import caching
 
+_LOGGER = logging.getLogger("kvops.cpu")  # to stderr, unless the program says otherwise
+_LONG = 1.5  # seconds of compiling until the user is told
+
 # What may change the last bits of a sum: not the meaning of NaN and infinities, which stand for "masked" and "empty".
 _FAST_MATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """``numba.njit`` without the GIL, with vectorised sums and a cache on disk."""
-    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=_FAST_MATH)(function)
-    compiled._cache = _Cache(function)
-    return compiled
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=_FAST_MATH)(function)
+    dispatcher._cache = _Cache(function)
+    return dispatcher
 
 
 @functools.cache
 def entry(function: Any, call: type) -> Callable[[Any], Any]:
     """``function(call)`` compiled for one named tuple, whose fields are annotated with their types in numba. Arrays may
     have any strides."""
-    signature = (numba.types.NamedTuple(list(call.__annotations__.values()), call),)
-    function.compile(signature)
-    return function.overloads[signature].entry_point  # without the search for the signature of each call
+    return compiled(function, (numba.types.NamedTuple(list(call.__annotations__.values()), call),))
+
+
+@functools.cache
+def compiled(function: Any, signature: tuple[Any, ...]) -> Callable[..., Any]:
+    """``function`` compiled for arguments of these types, without the search for the signature of each call."""
+    name = function.py_func.__module__.rpartition(".")[2]
+    message = f"kvops compiles its CPU kernel {name} once, which takes some seconds, and keeps it in {cache_folder()}"
+    notice = threading.Timer(_LONG, _LOGGER.warning, [message])
+    notice.daemon = True
+    notice.start()
+    try:
+        function.compile(signature)
+    finally:
+        notice.cancel()
+    return function.overloads[signature].entry_point  # type: ignore[no-any-return]
 
 
 def cache_folder() -> Path:

@@ -18,7 +18,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kvops.kernels.cpu.jit import jit
+
 _INT32, _INT64, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+_LEAST_BYTES = 1 << 17  # that a thread should have to move
 _forked = False
 
 
@@ -52,6 +55,12 @@ for _name in _FUNCTIONS if _LIBRARY else ():
 def num_threads() -> int:
     """The most threads that a call may use: torch's number, and one where there is no pool."""
     return 1 if _LIBRARY is None or _forked else torch.get_num_threads()
+
+
+@jit
+def worth(threads, size):
+    """How many of the threads so many bytes to be moved are worth."""
+    return max(1, min(threads, size // _LEAST_BYTES))
 
 
 @intrinsic

@@ -126,6 +126,18 @@ def store(typing_context: Any, address: Any, x: Any) -> tuple[Any, _Generate]:
 
 
 @intrinsic
+def copy(typing_context: Any, target: Any, source: Any, count: Any) -> tuple[Any, _Generate]:
+    """Copy ``count`` bytes from one address to another; the two do not overlap."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, source = (builder.inttoptr(x, ir.IntType(8).as_pointer()) for x in arguments[:2])
+        cgutils.raw_memcpy(builder, target, source, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
 def splat(typing_context: Any, x: Any) -> tuple[Any, _Generate]:
     """A vector of one number."""
 

@@ -168,6 +168,7 @@ _append = register(
     fake=_fake_append,
     eager=eager.paged_append,
     kernel="kvops.kernels.paged_append:paged_append",
+    cpu="kvops.kernels.cpu.paged_append:paged_append",
     autocast=("k", "v"),
     autocast_like="k_cache",
 )

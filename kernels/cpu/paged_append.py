@@ -1,0 +1,133 @@
+"""Write new keys and values into the last slots of each head's list of blocks, on the CPU."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import float32, int32, int64, uint8
+
+from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
+from kvops.kernels.cpu.elements import FORMATS, padded, to_float8, widen
+from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.threads import run_shares, worth
+from kvops.kernels.cpu.vector import copy
+from kvops.prepared import prepared
+
+
+class Call(NamedTuple):
+    """The arguments of one call; what is not given has size 0. Keys and values are bytes."""
+
+    k: uint8[:, :, :, :]  # [B, T, Hkv, D]
+    v: uint8[:, :, :, :]
+    k_cache: uint8[:, :, :, :]  # [num_blocks, block_size, Hkv, D]
+    v_cache: uint8[:, :, :, :]
+    tables: int32[:, :, :]  # [B, Hkv, max_blocks]
+    lens: int32[:, :]  # [B, Hkv]
+    counts: int32[:]  # [B], real tokens
+    positions: int32[:, :, :]  # [num_blocks, block_size, Hkv]
+    token_positions: int32[:, :]  # [B, T]
+    scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
+    k_scale: float32[:]  # [Hkv]
+    v_scale: float32[:]
+    element: int64  # of k and v
+    float8: int64  # whether the caches are
+
+
+@jit
+def _write(source, element, target, width, float8, scale, room):
+    """One row of ``width`` bytes, or its float8 numbers divided by ``scale``."""
+    if not float8:
+        copy(target.ctypes.data, source.ctypes.data, width)
+        return
+    widen(source.ctypes.data, element, len(target), room.ctypes.data)
+    for d in range(len(target)):
+        # A quotient in float64, rounded, is the float32 quotient, whether or not it is a product with an inverse.
+        target[d] = to_float8(np.float32(np.float64(room[d]) / np.float64(scale)))
+
+
+@jit
+def _append_share(share, shares, call):
+    B, T, Hkv, _ = call.k.shape
+    size = call.k_cache.shape[1]
+    room = np.empty(padded(max(call.k_cache.shape[3], call.v_cache.shape[3])), np.float32)
+    rows = B * T * Hkv
+    for row in range(rows * share // shares, rows * (share + 1) // shares):
+        b, t, h = row // (T * Hkv), row // Hkv % T, row % Hkv
+        count = min(np.int64(call.counts[b]), T) if call.counts.size else T
+        slot = call.lens[b, h] - count + t
+        if t >= count or slot < 0 or slot >= call.tables.shape[2] * size:
+            continue
+        block, offset = call.tables[b, h, slot // size], slot % size
+        k_scale = call.k_scale[h] if call.k_scale.size else np.float32(1)
+        v_scale = call.v_scale[h] if call.v_scale.size else np.float32(1)
+        _write(
+            call.k[b, t, h], call.element, call.k_cache[block, offset, h], call.k.shape[3], call.float8, k_scale, room
+        )
+        _write(
+            call.v[b, t, h], call.element, call.v_cache[block, offset, h], call.v.shape[3], call.float8, v_scale, room
+        )
+        if call.positions.size:
+            call.positions[block, offset, h] = call.token_positions[b, t]
+        if call.scores.size:
+            call.scores[block, offset, h] = 0
+
+
+@jit
+def _append(addresses, table, threads):
+    call = unpack(Call, addresses, table)
+    return run_shares(_append_share, (call,), worth(threads, call.k.size + call.v.size))
+
+
+def _bind(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    **given: Any,
+) -> Binding:
+    heads = k.shape[2]
+    if k_cache.dim() == 4:
+        block_tables, seq_lens = (x.unsqueeze(1).expand(-1, heads, *x.shape[1:]) for x in (block_tables, seq_lens))
+    return Binding(
+        _append,
+        Call,
+        k=k,
+        v=v,
+        k_cache=per_head(k_cache, heads, 4),
+        v_cache=per_head(v_cache, heads, 4),
+        tables=block_tables,
+        lens=seq_lens,
+        counts=given.get("q_lens"),
+        positions=per_head(given.get("positions"), heads, 3),
+        token_positions=given.get("token_positions"),
+        scores=per_head(given.get("scores"), heads, 3),
+        k_scale=for_heads(given.get("k_scale"), heads),
+        v_scale=for_heads(given.get("v_scale"), heads),
+        element=FORMATS[k.dtype],
+        float8=k_cache.dtype == torch.float8_e4m3fn,
+    )
+
+
+@prepared(_bind)
+def paged_append(
+    binding: Binding,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    q_lens: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    token_positions: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """See :func:`kvops.paged_append`."""
+    binding(
+        k, v, k_cache, v_cache, block_tables, seq_lens, q_lens, positions, token_positions, scores, k_scale, v_scale
+    )
