@@ -346,7 +346,7 @@ def paged_attention(
     schedule: torch.Tensor | None = None,
     **numbers: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernels; see ``kvops.paged_attention``. What is not a tensor ``kind`` has."""
+    """Launch the kernels; see ``kvops.paged_attention``. ``kind`` has the arguments that are not tensors."""
     out = q.new_empty(*kind.out_shape)  # sizes one by one: a tuple takes 0.5 µs more
     lse = q.new_empty(*kind.lse_shape, dtype=torch.float32)
     if kind.empty:
@@ -362,17 +362,12 @@ def paged_attention(
     if tree_mask is not None:
         tree_mask = tree_mask.view(torch.uint8)
     keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.float8 else (k_cache, v_cache)
+    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale
     paged_attention_kernel[plan.grid](
         q,
         keys,
         values,
-        block_tables,
-        seq_lens,
-        q_lens,
-        positions,
-        query_positions,
-        tree_mask,
-        k_scale,
+        *lists,
         v_scale,
         sinks,
         schedule,
@@ -392,13 +387,7 @@ def paged_attention(
         paged_scores_kernel[plan.scores_grid](
             q,
             keys,
-            block_tables,
-            seq_lens,
-            q_lens,
-            positions,
-            query_positions,
-            tree_mask,
-            k_scale,
+            *lists,
             schedule,
             stash,
             lse,

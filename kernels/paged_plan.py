@@ -1,4 +1,5 @@
-"""What the launches of paged attention follow from: worked out once for all calls alike (see ``prepared``)."""
+"""Grids, strides and constants of the launches of paged attention, computed once for calls with equal shapes, strides,
+dtypes and options (see ``kvops.prepared``)."""
 
 from dataclasses import dataclass
 
@@ -12,8 +13,11 @@ from kvops.kernels.paged_schedule import schedule_unit
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PagedPlan:
-    """For one configuration and number of shares: grids, buffers (float32 elements, 0 without), and what the kernels
-    take behind their tensors, constexprs included: in order, for a keyword costs a launch 0.1 µs."""
+    """The launches for one configuration and number of shares.
+
+    ``partial`` and ``stash`` are sizes of buffers in float32 elements; 0 means none. ``*numbers`` are the arguments of
+    a kernel after its tensors, constexprs included, by position: a keyword adds 0.1 µs to a launch.
+    """
 
     config: PagedAttentionConfig
     shares: int
@@ -28,9 +32,28 @@ class PagedPlan:
     merge_warps: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """How programs divide the work.
+
+    With ``split`` a program takes ``coarse`` shares of the schedule and writes partial results into ``places``;
+    otherwise it takes one list. The slots of all lists, padded to units, form a line of ``line`` slots.
+    """
+
+    split: bool
+    row_tiles: int
+    coarse: int
+    scores_coarse: int
+    programs: int
+    line: int
+    places: int
+
+
 class PagedKind:
-    """What all calls alike share. The heads of a uniform cache share the schedule of the sequences and are an axis of
-    the grid."""
+    """What the launches of paged attention need of their arguments, except data.
+
+    The heads of a uniform cache share the schedule of their sequence; they are an axis of the grid (``axis_heads``).
+    """
 
     def __init__(
         self,
@@ -113,105 +136,135 @@ class PagedKind:
         return plan
 
     def _new_plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
-        row_tiles = triton.cdiv(self.rows, config.block_m)
-        split = row_tiles == 1 or (row_tiles * self.lists * self.axis_heads < shares and not self.invariant)
-        # Row tiles and heads multiply the programs, so each takes as many shares at once.
-        coarse = min(shares, row_tiles * self.axis_heads)
-        # One pass over the slots serves all row tiles of the scores: the heads alone multiply the programs there.
-        scores_coarse = min(shares, self.axis_heads)
-        programs = triton.cdiv(shares, coarse)
-        # The most units that the line of all lists can have: those of their tables, and where they own their blocks,
-        # the pool's.
-        units = self.lists * triton.cdiv(self.max_blocks * self.block_size, self.unit)
-        if self.scored:
-            units = min(units, triton.cdiv(self.num_blocks * self.block_size, self.unit) + self.lists)
-        line = units * self.unit
-        places = max(units, 1) if self.invariant else programs + self.lists  # an empty buffer would be none
+        parts = self._divide(config, shares)
         all_heads = self.lists * self.axis_heads
-
-        _, num_tokens, query_heads, value_dim = self.out_shape
-        lse_strides = query_heads * num_tokens, num_tokens
-        out_strides = num_tokens * query_heads * value_dim, query_heads * value_dim, value_dim, *lse_strides
-        # Constexprs that the first and the last kernel have in common, in their order.
-        heads = self.list_heads, self.group
-        masks = self.causal, self.window_left >= 0, self.softcap > 0
-        tile = config.block_m, config.block_n, self.block_d
+        sums = self.value_dim + 2  # a row's weighted sum of V, its maximum and its sum of exponentials
         return PagedPlan(
             config,
             shares,
-            grid=(programs, row_tiles, self.axis_heads) if split else (all_heads, row_tiles),
-            merge_grid=(all_heads * self.rows,) if split else None,
-            scores_grid=(triton.cdiv(shares, scores_coarse), self.axis_heads),
-            partial=self.axis_heads * places * self.rows * (value_dim + 2) if split else 0,
-            stash=self.axis_heads * self.rows * line if self.scored and row_tiles == 1 else 0,
-            numbers=(
-                *self.q_strides,
-                *self.k_strides,
-                *self.v_strides,
-                *self.list_strides,
-                self.k_scale_stride,
-                self.v_scale_stride,
-                self.sinks_stride,
-                *out_strides,
-                num_tokens,
-                self.max_blocks,
-                self.lists,
-                coarse,
-                line,
-                places,
-                self.window_left,
-                self.scale,
-                self.softcap,
-                self.heads,
-                *heads,
-                self.head_dim,
-                value_dim,
-                self.block_size,
-                self.unit,
-                *masks,
-                split,
-                self.invariant,
-                *tile,
-                self.block_dv,
-            ),
-            merge_numbers=(
-                self.sinks_stride,
-                self.v_scale_stride,
-                *out_strides,
-                num_tokens,
-                coarse,
-                places,
-                self.list_heads,
-                self.axis_heads,
-                self.group,
-                value_dim,
-                self.invariant,
-                16,
-                self.block_dv,
-            ),
-            scores_numbers=(
-                *self.q_strides,
-                *self.k_strides,
-                *self.list_strides,
-                self.k_scale_stride,
-                *lse_strides,
-                *self.scores_strides,
-                num_tokens,
-                self.max_blocks,
-                self.lists,
-                scores_coarse,
-                line,
-                self.window_left,
-                self.scale,
-                self.softcap,
-                self.score_decay,
-                *heads,
-                self.head_dim,
-                self.block_size,
-                self.unit,
-                *masks,
-                self.score_reduce,
-                *tile,
-            ),
+            grid=(parts.programs, parts.row_tiles, self.axis_heads) if parts.split else (all_heads, parts.row_tiles),
+            merge_grid=(all_heads * self.rows,) if parts.split else None,
+            scores_grid=(triton.cdiv(shares, parts.scores_coarse), self.axis_heads),
+            partial=self.axis_heads * parts.places * self.rows * sums if parts.split else 0,
+            stash=self.axis_heads * self.rows * parts.line if self.scored and parts.row_tiles == 1 else 0,
+            numbers=self._attention_numbers(config, parts),
+            merge_numbers=self._merge_numbers(parts),
+            scores_numbers=self._scores_numbers(config, parts),
             merge_warps=4 if self.block_dv >= 64 else 1,
+        )
+
+    def _divide(self, config: PagedAttentionConfig, shares: int) -> _Parts:
+        row_tiles = triton.cdiv(self.rows, config.block_m)
+        # Row tiles and heads multiply the number of programs, so each program takes that many shares.
+        coarse = min(shares, row_tiles * self.axis_heads)
+        programs = triton.cdiv(shares, coarse)
+        # The most units that all lists can have: by their tables, and by the pool where the lists own their blocks.
+        units = self.lists * triton.cdiv(self.max_blocks * self.block_size, self.unit)
+        if self.scored:
+            units = min(units, triton.cdiv(self.num_blocks * self.block_size, self.unit) + self.lists)
+        return _Parts(
+            split=row_tiles == 1 or (row_tiles * self.lists * self.axis_heads < shares and not self.invariant),
+            row_tiles=row_tiles,
+            coarse=coarse,
+            # One pass over the slots serves all row tiles of the scores: only heads multiply the programs there.
+            scores_coarse=min(shares, self.axis_heads),
+            programs=programs,
+            line=units * self.unit,
+            places=max(units, 1) if self.invariant else programs + self.lists,  # a kernel cannot take an empty buffer
+        )
+
+    @property
+    def _lse_strides(self) -> tuple[int, int]:
+        _, query_heads, num_tokens = self.lse_shape
+        return query_heads * num_tokens, num_tokens
+
+    @property
+    def _out_strides(self) -> tuple[int, ...]:
+        """Strides of ``out`` and of ``lse``, both contiguous."""
+        _, num_tokens, query_heads, value_dim = self.out_shape
+        return num_tokens * query_heads * value_dim, query_heads * value_dim, value_dim, *self._lse_strides
+
+    @property
+    def _masks(self) -> tuple[bool, bool, bool]:
+        return self.causal, self.window_left >= 0, self.softcap > 0
+
+    def _attention_numbers(self, config: PagedAttentionConfig, parts: _Parts) -> tuple[float, ...]:
+        return (
+            *self.q_strides,
+            *self.k_strides,
+            *self.v_strides,
+            *self.list_strides,
+            self.k_scale_stride,
+            self.v_scale_stride,
+            self.sinks_stride,
+            *self._out_strides,
+            self.num_tokens,
+            self.max_blocks,
+            self.lists,
+            parts.coarse,
+            parts.line,
+            parts.places,
+            self.window_left,
+            self.scale,
+            self.softcap,
+            self.heads,
+            self.list_heads,
+            self.group,
+            self.head_dim,
+            self.value_dim,
+            self.block_size,
+            self.unit,
+            *self._masks,
+            parts.split,
+            self.invariant,
+            config.block_m,
+            config.block_n,
+            self.block_d,
+            self.block_dv,
+        )
+
+    def _merge_numbers(self, parts: _Parts) -> tuple[int, ...]:
+        return (
+            self.sinks_stride,
+            self.v_scale_stride,
+            *self._out_strides,
+            self.num_tokens,
+            parts.coarse,
+            parts.places,
+            self.list_heads,
+            self.axis_heads,
+            self.group,
+            self.value_dim,
+            self.invariant,
+            16,
+            self.block_dv,
+        )
+
+    def _scores_numbers(self, config: PagedAttentionConfig, parts: _Parts) -> tuple[float | str, ...]:
+        return (
+            *self.q_strides,
+            *self.k_strides,
+            *self.list_strides,
+            self.k_scale_stride,
+            *self._lse_strides,
+            *self.scores_strides,
+            self.num_tokens,
+            self.max_blocks,
+            self.lists,
+            parts.scores_coarse,
+            parts.line,
+            self.window_left,
+            self.scale,
+            self.softcap,
+            self.score_decay,
+            self.list_heads,
+            self.group,
+            self.head_dim,
+            self.block_size,
+            self.unit,
+            *self._masks,
+            self.score_reduce,
+            config.block_m,
+            config.block_n,
+            self.block_d,
         )

@@ -1,7 +1,7 @@
-"""Choosing the slots that survive: keys, shares of the budget, and the best slots of each list.
+"""Selection of the slots to keep: keys, each head's share of the budget, and the best slots of each list.
 
-Every score becomes an int32 key; from then on all is counting. A list is one program, and so is the choice across the
-heads of one sequence.
+Every score becomes an int32 key of the same order; the rest is integer counting. One program serves one list, and one
+program shares the budget among the heads of a sequence.
 """
 
 import torch
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvops.autotune.config import SelectBlocksConfig
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.radix import (
@@ -254,13 +255,12 @@ def select_blocks(
     if batch * heads == 0 or slots == 0:
         return new_lens.zero_(), keep
     config = choose("select_blocks", current_device(), slots, batch * heads)
-    # Sorting goes through two more buffers: the keys in list order are needed afterwards.
+    # Sorting needs two more buffers: the keys in list order are read again afterwards.
     keys = torch.empty(1 if scope == "head" else 3, batch, heads, slots, dtype=torch.int32, device=device)
     least, most, shares = torch.empty(3, batch, heads, dtype=torch.int32, device=device)
     largest = torch.iinfo(torch.int32).max
-    lists = (batch * heads,)
     length_strides = seq_lens.stride()
-    slot_keys_kernel[lists](
+    slot_keys_kernel[(batch * heads,)](
         scores,
         positions,
         block_tables,
@@ -282,53 +282,20 @@ def select_blocks(
         BLOCK=config.block,
         num_warps=config.num_warps,
     )
-    heads_padded = triton.next_power_of_2(heads)
     if scope == "head":
         even_shares_kernel[(batch,)](
-            least, most, budget, shares, budget.stride(0), heads, blocks.bit_length(), HEADS=heads_padded
-        )
-    else:
-        worth = torch.empty(batch, blocks, heads, dtype=torch.int32, device=device)
-        cut = torch.empty(batch, 2, dtype=torch.int32, device=device)
-        sort_keys_kernel[lists](
-            keys,
-            seq_lens,
-            keys.stride(0),
-            *length_strides,
-            heads,
-            slots,
-            BLOCK=config.sort_block,
-            num_warps=config.num_warps,
-        )
-        block_worth_kernel[(batch * heads, triton.cdiv(blocks, config.worth_block))](
-            keys[2],
-            seq_lens,
-            least,
-            most,
-            worth,
-            *length_strides,
-            heads,
-            slots,
-            SIZE=size,
-            BLOCK=config.worth_block,
-        )
-        compete_kernel[(batch,)](
-            worth,
             least,
             most,
             budget,
-            cut,
+            shares,
             budget.stride(0),
             heads,
-            blocks * heads,
-            HEADS=heads_padded,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
+            blocks.bit_length(),
+            HEADS=triton.next_power_of_2(heads),
         )
-        competed_shares_kernel[(batch, triton.cdiv(heads, 32))](
-            worth, least, cut, shares, heads, blocks, BLOCK=64, BLOCK_H=32
-        )
-    keep_best_kernel[lists](
+    else:
+        _compete(keys, seq_lens, least, most, budget, shares, size, config)
+    keep_best_kernel[(batch * heads,)](
         keys,
         seq_lens,
         shares,
@@ -342,3 +309,61 @@ def select_blocks(
         num_warps=config.num_warps,
     )
     return new_lens, keep
+
+
+def _compete(
+    keys: Tensor,
+    seq_lens: Tensor,
+    least: Tensor,
+    most: Tensor,
+    budget: Tensor,
+    shares: Tensor,
+    size: int,
+    config: SelectBlocksConfig,
+) -> None:
+    """Write ``shares`` ``[batch, heads]``: the blocks of each head when the heads of a sequence share one budget.
+
+    ``keys`` ``[3, batch, heads, slots]`` holds the keys in list order, and two buffers that sorting overwrites.
+    """
+    _, batch, heads, slots = keys.shape
+    blocks = slots // size
+    worth = torch.empty(batch, blocks, heads, dtype=torch.int32, device=keys.device)
+    cut = torch.empty(batch, 2, dtype=torch.int32, device=keys.device)
+    sort_keys_kernel[(batch * heads,)](
+        keys,
+        seq_lens,
+        keys.stride(0),
+        *seq_lens.stride(),
+        heads,
+        slots,
+        BLOCK=config.sort_block,
+        num_warps=config.num_warps,
+    )
+    block_worth_kernel[(batch * heads, triton.cdiv(blocks, config.worth_block))](
+        keys[2],
+        seq_lens,
+        least,
+        most,
+        worth,
+        *seq_lens.stride(),
+        heads,
+        slots,
+        SIZE=size,
+        BLOCK=config.worth_block,
+    )
+    compete_kernel[(batch,)](
+        worth,
+        least,
+        most,
+        budget,
+        cut,
+        budget.stride(0),
+        heads,
+        blocks * heads,
+        HEADS=triton.next_power_of_2(heads),
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )
+    competed_shares_kernel[(batch, triton.cdiv(heads, 32))](
+        worth, least, cut, shares, heads, blocks, BLOCK=64, BLOCK_H=32
+    )
