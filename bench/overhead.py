@@ -31,7 +31,7 @@ from kvops.kernels.device import current_device
 from kvops.kernels.paged_append import paged_append as launch_append
 from kvops.kernels.paged_attention import paged_attention as launch_attention
 from kvops.kernels.paged_schedule import paged_schedule
-from kvops.ops import paged
+from kvops.ops import paged_checks
 
 _TARGET = "sm_90"
 _LAYERS = 32
@@ -119,10 +119,10 @@ def contenders(launches: list[int]) -> dict[str, Contender]:
         "torch.add(a, b, out=c)": whole(lambda: add(a, a, out=out)),
         "decode: to the launch": to_launch(decode, launches),
         "decode: whole call, two launches": whole(decode),
-        "decode: checks": whole(lambda: paged.check_attention(*operands, schedule=schedule)),
+        "decode: checks": whole(lambda: paged_checks.check_attention(*operands, schedule=schedule)),
         "decode: launch function": to_launch(lambda: launch(*operands, schedule=schedule), launches),
         "append: to the launch": to_launch(lambda: append(new, new, cache, cache, tables, lens), launches),
-        "append: checks": whole(lambda: paged._check_append(new, new, cache, cache, tables, lens)),
+        "append: checks": whole(lambda: paged_checks.check_append(new, new, cache, cache, tables, lens)),
         "append: launch function": to_launch(lambda: launch_append(new, new, cache, cache, tables, lens), launches),
         "lookup: choose, warm": repeated(lambda: choose(*key)),
         "lookup: current_device": repeated(current_device),

@@ -27,7 +27,8 @@ from kvops.cache.prefix import PrefixStore, tokens_of
 from kvops.cache.rows import Rows, RowSelector, RowStates, expect_rows
 from kvops.cache.stats import CacheStats, collect
 from kvops.cache.storage import BlockStorage
-from kvops.ops.paged import REDUCTIONS, check_attention, paged_attention
+from kvops.ops.paged import paged_attention
+from kvops.ops.paged_checks import REDUCTIONS, check_attention
 
 
 class PagedKVCache:

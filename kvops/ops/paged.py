@@ -1,4 +1,4 @@
-"""The ragged paged cache: schemas, checks, fakes and the public functions of append, attention and schedule."""
+"""The ragged paged cache: schemas, fakes and the public functions of append, attention and schedule."""
 
 from __future__ import annotations
 
@@ -9,151 +9,12 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import paged as eager
-from kvops.ops.dense import check_scores
+from kvops.ops.paged_checks import check_append, check_attention, check_schedule, scale_tensor
 from kvops.ops.registry import LIBRARY, register
 from kvops.private_torch import schema_of
 
-REDUCTIONS = ("sum", "sumsq", "max")
 # Programs per multiprocessor: as many as fit at once with any number of registers, so that all shares run together.
 _PROGRAMS_PER_SM = 2
-
-
-def _check_cache(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    *,
-    reference_name: str,
-    reference: Tensor,
-    head_dim: int,
-) -> int:
-    """Checks of what append and attention share; returns the number of KV heads."""
-    if k_cache.dim() == 4:
-        layout = "[num_blocks, block_size, heads, head_dim]"
-        num_heads = k_cache.shape[2]
-        checks.expect_shape("k_cache", k_cache, layout, None, None, None, head_dim)
-        checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:3], None)
-        checks.expect_shape("block_tables", block_tables, "[batch, max_blocks]", reference.shape[0], None)
-        checks.expect_shape("seq_lens", seq_lens, "[batch]", reference.shape[0])
-    else:
-        layout = "[num_blocks, block_size, head_dim]"
-        checks.expect_shape("k_cache", k_cache, layout, None, None, head_dim)
-        checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:2], None)
-        checks.expect_shape("block_tables", block_tables, "[batch, heads, max_blocks]", reference.shape[0], None, None)
-        num_heads = block_tables.shape[1]
-        checks.expect_shape("seq_lens", seq_lens, "[batch, heads]", reference.shape[0], num_heads)
-    checks.expect_at_least("k_cache.shape[1] (block_size)", k_cache.shape[1], 1)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.expect_at_least(f"{name}.shape[-1] (head_dim)", tensor.shape[-1], 1)
-    for name, tensor in (("block_tables", block_tables), ("seq_lens", seq_lens)):
-        checks.expect_dtype(name, tensor, torch.int32)
-        checks.expect_same_device(name, tensor, reference_name, reference)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.expect_dtype(name, tensor, *checks.FLOAT_DTYPES, torch.float8_e4m3fn)
-    if k_cache.dtype != torch.float8_e4m3fn:
-        checks.expect_same_dtype(reference_name, reference, "k_cache", k_cache)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.expect_last_contiguous(name, tensor)
-        checks.expect_same_device(name, tensor, reference_name, reference)
-    checks.expect_same_dtype("v_cache", v_cache, "k_cache", k_cache)
-    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if value is None:
-            continue
-        if k_cache.dtype != torch.float8_e4m3fn:
-            raise ValueError(f"{name}: expected only with a float8_e4m3fn cache, got a cache of {k_cache.dtype}")
-        checks.expect_dtype(name, value, torch.float32)
-        if value.dim() != 0:
-            checks.expect_shape(name, value, "[heads]", num_heads)
-        checks.expect_same_device(name, value, reference_name, reference)
-    return num_heads
-
-
-def _check_slots(name: str, value: Tensor, k_cache: Tensor, dtype: torch.dtype, *, shared: bool = False) -> None:
-    """A side array has one value per slot; where a block holds every head, ``shared`` allows one for all heads."""
-    checks.expect_dtype(name, value, dtype)
-    checks.expect_same_device(name, value, "k_cache", k_cache)
-    if k_cache.dim() == 4 and not (shared and value.dim() == 2):
-        checks.expect_shape(name, value, "[num_blocks, block_size, heads]", *k_cache.shape[:3])
-    else:
-        checks.expect_shape(name, value, "[num_blocks, block_size]", *k_cache.shape[:2])
-
-
-def _check_tables_data(k_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> None:
-    """What only the device can tell: runs under KVOPS_DEBUG=1, where a synchronisation is welcome."""
-    num_blocks, block_size = k_cache.shape[:2]
-    capacity = block_tables.shape[-1] * block_size
-    checks.expect_data("seq_lens", "lengths of at least 0", seq_lens >= 0)
-    checks.expect_data("seq_lens", f"lengths up to the {capacity} slots of a table", seq_lens <= capacity)
-    used = torch.arange(block_tables.shape[-1], device=block_tables.device) * block_size < seq_lens[..., None]
-    inside = (block_tables >= 0) & (block_tables < num_blocks)
-    checks.expect_data("block_tables", f"blocks from 0 to {num_blocks - 1} before each length", inside | ~used)
-
-
-def _check_q_lens(q_lens: Tensor | None, reference_name: str, reference: Tensor) -> None:
-    if q_lens is None:
-        return
-    checks.expect_dtype("q_lens", q_lens, torch.int32)
-    checks.expect_shape("q_lens", q_lens, "[batch]", reference.shape[0])
-    checks.expect_same_device("q_lens", q_lens, reference_name, reference)
-    if checks.debug() and checks.has_data(q_lens):
-        T = reference.shape[1]
-        checks.expect_data(
-            "q_lens", f"lengths from 0 to the {T} tokens of {reference_name}", (q_lens >= 0) & (q_lens <= T)
-        )
-
-
-def _check_append(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    positions: Tensor | None = None,
-    token_positions: Tensor | None = None,
-    scores: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    checks.expect_rank("k", k, "[batch, tokens, heads, head_dim]")
-    checks.expect_dtype("k", k, *checks.FLOAT_DTYPES)
-    checks.expect_last_contiguous("k", k)
-    num_heads = _check_cache(
-        k_cache,
-        v_cache,
-        block_tables,
-        seq_lens,
-        k_scale,
-        v_scale,
-        reference_name="k",
-        reference=k,
-        head_dim=k.shape[3],
-    )
-    B, T, Hkv, _ = k.shape
-    if num_heads != Hkv:
-        raise ValueError(f"k: expected the {num_heads} heads of the cache, got {Hkv}")
-    checks.expect_shape("v", v, "[batch, tokens, heads, value_dim]", B, T, Hkv, v_cache.shape[-1])
-    checks.expect_same_dtype("v", v, "k", k)
-    checks.expect_last_contiguous("v", v)
-    checks.expect_same_device("v", v, "k", k)
-    _check_q_lens(q_lens, "k", k)
-    if (positions is None) != (token_positions is None):
-        missing, given = ("positions", "token_positions") if positions is None else ("token_positions", "positions")
-        raise ValueError(f"{missing}: expected along with {given}, got None")
-    if positions is not None and token_positions is not None:
-        _check_slots("positions", positions, k_cache, torch.int32, shared=True)
-        checks.expect_dtype("token_positions", token_positions, torch.int32)
-        checks.expect_shape("token_positions", token_positions, "[batch, tokens]", B, T)
-        checks.expect_same_device("token_positions", token_positions, "k", k)
-    if scores is not None:
-        _check_slots("scores", scores, k_cache, torch.float32)
-    if checks.debug() and checks.has_data(seq_lens):
-        _check_tables_data(k_cache, block_tables, seq_lens)
 
 
 def _fake_append(*args: object, **kwargs: object) -> None:
@@ -164,7 +25,7 @@ _append = register(
     "paged_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor seq_lens, *, "
     "Tensor? q_lens=None, Tensor(c!)? positions=None, Tensor? token_positions=None, Tensor(d!)? scores=None, "
     "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
-    check=_check_append,
+    check=check_append,
     fake=_fake_append,
     eager=eager.paged_append,
     kernel="kvops.kernels.paged_append:paged_append",
@@ -172,93 +33,6 @@ _append = register(
     autocast=("k", "v"),
     autocast_like="k_cache",
 )
-
-
-def check_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    causal: bool = True,
-    window_left: int = -1,
-    positions: Tensor | None = None,
-    query_positions: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    tree_mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    scores: Tensor | None = None,
-    score_reduce: str = "sum",
-    score_decay: float = 1.0,
-    schedule: Tensor | None = None,
-    batch_invariant: bool = False,
-) -> None:
-    checks.expect_rank("q", q, "[batch, tokens, query_heads, head_dim]")
-    checks.expect_dtype("q", q, *checks.FLOAT_DTYPES)
-    checks.expect_last_contiguous("q", q)
-    num_heads = _check_cache(
-        k_cache,
-        v_cache,
-        block_tables,
-        seq_lens,
-        k_scale,
-        v_scale,
-        reference_name="q",
-        reference=q,
-        head_dim=q.shape[3],
-    )
-    B, T, Hq, _ = q.shape
-    checks.expect_head_ratio("q", Hq, "k_cache" if k_cache.dim() == 4 else "block_tables", num_heads)
-    _check_q_lens(q_lens, "q", q)
-    checks.expect_at_least("window_left", window_left, -1)
-    check_scores(scale, softcap)
-    if (positions is None) != (query_positions is None):
-        missing, given = ("positions", "query_positions") if positions is None else ("query_positions", "positions")
-        raise ValueError(f"{missing}: expected along with {given}, got None")
-    if positions is not None and query_positions is not None:
-        _check_slots("positions", positions, k_cache, torch.int32, shared=True)
-        checks.expect_dtype("query_positions", query_positions, torch.int32)
-        checks.expect_shape("query_positions", query_positions, "[batch, tokens]", B, T)
-        checks.expect_same_device("query_positions", query_positions, "q", q)
-        if window_left >= 0 and checks.debug() and checks.has_data(query_positions):
-            lowest = min(window_left, 2**31 - 1) - 2**31  # kernels subtract the window in int32
-            expected = f"positions of at least {lowest}, from which window_left = {window_left} stays within int32"
-            checks.expect_data("query_positions", expected, query_positions >= lowest)
-    if sinks is not None:
-        checks.expect_dtype("sinks", sinks, *checks.FLOAT_DTYPES)
-        checks.expect_shape("sinks", sinks, "[query_heads]", Hq)
-        checks.expect_same_device("sinks", sinks, "q", q)
-    if tree_mask is not None:
-        checks.expect_dtype("tree_mask", tree_mask, torch.bool)
-        if tree_mask.dim() == 2:
-            checks.expect_shape("tree_mask", tree_mask, "[tokens, tokens]", T, T)
-        else:
-            checks.expect_shape("tree_mask", tree_mask, "[batch, tokens, tokens]", B, T, T)
-        checks.expect_same_device("tree_mask", tree_mask, "q", q)
-    checks.expect_choice("score_reduce", score_reduce, REDUCTIONS)
-    checks.expect_at_least("score_decay", score_decay, 0.0)
-    checks.expect_finite("score_decay", score_decay)
-    if scores is not None:
-        _check_slots("scores", scores, k_cache, torch.float32)
-    if schedule is not None:
-        lists = B if k_cache.dim() == 4 else B * num_heads
-        checks.expect_dtype("schedule", schedule, torch.int32)
-        checks.expect_rank("schedule", schedule, "[entries]")
-        checks.expect_at_least(f"schedule.shape[0] (of {lists} lists)", schedule.shape[0], lists + 3)
-        checks.expect_last_contiguous("schedule", schedule)
-        checks.expect_same_device("schedule", schedule, "q", q)
-    if checks.debug() and checks.has_data(seq_lens):
-        _check_tables_data(k_cache, block_tables, seq_lens)
-        if schedule is not None:
-            ends, _ = eager.schedule_ends(seq_lens.reshape(1, -1), k_cache.shape[1], batch_invariant)
-            fits = schedule[2 : ends.shape[1] + 2] == ends[0]
-            expected = f"that of paged_schedule with these lengths and batch_invariant={batch_invariant}"
-            checks.expect_data("schedule", expected, fits)
 
 
 def _fake_attention(
@@ -284,18 +58,6 @@ _attention = register(
 )
 
 
-def _check_schedule(seq_lens: Tensor, block_size: int, *, num_programs: int = 0, batch_invariant: bool = False) -> None:
-    if seq_lens.dim() not in (1, 2, 3):
-        raise ValueError(
-            f"seq_lens: expected shape [batch], [batch, heads] or [layers, batch, heads], got {list(seq_lens.shape)}"
-        )
-    checks.expect_dtype("seq_lens", seq_lens, torch.int32)
-    checks.expect_at_least("block_size", block_size, 1)
-    checks.expect_at_least("num_programs", num_programs, 0)
-    if checks.debug() and checks.has_data(seq_lens):
-        checks.expect_data("seq_lens", "lengths of at least 0", seq_lens >= 0)
-
-
 def _fake_schedule(
     seq_lens: Tensor, block_size: int, *, num_programs: int = 0, batch_invariant: bool = False
 ) -> Tensor:
@@ -312,36 +74,22 @@ def _fake_schedule(
 
 _schedule = register(
     "paged_schedule(Tensor seq_lens, int block_size, *, int num_programs=0, bool batch_invariant=False) -> Tensor",
-    check=_check_schedule,
+    check=check_schedule,
     fake=_fake_schedule,
     eager=eager.paged_schedule,
     kernel="kvops.kernels.paged_schedule:paged_schedule",
 )
 
 
-def _scale_tensor(name: str, scale: object, reference_name: str, reference: Tensor) -> Tensor | None:
-    """A number as a 0-d tensor: filled on the device of ``reference``, so that a graph can capture it."""
-    if scale is None or isinstance(scale, Tensor):
-        return scale
-    checks.expect_tensor(reference_name, reference)
-    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a float or a float32 tensor, got {type(scale).__name__}")
-    if isinstance(scale, (int, float)):
-        checks.expect_finite(name, scale)
-        if scale == 0:
-            raise ValueError(f"{name}: expected a number other than 0, which what is stored is divided by")
-    return torch.full((), scale, dtype=torch.float32, device=reference.device)  # type: ignore[arg-type]
-
-
 def _append_with_numbers(k: Tensor, *args: Tensor, **kwargs: object) -> None:
     for name in ("k_scale", "v_scale"):
-        kwargs[name] = _scale_tensor(name, kwargs.get(name), "k", k)
+        kwargs[name] = scale_tensor(name, kwargs.get(name), "k", k)
     _append(k, *args, **kwargs)
 
 
 def _attention_with_numbers(q: Tensor, *args: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
     for name in ("k_scale", "v_scale"):
-        kwargs[name] = _scale_tensor(name, kwargs.get(name), "q", q)
+        kwargs[name] = scale_tensor(name, kwargs.get(name), "q", q)
     return _attention(q, *args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -427,11 +175,12 @@ def paged_append(
         positions=positions,
         token_positions=token_positions,
         scores=scores,
-        k_scale=_scale_tensor("k_scale", k_scale, "k", k),
-        v_scale=_scale_tensor("v_scale", v_scale, "k", k),
+        k_scale=scale_tensor("k_scale", k_scale, "k", k),
+        v_scale=scale_tensor("v_scale", v_scale, "k", k),
     )
 
 
+# Over 80 lines: a signature, its documentation and one call.
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -529,8 +278,8 @@ def paged_attention(
         softcap=softcap,
         sinks=sinks,
         tree_mask=tree_mask,
-        k_scale=_scale_tensor("k_scale", k_scale, "q", q),
-        v_scale=_scale_tensor("v_scale", v_scale, "q", q),
+        k_scale=scale_tensor("k_scale", k_scale, "q", q),
+        v_scale=scale_tensor("v_scale", v_scale, "q", q),
         scores=scores,
         score_reduce=score_reduce,
         score_decay=score_decay,
