@@ -62,5 +62,21 @@ def bring_in(app, docname, source):
         source[0] = text.replace("](../docs/", "](")
 
 
+def keep_names_together(app, what, name, obj, options, lines):
+    """Show ``a, b: text`` of an Attributes section as it is.
+
+    Sphinx would take ``a,`` for the type of ``b``.
+    """
+    lines[:] = [
+        re.sub(
+            r"(?<=^:ivar )[\w, ]+(?=:)",
+            lambda names: names[0].replace(", ", ",\u200b"),
+            line,
+        )
+        for line in lines
+    ]
+
+
 def setup(app):
     app.connect("source-read", bring_in)
+    app.connect("autodoc-process-docstring", keep_names_together, priority=900)

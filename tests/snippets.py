@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
-    r"(?:^<!-- needs: (?P<needs>.+) -->\n+)?^```(?P<kind>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
+    r"(?:^<!-- needs: (?P<needs>[^\n]+) -->\n+)?^```(?P<kind>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
 
 

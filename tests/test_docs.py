@@ -1,9 +1,12 @@
 """The manual is true: its Python runs, its links lead somewhere, and its tables are complete."""
 
+import argparse
 import contextlib
+import importlib
 import importlib.util
 import io
 import re
+import shlex
 
 import pytest
 import torch
@@ -59,6 +62,48 @@ def headings(page):
     """The anchors of a page's headings, as GitHub and MyST make them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+COMMANDS = {"kvops": "kvops.__main__", "kvops.autotune": "kvops.autotune.__main__", "bench": "bench.__main__"}
+COMMAND = re.compile(r"^(?:\w+=\S+ )*python -m (?P<module>[\w.]+) (?P<arguments>[^|<>#\n]+)", re.M)
+
+
+def command_lines():
+    for page in EVERY_PAGE:
+        for block in blocks_of(page.read_text(encoding="utf-8")):
+            for match in COMMAND.finditer(block.code if block.kind == "sh" else ""):
+                if match["module"] in COMMANDS:
+                    yield pytest.param(match, id=f"{name_of(page)}: {match[0].strip()}")
+
+
+@pytest.mark.parametrize("command", list(command_lines()))
+def test_command_lines_of_the_manual_are_accepted(command, monkeypatch):
+    def parse(parser, arguments=None, namespace=None):
+        parser.parse_known_args(arguments, namespace)
+        parser.exit(0)  # before the command runs; a wrong option exits with 2
+
+    main = importlib.import_module(COMMANDS[command["module"]]).main
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(command["arguments"]))
+    assert ended.value.code == 0
+
+
+def test_the_page_of_the_command_line_names_options_that_exist(capsys):
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    main = importlib.import_module("kvops.__main__").main
+    commands = re.findall(r"^## (\w+)$", page, re.M)
+    helps = []
+    for command in commands:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        helps.append(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.search(r"\{([\w,]+)\}", capsys.readouterr().out)[1]
+    assert sorted(commands) == sorted(listed.split(","))
+    named, known = (set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) for text in (page, "".join(helps)))
+    assert named <= known
 
 
 def test_the_table_of_environment_variables_is_complete():

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "engine_builder.py": [],
-    "own_policy.py": ["--new-tokens", "3"],
+    "own_policy.py": ["--context", "256", "--held-out", "32", "--ratios", "2", "--new-tokens", "3"],
     "train_bytes.py": ["--steps", "1"],
+    "train_packed.py": ["--steps", "1", "--tokens", "4096", "--window", "100"],
     "many_processes.py": ["--tokens", "60", "--new-tokens", "3"],
     "tune_your_kernel.py": [],
 }
@@ -20,7 +21,9 @@ PROCESSES = {"many_processes.py": 3}
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in (ROOT / "examples").glob("*.*")} == {*SCRIPTS, "command_line.sh"}
+    """The text and the questions are what two of them read."""
+    files = {path.name for path in (ROOT / "examples").glob("*.*")}
+    assert files == {*SCRIPTS, "command_line.sh", "harbour.txt", "questions.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,8 @@ def test_the_command_line_runs(tmp_path):
         "OMP_NUM_THREADS": "1",
         "PYTHON": sys.executable,
         "NEW_TOKENS": "3",
+        "CONTEXT": "256",
+        "DEMO": "0",  # tests of its own run it
     }
     done = subprocess.run(
         ["bash", str(ROOT / "examples" / "command_line.sh")],
@@ -63,4 +68,5 @@ def test_the_command_line_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tokens/s" in done.stderr
-    assert "paged_attention" in done.stdout
+    for part in ("Self-check", "blocks in use", "own_policy:Carried", "paged_attention"):  # of each command
+        assert part in done.stdout

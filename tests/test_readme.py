@@ -62,9 +62,9 @@ def test_commands_run(needs, code, tmp_path):
 
 
 def test_blocks_are_found_with_what_they_need():
-    text = "<!-- needs: cuda, x -->\n```python\na\n```\n\n```sh\nb\n```\n"
+    text = "<!-- needs: cuda, x -->\n```python\na\n```\n\n```sh\nb\n```\n<!-- needs: y -->\n```sh\nc\n```\n"
     found = [(block.kind, block.needs, block.code) for block in blocks_of(text)]
-    assert found == [("python", ("cuda", "x"), "a\n"), ("sh", (), "b\n")]
+    assert found == [("python", ("cuda", "x"), "a\n"), ("sh", (), "b\n"), ("sh", ("y",), "c\n")]
     assert {"python", "sh"} <= {block.kind for block in BLOCKS}
     assert README.count("```") == 2 * len(BLOCKS)
 

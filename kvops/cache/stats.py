@@ -60,7 +60,7 @@ class CacheStats:
 
     @property
     def slots_in_use(self) -> int:
-        """Tokens kept, counted in every list: those in shared blocks once for each row."""
+        """Slots in use over all lists; a slot in a shared block counts once for each row."""
         return int(self.lengths.sum())
 
     def __str__(self) -> str:

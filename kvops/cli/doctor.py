@@ -142,6 +142,8 @@ def _devices(problems: list[Problem], routes: list[Route]) -> list[Row]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
     runs = "eager PyTorch"
+    if kvops.backend("cpu") == "numba":
+        runs = "kernels compiled by numba, other operators in eager PyTorch"
     if has_triton:
         runs += "; with TRITON_INTERPRET=1 the kernels in Triton's interpreter (slow)"
     what = f"{processor()}, {cores} cores, {torch.get_num_threads()} threads, {memory:.1f} GiB"
@@ -206,7 +208,7 @@ def _extras(problems: list[Problem]) -> list[Row]:
             match = re.fullmatch(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?.*extra\s*==\s*['\"](\w+)['\"].*", requirement)
             if match is not None and match[3] == extra and (reason := _lacks(match[1], match[2])):
                 lacking.append(reason)
-        rows.append((extra, f"for {purpose}", f"missing: {', '.join(lacking)}" if lacking else "complete"))
+        rows.append((extra, purpose, f"missing: {', '.join(lacking)}" if lacking else "complete"))
         if lacking:
             problems.append(Problem(f"packages for {purpose} are missing", f'pip install "kvops[{extra}]"'))
     return rows

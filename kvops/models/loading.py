@@ -49,7 +49,7 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises FileNotFoundError for a folder without ``tokenizer.json``: such a model still computes logits."""
+        """The tokenizer. Raises FileNotFoundError for a folder without ``tokenizer.json``, whose model still works."""
         if self._tokenizer is None:
             raise FileNotFoundError(
                 f"{self.path / 'tokenizer.json'}: expected the tokenizer, but there is no such file"

@@ -55,7 +55,7 @@ class Seen(ABC):
 
     @property
     def real(self) -> Tensor:
-        """bool ``[B, Hkv, S]``: the keys that are there."""
+        """bool ``[B, Hkv, S]``, False where the keys are padding."""
         return self.positions >= 0
 
     @abstractmethod
@@ -271,12 +271,12 @@ class Policy(ABC):
 
     @property
     def recall(self) -> int:
-        """How many of the last queries ``score`` looks at while decoding, and behind a recital."""
+        """How many of the last queries ``score`` reads, while decoding and after a recital. The default is 1."""
         return 1
 
     @property
     def recital(self) -> Recital | None:
-        """How prompts are to be recited before ``score`` judges their keys by ``seen.recited``. None: not at all."""
+        """How a prompt is recited before ``score`` runs with ``seen.recited``; None if the policy needs no recital."""
         return None
 
     @abstractmethod
