@@ -144,10 +144,10 @@ MUTATIONS = [
         DENSE_EAGER,
     ),
     Mutation(
-        "eager: tiles are not rescaled when the maximum rises",
+        "eager: tiles are joined without the weight of the first",
         "kvops/eager/attention.py",
-        "acc = acc.mul_(rescale).add_(update)",
-        "acc = acc.add_(update)",
+        "return torch.mul(out_a, weight_a[..., None])",
+        "return torch.mul(out_a, 1.0)",
         DENSE_EAGER,
     ),
     Mutation(

@@ -1,16 +1,15 @@
 """Attention on the CPU, memory linear in the lengths.
 
-torch's own CPU flash attention does the work wherever it can, fed with exactly the keys that a tile of queries sees;
-softcaps and gradients through lse, which it has no notion of, run tile by tile in plain PyTorch. Half precision is
-computed in float32: without matrix units a CPU is slower in float16 and bfloat16, and less accurate. float64 tensors
-are computed in float64.
+Queries and keys are cut into tiles. torch's own CPU flash attention computes a tile wherever it can; softcaps and
+gradients through lse, which it has no notion of, take smaller tiles in plain PyTorch. float16 and bfloat16 are computed
+in float32: without matrix units a CPU is slower in half precision, and less accurate. float64 is computed in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +24,24 @@ _TILE_ROWS = 128
 # Queries to a call of torch's kernel under a window, and the largest mask (in elements) that is built for one.
 _WINDOW_ROWS = 256
 _MASK_ELEMENTS = 1 << 22
+
+
+class Tile(NamedTuple):
+    """The queries start..end-1 beside the keys low..high-1."""
+
+    start: int
+    end: int
+    low: int
+    high: int
+    causal: bool = False  # row i sees the first i + 1 of the keys: torch's kernel aligns its mask to the top left
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.end)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.low, self.high)
 
 
 class Window(NamedTuple):
@@ -68,30 +85,34 @@ class Window(NamedTuple):
             high = max(low, min(high, end + self.offset + self.right))
         return low, high
 
-    def sees_all(self, start: int, end: int, low: int, high: int) -> bool:
-        """Whether every row of start..end-1 sees every key of low..high-1."""
-        return (self.left is None or end - 1 + self.offset - self.left <= low) and (
-            self.right is None or high - 1 <= start + self.offset + self.right
+    def sees_all(self, tile: Tile) -> bool:
+        """Whether every row of the tile sees all of its keys."""
+        return (self.left is None or tile.end - 1 + self.offset - self.left <= tile.low) and (
+            self.right is None or tile.high - 1 <= tile.start + self.offset + self.right
         )
 
-    def hidden(self, start: int, end: int, low: int, high: int) -> list[tuple[int, int]]:
-        """The ranges of keys within low..high-1 that not every row of start..end-1 sees: some at either end, or all."""
-        first = low if self.left is None else max(low, end - 1 + self.offset - self.left)
-        last = high if self.right is None else min(high, start + self.offset + self.right + 1)
-        return [(low, first), (last, high)] if first < last else [(low, high)]
-
-    def distance(self, start: int, end: int, low: int, high: int, device: torch.device) -> Tensor:
+    def distance(self, tile: Tile) -> Tensor:
         """int64 [rows, keys]: how far each key is behind each query."""
-        position = torch.arange(start, end, device=device) + self.offset
-        return position[:, None] - torch.arange(low, high, device=device)
+        return torch.arange(tile.start, tile.end)[:, None] + self.offset - torch.arange(tile.low, tile.high)
 
-    def seen(self, distance: Tensor) -> Tensor:
-        seen = torch.ones_like(distance, dtype=torch.bool)
+    def hidden(self, distance: Tensor) -> Tensor:
+        """bool: where a key is not seen."""
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
         if self.left is not None:
-            seen &= distance <= self.left
+            hidden |= distance > self.left
         if self.right is not None:
-            seen &= distance >= -self.right
-        return seen
+            hidden |= distance < -self.right
+        return hidden
+
+    def tiles(self, first_row: int, heads: int) -> Iterator[Tile]:
+        """Small tiles of all that the rows from ``first_row`` on see, for plain PyTorch on so many heads at once."""
+        rows = max(1, min(_TILE_ROWS, self.num_queries - first_row))
+        columns = min(8192, max(64, _TILE_ELEMENTS // max(1, heads * rows)))
+        for start in range(first_row, self.num_queries, rows):
+            end = min(self.num_queries, start + rows)
+            first, last = self.keys(start, end)
+            for low in range(first, last, columns):
+                yield Tile(start, end, low, min(last, low + columns))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -108,7 +129,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widen(x: Tensor, width: int) -> Tensor:
-    """A contiguous copy with zeros behind the last dimension, up to ``width``."""
+    """``x``, or a contiguous copy with zeros behind the last dimension, up to ``width``."""
+    if x.shape[-1] == width:
+        return x
     wide = x.new_zeros(*x.shape[:-1], width)
     wide[..., : x.shape[-1]] = x
     return wide
@@ -118,15 +141,9 @@ def default_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else scale
 
 
-def tile_sizes(batch: int, heads: int, num_queries: int) -> tuple[int, int]:
-    """Queries and keys to a tile of plain PyTorch."""
-    rows = max(1, min(_TILE_ROWS, num_queries))
-    return rows, min(8192, max(64, _TILE_ELEMENTS // max(1, batch * heads * rows)))
-
-
-def group_queries(q: Tensor, kv_heads: int) -> Tensor:
-    """A view [B, Hkv, G, S, D] of [B, S, Hq, D]."""
-    return q.transpose(1, 2).unflatten(1, (kv_heads, q.shape[2] // kv_heads))
+def grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """A view [B, Hkv, G, ...] of [B, Hq, ...]."""
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads))
 
 
 def group_slopes(alibi_slopes: Tensor | None, kv_heads: int, dtype: torch.dtype) -> Tensor | None:
@@ -138,36 +155,38 @@ def group_slopes(alibi_slopes: Tensor | None, kv_heads: int, dtype: torch.dtype)
 
 
 def score_tile(
-    q: Tensor,
-    k: Tensor,
-    window: Window,
-    start: int,
-    low: int,
-    scale: float,
-    softcap: float,
-    slopes: Tensor | None,
+    q: Tensor, k: Tensor, window: Window, tile: Tile, scale: float, softcap: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores [B, Hkv, G, rows, keys] of q [B, Hkv, G, rows, D] and k [B, Hkv, keys, D], -inf where unseen.
-
-    ``start`` and ``low`` are the numbers of the first row and key. Also the tanh of the softcap, for its derivative.
-    """
+    """Scores [B, Hkv, G, rows, keys] of a tile of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D], -inf where unseen. Also the
+    tanh of the softcap, for its derivative."""
+    q, k = grouped(q[:, :, tile.rows], k.shape[1]), k[:, :, tile.keys]
     B, Hkv, G, T, D = q.shape
     K = k.shape[2]
     # The factor is applied to the finished dot products: scaling q first would round it once more.
     factor = scale / softcap if softcap > 0 else scale
     rows, keys = q.reshape(B * Hkv, G * T, D), k.reshape(B * Hkv, K, D)
-    scores = torch.baddbmm(q.new_empty(()), rows, keys.transpose(1, 2), beta=0, alpha=factor).view(B, Hkv, G, T, K)
+    scores = torch.baddbmm(q.new_empty(()), rows, keys.mT, beta=0, alpha=factor).view(B, Hkv, G, T, K)
     capped = None
     if softcap > 0:
         capped = scores.tanh_()
         scores = capped * softcap
-    if slopes is not None:
-        scores -= slopes * window.distance(start, start + T, low, low + K, q.device).abs()
-    for first, last in window.hidden(start, start + T, low, low + K):
-        if first < last:
-            distance = window.distance(start, start + T, first, last, q.device)
-            scores[..., first - low : last - low].masked_fill_(~window.seen(distance), float("-inf"))
+    if slopes is not None or not window.sees_all(tile):
+        distance = window.distance(tile)
+        if slopes is not None:
+            scores -= slopes * distance.abs()
+        scores.masked_fill_(window.hidden(distance), -torch.inf)
     return scores, capped
+
+
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities over the last dimension of the scores, which are overwritten, and lse; 0 and -inf where all are
+    -inf."""
+    limits = torch.finfo(scores.dtype)
+    shift = scores.amax(-1, keepdim=True).clamp_(limits.min, limits.max)  # inf - inf is NaN
+    p = scores.sub_(shift).exp_()
+    total = p.sum(-1, keepdim=True)
+    lse = (total.log() + shift)[..., 0]
+    return p.div_(total.masked_fill_(total == 0, 1.0)), lse
 
 
 def union_weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,89 +204,135 @@ def union_weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return weight_a.div_(total), weight_b.div_(total), lse
 
 
-def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Let the sinks [Hq] into the denominator; rows without a key stay empty."""
-    weight, _, with_sink = union_weights(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
-    with_sink = torch.where(lse == float("-inf"), lse, with_sink)
-    return out * weight.transpose(1, 2)[..., None], with_sink
+def beside_sinks(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """What a row keeps of its weight beside a sink, which broadcasts to lse, and its lse. Rows without a key stay
+    empty."""
+    weight, _, union = union_weights(lse, sinks.to(lse.dtype).expand_as(lse))
+    return weight, torch.where(lse == -torch.inf, lse, union)
 
 
 def sink_probability(sinks: Tensor, lse: Tensor) -> Tensor:
     """exp(sinks - lse) for sinks that broadcast to lse, 0 in an empty row; an infinite sink has all of its row."""
     largest = torch.finfo(lse.dtype).max
     p = torch.exp(sinks.to(lse.dtype).clamp(max=largest) - lse.clamp(max=largest))
-    return p.masked_fill_(lse == float("-inf"), 0.0)
+    return p.masked_fill_(lse == -torch.inf, 0.0)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys: out [..., S, H, D], lse [..., H, S]."""
+    """Attention over the union of two disjoint sets of keys: out [..., D], lse [...]."""
     weight_a, weight_b, lse = union_weights(lse_a, lse_b)
-    weight_a, weight_b = weight_a.mT.unsqueeze(-1), weight_b.mT.unsqueeze(-1)
-    return torch.mul(out_a, weight_a).addcmul_(out_b, weight_b), lse
-
-
-class _Call(NamedTuple):
-    """One call of torch's kernel: all rows of start..end-1 against the keys low..high-1."""
-
-    start: int
-    end: int
-    low: int
-    high: int
-    causal: bool = False
-    masked: bool = False
+    return torch.mul(out_a, weight_a[..., None]).addcmul_(out_b, weight_b[..., None]), lse
 
 
 @lru_cache(maxsize=256)
-def _calls(window: Window, slopes: int) -> tuple[_Call, ...]:
-    """How torch's kernel, which aligns its causal mask to the top left, covers the rows that see a key, under so many
-    slopes."""
-    return tuple(_cover(window, slopes))
-
-
-def _cover(window: Window, slopes: int) -> Iterator[_Call]:
+def _fused_tiles(window: Window, slopes: int) -> tuple[Tile, ...]:
+    """How torch's kernel covers the rows that see a key, under so many slopes of ALiBi."""
     first, Sq, Sk = window.first_row, window.num_queries, window.num_keys
     if first == Sq:
-        return
-    if not slopes and window.sees_all(first, Sq, 0, Sk):
-        yield _Call(first, Sq, 0, Sk)
-    elif not slopes and window.left is None and window.right == 0:
-        square = max(0, window.offset)
-        if square:
-            yield _Call(first, Sq, 0, square)
-        yield _Call(first, Sq, square, Sk, causal=True)
-    else:
-        reach = Sk if window.left is None or window.right is None else min(Sk, window.left + window.right + 1)
-        mask_row = (reach + _WINDOW_ROWS) * max(1, slopes)
-        rows = max(16, min(_WINDOW_ROWS, _MASK_ELEMENTS // mask_row))
-        for start in range(first, Sq, rows):
-            end = min(Sq, start + rows)
-            low, high = window.keys(start, end)
-            yield _Call(start, end, low, high, masked=bool(slopes) or not window.sees_all(start, end, low, high))
+        return ()
+    whole, square = Tile(first, Sq, 0, Sk), max(0, window.offset)
+    if not slopes and window.sees_all(whole):
+        return (whole,)
+    if not slopes and window.left is None and window.right == 0:
+        before = (Tile(first, Sq, 0, square),) if square else ()
+        return (*before, Tile(first, Sq, square, Sk, causal=True))
+    reach = Sk if window.left is None or window.right is None else min(Sk, window.left + window.right + 1)
+    rows = max(16, min(_WINDOW_ROWS, _MASK_ELEMENTS // ((reach + _WINDOW_ROWS) * max(1, slopes))))
+    spans = ((start, min(Sq, start + rows)) for start in range(first, Sq, rows))
+    return tuple(Tile(*span, *window.keys(*span)) for span in spans)
 
 
-def _mask(window: Window, call: _Call, slopes: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to the scores: [rows, keys], or [1 or B, Hq, rows, keys] with ALiBi."""
-    distance = window.distance(call.start, call.end, call.low, call.high, device)
-    if slopes is None:
-        mask = torch.zeros(distance.shape, dtype=dtype, device=device)
-    else:
-        mask = -slopes.flatten(1, 2) * distance.abs()
-    return mask.masked_fill_(~window.seen(distance), float("-inf"))
+def _mask(window: Window, tile: Tile, slopes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores: [rows, keys], or [1 or B, Hq, rows, keys] with ALiBi; None for nothing."""
+    if tile.causal or (slopes is None and window.sees_all(tile)):
+        return None
+    distance = window.distance(tile)
+    mask = torch.zeros(distance.shape, dtype=dtype) if slopes is None else -slopes.flatten(1, 2) * distance.abs()
+    return mask.masked_fill_(window.hidden(distance), -torch.inf)
 
 
-def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """torch's kernel masks before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
-    return (q, scale) if scale > 0 else (torch.mul(q, scale, out=q.new_empty(q.shape)), 1.0)
+class _Attention:
+    """One call, tile by tile: q, k and v [B, H, S, D] in the dtype that is computed in."""
 
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float, alibi_slopes: Tensor | None
+    ) -> None:
+        self.dtype = compute_dtype(q.dtype)
+        self.q, self.k, self.v = (cast(x, self.dtype).transpose(1, 2) for x in (q, k, v))
+        self.window, self.scale, self.softcap = window, scale, softcap
+        self.slopes = group_slopes(alibi_slopes, v.shape[2], self.dtype)
 
-def _equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's kernel wants one head size: zeros change neither the scores nor the wanted columns."""
-    width = max(q.shape[-1], v.shape[-1])
-    if q.shape[-1] < width:
-        q, k = widen(q, width), widen(k, width)
-    elif v.shape[-1] < width:
-        v = widen(v, width)
-    return q, k, v
+    def small_tiles(self) -> Iterator[Tile]:
+        return self.window.tiles(self.window.first_row, self.q.shape[0] * self.q.shape[1])
+
+    def run(self, attend: Callable[[Tile], tuple[Tensor, Tensor]], tiles: Iterable[Tile]) -> tuple[Tensor, Tensor]:
+        """out [B, Sq, Hq, Dv] and lse [B, Hq, Sq] of what ``attend`` gives for each of the tiles."""
+        B, Hq, Sq, _ = self.q.shape
+        out = torch.zeros(B, Sq, Hq, self.v.shape[3], dtype=self.dtype).transpose(1, 2)
+        lse = torch.full((B, Hq, Sq), -torch.inf, dtype=self.dtype)
+        done = 0
+        for tile in tiles:
+            part = attend(tile)
+            if tile.start < done:
+                part = merge(out[:, :, tile.rows], lse[:, :, tile.rows], *part)
+            out[:, :, tile.rows], lse[:, :, tile.rows] = part
+            done = tile.end
+        return out.transpose(1, 2), lse
+
+    def fused(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, rows, Dv] and lse [B, Hq, rows] of torch's kernel."""
+        q, k, v = self._padded(tile)
+        options = self._mask_and_scale(tile)
+        out, lse = _forward(q, k, v, 0.0, tile.causal, **options)
+        return out[..., : self.v.shape[3]], lse
+
+    def plain(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        p, lse = softmax(self.scores(tile)[0])
+        out = torch.matmul(p.flatten(2, 3), self.v[:, :, tile.keys])
+        return out.view(*self.q.shape[:2], -1, out.shape[-1]), lse.flatten(1, 2)
+
+    def fused_backward(self, tile: Tile, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv of the tile; dout, out [B, Hq, rows, Dv] and lse [B, Hq, rows] of all its rows."""
+        q, k, v = self._padded(tile)
+        dout, out = (widen(x, q.shape[3]) for x in (dout, out))
+        options = self._mask_and_scale(tile)
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, tile.causal, **options)
+        if self.scale <= 0:
+            dq = dq * self.scale
+        D, Dv = self.q.shape[3], self.v.shape[3]
+        return dq[..., :D], dk[..., :D], dv[..., :Dv]
+
+    def plain_backward(self, tile: Tile, dout: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of delta [B, Hq, rows], what every dP of a row is measured from."""
+        heads = self.k.shape[1]
+        q, dout = (grouped(x, heads).flatten(2, 3) for x in (self.q[:, :, tile.rows], dout))  # [B, Hkv, G * rows, ...]
+        delta, lse = (grouped(x, heads)[..., None] for x in (delta, lse))
+        scores, capped = self.scores(tile)
+        p = scores.sub_(lse).exp_()
+        dv = torch.matmul(p.flatten(2, 3).mT, dout)
+        ds = torch.matmul(dout, self.v[:, :, tile.keys].mT).view_as(p)
+        ds.sub_(delta).mul_(p)
+        if capped is not None:
+            ds.mul_(1 - capped * capped)
+        ds = ds.flatten(2, 3)
+        dq = torch.matmul(ds, self.k[:, :, tile.keys]).mul_(self.scale)
+        return dq.view(*self.q.shape[:2], -1, dq.shape[-1]), torch.matmul(ds.mT, q).mul_(self.scale), dv
+
+    def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        return score_tile(self.q, self.k, self.window, tile, self.scale, self.softcap, self.slopes)
+
+    def _padded(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        """torch's kernel wants one head size: zeros change neither the scores nor the wanted columns. It also masks
+        before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
+        q, k, v = self.q[:, :, tile.rows], self.k[:, :, tile.keys], self.v[:, :, tile.keys]
+        if self.scale <= 0:
+            q = torch.mul(q, self.scale, out=q.new_empty(q.shape))
+        width = max(q.shape[3], v.shape[3])
+        return widen(q, width), widen(k, width), widen(v, width)
+
+    def _mask_and_scale(self, tile: Tile) -> dict[str, Any]:
+        scale = self.scale if self.scale > 0 else 1.0
+        return {"attn_mask": _mask(self.window, tile, self.slopes, self.dtype), "scale": scale}
 
 
 class _Kind:
@@ -292,9 +357,9 @@ class _Kind:
         self.window = Window.of(Sq, v.shape[1], causal, window_left, window_right)
         self.scale = default_scale(scale, D)
         self.empty = B == 0 or Hq == 0 or self.window.first_row == Sq
-        self.calls = _calls(self.window, 0 if alibi_slopes is None else alibi_slopes.numel())
-        # Whether some row of a call is kept from a key by what the mask adds to its score.
-        self.hides = any(call.masked and not self.window.sees_all(*call[:4]) for call in self.calls)
+        self.tiles = _fused_tiles(self.window, 0 if alibi_slopes is None else alibi_slopes.numel())
+        # Whether some row of a tile is kept from a key by what the mask adds to its score.
+        self.hides = any(not tile.causal and not self.window.sees_all(tile) for tile in self.tiles)
         # torch's kernel makes out like q and takes it for granted that rows of out are consecutive numbers, which they
         # are not where another dimension of q, too, has a stride of 1: windows that overlap, say.
         self.copies_q = D > 1 and any(
@@ -302,9 +367,9 @@ class _Kind:
         )
         # One call of torch's kernel and nothing around it: a short prompt notices.
         self.plain = (
-            not (self.empty or self.copies_q or softcap > 0 or sinks is not None or alibi_slopes is not None)
-            and (self.scale > 0 and q.dtype == self.dtype and v.shape[3] == D)
-            and self.calls in ((_Call(0, Sq, 0, v.shape[1]),), (_Call(0, Sq, 0, v.shape[1], causal=True),))
+            not (self.empty or self.hides or self.copies_q or softcap > 0 or sinks is not None)
+            and (self.scale > 0 and q.dtype == self.dtype and v.shape[3] == D and alibi_slopes is None)
+            and (len(self.tiles) == 1 and self.tiles[0].start == 0)
         )
 
 
@@ -323,102 +388,26 @@ def flash_attention(
     """See :func:`kvops.flash_attention`."""
     if kind.plain:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out, lse = _forward(q, k, v, 0.0, kind.calls[0].causal, scale=kind.scale)
+        out, lse = _forward(q, k, v, 0.0, kind.tiles[0].causal, scale=kind.scale)
         return out.transpose(1, 2).contiguous(), lse.contiguous()
-    B, Sq, Hq, _ = q.shape
-    Hkv, Dv = v.shape[2:]
-    dtype = kind.dtype
-    slopes = group_slopes(alibi_slopes, Hkv, dtype)
+    if kind.empty:
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(
+            (q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=kind.dtype
+        )
     if kind.copies_q:
         q = q.clone(memory_format=torch.contiguous_format)
-    if kind.empty:
-        return q.new_zeros(B, Sq, Hq, Dv), q.new_full((B, Hq, Sq), float("-inf"), dtype=dtype)
+    call = _Attention(q, k, v, kind.window, kind.scale, softcap, alibi_slopes)
     fused = softcap == 0
     if fused:
-        out, lse = _fused_forward(kind, cast(q, dtype), cast(k, dtype), cast(v, dtype), slopes)
+        out, lse = call.run(call.fused, kind.tiles)
         # The score of a key that holds a NaN or an infinity is NaN even where -inf was added to hide it.
         fused = not (kind.hides and lse.isnan().any())
     if not fused:
-        out, lse = _tiled_forward(q, k, v, kind.window, kind.scale, softcap, slopes, dtype)
+        out, lse = call.run(call.plain, call.small_tiles())
     if sinks is not None:
-        out, lse = add_sinks(out, lse, sinks)
-    return cast(out, q.dtype).contiguous(), lse.contiguous()
-
-
-def _part(x: Tensor, start: int, end: int) -> Tensor:
-    """Tokens start..end-1 of [B, H, S, D] or [B, H, S]."""
-    return x if end - start == x.shape[2] else x[:, :, start:end]
-
-
-def _fused_forward(kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
-    B, Sq, Hq, D = q.shape
-    Dv = v.shape[3]
-    q, scale = _positive_scale(q, kind.scale)
-    if Dv != D:
-        q, k, v = _equal_width(q, k, v)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    whole = kind.calls[0].start == 0 and kind.calls[0].end == Sq
-    if not whole:
-        out, lse = q.new_zeros(B, Sq, Hq, Dv), q.new_full((B, Hq, Sq), float("-inf"))
-    done = 0
-    for call in kind.calls:
-        start, end, low, high, causal, masked = call
-        mask = _mask(kind.window, call, slopes, q.dtype, q.device) if masked else None
-        part, part_lse = _forward(
-            _part(q, start, end), _part(k, low, high), _part(v, low, high), 0.0, causal, attn_mask=mask, scale=scale
-        )
-        part = part.transpose(1, 2)
-        if Dv < D:
-            part = part[..., :Dv]
-        rows = slice(start, end)
-        if start < done:
-            part, part_lse = merge(out[:, rows], lse[:, :, rows], part, part_lse)
-        if whole:
-            out, lse = part, part_lse
-        else:
-            out[:, rows], lse[:, :, rows] = part, part_lse
-        done = end
-    return out, lse
-
-
-def _tiled_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window,
-    scale: float,
-    softcap: float,
-    slopes: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    B, Sq, Hq, _ = q.shape
-    Hkv, Dv = v.shape[2:]
-    G = Hq // Hkv
-    qg, k, v = group_queries(q, Hkv), k.transpose(1, 2), v.transpose(1, 2)
-    out = torch.zeros(B, Hkv, G, Sq, Dv, dtype=dtype, device=q.device)
-    lse = torch.full((B, Hkv, G, Sq), float("-inf"), dtype=dtype, device=q.device)
-    rows, columns = tile_sizes(B, Hq, Sq)
-    for start in range(window.first_row, Sq, rows):
-        end = min(Sq, start + rows)
-        tile = qg[:, :, :, start:end].to(dtype)
-        first, last = window.keys(start, end)
-        acc = torch.zeros(B, Hkv, G, end - start, Dv, dtype=dtype, device=q.device)
-        m = torch.full((B, Hkv, G, end - start, 1), float("-inf"), dtype=dtype, device=q.device)
-        l = torch.zeros_like(m)
-        for low in range(first, last, columns):
-            high = min(last, low + columns)
-            scores, _ = score_tile(tile, k[:, :, low:high].to(dtype), window, start, low, scale, softcap, slopes)
-            m_new = torch.maximum(m, scores.amax(-1, keepdim=True))
-            shift = m_new.masked_fill(m_new == float("-inf"), 0.0)
-            p = scores.sub_(shift).exp_()
-            rescale = torch.exp(m - shift)
-            l = l * rescale + p.sum(-1, keepdim=True)
-            update = torch.matmul(p.flatten(2, 3), v[:, :, low:high].to(dtype)).view_as(acc)
-            acc = acc.mul_(rescale).add_(update)
-            m = m_new
-        out[:, :, :, start:end] = acc / l
-        lse[:, :, :, start:end] = (m + l.log()).squeeze(-1)
-    return out.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2)
+        weight, lse = beside_sinks(lse, sinks[:, None])
+        out *= weight.mT[..., None]
+    return cast(out, q.dtype), lse
 
 
 def flash_attention_backward(
@@ -438,26 +427,28 @@ def flash_attention_backward(
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, Sq, Hq, D = q.shape
-    Sk, Hkv, _ = v.shape[1:]
+    """See :func:`kvops.flash_attention_backward`."""
     dtype = compute_dtype(q.dtype)
-    window = Window.of(Sq, Sk, causal, window_left, window_right)
-    slopes = group_slopes(alibi_slopes, Hkv, dtype)
-    scale = default_scale(scale, D)
-    dsinks = q.new_empty(0, dtype=dtype)
-    if sinks is not None:
-        p = sink_probability(sinks[:, None], lse)
-        dsinks = -(p * _delta(dout, out, lse, dlse, dtype)).sum((0, 2)).to(sinks.dtype)
-    if B == 0 or Hq == 0 or window.first_row == Sq:
-        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        return dq, dk, dv, dsinks
-    if softcap == 0 and dlse is None:
-        inputs = cast(dout, dtype), cast(q, dtype), cast(k, dtype), cast(v, dtype), cast(out, dtype)
-        dq, dk, dv = _fused_backward(*inputs, lse, window, scale, slopes)
-    else:
+    window = Window.of(q.shape[1], v.shape[1], causal, window_left, window_right)
+    call = _Attention(q, k, v, window, default_scale(scale, q.shape[3]), softcap, alibi_slopes)
+    dsinks, fused = q.new_empty(0, dtype=dtype), softcap == 0 and dlse is None
+    if sinks is not None or not fused:
         delta = _delta(dout, out, lse, dlse, dtype)
-        dq, dk, dv = _tiled_backward(dout, q, k, v, lse, delta, window, scale, softcap, slopes, dtype)
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dsinks
+    if sinks is not None:
+        dsinks = -(sink_probability(sinks[:, None], lse) * delta).sum((0, 2)).to(sinks.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (q, k, v))
+    dout, out = (cast(x, dtype).transpose(1, 2) for x in (dout, out))
+    if q.shape[0] * q.shape[2] > 0:
+        slopes = 0 if alibi_slopes is None else alibi_slopes.numel()
+        for tile in _fused_tiles(window, slopes) if fused else call.small_tiles():
+            rows = tile.rows
+            if fused:
+                parts = call.fused_backward(tile, dout[:, :, rows], out[:, :, rows], lse[:, :, rows])
+            else:
+                parts = call.plain_backward(tile, dout[:, :, rows], delta[:, :, rows], lse[:, :, rows])
+            for total, part, places in zip((dq, dk, dv), parts, (rows, tile.keys, tile.keys), strict=True):
+                total.transpose(1, 2)[:, :, places] += part
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
 def _delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -465,100 +456,4 @@ def _delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, dtype: t
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse
-    return delta.masked_fill(lse == float("-inf"), 0.0)
-
-
-def _fused_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    window: Window,
-    scale: float,
-    slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    D, Dv = q.shape[3], v.shape[3]
-    given_scale = scale
-    q, scale = _positive_scale(q, scale)
-    q, k, v = (x.transpose(1, 2) for x in _equal_width(q, k, v))
-    if Dv < D:
-        dout, out = widen(dout, D), widen(out, D)
-    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    calls = _calls(window, 0 if slopes is None else slopes.numel())
-    whole = calls == (_Call(0, window.num_queries, 0, window.num_keys, calls[0].causal, calls[0].masked),)
-    if not whole:
-        # [B, S, H, D] in memory, like what torch's kernel returns.
-        dq, dk, dv = (torch.zeros_like(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in (q, k, v))
-    for call in calls:
-        mask = _mask(window, call, slopes, q.dtype, q.device) if call.masked else None
-        rows, keys = slice(call.start, call.end), slice(call.low, call.high)
-        parts = _backward(
-            dout[:, :, rows],
-            q[:, :, rows],
-            k[:, :, keys],
-            v[:, :, keys],
-            out[:, :, rows],
-            lse[:, :, rows],
-            0.0,
-            call.causal,
-            attn_mask=mask,
-            scale=scale,
-        )
-        if whole:
-            dq, dk, dv = parts
-        else:
-            dq[:, :, rows] += parts[0]
-            dk[:, :, keys] += parts[1]
-            dv[:, :, keys] += parts[2]
-    if given_scale <= 0:
-        dq = dq * given_scale
-    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
-    return dq[..., :D], dk[..., :D], dv[..., :Dv]
-
-
-def _tiled_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    window: Window,
-    scale: float,
-    softcap: float,
-    slopes: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, Sq, Hq, D = q.shape
-    Sk, Hkv, Dv = v.shape[1:]
-    qg, doutg = group_queries(q, Hkv), group_queries(dout, Hkv)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    lse, delta = (x.unflatten(1, (Hkv, Hq // Hkv)).unsqueeze(-1) for x in (lse, delta))  # [B, Hkv, G, Sq, 1]
-    dq = torch.zeros(B, Hkv, Hq // Hkv, Sq, D, dtype=dtype, device=q.device)
-    dk = torch.zeros(B, Hkv, Sk, D, dtype=dtype, device=q.device)
-    dv = torch.zeros(B, Hkv, Sk, Dv, dtype=dtype, device=q.device)
-    rows, columns = tile_sizes(B, Hq, Sq)
-    for start in range(window.first_row, Sq, rows):
-        end = min(Sq, start + rows)
-        tile = qg[:, :, :, start:end].to(dtype)
-        flat_q = tile.flatten(2, 3)
-        flat_dout = doutg[:, :, :, start:end].to(dtype).flatten(2, 3)
-        first, last = window.keys(start, end)
-        for low in range(first, last, columns):
-            high = min(last, low + columns)
-            kt, vt = k[:, :, low:high].to(dtype), v[:, :, low:high].to(dtype)
-            scores, capped = score_tile(tile, kt, window, start, low, scale, softcap, slopes)
-            p = scores.sub_(lse[:, :, :, start:end]).exp_()
-            dv[:, :, low:high] += torch.matmul(p.flatten(2, 3).transpose(2, 3), flat_dout)
-            ds = torch.matmul(flat_dout, vt.transpose(2, 3)).view_as(p)
-            ds.sub_(delta[:, :, :, start:end]).mul_(p)
-            if capped is not None:
-                ds.mul_(1 - capped * capped)
-            flat_ds = ds.flatten(2, 3)
-            dk[:, :, low:high] += torch.matmul(flat_ds.transpose(2, 3), flat_q)
-            dq[:, :, :, start:end] += torch.matmul(flat_ds, kt).view(B, Hkv, -1, end - start, D)
-    dq.mul_(scale)
-    dk.mul_(scale)
-    return dq.flatten(1, 2).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return delta.masked_fill(lse == -torch.inf, 0.0)

@@ -15,8 +15,8 @@ def _empty_as_minus_inf(lse: Tensor) -> Tensor:
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(out_a.dtype)
     lse_a, lse_b = _empty_as_minus_inf(lse_a), _empty_as_minus_inf(lse_b)
-    out, lse = merge(cast(out_a, dtype), lse_a, cast(out_b, dtype), lse_b)
-    return cast(out, out_a.dtype).contiguous(), lse.contiguous()
+    out, lse = merge(cast(out_a, dtype), lse_a.mT, cast(out_b, dtype), lse_b.mT)  # lse [..., S, H]
+    return cast(out, out_a.dtype).contiguous(), lse.mT.contiguous()
 
 
 def merge_attention_backward(

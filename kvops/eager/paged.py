@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvops.eager.attention import compute_dtype, default_scale
+from kvops.eager.attention import beside_sinks, compute_dtype, default_scale, softmax
 
 # Scores held at once: 4 MiB in float32.
 _MAX_SCORES = 1 << 20
@@ -112,7 +112,7 @@ class _Tokens(NamedTuple):
     """The new tokens of a list: which of its slots each of them sees."""
 
     length: int  # slots of the list
-    count: int  # real tokens, which stand in its last slots
+    num_tokens: int  # real tokens, which stand in its last slots
     causal: bool
     window_left: int  # in slots, -1 for no limit
     tree: Tensor | None  # bool [T, T]
@@ -120,14 +120,14 @@ class _Tokens(NamedTuple):
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """The slots [low, high) that some of the tokens ``first`` to ``last`` may see."""
-        before = self.length - self.count  # slots before token 0
+        before = self.length - self.num_tokens  # slots before token 0
         high = max(0, before + last) if self.causal else self.length
         low = max(0, before + first - self.window_left) if self.window_left >= 0 else 0
         return min(low, high), high
 
     def seen(self, first: int, last: int, low: int, high: int, positions: Tensor | None) -> Tensor:
         """bool [last - first, high - low]; positions [high - low] of the slots."""
-        before = self.length - self.count
+        before = self.length - self.num_tokens
         query = torch.arange(first, last)[:, None] + before  # the slot of each token
         slot = torch.arange(low, high)
         seen = slot <= query if self.causal else torch.ones(last - first, high - low, dtype=torch.bool)
@@ -152,23 +152,6 @@ def _read(side: Tensor, table: Tensor, low: int, high: int) -> Tensor:
     first = low // size
     copied = _bits(side).index_select(0, table[first : -(-high // size)]).view(side.dtype)
     return copied.flatten(0, 1)[low - first * size : high - first * size]
-
-
-def _softmax(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The probabilities and lse of scores [rows, slots], which are overwritten, beside a sink [rows] in each
-    denominator. A row of -inf gives 0 and -inf."""
-    maximum = s.amax(-1)
-    if sink is not None:
-        sink = sink.masked_fill(maximum == -torch.inf, -torch.inf)  # it joins the rows that see a slot
-        maximum = torch.maximum(maximum, sink)
-    limits = torch.finfo(s.dtype)
-    maximum = maximum.clamp(limits.min, limits.max)  # inf - inf is NaN
-    p = s.sub_(maximum[:, None]).exp_()
-    total = p.sum(-1)
-    if sink is not None:
-        total += torch.exp(sink - maximum)
-    lse = total.log() + maximum
-    return p.div_(total.masked_fill(total == 0, 1.0)[:, None]), lse
 
 
 class _Reduced:
@@ -251,8 +234,8 @@ def paged_attention(
             rows *= k_scale.expand(heads)[h]
         reduced = None if scores is None else _Reduced(tokens.length, score_reduce, dtype)
         step = max(1, _MAX_SCORES // (group * max(1, tokens.length)))
-        for first in range(0, tokens.count, step):
-            last = min(first + step, tokens.count)
+        for first in range(0, tokens.num_tokens, step):
+            last = min(first + step, tokens.num_tokens)
             low, high = tokens.span(first, last)
             if low == high:
                 continue
@@ -262,10 +245,14 @@ def paged_attention(
                 s.div_(softcap).tanh_().mul_(softcap)
             seen = tokens.seen(first, last, low, high, None if places is None else _read(places[h], table, low, high))
             s.view(last - first, group, -1).masked_fill_(~seen[:, None], -torch.inf)
-            p, found = _softmax(s, None if sinks is None else sinks[own].to(dtype).repeat(last - first))
+            p, found = softmax(s)
+            found = found.view(last - first, group)
+            if sinks is not None:
+                weight, found = beside_sinks(found, sinks[own])
+                p *= weight.view(-1, 1)
             mean = p @ v if v_scale is None else (p @ v) * v_scale.expand(heads)[h]
             out[b, first:last, own] = mean.view(last - first, group, -1).to(q.dtype)
-            lse[b, own, first:last] = found.view(last - first, group).mT
+            lse[b, own, first:last] = found.mT
             if reduced is not None:
                 reduced.add(p, low, seen)
         if scores is not None and reduced is not None:
