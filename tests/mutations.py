@@ -47,6 +47,7 @@ MERGE = _named("merge", "triton", "whole or float64")
 MERGE_EAGER = _named("merge", "eager", "whole or float64")
 VERIFY = "tests/test_verify.py tests/test_verify_distribution.py -k 'triton'"
 VERIFY_EAGER = "tests/test_verify.py tests/test_verify_distribution.py -k 'not triton'"
+EVICTION_NUMBA = _named("eviction", "numba")
 EVICTION = _named("eviction", "triton")
 EVICTION_EAGER = _named("eviction", "eager")
 
@@ -453,6 +454,41 @@ MUTATIONS = [
         "odd = (magnitude >> np.uint32(20)) & np.uint32(1)",
         "odd = np.uint32(1)",
         APPEND_NUMBA,
+    ),
+    Mutation(
+        "numba: of equal blocks that of the last head is kept",
+        "kernels/cpu/select_blocks.py",
+        "for h in range(H - 1, -1, -1):",
+        "for h in range(H):",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: a head gets a block more than the budget has",
+        "kernels/cpu/select_blocks.py",
+        "if left > 0 and",
+        "if left >= 0 and",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: NaN is the best score",
+        "kernels/cpu/select_blocks.py",
+        "        return _NAN\n",
+        "        return _PROTECTED\n",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: a slot that moves by one stays where it is",
+        "kernels/cpu/compact.py",
+        "if slot != kept:",
+        "if slot > kept + 1:",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: the first block is never written",
+        "kernels/cpu/copy_blocks.py",
+        "if call.target[i] >= 0:",
+        "if call.target[i] > 2:",
+        _named("blocks", "numba"),
     ),
 ]
 

@@ -6,6 +6,8 @@ from cache_helpers import HEADS, LAYERS, feed, make_cache
 
 import kvops
 
+NUMBA = True
+
 
 def random_bytes(*shape, dtype):
     """Any bits, those of NaN among them."""

@@ -60,7 +60,27 @@ def appended():
     return lists.k_cache, lists.v_cache, lists.positions, lists.scores
 
 
-@pytest.mark.parametrize("results", [appended])
+def evicted(scope="head"):
+    lists = make_lists([[700, 33, 1500], [600, 900, 617]], block_size=16, head_dim=64)
+    lens, tables = lists.seq_lens, lists.block_tables
+    budget = torch.tensor([60, 41], dtype=torch.int32)
+    new_lens, keep = kvops.select_blocks(lists.scores, tables, lens, budget, protect_last=9, scope=scope)
+    freed = kvops.compact(*lists.arguments, keep, positions=lists.positions, scores=lists.scores)
+    return new_lens, keep, freed, lens, lists.k_cache, lists.v_cache, lists.positions, lists.scores
+
+
+def competed():
+    return evicted("sequence")
+
+
+def copied():
+    k_cache, v_cache = torch.randn(2, 300, 16, 64)
+    blocks = torch.randperm(300).int()
+    kvops.copy_blocks(k_cache, v_cache, blocks[:150], blocks[150:])
+    return k_cache, v_cache
+
+
+@pytest.mark.parametrize("results", [appended, evicted, competed, copied])
 def test_the_shares_of_several_threads_make_the_whole(results, two_threads, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 

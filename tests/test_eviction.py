@@ -10,6 +10,7 @@ import torch
 
 import kvops
 
+NUMBA = True
 LARGEST = 1.5 * 2.0**126
 
 

@@ -74,6 +74,11 @@ def per_head(x: torch.Tensor | None, heads: int, rank: int) -> torch.Tensor | No
     return x if x is None or x.dim() == rank else x.unsqueeze(2).expand(-1, -1, heads, *x.shape[2:])
 
 
+def side_bytes(side: torch.Tensor | None) -> torch.Tensor | None:
+    """A side array [num_blocks, block_size] in the shape of a cache, whose last dimension may be taken for bytes."""
+    return None if side is None else side.unsqueeze(-1)
+
+
 def for_heads(scale: torch.Tensor | None, heads: int) -> torch.Tensor | None:
     """One number for each head, where there may be one for all."""
     return None if scale is None else scale.expand(heads)

@@ -28,7 +28,7 @@ def as_bytes(cache: torch.Tensor) -> tuple[np.ndarray, int]:
 
 
 @intrinsic
-def _bits_to_float(typing_context: Any, x: Any) -> Any:
+def bits_to_float(typing_context: Any, x: Any) -> Any:
     """The float32 with these 32 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -38,7 +38,7 @@ def _bits_to_float(typing_context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def _float_to_bits(typing_context: Any, x: Any) -> Any:
+def float_to_bits(typing_context: Any, x: Any) -> Any:
     """The 32 bits of this float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -50,14 +50,14 @@ def _float_to_bits(typing_context: Any, x: Any) -> Any:
 @jit
 def to_float8(x):
     """The float8 (e4m3fn) nearest to a float32, as a byte; beyond 448 it is 448, and NaN stays NaN."""
-    bits = _float_to_bits(x)
+    bits = float_to_bits(x)
     sign, magnitude = (bits >> np.uint32(24)) & np.uint32(0x80), bits & np.uint32(0x7FFFFFFF)
     if magnitude > np.uint32(0x7F800000):
         code = np.uint32(0x7F)
     elif magnitude >= np.uint32(0x43E00000):  # 448
         code = np.uint32(0x7E)
     elif magnitude < np.uint32(0x3C800000):  # 2 ** -6: multiples of 2 ** -9, the last place of 2 ** 14
-        code = _float_to_bits(_bits_to_float(magnitude) + np.float32(16384)) - np.uint32(0x46800000)
+        code = float_to_bits(bits_to_float(magnitude) + np.float32(16384)) - np.uint32(0x46800000)
     else:  # the exponent's bias is 7 where float32 has 127, and 20 bits of the fraction are rounded to even
         odd = (magnitude >> np.uint32(20)) & np.uint32(1)
         code = (magnitude - np.uint32(0x3C000000) + np.uint32(0x7FFFF) + odd) >> np.uint32(20)
@@ -109,4 +109,4 @@ def exp2(x):
     p = p * f + np.float32(0.6931471824645996)
     p = p * f + np.float32(1.0)
     exponent = np.int32(whole) + np.int32(127)
-    return p * _bits_to_float(np.uint32(exponent) << np.uint32(23))
+    return p * bits_to_float(np.uint32(exponent) << np.uint32(23))

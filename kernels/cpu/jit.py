@@ -30,7 +30,16 @@ _FAST_MATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
 
 def jit(function: Callable[..., Any]) -> Any:
     """``numba.njit`` without the GIL, with vectorised sums and a cache on disk."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=_FAST_MATH)(function)
+    return _njit(function, _FAST_MATH)
+
+
+def exact(function: Callable[..., Any]) -> Any:
+    """:func:`jit` for what must round as it is written: sums in their order, products before they are added."""
+    return _njit(function, set())
+
+
+def _njit(function: Callable[..., Any], fast_math: set[str]) -> Any:
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=fast_math or False)(function)
     dispatcher._cache = _Cache(function)
     return dispatcher
 

@@ -57,6 +57,7 @@ _copy_blocks = register(
     fake=_fake_copy_blocks,
     eager=eager.copy_blocks,
     kernel="kvops.kernels.copy_blocks:copy_blocks",
+    cpu="kvops.kernels.cpu.copy_blocks:copy_blocks",
 )
 
 

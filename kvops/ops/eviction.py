@@ -143,6 +143,7 @@ _select_blocks = register(
     fake=_fake_select_blocks,
     eager=eager.select_blocks,
     kernel="kvops.kernels.select_blocks:select_blocks",
+    cpu="kvops.kernels.cpu.select_blocks:select_blocks",
 )
 
 _compact = register(
@@ -152,6 +153,7 @@ _compact = register(
     fake=_fake_compact,
     eager=eager.compact,
     kernel="kvops.kernels.compact:compact",
+    cpu="kvops.kernels.cpu.compact:compact",
 )
 
 

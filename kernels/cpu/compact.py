@@ -1,0 +1,105 @@
+"""Moving the kept slots of every list to its front, in order and in place, on the CPU."""
+
+from typing import NamedTuple
+
+import torch
+from numba import boolean, int32, uint8
+
+from kvops.kernels.cpu.arguments import Binding, side_bytes, unpack
+from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.threads import run_shares, worth
+from kvops.kernels.cpu.vector import copy
+from kvops.prepared import prepared
+
+
+class Call(NamedTuple):
+    k_cache: uint8[:, :, :]  # [num_blocks, block_size, D] bytes, and so are the next three, or empty
+    v_cache: uint8[:, :, :]
+    positions: uint8[:, :, :]
+    scores: uint8[:, :, :]
+    tables: int32[:, :, :]  # [B, Hkv, max_blocks]
+    lens: int32[:, :]  # [B, Hkv]
+    keep: boolean[:, :, :]  # [B, Hkv, max_blocks * block_size]
+    freed: int32[:, :]  # [B, Hkv]
+
+
+@jit
+def _move(side, block, offset, to_block, to_offset):
+    if side.size:
+        source = side.ctypes.data + block * side.strides[0] + offset * side.strides[1]
+        target = side.ctypes.data + to_block * side.strides[0] + to_offset * side.strides[1]
+        copy(target, source, side.shape[2])
+
+
+@jit
+def _compact_share(share, shares, call):
+    B, Hkv, _ = call.tables.shape
+    size = call.k_cache.shape[1]
+    for i in range(share, B * Hkv, shares):
+        b, h = i // Hkv, i % Hkv
+        table, length, kept = call.tables[b, h], call.lens[b, h], 0
+        for slot in range(min(length, call.keep.shape[2])):
+            if not call.keep[b, h, slot]:
+                continue
+            if slot != kept:
+                block, offset, to_block, to_offset = table[slot // size], slot % size, table[kept // size], kept % size
+                _move(call.k_cache, block, offset, to_block, to_offset)
+                _move(call.v_cache, block, offset, to_block, to_offset)
+                _move(call.positions, block, offset, to_block, to_offset)
+                _move(call.scores, block, offset, to_block, to_offset)
+            kept += 1
+        call.lens[b, h] = kept
+        call.freed[b, h] = -(-length // size) - -(-kept // size)
+
+
+@jit
+def _compact(addresses, table, threads):
+    call = unpack(Call, addresses, table)
+    slots = 0
+    for b in range(call.lens.shape[0]):
+        for h in range(call.lens.shape[1]):
+            slots += call.lens[b, h]
+    threads = worth(threads, slots * (call.k_cache.shape[2] + call.v_cache.shape[2]))
+    return run_shares(_compact_share, (call,), threads)
+
+
+def _bind(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    keep: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+) -> Binding:
+    return Binding(
+        _compact,
+        Call,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        positions=side_bytes(positions),
+        scores=side_bytes(scores),
+        tables=block_tables,
+        lens=seq_lens,
+        keep=keep,
+        freed=torch.empty(seq_lens.shape, dtype=torch.int32),
+    )
+
+
+@prepared(_bind)
+def compact(
+    binding: Binding,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    keep: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`kvops.compact`."""
+    freed = torch.empty(seq_lens.shape, dtype=torch.int32)
+    binding(k_cache, v_cache, positions, scores, block_tables, seq_lens, keep, freed)
+    return freed
