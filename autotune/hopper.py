@@ -17,15 +17,9 @@ from kvops.autotune.config import (
     gluon_flash_backward_queries_config,
     gluon_flash_forward_config,
 )
+from kvops.autotune.dense_families import DENSE_KEY, DENSE_SIZES, dense_bound, dense_problems, with_window
 from kvops.autotune.devices import DeviceFacts
-from kvops.autotune.families import (
-    DENSE_KEY,
-    DENSE_SIZES,
-    dense_bound,
-    dense_problems,
-    refuse_shared,
-    with_window,
-)
+from kvops.autotune.family_parts import refuse_shared
 from kvops.autotune.spec import OpSpec, Problem
 
 # A thread of each consumer and of the producer together: a multiprocessor's 65,536 in allocations of 8 for 128 threads.

@@ -333,7 +333,7 @@ def test_every_phase_runs_with_the_interpreter_and_compiles_for_hopper(phase, tm
     assert found, capfd.readouterr()
     assert all(row["outcome"] == PASSED for row in found), found
     if phase == "tune":
-        assert "candidates compiled" in capfd.readouterr().out
+        assert "configurations compiled" in capfd.readouterr().out
         (table,) = (tmp_path / "store").glob("*.json")
         assert "sm_90" in table.read_text()
 
