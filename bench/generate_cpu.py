@@ -1,11 +1,11 @@
-"""kvops' generate beside transformers' generate: the same weights, threads and prompts, interleaved in one run.
+"""Generation with kvops and with transformers: the same weights, threads and prompts, interleaved in one run.
 
     python bench/generate_cpu.py --json bench/results/cpu/generate.json
 
-Three tasks: a question about a document (new words), a passage to give back corrected (quoting, where prompt lookup
-helps), and words drawn by lot, gone on with at temperature 1 (where nothing can be looked up, and trying must cost
-next to nothing). Every contender must emit the same greedy tokens, or the run fails. Times are medians over the rounds,
-the first token apart from the rest; the ratios, not the times, are what carries over to another machine.
+Three tasks: a question about a document (new text), a passage to correct and repeat (prompt lookup helps), and a
+continuation of random words at temperature 1 (prompt lookup finds nothing, and must cost almost nothing). All
+contenders must emit the same greedy tokens; otherwise the run fails. Times are medians over the rounds, with the first
+token separate. Ratios carry over to other machines; times do not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import transformers
@@ -31,7 +32,7 @@ from kvops.cli.console import positive, quiet_without_reader
 from kvops.cli.environment import processor
 from kvops.generation.generate import stream
 from kvops.models.llama import Llama
-from kvops.models.loading import find_default_model, load
+from kvops.models.loading import LoadedModel, find_default_model, load
 
 PASSAGE = " ".join(topics["with"][20:800].split())
 DOCUMENT = topics["with"] + topics["try"]
@@ -44,11 +45,11 @@ TASKS = {
 SAMPLED = ("random",)
 
 Timed = tuple[list[int], float, float]
-"""New tokens, seconds to the first of them, seconds for the others."""
+"""New tokens, seconds until the first of them, seconds for the others."""
 
 
 class _Clock(transformers.generation.streamers.BaseStreamer):
-    """Notes when transformers' generate hands over each piece; the first piece is the prompt."""
+    """Records when the generate of transformers emits each piece; the first piece is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -99,6 +100,81 @@ def with_kvops(model: Llama, **options: object) -> Run:
     return run
 
 
+def contenders_of(loaded: LoadedModel, path: Path) -> dict[str, Run]:
+    """Both libraries with and without prompt lookup, on the same weights."""
+    ours = Llama(loaded.config, loaded.weights)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    return {
+        "transformers": with_transformers(theirs),
+        "transformers, prompt lookup": with_transformers(theirs, prompt_lookup_num_tokens=7, max_matching_ngram_size=4),
+        "kvops": with_kvops(ours),
+        "kvops, prompt lookup": with_kvops(ours, draft="prompt_lookup"),
+    }
+
+
+def measure(
+    contenders: dict[str, Run], task: str, prompt: list[int], new_tokens: int, rounds: int
+) -> dict[str, list[Timed]]:
+    """Run all contenders in turn, ``rounds`` times after one to warm up. Exits where greedy tokens differ."""
+    times: dict[str, list[Timed]] = {name: [] for name in contenders}
+    for turn in tqdm(range(rounds + 1), desc=task, unit="round", disable=None):
+        for name, run in contenders.items():
+            timed = run(prompt, new_tokens, task in SAMPLED)
+            if turn:  # the first round warms up
+                times[name].append(timed)
+    tokens = {name: runs[0][0] for name, runs in times.items()}
+    different = [name for name in tokens if tokens[name] != tokens["transformers"]]
+    if different and task not in SAMPLED:
+        raise SystemExit(f"{task}: expected the tokens of transformers, got others from {', '.join(different)}")
+    return times
+
+
+def rows_of(task: str, prompt: list[int], new_tokens: int, times: dict[str, list[Timed]]) -> list[dict[str, Any]]:
+    """One row per contender: medians over the rounds, and ratios to transformers and to kvops without drafts."""
+    base_decode = statistics.median(decode for _, _, decode in times["transformers"])
+    base_total = statistics.median(first + decode for _, first, decode in times["transformers"])
+    rows = []
+    for name, runs in times.items():
+        decode = statistics.median(decode for _, _, decode in runs)
+        total = statistics.median(first + decode for _, first, decode in runs)
+        rows.append(
+            {
+                "task": task,
+                "contender": name,
+                "prompt_tokens": len(prompt),
+                "new_tokens": new_tokens,
+                "first_token_seconds": statistics.median(first for _, first, _ in runs),
+                "total_seconds": total,
+                "decode_tokens_per_second": (new_tokens - 1) / decode,
+                "decode_speed_ratio": base_decode / decode,
+                "decode_speed_ratio_to_kvops": statistics.median(
+                    without / own for (_, _, without), (_, _, own) in zip(times["kvops"], runs, strict=True)
+                ),
+                "total_speed_ratio": base_total / total,
+            }
+        )
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    columns = {
+        "task": "{task}",
+        "contender": "{contender}",
+        "prompt": "{prompt_tokens}",
+        "first token s": "{first_token_seconds:.2f}",
+        "decode tokens/s": "{decode_tokens_per_second:.1f}",
+        "decode ratio": "{decode_speed_ratio:.2f}",
+        "of kvops": "{decode_speed_ratio_to_kvops:.2f}",
+        "total ratio": "{total_speed_ratio:.2f}",
+    }
+    cells = [[pattern.format(**row) for pattern in columns.values()] for row in rows]
+    return tabulate(cells, headers=[*columns], disable_numparse=True, colalign=("left", "left", *6 * ["right"]))
+
+
 @quiet_without_reader
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,53 +188,13 @@ def main() -> int:
 
     path = find_default_model()
     loaded = load(path)
-    ours = Llama(loaded.config, loaded.weights)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
-    ).eval()
-    theirs.generation_config.eos_token_id = None
-    theirs.generation_config.pad_token_id = 0
-    contenders = {
-        "transformers": with_transformers(theirs),
-        "transformers, prompt lookup": with_transformers(theirs, prompt_lookup_num_tokens=7, max_matching_ngram_size=4),
-        "kvops": with_kvops(ours),
-        "kvops, prompt lookup": with_kvops(ours, draft="prompt_lookup"),
-    }
+    contenders = contenders_of(loaded, path)
     rows = []
     for task in arguments.tasks:
         text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": TASKS[task]}])
         prompt = loaded.tokenizer.encode(text)
-        times: dict[str, list[Timed]] = {name: [] for name in contenders}
-        for turn in tqdm(range(arguments.rounds + 1), desc=task, unit="round", disable=None):
-            for name, run in contenders.items():
-                timed = run(prompt, arguments.new_tokens, task in SAMPLED)
-                if turn:  # the first round warms up
-                    times[name].append(timed)
-        answers = {name: runs[0][0] for name, runs in times.items()}
-        different = [name for name in answers if answers[name] != answers["transformers"]]
-        if different and task not in SAMPLED:
-            raise SystemExit(f"{task}: expected the tokens of transformers from everyone, but not so: {different}")
-        base = statistics.median(rest for _, _, rest in times["transformers"])
-        without = times["kvops"]
-        for name, runs in times.items():
-            rest = statistics.median(rest for _, _, rest in runs)
-            total = statistics.median(first + rest for _, first, rest in runs)
-            rows.append(
-                {
-                    "task": task,
-                    "contender": name,
-                    "prompt_tokens": len(prompt),
-                    "new_tokens": arguments.new_tokens,
-                    "first_token_seconds": statistics.median(first for _, first, _ in runs),
-                    "total_seconds": total,
-                    "decode_tokens_per_second": (arguments.new_tokens - 1) / rest,
-                    "decode_speed_ratio": base / rest,
-                    "decode_speed_ratio_to_kvops": statistics.median(
-                        theirs / ours for (_, _, theirs), (_, _, ours) in zip(without, runs, strict=True)
-                    ),
-                    "total_speed_ratio": statistics.median(f + r for _, f, r in times["transformers"]) / total,
-                }
-            )
+        times = measure(contenders, task, prompt, arguments.new_tokens, arguments.rounds)
+        rows += rows_of(task, prompt, arguments.new_tokens, times)
     setting = {
         "processor": processor(),
         "threads": arguments.threads,
@@ -173,35 +209,7 @@ def main() -> int:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
-    print(
-        tabulate(
-            [
-                [
-                    row["task"],
-                    row["contender"],
-                    row["prompt_tokens"],
-                    f"{row['first_token_seconds']:.2f}",
-                    f"{row['decode_tokens_per_second']:.1f}",
-                    f"{row['decode_speed_ratio']:.2f}",
-                    f"{row['decode_speed_ratio_to_kvops']:.2f}",
-                    f"{row['total_speed_ratio']:.2f}",
-                ]
-                for row in rows
-            ],
-            headers=[
-                "task",
-                "contender",
-                "prompt",
-                "first token s",
-                "decode tokens/s",
-                "decode ratio",
-                "of kvops",
-                "total ratio",
-            ],
-            disable_numparse=True,
-            colalign=("left", "left", *6 * ["right"]),
-        )
-    )
+    print(table_of(rows))
     print("\n" + ", ".join(f"{name} {value}" for name, value in setting.items()))
     return 0
 

@@ -185,8 +185,7 @@ def accept_block(
     row_max, row_sum, path = new((3, B, rows), dtype=torch.float32).unbind()
     num_left = 1 if draft_probs is None else splits
     left = new((B * rows, num_left), dtype=torch.float32)
-    count = new(B, dtype=torch.int32)
-    ratio = new(B, dtype=torch.float32)
+    count, ratio = new(B, dtype=torch.int32), new(B, dtype=torch.float32)
     prob_strides = (0, 0) if draft_probs is None else draft_probs.stride()[:2]
     path_kernel[(B,)](
         *inputs[:5],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvops import checks
 
-_PARTIAL_SORT = 1024  # on a CPU a nucleus is first looked for among so many largest logits: a whole sort costs 20 times
+_PARTIAL_SORT = 1024  # on a CPU a nucleus is first sought among this many largest logits: a full sort costs 20 times
 
 
 def process_logits(
@@ -68,51 +68,35 @@ def process_logits(
     B, T, V = logits.shape
     number = _Numbers(logits)
     highest = torch.finfo(torch.float32).max  # inf times 0 is NaN
-    heat = number.floats("temperature", temperature, 0.0, highest)
+    divisor = number.floats("temperature", temperature, 0.0, highest)
     k = number.integers("top_k", top_k)
     p = number.floats("top_p", top_p, 0.0, 1.0)
     floor = number.floats("min_p", min_p, 0.0, 1.0)
     repetition = number.floats("repetition_penalty", repetition_penalty, 1e-6, highest)
     presence = number.floats("presence_penalty", presence_penalty, -highest, highest)
     frequency = number.floats("frequency_penalty", frequency_penalty, -highest, highest)
-    line = _Line(_context(context, logits), *_drafts(draft_tokens, parents, logits))
-    if prompt_lens is not None:
-        checks.expect_dtype("prompt_lens", prompt_lens, torch.int32, torch.int64)
-        checks.expect_shape("prompt_lens", prompt_lens, "[batch]", B)
-    if not all(isinstance(word, Sequence) and not isinstance(word, str) for word in bad_words):
-        raise TypeError(f"bad_words: expected sequences of tokens, such as [[17], [3, 5]], got {bad_words}")
-    bad_words = [checks.ints("bad_words", word) for word in bad_words]
-    if any(len(word) == 0 or min(word) < 0 or max(word) >= V for word in bad_words):
-        raise ValueError(f"bad_words: expected sequences of tokens inside the vocabulary of {V}, got {bad_words}")
+    before = _Prefixes(_context(context, prompt_lens, logits), *_drafts(draft_tokens, parents, logits))
+    bad_words = _bad_words(bad_words, V)
 
     x = logits.to(torch.float32, copy=True)
     if V == 0 or B * T == 0:
         return x
-    if repetition is not None:
-        seen = line.counts(V) > 0
-        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-    if presence is not None or frequency is not None:
-        count = line.counts(V, skip=prompt_lens)
-        if presence is not None:
-            x = x - presence * (count > 0)
-        if frequency is not None:
-            x = x - frequency * count
+    x = _penalise(x, before, repetition, presence, frequency, prompt_lens)
     if bad_words:
-        _forbid(x, line, bad_words)
-    if heat is not None:
-        # The largest becomes 0, so that no temperature overflows upwards; a temperature of 1e-30 is as good as 0.
+        _forbid(x, before, bad_words)
+    if divisor is not None:
+        # The largest logit becomes 0, so that no temperature overflows; one below 1e-30 counts as 1e-30.
         largest = x.amax(-1, keepdim=True)
-        x = torch.where((heat > 0) & largest.isfinite(), (x - largest) / heat.clamp_min(1e-30), x)
+        x = torch.where((divisor > 0) & largest.isfinite(), (x - largest) / divisor.clamp_min(1e-30), x)
     if k is not None or p is not None:
         x = _keep_largest(x, k, p, top_k if isinstance(top_k, int) else None)
-    if floor is not None:
-        # -inf - -inf: a row without anything stays one; log(0) keeps all.
+    if floor is not None:  # log(0) is -inf: min_p 0 keeps everything
         x = x.masked_fill(x < x.amax(-1, keepdim=True) + floor.log(), -math.inf)
     return x
 
 
 class _Numbers:
-    """Numbers and per-request tensors alike, checked, as [1 or B, 1, 1] beside the logits."""
+    """Checked options, each a number or a tensor with one element per request, as ``[1 or B, 1, 1]``."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -150,7 +134,10 @@ class _Numbers:
         return value[:, None, None]
 
 
-def _context(context: Tensor | None, logits: Tensor) -> Tensor:
+def _context(context: Tensor | None, prompt_lens: Tensor | None, logits: Tensor) -> Tensor:
+    if prompt_lens is not None:
+        checks.expect_dtype("prompt_lens", prompt_lens, torch.int32, torch.int64)
+        checks.expect_shape("prompt_lens", prompt_lens, "[batch]", logits.shape[0])
     if context is None:
         return torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
     checks.expect_dtype("context", context, torch.int64)
@@ -181,24 +168,24 @@ def _drafts(draft_tokens: Tensor | None, parents: Tensor | None, logits: Tensor)
     return draft_tokens[:, 1:], parents.long().clamp_min(0)
 
 
-class _Line:
-    """What stands before each row: the text, then the drafts on the way to it."""
+class _Prefixes:
+    """The tokens before each row of the logits: the text, then the drafts that the row follows."""
 
     def __init__(self, text: Tensor, drafts: Tensor, parents: Tensor | None) -> None:
         self.text, self.drafts, self.parents = text, drafts, parents
 
     def counts(self, V: int, *, skip: Tensor | None = None) -> Tensor:
-        """float32 [B, T, V]: how often each token stands there, the first ``skip`` [B] of the text left out."""
+        """float32 [B, T, V]: occurrences of each token before each row, without the first ``skip`` [B] of the text."""
         text = self.text
         if skip is not None:
             text = text.masked_fill(torch.arange(text.shape[1], device=text.device) < skip[:, None], -1)
         B, T = self.drafts.shape[0], self.drafts.shape[1] + 1
         count = torch.zeros((B, T, V), dtype=torch.float32, device=text.device)
-        each = torch.arange(B, device=text.device)
+        requests = torch.arange(B, device=text.device)
         for row in range(T):
             tokens = self.drafts[:, row - 1 : row] if row else text
             if row:
-                count[:, row] = count[:, row - 1] if self.parents is None else count[each, self.parents[:, row]]
+                count[:, row] = count[:, row - 1] if self.parents is None else count[requests, self.parents[:, row]]
             inside = (tokens >= 0) & (tokens < V)
             count[:, row].scatter_add_(1, tokens.clamp(0, V - 1), inside.float())
         return count
@@ -212,15 +199,46 @@ class _Line:
         padded = torch.nn.functional.pad(self.text, (0, 1), value=-1)
         before = padded.gather(1, place.clamp(0, self.text.shape[1])).masked_fill(place < 0, -1)
         ending = before[:, None].repeat(1, T, 1)
-        each = torch.arange(B, device=device)
+        requests = torch.arange(B, device=device)
         for row in range(1, T):
-            above = ending[:, row - 1] if self.parents is None else ending[each, self.parents[:, row]]
-            ending[:, row] = torch.cat((self.drafts[:, row - 1 : row], above[:, :-1]), 1)
+            parent = ending[:, row - 1] if self.parents is None else ending[requests, self.parents[:, row]]
+            ending[:, row] = torch.cat((self.drafts[:, row - 1 : row], parent[:, :-1]), 1)
         return ending
 
 
-def _forbid(x: Tensor, line: _Line, bad_words: Sequence[Sequence[int]]) -> None:
-    ending = line.endings(max(1, max(map(len, bad_words)) - 1))
+def _bad_words(bad_words: Sequence[Sequence[int]], V: int) -> list[list[int]]:
+    if not all(isinstance(word, Sequence) and not isinstance(word, str) for word in bad_words):
+        raise TypeError(f"bad_words: expected sequences of tokens, such as [[17], [3, 5]], got {bad_words}")
+    words = [checks.ints("bad_words", word) for word in bad_words]
+    if any(len(word) == 0 or min(word) < 0 or max(word) >= V for word in words):
+        raise ValueError(f"bad_words: expected sequences of tokens inside the vocabulary of {V}, got {words}")
+    return words
+
+
+def _penalise(
+    x: Tensor,
+    before: _Prefixes,
+    repetition: Tensor | None,
+    presence: Tensor | None,
+    frequency: Tensor | None,
+    prompt_lens: Tensor | None,
+) -> Tensor:
+    """The logits ``x`` after the penalties of tokens that occur before their row."""
+    V = x.shape[-1]
+    if repetition is not None:
+        seen = before.counts(V) > 0
+        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+    if presence is not None or frequency is not None:
+        count = before.counts(V, skip=prompt_lens)
+        if presence is not None:
+            x = x - presence * (count > 0)
+        if frequency is not None:
+            x = x - frequency * count
+    return x
+
+
+def _forbid(x: Tensor, before: _Prefixes, bad_words: Sequence[Sequence[int]]) -> None:
+    ending = before.endings(max(1, max(map(len, bad_words)) - 1))
     for *head, last in bad_words:
         matches = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for back, token in enumerate(reversed(head)):
@@ -229,15 +247,18 @@ def _forbid(x: Tensor, line: _Line, bad_words: Sequence[Sequence[int]]) -> None:
         column.masked_fill_(matches & ~column.isnan(), -math.inf)  # a NaN is refused, forbidden or not
 
 
-def _keep_largest(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, one_k: int | None) -> Tensor:
-    """Top-k and top-p as one count of largest logits to keep in each row."""
+def _keep_largest(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, common_k: int | None) -> Tensor:
+    """Apply top-k and top-p as one number of largest logits to keep in each row.
+
+    ``common_k`` is the top-k of all rows, where it is one number.
+    """
     V = x.shape[-1]
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # where looking at data costs nothing
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # where reading data does not synchronise
     count = torch.full((1, 1, 1), V, device=x.device)
     if top_k is not None:
         count = torch.where(top_k > 0, top_k.clamp_max(V), V)
-    if one_k is not None and 0 < one_k < V:
-        ordered = x.topk(one_k).values
+    if common_k is not None and 0 < common_k < V:
+        ordered = x.topk(common_k).values
     elif eager_cpu and V > _PARTIAL_SORT:
         ordered = x.topk(_PARTIAL_SORT).values
         if not _suffices(x, ordered, count, top_p):
@@ -246,19 +267,19 @@ def _keep_largest(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, one_k: 
         ordered = x.sort(descending=True).values
     if top_p is not None:
         kept = torch.arange(ordered.shape[-1], device=x.device) < count
-        whole = ordered.masked_fill(~kept, -math.inf).logsumexp(-1, keepdim=True)
-        if ordered.shape[-1] != one_k:  # else top-k leaves no row whole
-            whole = torch.where(count >= V, x.logsumexp(-1, keepdim=True), whole)
-        probability = torch.exp(ordered - whole)
-        before = probability.cumsum(-1) - probability
-        nucleus = (before < top_p).sum(-1, keepdim=True).clamp_min(1)
+        total = ordered.masked_fill(~kept, -math.inf).logsumexp(-1, keepdim=True)
+        if ordered.shape[-1] != common_k:  # otherwise top-k cuts every row
+            total = torch.where(count >= V, x.logsumexp(-1, keepdim=True), total)
+        probability = torch.exp(ordered - total)
+        preceding = probability.cumsum(-1) - probability
+        nucleus = (preceding < top_p).sum(-1, keepdim=True).clamp_min(1)
         count = torch.minimum(count, torch.where(top_p >= 1, V, nucleus))
     count = count.expand(*x.shape[:2], 1)
     limit = ordered.gather(-1, (count - 1).clamp_max(ordered.shape[-1] - 1))
     limit = torch.where(ordered[..., :1].isnan(), math.nan, limit)  # a row with a NaN keeps nothing
     above, equal = x > limit, x == limit
     room = count - above.sum(-1, keepdim=True)
-    if not eager_cpu or bool((equal.sum(-1, keepdim=True) > room).any()):  # ties are rare, counting them is not cheap
+    if not eager_cpu or bool((equal.sum(-1, keepdim=True) > room).any()):  # ties are rare, and counting them is slow
         equal = equal & (equal.cumsum(-1) <= room)
     return x.masked_fill(~(above | equal | (count >= V)), -math.inf)
 

@@ -243,7 +243,7 @@ def test_what_is_not_there_is_said():
     q = randn(1, 2, 2, 8)
     with pytest.raises(ValueError, match=r"dropout_p: expected 0, got 0\.1"):
         flash_attn_func(q, q, q, dropout_p=0.1)
-    with pytest.raises(ValueError, match="alibi_slopes: expected None, paged attention has no ALiBi"):
+    with pytest.raises(ValueError, match="alibi_slopes: expected None, because paged attention has no ALiBi"):
         flash_attn_with_kvcache(q, q, q, alibi_slopes=torch.ones(2))
     with pytest.raises(ValueError, match="cache_leftpad: expected None"):
         flash_attn_with_kvcache(q, q, q, cache_leftpad=torch.zeros(1))

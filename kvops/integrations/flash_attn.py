@@ -286,31 +286,17 @@ def flash_attn_with_kvcache(
     for more tokens than the cache has room for and for rows that it has not. Raises TypeError for wrong dtypes.
     """
     if cache_leftpad is not None:
-        raise ValueError("cache_leftpad: expected None, kvops keeps no padding in a cache: move rows to its beginning")
+        raise ValueError(
+            "cache_leftpad: expected None, because kvops has no padding in a cache; move rows to their first slots"
+        )
     if (k is None) != (v is None):
         raise ValueError(f"v: expected along with k, got {'only k' if v is None else 'only v'}")
     checks.expect_rank("q", q, "[batch, tokens, heads, head_dim]")
     checks.expect_rank("k_cache", k_cache, "[batch or num_blocks, tokens, heads, head_dim]")
-    batch, tokens = q.shape[:2]
-    if cache_seqlens is None:
-        if block_table is not None or k is not None:
-            raise ValueError("cache_seqlens: expected a number or int32 [batch] with new keys or pages, got None")
-        cache_seqlens = k_cache.shape[1]
-    if not isinstance(cache_seqlens, Tensor):
-        checks.expect_int("cache_seqlens", cache_seqlens, 0)
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    checks.expect_dtype("cache_seqlens", cache_seqlens, torch.int32)
-    checks.expect_shape("cache_seqlens", cache_seqlens, "[batch]", batch)
-    if block_table is None and cache_batch_idx is None:
-        checks.expect_at_least("k_cache.shape[0]", k_cache.shape[0], batch)
-    if cache_batch_idx is not None:
-        if block_table is not None:
-            raise ValueError("cache_batch_idx: expected None along with a block_table, which names the pages")
-        _check_rows_of_cache(cache_batch_idx, k_cache, q)
-    if block_table is None:  # a row of the cache is one long page
-        rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
-        block_table = rows.to(torch.int32)[:, None]
-    checks.expect_rank("block_table", block_table, "[batch, max_blocks]")
+    if cache_seqlens is None and (block_table is not None or k is not None):
+        raise ValueError("cache_seqlens: expected a number or int32 [batch] with new keys or pages, got None")
+    cache_seqlens = _cache_lengths(k_cache.shape[1] if cache_seqlens is None else cache_seqlens, q)
+    block_table = _pages(block_table, cache_batch_idx, k_cache, q)
     seq_lens = cache_seqlens if k is None else cache_seqlens + k.shape[1]
     room = block_table.shape[1] * k_cache.shape[1]
     if (rotary_cos is None) != (rotary_sin is None):
@@ -324,13 +310,13 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None and rotary_sin is not None:
             new = cache_seqlens[:, None] + torch.arange(k.shape[1], device=q.device)
             moving = causal or max(window_size) >= 0
-            own = cache_seqlens[:, None] + torch.arange(tokens, device=q.device) * moving
+            own = cache_seqlens[:, None] + torch.arange(q.shape[1], device=q.device) * moving
             k = _rotate(k, rotary_cos, rotary_sin, new, rotary_interleaved)
             q = _rotate(q, rotary_cos, rotary_sin, own, rotary_interleaved)
         k, v = map(_last_contiguous, (k, v))
         paged_append(k, v, k_cache, v_cache, block_table, seq_lens)
     elif rotary_cos is not None:
-        raise ValueError("rotary_cos: expected None without new keys k and v, which are what is rotated")
+        raise ValueError("rotary_cos: expected None without new keys k and v: only those and their queries are rotated")
     options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     out, lse = _paged(_last_contiguous(q), k_cache, v_cache, block_table, seq_lens, None, options)
     return (out, lse) if return_softmax_lse else out
@@ -346,11 +332,36 @@ def _paged(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     if options.pop("alibi_slopes") is not None:
-        raise ValueError("alibi_slopes: expected None, paged attention has no ALiBi: use flash_attn_func")
+        raise ValueError("alibi_slopes: expected None, because paged attention has no ALiBi; use flash_attn_func")
     right = options.pop("window_right")
     if right >= 0 and not options["causal"] and q.shape[1] > 1:
         raise ValueError(f"window_size: expected no limit to the right over a cache unless causal, got {right}")
     return paged_attention(q, k_cache, v_cache, block_table, seq_lens, q_lens=q_lens, **options)
+
+
+def _cache_lengths(cache_seqlens: int | Tensor, q: Tensor) -> Tensor:
+    """``cache_seqlens`` as int32 ``[B]``."""
+    batch = q.shape[0]
+    if not isinstance(cache_seqlens, Tensor):
+        checks.expect_int("cache_seqlens", cache_seqlens, 0)
+        return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    checks.expect_dtype("cache_seqlens", cache_seqlens, torch.int32)
+    checks.expect_shape("cache_seqlens", cache_seqlens, "[batch]", batch)
+    return cache_seqlens
+
+
+def _pages(block_table: Tensor | None, cache_batch_idx: Tensor | None, k_cache: Tensor, q: Tensor) -> Tensor:
+    """The block table, int32 ``[B, max_blocks]``. Without one, each row of the cache is one long page."""
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            raise ValueError("cache_batch_idx: expected None along with a block_table, which names the pages")
+        _check_rows_of_cache(cache_batch_idx, k_cache, q)
+        return cache_batch_idx.to(torch.int32)[:, None]
+    if block_table is None:
+        checks.expect_at_least("k_cache.shape[0]", k_cache.shape[0], q.shape[0])
+        return torch.arange(q.shape[0], dtype=torch.int32, device=q.device)[:, None]
+    checks.expect_rank("block_table", block_table, "[batch, max_blocks]")
+    return block_table
 
 
 def _check_rows_of_cache(cache_batch_idx: Tensor, k_cache: Tensor, q: Tensor) -> None:
@@ -380,11 +391,11 @@ def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, room: int) -> None:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x ``[B, T, H, D]`` with its first dimensions rotated by ``positions`` ``[B, T]`` of the tables ``[S, R / 2]``."""
     width = 2 * cos.shape[1]
-    turning, rest = x[..., :width].float(), x[..., width:]
+    rotary, unchanged = x[..., :width].float(), x[..., width:]
     angles = (table[positions.long()].unsqueeze(2).float() for table in (cos, sin))
     if interleaved:
-        halves = rotate(turning.unflatten(-1, (-1, 2)).mT.flatten(-2), *angles)
-        turned = halves.unflatten(-1, (2, -1)).mT.flatten(-2)
+        halves = rotate(rotary.unflatten(-1, (-1, 2)).mT.flatten(-2), *angles)
+        rotated = halves.unflatten(-1, (2, -1)).mT.flatten(-2)
     else:
-        turned = rotate(turning, *angles)
-    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+        rotated = rotate(rotary, *angles)
+    return torch.cat((rotated.to(x.dtype), unchanged), dim=-1)
