@@ -21,13 +21,13 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="read a long document with a real model, compressed and not, and compare")
     demo.add_argument("--quick", action="store_true", help="a shorter document and answer: within a minute on 2 cores")
     demo.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
-    demo.add_argument("--plot", type=Path, metavar="PATH", help="also draw per-head lengths and quality into a PNG")
+    demo.add_argument("--plot", type=Path, metavar="PATH", help="also write a PNG of per-head lengths and quality")
     options.add_model(demo)
 
     generate.add_arguments(commands.add_parser("generate", help="answer a prompt"))
-    chat.add_arguments(commands.add_parser("chat", help="talk with a model, whose cache is kept and compressed"))
+    chat.add_arguments(commands.add_parser("chat", help="talk with a model; the cache is kept between turns"))
     evaluate.add_arguments(
-        commands.add_parser("evaluate", help="measure what policies keep, on your own model, text and questions")
+        commands.add_parser("evaluate", help="measure policies on your own model, text and questions")
     )
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
     return parser

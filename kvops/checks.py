@@ -1,7 +1,7 @@
 """Argument checks: ValueError for a wrong shape or value, TypeError for a wrong type or dtype.
 
-Every message names the argument, says what was expected and what came. All of it runs on the host before a launch and
-reads no device data; what only the device could tell is checked when ``KVOPS_DEBUG=1`` (see :func:`debug`).
+Every message names the argument, what was expected and what was given. All checks run on the host before a launch and
+read no device data. Data on the device is checked with ``KVOPS_DEBUG=1`` (see :func:`debug`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from kvops.private_torch import FakeTensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-# What ``os.environ`` keeps its variables in: asked at every call of an operator, it answers in 0.1 µs, where
-# ``os.environ.get`` takes 0.8 for a name that is not set.
+# The dict inside ``os.environ``, which every call of an operator reads: 0.1 µs. ``os.environ.get`` takes 0.8 µs for a
+# variable that is not set.
 _variables: dict[object, object] = getattr(os.environ, "_data")  # noqa: B009 - private, and so not known to typeshed
 _DEBUG, _INTERPRET, _CPU = map(os.environ.encodekey, ("KVOPS_DEBUG", "TRITON_INTERPRET", "KVOPS_CPU"))
 _YES, _EAGER = map(os.environ.encodevalue, ("1", "eager"))
 
 
 def debug() -> bool:
-    """Whether ``KVOPS_DEBUG=1`` asks for checks of device data (they synchronise)."""
+    """Whether ``KVOPS_DEBUG=1`` is set: device data is checked, which synchronises."""
     return _variables.get(_DEBUG) == _YES
 
 
@@ -41,7 +41,7 @@ def interpreting() -> bool:
 
 
 def shown(value: object) -> str:
-    """``value`` in a message: short, and arrays and tensors by their shape."""
+    """``value`` for a message: shortened; arrays and tensors by their shape."""
     shape = getattr(value, "shape", None)
     return f"{type(value).__name__} of shape {list(shape)}" if shape else reprlib.repr(value)
 
@@ -102,7 +102,7 @@ def expect_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> 
 
 
 def expect_last_contiguous(name: str, tensor: Tensor) -> None:
-    """Of a tensor without elements, and of a last dimension of size 1, any stride will do: no code steps along it."""
+    """An empty tensor and a last dimension of size 1 may have any stride."""
     if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
         raise ValueError(
             f"{name}: expected the last dimension contiguous (stride 1), got strides {list(tensor.stride())}; "
@@ -119,10 +119,10 @@ def expect_head_ratio(name: str, query_heads: int, kv_name: str, kv_heads: int) 
 
 
 def holds(name: str, value: Any, condition: Callable[[Any], Any]) -> bool:
-    """Whether ``condition`` is true of a number; TypeError for anything else."""
+    """Whether ``condition`` holds for a number. Raises TypeError for anything else."""
     try:
         return bool(condition(value))
-    except (TypeError, ValueError, RuntimeError):  # the last two come from arrays and tensors of several numbers
+    except (TypeError, ValueError, RuntimeError):  # the last two are raised for arrays and tensors of several numbers
         raise TypeError(f"{name}: expected a number, got {shown(value)}") from None
 
 
@@ -173,12 +173,12 @@ def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether the tensor holds numbers to look at: not so while torch.compile or make_fx trace it."""
+    """Whether the tensor has data; it has none while torch.compile or make_fx trace it."""
     return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether to look at data: where that costs nothing, on the CPU, or is asked for, and never while tracing."""
+    """Whether to read data: on the CPU, or with ``KVOPS_DEBUG=1``; never while tracing."""
     return (tensor.device.type == "cpu" or debug()) and has_data(tensor) and not torch.compiler.is_compiling()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-# What installs a package: an extra of kvops, or a command of its own.
+# The command that installs each package.
 _COMMANDS = {
     **dict.fromkeys(("gguf", "jinja2", "safetensors", "tokenizers", "tqdm"), 'pip install "kvops[models]"'),
     "matplotlib": 'pip install "kvops[plot]"',
@@ -17,7 +17,8 @@ _COMMANDS = {
 
 
 def require(module: str, extra: str | None = None) -> ModuleType:
-    """Import ``module``, or name the command that installs it; ``extra`` is the extra of kvops where several have it.
+    """Import ``module``, or raise with the command that installs it. ``extra`` names the extra of kvops if several have
+    it.
 
     Raises:
         ImportError: the module is not installed, or importing it fails.
@@ -27,6 +28,6 @@ def require(module: str, extra: str | None = None) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         command = _COMMANDS[package] if extra is None else f'pip install "kvops[{extra}]"'
-        # The package is there, but something else that it needs is not: its own message says more.
+        # The package is installed, but its import fails: its own message says why.
         reason = "" if getattr(error, "name", None) == package else f", importing it fails: {error}"
         raise ImportError(f"{package}: expected to be installed{reason}; next step: {command}", name=package) from error

@@ -1,4 +1,4 @@
-"""Functions that work out once for all calls alike what does not follow from data: grids, strides, ranges of keys."""
+"""Caches what a launch derives from shapes and options alone, such as grids, strides and ranges of keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 def prepared(prepare: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make ``launch(kind, *args, **kwargs)`` a function of ``args`` and ``kwargs``.
 
-    ``prepare(*args, **kwargs)`` returns ``kind``: whatever follows from shapes, strides, dtypes, numbers and which
-    tensors there are, and nothing that follows from data or the device. The registry of operators asks the function's
-    own ``prepare`` for a launch with its ``kind`` in place and keeps that for all calls alike.
+    ``prepare(*args, **kwargs)`` returns ``kind``. It may depend on shapes, strides, dtypes, numbers and the presence of
+    tensors, but not on data or the device. The registry of operators calls the function's ``prepare`` once for each
+    such combination and reuses the launch with its ``kind``.
     """
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., D] turned by angles whose cos and sin are [..., D / 2]; dimension i is paired with i + D / 2."""
+    """Rotate x [..., D] by angles with cos and sin [..., D / 2]; dimension i is paired with i + D / 2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

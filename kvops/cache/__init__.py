@@ -1,4 +1,4 @@
-"""The paged KV cache: one pool of blocks, in which every head of every layer has blocks and a length of its own."""
+"""The paged KV cache: one pool of blocks for all heads of all layers. Each head has its own blocks and length."""
 
 from kvops.cache.paged import PagedKVCache
 from kvops.cache.pool import OutOfBlocksError

@@ -1,4 +1,4 @@
-"""Blocks for requests: room for new tokens, private copies of shared blocks, and prefixes dropped to make room."""
+"""The allocation of blocks: room for new tokens, private copies of shared blocks, prefixes dropped to make room."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 class Allocator:
-    """Copy-on-write over a pool: the pool decides which blocks to copy, the storage copies them, prefixes make room.
+    """Copy-on-write over a pool: the pool chooses the blocks to copy, the storage copies them, prefixes make room.
 
     Every method raises :class:`~kvops.OutOfBlocksError` before it changes anything.
     """
@@ -26,12 +26,13 @@ class Allocator:
         self.pool, self.storage, self.prefixes, self.selector = pool, storage, prefixes, selector
 
     def reserve(self, rows: Selection, new_lens: Tensor, num_tokens: int) -> None:
-        """Blocks for lists that grow to ``new_lens``, by at most ``num_tokens``; copies of shared blocks they write."""
+        """Take blocks for lists that grow to ``new_lens``, by at most ``num_tokens``, and copy shared blocks that are
+        written."""
         self._copy(self._with_room(lambda: self.pool.reserve(rows.index, rows.numbers, new_lens, num_tokens)))
 
     def prepare(self, rows: Selection, num_tokens: int, *, unshare: bool) -> None:
-        """The host's part of :meth:`reserve`, before a CUDA graph replays the rest; ``unshare`` copies every shared
-        block of the rows."""
+        """The host's part of :meth:`reserve`, before a CUDA graph replays the device's part. ``unshare`` copies every
+        shared block of the rows."""
         index, numbers = rows.index, rows.numbers
         pool = self.pool
 
@@ -45,14 +46,14 @@ class Allocator:
         self._copy(self._with_room(request, fits if unshare else None))
 
     def unshare(self, rows: Selection) -> None:
-        """Private copies of all shared blocks of ``rows``."""
+        """Make private copies of all shared blocks of ``rows``."""
         if self.pool.may_share(rows.numbers):
             held = self.pool.held[:, rows.index]
             self.unshare_blocks(rows, torch.zeros_like(held), held, self.pool.max_blocks)
             self.pool.bound.part(rows.numbers)
 
     def unshare_blocks(self, rows: Selection, first: Tensor, stop: Tensor, width: int) -> None:
-        """Private copies of the shared blocks from ``first`` to before ``stop`` of each list, at most ``width``."""
+        """Make private copies of the shared blocks ``first`` to ``stop`` - 1 of each list, at most ``width``."""
         index, numbers = rows.index, rows.numbers
         copies = self._with_room(
             lambda: self.pool.unshare(index, numbers, first, stop, width),
@@ -61,9 +62,9 @@ class Allocator:
         self._copy(copies)
 
     def _with_room(self, request: Callable[[], _T], fits: Callable[[], bool] | None = None) -> _T:
-        """Run ``request``, and drop remembered prefixes while it finds too few blocks.
+        """Run ``request``. While it finds too few blocks, drop remembered prefixes and run it again.
 
-        Prefixes that rows use are dropped only for copies of shared blocks, and only if the request ``fits`` then.
+        Prefixes that rows use are dropped only for copies of shared blocks, and only if the request then ``fits``.
         """
         while True:
             try:

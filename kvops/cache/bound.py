@@ -1,4 +1,4 @@
-"""What the host knows of a pool of blocks without reading from the device: upper bounds."""
+"""Upper bounds of a pool's use, which the host knows without reading from the device."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 
 
 class HostBound:
-    """Upper bounds of numbers that only the device knows exactly: blocks held, and the longest list of each row.
+    """Upper bounds of the blocks held and of the longest list of each row. Only the device has the exact numbers.
 
     A list that gains t tokens, in any number of steps, gains at most ceil(t / block_size) blocks beyond those it held.
-    Rows that may share blocks are bounded together: they hold at most ``together`` different blocks, and those that
-    each of them took or copied since.
+    Rows that may share blocks have a common bound: at most ``together`` different blocks, plus those that each row took
+    or copied since.
 
     Attributes:
         blocks: blocks held by each row at the last exact reading, or a budget that bounds them.
-        tokens: tokens that each row got since.
+        tokens: tokens that each row got since then.
         longest: the longest list of each row.
         sharing: rows that may share blocks with another row.
     """
@@ -28,12 +28,12 @@ class HostBound:
         self.sharing: set[int] = set()
         self.together = 0
         self._copied = [0] * rows
-        # Of the sharing rows: those that have not written their last block yet, and those that may write earlier ones.
+        # Sharing rows that have not written their last block yet, and sharing rows that may write earlier blocks.
         self._unwritten: set[int] = set()
         self._rewound: set[int] = set()
 
     def row_blocks(self, row: int) -> int:
-        """Blocks that a row holds, shared ones included."""
+        """Blocks that a row holds, including shared ones."""
         return self.blocks[row] + self._gain(self.tokens[row])
 
     def total(self, rows: Sequence[int] = (), more: int = 0) -> int:
@@ -59,12 +59,12 @@ class HostBound:
         return sum(self._most_copies(row, width) for row in self.sharing.intersection(rows))
 
     def copied(self, rows: Sequence[int], width: int) -> None:
-        """``rows`` have copied at most ``width`` shared blocks of each list."""
+        """Record that ``rows`` have copied at most ``width`` shared blocks of each list."""
         for row in self.sharing.intersection(rows):
             self._copied[row] += self._most_copies(row, width)
 
     def add(self, rows: Sequence[int], tokens: int) -> None:
-        """``rows`` have gained ``tokens`` each."""
+        """Record that ``rows`` have gained ``tokens`` each."""
         for row in rows:
             if row in self.sharing:
                 self._copied[row] += self._copies(row, tokens)
@@ -74,11 +74,11 @@ class HostBound:
             self.longest[row] += tokens
 
     def rewind(self, rows: Sequence[int]) -> None:
-        """Tokens of ``rows`` have been taken back: the next ones may be written to any block."""
+        """Record that tokens of ``rows`` were rolled back: new tokens may be written to any block."""
         self._rewound |= self.sharing.intersection(rows)
 
     def limit(self, row: int, blocks: int) -> None:
-        """A row holds at most ``blocks``."""
+        """Record that a row holds at most ``blocks``."""
         most, different = min(self.row_blocks(row), blocks), self._different()
         self.blocks[row], self.tokens[row] = most, 0
         self.longest[row] = min(self.longest[row], most * self.block_size)
@@ -86,7 +86,7 @@ class HostBound:
             self._settle(different, self.sharing if most else self.sharing - {row})
 
     def fork(self, row: int, into: Sequence[int]) -> None:
-        """The empty rows ``into`` now share what ``row`` holds."""
+        """Record that the empty rows ``into`` share all blocks of ``row``."""
         different = self._different() + (0 if row in self.sharing else self.row_blocks(row))
         self._settle(different, self.sharing | {row}, at_least=1)
         for new in into:
@@ -95,18 +95,18 @@ class HostBound:
         self._unwritten.update((row, *into))
 
     def join(self, row: int, other: int, blocks: int) -> None:
-        """``other`` now holds ``blocks`` of ``row``, all of them full, beside its own."""
+        """Record that ``other`` holds ``blocks`` full blocks of ``row`` in addition to its own."""
         newly_sharing = {row, other} - self.sharing
         different = self._different() + sum(map(self.row_blocks, newly_sharing))
         self._settle(different, self.sharing | {row, other}, at_least=1)
         self.blocks[other] += blocks
 
     def part(self, rows: Sequence[int]) -> None:
-        """``rows`` no longer share anything."""
+        """Record that ``rows`` no longer share blocks."""
         self._settle(self._different(), self.sharing.difference(rows))
 
     def read(self, held: Sequence[int], in_use: int, shares: Sequence[int]) -> None:
-        """Take exact numbers: blocks held by each row and by all, and whether each row shares any."""
+        """Replace the bounds by exact numbers: the blocks of each row and of all rows, and which rows share blocks."""
         self.blocks[:], self.tokens[:] = held, [0] * len(held)
         sharing = {row for row, count in enumerate(shares) if count}
         unshared = sum(blocks for row, blocks in enumerate(held) if row not in sharing)
@@ -132,9 +132,9 @@ class HostBound:
         return min(one_by_one, self.together + since)
 
     def _settle(self, different: int, sharing: Iterable[int], *, at_least: int = 2) -> None:
-        """From here on the rows ``sharing``, if there are ``at_least`` so many, hold at most ``different`` blocks."""
+        """Set the bound of the rows ``sharing`` to ``different`` blocks, if there are ``at_least`` as many rows."""
         self.sharing = set(sharing)
-        if len(self.sharing) < at_least:  # a row alone shares nothing
+        if len(self.sharing) < at_least:  # a single row shares nothing
             self.sharing = set()
         for row in self.sharing:
             self.blocks[row], self.tokens[row] = self.row_blocks(row), 0

@@ -13,7 +13,7 @@ _DTYPES = (*checks.FLOAT_DTYPES, torch.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The sizes of a :class:`kvops.PagedKVCache`, checked; its docstring says what they mean."""
+    """The sizes of a :class:`kvops.PagedKVCache`, checked; its docstring describes them."""
 
     num_layers: int
     num_kv_heads: int
@@ -40,12 +40,12 @@ class CacheConfig:
 
     @property
     def max_blocks(self) -> int:
-        """Blocks that the longest list takes: the width of the block tables."""
+        """Blocks of the longest possible list, which is the width of the block tables."""
         return -(-self.max_tokens // self.block_size)
 
     @property
     def lists(self) -> tuple[int, int, int]:
-        """The shape of everything that there is one of for each list: ``[layers, rows, heads]``."""
+        """The shape ``[layers, rows, heads]`` of arrays with one entry for each list."""
         return self.num_layers, self.max_batch, self.num_kv_heads
 
     @property

@@ -1,4 +1,4 @@
-"""Shorter lists: slots are evicted by scores or by marks, and the newest tokens are rolled back or retained in part."""
+"""Eviction and rollback: slots are evicted by scores or marks; the newest tokens are rolled back or kept in part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Budget = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
 class Evictor:
-    """What makes the lists of a cache shorter. The methods of :class:`kvops.PagedKVCache` describe the arguments."""
+    """Shortens the lists of a cache. The methods of :class:`kvops.PagedKVCache` describe the arguments."""
 
     def __init__(self, config: CacheConfig, allocator: Allocator, states: RowStates) -> None:
         self.config, self.allocator, self.states = config, allocator, states
@@ -43,7 +43,7 @@ class Evictor:
         groups = budgets.shape[1]  # of the lists of a row: one, or one for each layer
         budgets = budgets.flatten()
         tables, lens = self._grouped(pool.tables[:, index], groups), self._grouped(pool.lens[:, index], groups)
-        lens = lens.clone()  # compact() writes into it, and of one row it is a view
+        lens = lens.clone()  # compact() writes into it, and for one row it is a view
         new_lens, keep = select_blocks(
             self.storage.scores,
             tables,
@@ -157,7 +157,7 @@ class Evictor:
         states.next_positions[index] -= (real & ~keep).sum(1, dtype=torch.int32)
 
     def _shorten(self, rows: Selection, lens: Tensor) -> None:
-        """Lists take their new lengths ``[layers, B', heads]``, and the blocks behind these come free."""
+        """Set the new lengths ``[layers, B', heads]`` of lists and free the blocks after them."""
         pool, index, numbers = self.pool, rows.index, rows.numbers
         self.selector.changed()
         self.states.settle(rows, (pool.lens[:, index] != lens).any(-1).any(0))
@@ -176,10 +176,10 @@ class Evictor:
         return per_list.view(per_list.numel() // (layers * heads), layers, heads).transpose(0, 1)
 
     def _written_by_compaction(self, lens: Tensor, new_lens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """The first block of each list that kept slots are moved into, and the one behind the last."""
+        """The first block of each list that kept slots move into, and the block after the last one."""
         slot = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device)
         evicted = ~keep & (slot < lens[..., None])
-        first = torch.where(evicted, slot, keep.shape[-1]).amin(-1)  # all slots before it stay where they are
+        first = torch.where(evicted, slot, keep.shape[-1]).amin(-1)  # all slots before it stay in place
         return first // self.pool.block_size, torch.where(first < new_lens, self.pool.blocks_of(new_lens), 0)
 
     def _budgets(self, budget: Budget, batch: int) -> tuple[Tensor, list[list[int]] | None]:
@@ -198,7 +198,7 @@ class Evictor:
             per_row: list[int | Sequence[int]] = [budget] * batch if isinstance(budget, int) else list(budget)
             if len(per_row) != batch:
                 raise ValueError(f"budget: expected one number or {batch}, one for each row, got {len(per_row)}")
-            # At most as many as there are blocks: a number that int32 does not hold is no limit either.
+            # Larger budgets than the pool may not fit into int32. They mean no limit.
             most = self.config.num_blocks
             known = [[min(number, most) for number in ([row] if isinstance(row, int) else row)] for row in per_row]
             if len({len(row) for row in known}) > 1:
@@ -217,7 +217,7 @@ class Evictor:
         return budgets if budgets.device == device else budgets.to(device), known
 
     def _surely_fits(self, rows: Selection, floor: int, known: list[list[int]] | None, groups: int) -> bool:
-        """Whether the host knows that ``floor`` tokens of each list take no more blocks than any budget."""
+        """Whether the host can tell, without reading, that ``floor`` tokens of each list fit into every budget."""
         if known is None:
             return False
         lists, longest, size = self.config.lists_per_row // groups, self.pool.bound.longest, self.pool.block_size

@@ -1,7 +1,7 @@
-"""A paged cache in a safetensors file: what its rows and its remembered prefixes hold, byte for byte.
+"""Paged caches in safetensors files: all rows and remembered prefixes, byte for byte.
 
-Each block is written once, in the order in which the lists go through them, and slots that no list uses are zeros. So
-equal caches give equal files, and a file holds nothing that was freed.
+Each block is written once, in the order of the lists. Slots that no list uses are written as zeros. So equal caches
+give equal files, and a file contains no freed data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvops.extras import require
 if TYPE_CHECKING:
     from kvops.cache.paged import PagedKVCache
 
-# The only entry of the file's metadata: safetensors writes several in any order.
+# The only entry of the file's metadata: safetensors does not keep the order of several.
 _FORMAT, _VERSION = "kvops paged cache", 2
 _SCALES = ("k_scale", "v_scale")
 
@@ -56,7 +56,7 @@ def save(cache: PagedKVCache, path: str | os.PathLike[str]) -> None:
         "prefix_blocks": number[prefix_blocks].int(),
     }
     for name, side in storage.sides.items():
-        # As bytes: torch neither indexes nor fills float8.
+        # As bytes: torch can neither index nor fill float8.
         content = side.view(torch.uint8).view(*side.shape[:2], -1)[order].masked_fill_(empty[..., None], 0)
         tensors[name] = content.view(side.dtype).view(len(order), *side.shape[1:])
     tensors |= {name: getattr(storage, name) for name in _SCALES if getattr(storage, name) is not None}
@@ -65,7 +65,7 @@ def save(cache: PagedKVCache, path: str | os.PathLike[str]) -> None:
     for name in ("num_layers", "num_kv_heads", "num_blocks", "max_batch", "max_tokens"):
         config[name] = getattr(cache, name)
     metadata = {_FORMAT: json.dumps(config)}
-    # Renaming makes the file either the old or the new one, even if the machine stops half-way.
+    # After a crash the file is either the old one or the new one, because renaming is atomic.
     part = path.with_name(path.name + ".part")
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, metadata)
     os.replace(part, path)
@@ -127,13 +127,13 @@ def restore(cache: PagedKVCache, tensors: dict[str, Tensor]) -> None:
 
 
 def _slots_used(cache: PagedKVCache) -> Tensor:
-    """Slots in use of each block of each list: ``[layers, rows, heads, max_blocks]``."""
+    """The number of slots in use in each block of each list: ``[layers, rows, heads, max_blocks]``."""
     start = torch.arange(cache.max_blocks, device=cache.device) * cache.block_size
     return (cache.seq_lens[..., None] - start).clamp(0, cache.block_size)
 
 
 def _blocks_in_order(cache: PagedKVCache, used: Tensor, prefix_blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks that lists and prefixes hold, in the order of their first place, and the slots in use of each."""
+    """The blocks of all lists and prefixes, in order of first use, and the number of slots in use in each."""
     places = torch.cat([cache.block_tables[used > 0].long(), prefix_blocks.flatten()])
     slots = torch.cat([used[used > 0].long(), torch.full_like(prefix_blocks.flatten(), cache.block_size)])
     first = torch.full((cache.num_blocks,), len(places), device=cache.device)

@@ -1,4 +1,4 @@
-"""Inference tensors, which cannot be written outside of inference mode: a cache must not keep any."""
+"""Inference tensors cannot be written outside of inference mode, so a cache must not keep any."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def writable(state: dict[str, Any]) -> dict[str, Any]:
-    """``state`` with normal tensors in place of inference tensors, as an object that was copied or unpickled needs."""
+    """``state`` with normal tensors in place of inference tensors, for an object that was copied or unpickled."""
     with torch.inference_mode(False):
         return {
             name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value

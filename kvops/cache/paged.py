@@ -1,11 +1,11 @@
-"""The paged cache: one pool of blocks that all lists draw on, each list with a length of its own.
+"""The paged cache: one pool of blocks for all lists, each of which has its own length.
 
 A block holds ``block_size`` slots of one KV head. A sequence (a *row*) owns ``num_layers * num_kv_heads`` lists of
 blocks. Each list may be compressed at its own rate, and the blocks that it gives up are free for any other list.
 
-Its parts are files of this package: storage (keys, values, positions, scores), pool (which list holds which block),
-bound (what the host knows of the pool), prefix (remembered prompts), rows (selections of rows, and their states),
-allocator (room for tokens, copy-on-write), eviction (shorter lists) and file.
+Its parts are files of this package: storage (keys, values, positions, scores), pool (the blocks of each
+list), bound (upper bounds on the host), prefix (remembered prompts), rows (selections of rows and their states),
+allocator (room for tokens, copy-on-write), eviction and file.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class PagedKVCache:
     """Keys and values of ``max_batch`` sequences in one pool of blocks. Each head of each layer has its own length.
 
     Args:
-        num_layers, num_kv_heads, head_dim: of the model; ``v_head_dim`` where values have another size than keys.
+        num_layers, num_kv_heads, head_dim: as in the model; ``v_head_dim`` if values have another size than keys.
         num_blocks: blocks of the pool, for all layers, heads and rows together (:meth:`blocks_for` counts them).
-        max_batch: rows, that is sequences that can live in the cache at once.
-        max_tokens: slots that one list can have at most.
+        max_batch: the number of rows, which is the most sequences in the cache at once.
+        max_tokens: the most slots of one list.
         block_size: slots in a block.
-        dtype, device: of keys and values. A float8_e4m3fn cache takes and returns other dtypes and rounds what it
-            stores.
-        k_scale, v_scale: of a float8 cache, a float or float32 ``[num_layers, num_kv_heads]``. ``k / k_scale`` is
-            stored.
+        dtype, device: the dtype and device of keys and values. A float8_e4m3fn cache takes and returns other dtypes and
+            rounds what it stores.
+        k_scale, v_scale: the scales of a float8 cache, a float or float32 ``[num_layers, num_kv_heads]``.
+            ``k / k_scale`` is stored.
 
     Attributes:
         k_cache, v_cache: ``[num_blocks, block_size, head_dim]`` and ``[..., v_head_dim]``, not initialised.
@@ -103,7 +103,7 @@ class PagedKVCache:
             dtype=dtype,
             device=torch.device(device),
         )
-        with torch.inference_mode(False):  # what inference mode makes cannot be written outside of it
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
             self._storage = BlockStorage(config, k_scale, v_scale)
             self._pool = BlockPool(config)
             self._states = RowStates(config.max_batch, config.device)
@@ -126,7 +126,7 @@ class PagedKVCache:
         self.next_positions, self.compressed = states.next_positions, states.compressed
 
     def __getstate__(self) -> dict[str, Any]:
-        """The parts alone: what they share stays shared, and their views are made again."""
+        """The state without views, which are made again. Tensors that parts share stay shared."""
         return {name: value for name, value in self.__dict__.items() if name.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class PagedKVCache:
 
         Args:
             num_tokens: T, the tokens that each row gets.
-            q_lens: int32 ``[B']``, where rows get different numbers of tokens, each at most T.
+            q_lens: int32 ``[B']``, the number of tokens of each row if it is not T.
 
         Returns: int32 ``[B', T]``, the original positions of the tokens. Those past ``q_lens`` have no meaning.
 
@@ -181,10 +181,10 @@ class PagedKVCache:
         return token_positions
 
     def prepare(self, num_tokens: int, *, rows: Rows = slice(None), evicts: bool = False) -> None:
-        """The host's part of an :meth:`extend` by up to ``num_tokens`` that a CUDA graph is about to replay.
+        """The host's part of an :meth:`extend` by up to ``num_tokens``, before a CUDA graph replays it.
 
-        Counts the tokens, and copies the shared blocks that they would be written to. Where the graph ``evicts`` too,
-        the rows get copies of all blocks that they share, and count as compressed from now on. Raises as
+        Counts the tokens and copies the shared blocks that they are written to. If the graph ``evicts`` too, the rows
+        get copies of all blocks that they share, and count as compressed from now on. Raises as
         :meth:`extend` does, before anything is changed. It may read numbers from the device, so call it outside the
         graph.
         """
@@ -242,9 +242,9 @@ class PagedKVCache:
         Args:
             layer: from 0.
             q: ``[B', T, Hq, D]``; Hq is a multiple of the cache's heads.
-            q_lens: int32 ``[B']``, where not all T tokens of a row are real; the others' output is 0.
-            query_positions: int32 ``[B', T]``, by which a window is measured; None for what :meth:`extend` returned.
-            window_left: how many original positions before its own a query sees, -1 for all.
+            q_lens: int32 ``[B']``, the number of real tokens of each row if it is not T; the output of padding is 0.
+            query_positions: int32 ``[B', T]``, for windows; None for the positions that :meth:`extend` returned.
+            window_left: the number of original positions before its own that a query sees, -1 for all.
             softcap, sinks, scale: as in :func:`kvops.flash_attention`.
             tree_mask: bool ``[B', T, T]``, which of the T tokens each of them sees, in place of causality
                 (:func:`kvops.tree_mask`).

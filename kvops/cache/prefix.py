@@ -1,8 +1,8 @@
 """Remembered prefixes: which blocks hold the keys and values of the first tokens of earlier prompts.
 
-The key of a full block is a hash of its tokens and of the key of the block before it, so that a key stands for all
+The key of a full block is a hash of its tokens and of the key of the block before it, so that a key identifies all
 tokens up to the block's end (automatic prefix caching: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, and the
-design notes of vLLM). The hash is SHA-256: collisions can neither happen by chance nor be made.
+design notes of vLLM). The hash is SHA-256, for which no collisions are known.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from kvops import checks
 from kvops.cache.pool import BlockPool
 
 KEY_BYTES = 32
-# The parent of a first block. No hash is all zeros, so that files can store it as a key.
+# The parent of a first block. No hash is all zeros, so files can store this value as a key.
 NO_PARENT = bytes(KEY_BYTES)
 
-# Finding what to drop reads all entries, so this share of what no row uses is dropped at once.
+# The search reads all entries, so this share of the unused ones is dropped at once.
 _LEAST_DROPPED = 1 / 8
 
 
@@ -35,14 +35,14 @@ def tokens_of(tokens: Sequence[int] | Tensor) -> list[int]:
 
 @dataclass
 class Entry:
-    """One block of tokens, in every list.
+    """One block of tokens: a block in each list.
 
     Attributes:
         parent: key of the block before it, NO_PARENT for the first.
-        depth: blocks before it.
-        blocks: int32 ``[layers, heads]``, where the keys and values of its tokens are.
-        used: when it was last remembered or found. A parent is never older than its children.
-        children: entries whose parent it is.
+        depth: the number of blocks before it.
+        blocks: int32 ``[layers, heads]``, the blocks that hold the keys and values of its tokens.
+        used: the time of its last use. A parent is never older than its children.
+        children: entries that follow it.
     """
 
     parent: bytes
@@ -53,7 +53,7 @@ class Entry:
 
 
 class PrefixStore:
-    """Entries by their key. Each holds its blocks in the pool, as a row does; ``len()`` counts entries."""
+    """The entries by key. Each entry holds its blocks in the pool, as a row does. ``len()`` counts entries."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
@@ -64,7 +64,8 @@ class PrefixStore:
         return len(self.entries)
 
     def remember(self, row: int, tokens: Sequence[int], salt: str) -> int:
-        """Hold the full blocks of ``tokens`` that ``row`` has. Returns how many tokens are remembered now."""
+        """Add entries for the full blocks of ``tokens`` in ``row``. Returns the number of tokens that are
+        remembered."""
         keys = list(self._keys(tokens, salt))
         known = self._touch(keys)
         if known < len(keys):
@@ -74,13 +75,13 @@ class PrefixStore:
         return len(keys) * self.pool.block_size
 
     def find(self, tokens: Sequence[int], salt: str) -> Tensor | None:
-        """Blocks ``[n, layers, heads]`` of the longest remembered prefix of ``tokens``, None where there is none."""
+        """The blocks ``[n, layers, heads]`` of the longest remembered prefix of ``tokens``; None without one."""
         keys = list(self._keys(tokens, salt))
         known = self._touch(keys)
         return torch.stack([self.entries[key].blocks for key in keys[:known]]) if known else None
 
     def restore(self, keys: Sequence[bytes], parents: Sequence[bytes], blocks: Tensor) -> None:
-        """Take in entries whose ``blocks`` [n, layers, heads] the pool holds already, in :meth:`oldest_first` order."""
+        """Add entries, in :meth:`oldest_first` order, whose ``blocks`` [n, layers, heads] the pool already holds."""
         for key, parent, own in reversed(list(zip(keys, parents, blocks, strict=True))):
             self._insert(parent, key, own)
         self._clock = len(keys)
@@ -94,12 +95,12 @@ class PrefixStore:
     def make_room(self, shortage: int, *, in_use: bool) -> bool:
         """Drop entries, least recently used first, so that ``shortage`` more blocks are free. Reads from the device.
 
-        Without ``in_use`` only blocks that no row uses count, and if these are too few, nothing is dropped. With it,
-        entries whose blocks rows use are dropped too, for requests that copy shared blocks: a block that one row and no
-        entry holds needs no copy.
+        Without ``in_use`` only blocks that no row uses count. If there are too few of them, nothing is dropped. With
+        ``in_use`` entries whose blocks rows use are dropped too. This serves requests that copy shared blocks: a block
+        that only one row holds needs no copy.
 
-        Returns whether anything was dropped. It may have to be called again: a block that two entries hold, of one row
-        under two salts, is free when both are gone.
+        Returns whether anything was dropped. It may have to be called again: a block that two entries hold (of one row
+        under two salts) is free only without both.
         """
         if not self.entries:
             return False
@@ -114,7 +115,7 @@ class PrefixStore:
                 return False
             gains, wanted = dict.fromkeys(order, blocks[0].numel()), shortage
         dropped: dict[bytes, Tensor] = {}
-        for ends_only in (True, False):  # the blocks of a last entry may be in use where those before it are not
+        for ends_only in (True, False):  # the last blocks may be in use although those before them are not
             for key in order:
                 if wanted <= 0 or key in dropped or (ends_only and (self.entries[key].children or not gains[key])):
                     continue
@@ -140,7 +141,7 @@ class PrefixStore:
             yield key
 
     def _touch(self, keys: Sequence[bytes]) -> int:
-        """How many of ``keys`` are remembered, from the first on. These count as used now."""
+        """The number of ``keys``, from the first on, that are remembered. They count as used now."""
         self._clock += 1
         known = 0
         while known < len(keys) and (entry := self.entries.get(keys[known])) is not None:
@@ -149,7 +150,7 @@ class PrefixStore:
         return known
 
     def _insert(self, parent: bytes, key: bytes, blocks: Tensor) -> None:
-        """Add an entry whose parent, if it has one, is there already."""
+        """Add an entry. Its parent, if it has one, must exist."""
         above = self.entries.get(parent)
         if above is not None:
             above.children += 1

@@ -1,4 +1,4 @@
-"""Rows of a paged cache: which of them a method works on, and what the cache knows of each beside its lists."""
+"""Rows of a paged cache: selections of rows for methods, and the state of each row apart from its lists."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from kvops.ops.registry import backend
 
 Rows = slice | int | Sequence[int] | Tensor
 
-# Tables and lengths, one of each for every layer.
+# Tables and lengths of every layer.
 _Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-# How many different selections are kept, with their indices, views and schedules.
+# The number of selections that are cached, with their indices, views and schedules.
 _MAX_SELECTIONS = 64
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows, named for tensors and for the host.
+    """A selection of rows, as an index for tensors and as numbers for the host.
 
     Attributes:
-        index: what tensors are indexed by: a slice where possible, which copies nothing, or int64 row numbers.
-        numbers: the same rows as numbers; a range where ``index`` is a slice.
+        index: the index for tensors: a slice where possible, which makes views, or int64 row numbers.
+        numbers: the same rows as numbers; a range if ``index`` is a slice.
     """
 
     index: slice | Tensor
@@ -38,17 +38,17 @@ class Selection:
 
 
 class RowSelector:
-    """Resolves ``rows`` arguments, and keeps the tables, lengths and schedules that every layer of a step asks for."""
+    """Resolves ``rows`` arguments, and caches the tables, lengths and schedules that every layer of a step needs."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._views: dict[range, _Views] = {}  # of rows that are a slice: they follow every change
-        self._gathered: dict[tuple[int, ...], _Views] = {}  # of rows picked by number: copies, valid until a change
+        self._views: dict[range, _Views] = {}  # views, for a slice of rows: they follow every change
+        self._gathered: dict[tuple[int, ...], _Views] = {}  # copies, for row numbers: valid until a change
         self._schedules: dict[tuple[range | tuple[int, ...], bool], tuple[Tensor, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is derived: pickled views would be tensors of their own."""
+        """The state without views, which pickle would store as separate tensors."""
         return {"pool": self.pool, "_indices": {}, "_views": {}, "_gathered": {}, "_schedules": {}}
 
     @property
@@ -72,7 +72,7 @@ class RowSelector:
         if isinstance(rows, Tensor):
             rows = rows.tolist()
         named = tuple(rows) if isinstance(rows, Iterable) else (rows,)
-        if any(isinstance(row, bool) for row in named):  # a mask would be taken for rows 1 and 0
+        if any(isinstance(row, bool) for row in named):  # a mask would select rows 1 and 0
             raise TypeError(f"rows: expected row numbers, got {checks.shown(named)}; of a mask: mask.nonzero()[:, 0]")
         try:
             numbers = tuple(map(operator.index, named))
@@ -103,17 +103,17 @@ class RowSelector:
         return tables[layer], lens[layer]
 
     def schedule(self, layer: int, rows: Selection) -> Tensor | None:
-        """The layer's part of this step's schedule, which is made once for all layers. The CPU needs none."""
+        """The layer's part of this step's schedule. It is made once for all layers. The CPU needs none."""
         pool = self.pool
         if backend(pool.lens.device) in ("eager", "numba"):
             return None
-        key = rows.numbers, pool.capturing()  # what a graph computes exists only when it is replayed
+        key = rows.numbers, pool.capturing()  # results of a captured graph do not exist before its replay
         if key not in self._schedules:
             self._schedules[key] = tuple(paged_schedule(pool.lens[:, rows.index], pool.block_size))
         return self._schedules[key][layer]
 
     def checks_data(self) -> bool:
-        """Whether numbers on the device are checked: where reading them costs nothing, or on request."""
+        """Whether numbers on the device are checked: on the CPU, or on request."""
         return self.pool.exact or checks.debug()
 
     def expect_tokens(self, num_tokens: int) -> None:
@@ -130,17 +130,17 @@ class RowSelector:
         checks.expect_same_device(name, value, "the cache", self.pool.lens)
 
     def changed(self) -> None:
-        """Lengths or tables change: forget what was derived from them."""
+        """Drop everything that was derived from lengths and tables."""
         self._schedules.clear()
         self._gathered.clear()
 
 
 class RowStates:
-    """What a cache knows of each row beside its lists.
+    """The state of each row apart from its lists.
 
     Attributes:
         next_positions: int32 ``[max_batch]``, the position of the next token: the length before any eviction.
-        settled: int32 ``[max_batch]``, where rollback stops: an eviction has removed tokens before this position.
+        settled: int32 ``[max_batch]``, the position at which rollback stops: an eviction has removed tokens before it.
         compressed: whether an eviction has run on the row since it was empty.
     """
 
@@ -161,7 +161,7 @@ class RowStates:
         self.mark_compressed(into, self.compressed[row])
 
     def settle(self, rows: Selection, evicted: Tensor) -> None:
-        """Rows that ``evicted``, bool ``[B']``, marks cannot be rolled back past what they hold now."""
+        """Mark rows, where ``evicted`` bool ``[B']`` is True: they cannot be rolled back past their current tokens."""
         index = rows.index
         self.settled[index] = torch.where(evicted, self.next_positions[index], self.settled[index])
 

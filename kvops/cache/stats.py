@@ -1,4 +1,4 @@
-"""What a paged cache holds at one moment, as numbers and as a report."""
+"""Statistics of a paged cache, as numbers and as a report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvops.cache.storage import BlockStorage
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a :class:`~kvops.PagedKVCache` holds at one moment; ``str()`` reads like a report.
+    """Statistics of a :class:`~kvops.PagedKVCache` at one moment. ``str()`` gives a report.
 
     Attributes:
-        blocks_total, blocks_in_use, block_size: of the pool; a block that several rows share is counted once.
-        bytes_per_block, side_bytes_per_block: keys and values of a block, and its positions and scores.
+        blocks_total, blocks_in_use, block_size: the pool. A block that several rows share counts once.
+        bytes_per_block, side_bytes_per_block: the bytes of keys and values, and of positions and scores.
         blocks_shared, blocks_saved: blocks in the lists of several rows (:meth:`~kvops.PagedKVCache.fork`,
             :meth:`~kvops.PagedKVCache.recall`), and how many more would be in use if every row had its own.
         tokens_remembered, blocks_unused: tokens of remembered prefixes, and blocks that no row uses: these are freed

@@ -1,4 +1,4 @@
-"""The arrays of a paged cache: keys, values, positions and scores of every block, and what reads and writes them."""
+"""The arrays of a paged cache: keys, values, positions and scores of every block, and access to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvops.ops.paged import paged_append
 
 
 class BlockStorage:
-    """What the blocks of a pool hold. Which list a block belongs to is not known here: callers pass tables.
+    """The contents of blocks. Callers pass tables; the lists that blocks belong to are not known here.
 
     Attributes:
         k_cache, v_cache: ``[num_blocks, block_size, head_dim]`` and ``[..., v_head_dim]``.
@@ -32,12 +32,12 @@ class BlockStorage:
         self.v_cache = torch.empty(*slots, config.v_head_dim, dtype=config.dtype, device=device)
         self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
         self.k_scale, self.v_scale = _scale("k_scale", k_scale, config), _scale("v_scale", v_scale, config)
-        # One block more than the pool has: set_scores() writes there what must not be written anywhere else.
+        # One more block than the pool has: set_scores() writes ignored entries there.
         self._scores = torch.zeros(slots[0] + 1, slots[1], dtype=torch.float32, device=device)
         self.scores = self._scores[:-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the view: pickled, it would be a tensor of its own."""
+        """The state without the view, which pickle would store as a separate tensor."""
         return {**self.__dict__, "scores": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class BlockStorage:
 
     @property
     def sides(self) -> dict[str, Tensor]:
-        """Every array that has a value for each slot of each block, by its name."""
+        """The arrays with a value for each slot of each block, by name."""
         return {"k_cache": self.k_cache, "v_cache": self.v_cache, "positions": self.positions, "scores": self.scores}
 
     @property
@@ -103,7 +103,7 @@ class BlockStorage:
     def read(self, blocks: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the first ``length`` slots of ``blocks``: keys, values and positions."""
         k, v, positions = (
-            # As bytes: torch does not index float8.
+            # As bytes: torch cannot index float8.
             side.view(torch.uint8)[blocks.long()].view(side.dtype).flatten(0, 1)[:length]
             for side in (self.k_cache, self.v_cache, self.positions)
         )
@@ -111,7 +111,7 @@ class BlockStorage:
 
 
 def _scale(name: str, scale: float | Tensor | None, config: CacheConfig) -> Tensor | None:
-    """float32 ``[num_layers, num_kv_heads]``, never the caller's own tensor; None for no scale."""
+    """float32 ``[num_layers, num_kv_heads]``, never the caller's tensor; None without a scale."""
     if scale is None:
         return None
     if config.dtype != torch.float8_e4m3fn:

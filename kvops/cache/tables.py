@@ -47,7 +47,7 @@ def to_flashinfer(block_tables: Tensor, seq_lens: Tensor, page_size: int) -> tup
     """
     checks.expect_int("page_size", page_size, 1)
     _expect_uniform(block_tables, seq_lens)
-    _expect_inside(block_tables, seq_lens, page_size)  # it synchronises anyway
+    _expect_inside(block_tables, seq_lens, page_size)  # this function synchronises anyway
     pages = (seq_lens + (page_size - 1)) // page_size
     used = torch.arange(block_tables.shape[1], device=block_tables.device) < pages[:, None]
     indptr = torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0))
@@ -99,13 +99,13 @@ def from_flashinfer(
 def slot_mapping(
     block_tables: Tensor, seq_lens: Tensor, page_size: int, num_tokens: int, *, q_lens: Tensor | None = None
 ) -> Tensor:
-    """Where vLLM writes the newest tokens: int64 ``[B, num_tokens]``, ``page * page_size + slot``, -1 for no token.
+    """vLLM's slots for the newest tokens: int64 ``[B, num_tokens]``, ``page * page_size + slot``, -1 for padding.
 
     Args:
         block_tables, seq_lens: int32 ``[B, max_blocks]`` and ``[B]``, lengths that include the new tokens.
         page_size: slots in a page.
         num_tokens: T, the new tokens of each sequence.
-        q_lens: int32 ``[B]``, where sequences have different numbers of new tokens, each at most T.
+        q_lens: int32 ``[B]``, the number of new tokens of each sequence if it is not T.
     """
     checks.expect_int("page_size", page_size, 1)
     checks.expect_int("num_tokens", num_tokens, 0)
@@ -119,7 +119,7 @@ def slot_mapping(
         if checks.debug():
             within = (q_lens >= 0) & (q_lens <= num_tokens)
             checks.expect_data("q_lens", f"numbers from 0 to num_tokens = {num_tokens}", within)
-    if block_tables.shape[1] == 0:  # no sequence has any page
+    if block_tables.shape[1] == 0:  # all sequences are empty
         return torch.full((len(seq_lens), num_tokens), -1, dtype=torch.int64, device=seq_lens.device)
     token = torch.arange(num_tokens, device=seq_lens.device)
     count = torch.full_like(seq_lens, num_tokens) if q_lens is None else q_lens
@@ -195,8 +195,8 @@ class HeadBlocks:
     def join(self, block_tables: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`split`: tables ``[B, max_blocks]`` and lengths ``[B]``. Synchronises.
 
-        Raises ValueError where the heads of a sequence have different lengths (after an eviction per head) or blocks
-        of different pages: these could become pages only by a copy.
+        Raises ValueError if the heads of a sequence have different lengths (after an eviction per head) or blocks of
+        different pages, which a view cannot express.
         """
         checks.expect_dtype("block_tables", block_tables, torch.int32)
         checks.expect_dtype("seq_lens", seq_lens, torch.int32)
@@ -230,7 +230,7 @@ class HeadBlocks:
 def _steps(cache: Tensor) -> tuple[int, int, int]:
     """Blocks from one page and from one head to the next, and elements from one block to the next."""
     page, head = cache.stride(0), cache.stride(2)
-    if cache.shape[2] == 1:  # the stride of one head has no meaning
+    if cache.shape[2] == 1:  # the stride of a single head is arbitrary
         head = page
     if cache.shape[0] == 1:
         page = head * cache.shape[2]

@@ -13,7 +13,7 @@ from kvops.cli.generate import settings_of, summary
 from kvops.generation.conversation import Conversation
 from kvops.models.tokenizer import Tokenizer
 
-_HELP = """/stats   what the cache holds and what the last answer took
+_HELP = """/stats   statistics of the last answer and of the cache
 /clear   begin a new conversation
 /help    this list
 /exit    end; so does Ctrl-D. Ctrl-C stops an answer"""
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user enters, without empty lines, until the input ends."""
+    """The lines of the input, without empty ones."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - lets input() edit lines and remember them
@@ -98,13 +98,13 @@ class Chat:
         self._unmet: list[str] = []
 
     def say(self, message: str) -> Iterator[str]:
-        """Send a message; yields the answer as it is generated. What was generated stays if the caller stops early.
+        """Send a message and yield the answer as it is generated. Generated text stays if the caller stops early.
 
-        Raises ValueError where the conversation has no room for it, and leaves the conversation as it was.
+        Raises ValueError if the conversation has no room for it; the conversation is then not changed.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         steps = self.conversation.reply(self._new_tokens(self.tokenizer.apply_chat_template(messages)))
-        step: list[int] | None = next(steps)  # raises where there is no room
+        step: list[int] | None = next(steps)  # raises if there is no room
         answer: list[int] = []
         words = self.tokenizer.stream()
         try:
@@ -121,15 +121,15 @@ class Chat:
     def _new_tokens(self, text: str) -> list[int]:
         """The tokens of a rendered conversation that the cache does not hold yet.
 
-        A template may rewrite earlier turns, and an interrupted step empties the cache: then they are all tokens, and
-        the cache is emptied.
+        A template may rewrite earlier turns, and an interrupted step empties the cache. In both cases all tokens are
+        read again into an empty cache.
         """
         tokenizer, tokens = self.tokenizer, self.conversation.tokens
         if not tokens:
             return tokenizer.encode(text)
         held = tokenizer.decode(tokens)
         if tokens[0] == tokenizer.bos_token_id and not text.startswith(held):
-            held = tokenizer.decode(tokens[1:])  # encode() put it there, not the template
+            held = tokenizer.decode(tokens[1:])  # from encode(), not from the template
         if len(text) > len(held) and text.startswith(held):
             return tokenizer.encode(text[len(held) :], add_bos=False)
         print("the chat template changed earlier turns: the conversation is read again", file=sys.stderr)
@@ -137,11 +137,11 @@ class Chat:
         return tokenizer.encode(text)
 
     def report(self) -> str:
-        """What the last answer took, and what the cache holds."""
+        """Statistics of the last answer and of the cache."""
         return f"{summary(self.conversation.stats)}\n{self.conversation.cache.stats()}"
 
     def news(self) -> list[str]:
-        """What the last turn did not do that it was asked for, as far as the turn before did not say the same kind."""
+        """The options that the last turn did not meet, without kinds that the turn before already reported."""
         unmet = self.conversation.stats.unmet
         kinds = [sentence.partition(":")[0] for sentence in self._unmet]
         self._unmet = list(unmet)

@@ -1,4 +1,4 @@
-"""What the command lines share: parsing with suggestions, tables, and the behaviour of a Unix tool in a pipe."""
+"""Shared by the command lines: parsing with suggestions, tables, and the behaviour of a Unix tool in a pipe."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _P = ParamSpec("_P")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which answers a misspelt option with the options that it resembles.
+    """argparse's parser, with suggestions for misspelt options.
 
-    argparse itself complains first about a required argument that is missing, which may be the misspelt one. Options
+    argparse itself reports a missing required argument first, which may be the misspelt one. Options
     are never abbreviated, so that a new option cannot change what an old command means.
     """
 
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else list(args)
-        if self._subparsers is None:  # otherwise the options that follow are those of a command
+        if self._subparsers is None:  # otherwise the options belong to a command
             self._expect_known(given)
         return super().parse_known_args(given, namespace)
 
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean A or B?"`` for the ``choices`` that resemble ``word``, an empty string where none does."""
+    """``"; did you mean A or B?"`` for ``choices`` that resemble ``word``; an empty string without one."""
     close = difflib.get_close_matches(word, list(choices), n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
@@ -68,8 +68,8 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = (), align: 
 
 
 def quiet_without_reader(main: Callable[_P, int]) -> Callable[_P, int]:
-    """Wrap the ``main`` of a command so that it ends like a Unix tool when nobody reads its output (``| head``): at
-    once, without a message, with the exit status that a shell shows for SIGPIPE."""
+    """Wrap the ``main`` of a command so that it ends like a Unix tool when its output is no longer read (``| head``):
+    at once, without a message, with the exit status of SIGPIPE."""
 
     @wraps(main)
     def quiet(*args: _P.args, **kwargs: _P.kwargs) -> int:
@@ -80,8 +80,8 @@ def quiet_without_reader(main: Callable[_P, int]) -> Callable[_P, int]:
                 sys.stdout.flush()
         except BrokenPipeError:
             if not _nobody_reads(sys.stdout.fileno()):
-                raise  # it was another pipe: that of a worker, say
-            # What is left would be written, and complained about, once more when Python ends.
+                raise  # another pipe, such as a worker's
+            # Python would write the rest when it ends, and report the error again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
 
@@ -89,7 +89,7 @@ def quiet_without_reader(main: Callable[_P, int]) -> Callable[_P, int]:
 
 
 def positive(text: str) -> int:
-    """The type of an argparse argument that counts something."""
+    """The type of an argparse argument: an int of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"expected a number of at least 1, got {text}")
     return int(text)

@@ -1,4 +1,4 @@
-"""``python -m kvops demo``: one long document, one question, and what compression and drafts make of it."""
+"""``python -m kvops demo``: one long document and one question, without and with compression and drafts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RATIOS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo reads and writes, in tokens."""
+    """The sizes of a demo, in tokens."""
 
     document: int
     held_out: int
@@ -76,7 +76,7 @@ def run(
 ) -> None:
     """Run the demo and print its table; see ``python -m kvops demo --help``."""
     if plot_path:
-        require("matplotlib")  # before the minutes that the runs take
+        require("matplotlib")  # before runs that take minutes
 
     place = chosen_device(device)
     model, tokenizer, name = load_model(model_path, place)
@@ -132,7 +132,7 @@ def _answer(model: Decoder, prompt: Sequence[int], size: Size, bar: Any) -> dict
 def _measure(
     model: Decoder, prompt: Sequence[int], text: Sequence[int], size: Size, answer: Sequence[int], bar: Any
 ) -> tuple[dict[int, tuple[float, float]], dict[int, Tensor]]:
-    """Of every cache the perplexity of the held-out text and the share of the full cache's answer that it predicts, and
+    """For each cache: the perplexity of the held-out text, the share of the full cache's answer that it predicts, and
     the lengths [layers, heads] of its lists."""
     quality, lengths = {}, {}
     held_out = text[size.document :]
@@ -190,7 +190,7 @@ def _render(rows: Sequence[Row]) -> str:
 
 
 class _Prefilled:
-    """A text in a cache, uncompressed, from which several compressions go on."""
+    """A text in an uncompressed cache, for several compressions."""
 
     def __init__(self, model: Decoder, tokens: Sequence[int]) -> None:
         self.model = model
@@ -202,7 +202,7 @@ class _Prefilled:
             self.last_hidden = prefill(model, self.cache, ids, 0, Compression().policy)[:, -1:]
 
     def go_on(self, compression: Compression | None, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Compress a copy: the logits of the forced ``tokens``, and per-head lengths [layers, heads] before them."""
+        """Compress a copy. Returns the logits of the forced ``tokens`` and the lengths [layers, heads] before them."""
         cache = copy.deepcopy(self.cache)
         if compression:
             compression.apply(cache, [self.num_tokens])
@@ -214,7 +214,7 @@ class _Prefilled:
 def _record(
     rows: Sequence[Row], lengths: dict[int, Tensor], model: str, device: torch.device, size: Size, prompt_tokens: int
 ) -> dict[str, Any]:
-    """What ``--json`` writes and ``--plot`` draws. ``lengths`` is [layers, heads] for each ratio."""
+    """The record that ``--json`` writes and ``--plot`` draws. ``lengths`` is [layers, heads] for each ratio."""
     return {
         "kind": "demo",
         "what": "python -m kvops " + " ".join(sys.argv[1:]),

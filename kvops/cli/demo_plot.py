@@ -10,7 +10,7 @@ from kvops.extras import require
 
 def draw(record: Mapping[str, Any]) -> Any:
     """A matplotlib figure: left, the share of the document's tokens that every head keeps, on one colour scale for all
-    ratios; right, what is kept of the answer and the perplexity of the text that follows, each on an axis of its own.
+    ratios; right, the share of the answer that is kept, and below it the perplexity of the text that follows.
     """
     require("matplotlib").use("Agg")
     pyplot, colors = require("matplotlib.pyplot"), require("matplotlib.colors")

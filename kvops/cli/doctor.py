@@ -1,4 +1,5 @@
-"""What this machine can do with kvops, what is missing, and the command that brings it: ``python -m kvops doctor``."""
+"""``python -m kvops doctor``: what this machine can do with kvops, what is missing, and the commands that install
+it."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ class Problem(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One way in which operators run here: a name, torch's device, and whether Triton's interpreter is asked for."""
+    """One way to run operators: a name, torch's device, and whether Triton's interpreter is used."""
 
     name: str
     device: str
@@ -96,7 +97,7 @@ def self_check(device: str) -> float:
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention as it is defined, in the dtype given: q [B, Sq, Hq, D], k and v [B, Sk, Hkv, D]."""
+    """Causal attention by its definition, in the dtype of q: q [B, Sq, Hq, D], k and v [B, Sk, Hkv, D]."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
@@ -234,8 +235,8 @@ def _model(problems: list[Problem]) -> list[Row]:
 
 
 def _self_checks(problems: list[Problem], routes: Sequence[Route]) -> list[Row]:
-    # In processes of their own: whether the interpreter serves is settled when kernels are imported, and what crashes
-    # there does not take the report along. All at once, since most of their time is torch's import.
+    # In separate processes: the interpreter is chosen when kernels are imported, and a crash does not end the report.
+    # All at once, because most of their time is the import of torch.
     running = [_start(route) for route in routes]
     if sys.stderr.isatty():
         print(f"Checking {', '.join(route.name for route in routes)} ...", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a result was got on: the words that stand beside every figure."""
+"""The device of a result, and a line that describes it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def processor() -> str:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """What a command's ``--device`` names; None: the GPU where there is one, otherwise the CPU. ValueError for a
-    device that is not here."""
+    """The device for a command's ``--device``; None for a GPU if there is one, otherwise the CPU. Raises ValueError for
+    a device that does not exist."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:  # torch knows no such kind
+    except RuntimeError:  # not a device of torch
         device = None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
@@ -42,7 +42,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def what_runs(device: torch.device) -> str:
-    """One line: what serves the operators for tensors on ``device``, and what that device is."""
+    """One line with the backend for tensors on ``device`` and the name of the device."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -1,4 +1,4 @@
-"""``python -m kvops evaluate``: what policies keep of a model's quality, on one's own model, text and questions."""
+"""``python -m kvops evaluate``: the quality that policies keep, measured on your own model, text and questions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _DEFAULT_POLICY = "standout"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", type=Path, metavar="FILE", help="a text: perplexity and agreement of what follows")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="a text, for perplexity and agreement of its continuation"
+    )
     parser.add_argument(
         "--questions",
         type=Path,
@@ -48,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ratios", type=ratios_of, default=[2.0, 4.0, 8.0], metavar="A,B,...", help="default: 2,4,8")
     parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a context; default: 2048")
-    parser.add_argument("--held-out", type=int, default=256, metavar="N", help="tokens that follow it; default: 256")
+    parser.add_argument(
+        "--held-out", type=int, default=256, metavar="N", help="tokens after a context that are predicted; default: 256"
+    )
     parser.add_argument("--contexts", type=int, default=2, metavar="N", help="the most parts of the text; default: 2")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write every row and the table as JSON")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the table into a PNG")
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ratios_of(text: str) -> list[float]:
-    """``2,4,8`` as numbers."""
+    """Parse ``2,4,8``."""
     try:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:
@@ -104,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def contenders(names: Sequence[str]) -> tuple[list[Variant], dict[str, Reader]]:
-    """The policies and the presses that ``--policy`` names, the package's default always among the policies."""
+    """The policies and presses of ``--policy``, always including the default policy."""
     variants: dict[str, Variant] = {}
     readers: dict[str, Reader] = {}
     for name in dict.fromkeys([*names, _DEFAULT_POLICY]):
@@ -119,10 +123,10 @@ def contenders(names: Sequence[str]) -> tuple[list[Variant], dict[str, Reader]]:
 
 
 def _imported(name: str) -> Any:
-    """The object that ``module:Class`` names, made without arguments where it is a class."""
+    """The object ``module:Class``; a class is called without arguments."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the script kvops, unlike python -m, does not look there
+        sys.path.insert(0, os.getcwd())  # python -m adds it, the script kvops does not
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -155,7 +159,7 @@ def _units(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[Unit]:
 
 
 def describe(units: Sequence[Unit]) -> str:
-    """How much the figures rest on."""
+    """The amount of data behind the figures."""
     texts = [unit for unit in units if unit.setting == "text"]
     held_out = sum(len(probe.answer) for unit in texts for probe in unit.probes)
     asked = sum(len(unit.probes) for unit in units if unit.setting != "text")

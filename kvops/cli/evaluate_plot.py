@@ -1,4 +1,4 @@
-"""The picture of an evaluation: what policies keep, against the compression asked for."""
+"""The picture of an evaluation: quality against compression."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvops.generation.evaluate import FULL, Summary
 
 
 def draw(lines: Sequence[Summary], model: str) -> Any:
-    """A matplotlib figure with a panel each for perplexity, agreement and answers, where there are any."""
+    """A matplotlib figure with a panel for each of perplexity, agreement and answers that was measured."""
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
     full = next(line for line in lines if line.policy == FULL)
@@ -19,7 +19,7 @@ def draw(lines: Sequence[Summary], model: str) -> Any:
         (title, value)
         for title, value in (
             ("Perplexity of the text that follows", _perplexity),
-            ("Most likely token as of the full cache, %", _agreement),
+            ("Most likely token equals the full cache's, %", _agreement),
             ("Answers kept, %", _answers),
         )
         if any(value(line) is not None for line in others)

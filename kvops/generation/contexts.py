@@ -1,4 +1,4 @@
-"""A context in a full cache, scored by several policies at once, and the compressed copies that answer probes."""
+"""A context in a full cache, scored by several policies at once; compressed copies of the cache answer probes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kvops.generation.passes import Decoder, decode, new_cache, prefill, recite
 from kvops.ops.attention import flash_attention
 from kvops.policies import Compression, Policy, Prefill, Recital, Recited, Seen
 
-# Probes that one pass answers: each sees the others' tokens as masked ones, which costs their product.
+# Probes that one pass answers. Their tokens are masked from one another, so the cost is quadratic in this number.
 _PROBES_AT_ONCE = 64
 
 Scores = dict[str, list[Tensor]]
-"""By policy, of every layer: float32 ``[1, Hkv, S]``."""
+"""The scores of each layer, float32 ``[1, Hkv, S]``, by the name of the policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Watch(Policy):
-    """Lets several policies score the same prefill; ``keep`` takes what they were shown, for questions that follow."""
+    """Runs several policies on one prefill. ``keep`` collects their inputs for questions that follow."""
 
     policies: Mapping[str, Policy]
     scores: Scores
@@ -46,10 +46,10 @@ class Probe:
     """An answer that should follow a context.
 
     Attributes:
-        task: what answers are counted under.
-        tail: at least one token, which follows the context.
+        task: the name that answers are counted under.
+        tail: the tokens after the context, at least one.
         answer: the tokens that should follow ``tail``.
-        exact: whether an answer is right as a whole or not at all; otherwise every token of it counts.
+        exact: True counts an answer as right only as a whole; False counts each of its tokens.
     """
 
     task: str
@@ -64,18 +64,18 @@ def _score(policy: Policy, shown: Sequence[Prefill], recited: Sequence[Recited] 
 
 
 class Context:
-    """A prefix in an uncompressed cache, scored by every policy in the pass that read it, or after it was recited.
+    """A prefix in an uncompressed cache, scored by each policy while it is read, or after it is recited.
 
     Args:
         model: the decoder.
         prefix: token ids.
         policies: by name.
         room: the most tokens that a question and its answer take beyond the prefix.
-        questions: whether questions are read before compression; queries and keys of the whole prefix are kept for it.
+        questions: whether questions are read before compression. If so, queries and keys of the whole prefix are kept.
 
     Attributes:
         cache: the uncompressed cache.
-        scores: of each policy.
+        scores: the scores of each policy.
         recital_cost: for each recital, the time to read and recite the prefix as a multiple of the time to read it.
     """
 
@@ -85,7 +85,7 @@ class Context:
         self.model, self.policies, self.prefix = model, policies, tuple(prefix)
         self.device = model.embedding.weight.device
         self.cache = new_cache(model, max_batch=1, max_tokens=len(prefix) + room)
-        # Copies reuse this memory: touching fresh pages would take longer than the copying.
+        # Copies reuse this memory: the page faults of fresh memory would take longer than the copy itself.
         self._copies = torch.empty_like(self.cache.k_cache), torch.empty_like(self.cache.v_cache)
         self.seen: list[Prefill] = []
         self.scores: Scores = {}
@@ -111,9 +111,9 @@ class Context:
 
     @torch.no_grad()
     def read(self, question: Sequence[int]) -> list[Prefill]:
-        """Append ``question`` to the full cache, attending to all of it.
+        """Append ``question`` to the full cache. It attends to the whole cache.
 
-        Returns each layer as one prefill of prefix and question would show it to a policy.
+        Returns, for each layer, what a policy would see after one prefill of prefix and question.
         """
         positions = self.cache.extend(len(question))
         shown = []
@@ -133,7 +133,7 @@ class Context:
     def judge(self, shown: Sequence[Prefill], question: Sequence[int]) -> Scores:
         """The scores of every policy with the question in the cache.
 
-        The prefix is not recited again: prefix and question count as read one after the other, each recited after it.
+        The prefix is not recited again: it was recited when it was read, and only the question is recited now.
         """
         start = len(self.prefix)
         tokens = torch.tensor([[*self.prefix, *question]], device=self.device)
@@ -159,10 +159,10 @@ class Context:
 
 @torch.no_grad()
 def ask(model: Decoder, cache: PagedKVCache, probes: Sequence[Probe]) -> list[Tensor]:
-    """The logits that predict each token of each answer, float32 ``[N, V]``. The cache stays as it is.
+    """The logits that predict each token of each answer, float32 ``[N, V]``. The cache is not changed.
 
-    Probes are branches of one tree, which begins with the token that their tails have in common: one pass answers up to
-    64 of them, and none sees another. Raises ValueError for tails that begin with different tokens.
+    Probes are branches of one tree whose root is the first token of all tails. One pass answers up to 64 probes, which
+    do not see one another. Raises ValueError for tails that begin with different tokens.
     """
     for probe in probes:
         if probe.tail[0] != probes[0].tail[0]:
@@ -188,14 +188,14 @@ def _ask_together(model: Decoder, cache: PagedKVCache, probes: Sequence[Probe]) 
 
 
 def compress(cache: PagedKVCache, scores: Sequence[Tensor], policy: Policy, ratio: float, length: int) -> None:
-    """Compress a cache of ``length`` tokens once, ``ratio`` times, by scores that a policy gave before."""
+    """Compress a cache of ``length`` tokens once, ``ratio`` times, with the scores that a policy gave before."""
     for layer, layer_scores in enumerate(scores):
         cache.set_scores(layer, layer_scores)
     Compression(ratio=ratio, policy=policy).apply(cache, [length])
 
 
 def fingerprint(cache: PagedKVCache) -> str:
-    """A hash that two caches share where they keep the same tokens in the same lists."""
+    """A hash that is equal for caches that keep the same tokens in the same lists."""
     positions = cache.positions[cache.block_tables[:, 0].long()].flatten(-2)  # [layers, heads, slots]
     slot = torch.arange(positions.shape[-1], device=cache.device)
     kept = positions.masked_fill(slot >= cache.seq_lens[:, 0, :, None], -1)

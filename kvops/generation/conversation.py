@@ -1,4 +1,4 @@
-"""A conversation: one text that grows turn by turn, in a cache that stays and is compressed on the way."""
+"""A conversation: a text that grows turn by turn, in one cache that is compressed between turns."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from kvops.policies import RecentQueries
 
 
 class Conversation:
-    """A text of which the model reads what is new and generates what follows, again and again.
+    """A text that the model reads and continues in turns. Each turn reads only the new tokens.
 
     Keys and values of earlier turns stay in the cache. With ``options.compression``, the whole cache is compressed
-    after each reading, to the budget of the text so far, and the policy scores old keys anew by the queries of the new
-    tokens; ``every`` compresses while an answer is generated, too.
+    after each reading, to the budget of the text so far. The policy scores old keys again with the queries of the new
+    tokens. ``every`` also compresses while an answer is generated.
 
     Args:
         model: the decoder.
-        options: of every turn; ``compression`` is one for the conversation. A drafting model reads the text anew in
-            each turn.
+        options: the options of every turn, with one ``compression`` for the conversation. A drafting model reads the
+            whole text again in each turn.
         max_tokens: the most tokens of the text.
 
     Attributes:
@@ -58,12 +58,12 @@ class Conversation:
 
     @torch.no_grad()
     def reply(self, tokens: Sequence[int]) -> Generator[list[int], None, None]:
-        """Read ``tokens`` behind the text so far and generate, yielding the new tokens of each step.
+        """Read ``tokens`` after the text so far and generate. Yields the new tokens of each step.
 
-        What was yielded is part of the text, also where the caller stops early. An error in between empties the cache:
-        the next turn then has to begin with the whole text.
+        Yielded tokens are part of the text, even if the caller stops early. An error empties the cache, and the next
+        turn has to begin with the whole text.
 
-        Raises ValueError for no tokens, and for a text that would be longer than ``max_tokens``.
+        Raises ValueError if ``tokens`` is empty, or if the text would become longer than ``max_tokens``.
         """
         new = checks.ints("tokens", tokens)
         text = [*self.tokens, *new]
@@ -101,7 +101,7 @@ class Conversation:
         self._keep([*text, *emitted])
 
     def _keep(self, text: list[int]) -> None:
-        """The cache may hold drafts that were accepted behind a stop token: take them out."""
+        """Remove drafts from the cache that were accepted after a stop token."""
         beyond = int(self.cache.next_positions[0]) - len(text)
         if beyond > 0:
             self.cache.rollback(beyond)

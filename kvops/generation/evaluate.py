@@ -1,8 +1,8 @@
-"""What a compressed cache still knows: perplexity, agreement with the full cache, and answers to questions.
+"""The quality of compressed caches: perplexity, agreement with the full cache, and answers to questions.
 
-``python -m kvops evaluate`` and ``python -m bench quality`` run this code. A :class:`Unit` is a context and what is
-asked about it; :func:`evaluate` reads each context once, compresses copies of its cache by every policy at every ratio,
-and measures what the copies keep; :func:`summarize` turns the rows into one line for each policy and ratio.
+``python -m kvops evaluate`` and ``python -m bench quality`` run this code. A :class:`Unit` is a context and the
+probes about it. :func:`evaluate` reads each context once, compresses copies of its cache with every policy at every
+ratio, and measures the copies. :func:`summarize` turns the rows into one line for each policy and ratio.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvops.policies import Policy
 
 Setting = Literal["text", "before", "after"]
 TEXT: Setting = "text"
-"""A text that goes on."""
+"""The continuation of a text."""
 BEFORE: Setting = "before"
 """A question that is read before the cache is compressed."""
 AFTER: Setting = "after"
@@ -37,8 +37,8 @@ FULL = "full"
 Row = dict[str, Any]
 
 Reader = Callable[[Decoder, Sequence[int], float, int], PagedKVCache]
-"""Reads tokens into a cache of its own and compresses it. Called with the model, the tokens, the ratio, and how many
-tokens the cache needs room for beyond them."""
+"""Reads tokens into a new cache and compresses it. The arguments are the model, the tokens, the ratio, and the number
+of further tokens that the cache needs room for."""
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def forced_logits(
 ) -> Tensor:
     """The logits that predict each of ``tokens``, given the cache's ``row`` and the tokens before: float32 [N, V].
 
-    ``last_hidden`` [1, 1, hidden] is the hidden state of the last token in the cache, ``tokens`` int64 [N]. The tokens
+    ``last_hidden`` [1, 1, hidden] is the hidden state of the last token in the cache, ``tokens`` int64 [N]. All tokens
     but the last are appended to the cache, ``chunk`` at a time.
     """
     predicted = [model.logits(last_hidden)[0]]
@@ -69,14 +69,14 @@ def agreement(logits: Tensor, tokens: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Unit:
-    """A context and what is asked about it.
+    """A context and the probes about it.
 
     Attributes:
-        name: of the unit, in rows.
+        name: the name of the unit in rows.
         setting: ``"text"``, ``"before"`` or ``"after"``.
         prefix: tokens that are read before compression. Units with the same prefix, one after the other, share it.
         question: tokens that are read after the prefix and before compression, in the setting ``"before"``.
-        probes: what is asked after compression. All begin with the same token; ``"text"`` has exactly one.
+        probes: the probes after compression. All tails begin with the same token; ``"text"`` has exactly one probe.
     """
 
     name: str
@@ -92,13 +92,16 @@ class Unit:
 
     @property
     def room(self) -> int:
-        """The most tokens that it needs beyond the prefix."""
+        """The most tokens that the unit needs beyond the prefix."""
         return len(self.question) + sum(len(probe.tail) + len(probe.answer) for probe in self.probes)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy under a name. Variants with one name score alike and differ in ``scope``; one of them is the default."""
+    """A policy and its name in rows.
+
+    Variants of the same name differ in ``scope`` alone; ``default`` marks the policy's own scope among them.
+    """
 
     name: str
     policy: Policy
@@ -106,13 +109,13 @@ class Variant:
 
 
 class Full:
-    """A unit in the full cache of ``context``, which compressed caches are compared with.
+    """A unit in the full cache of ``context``: the reference for compressed caches.
 
     Attributes:
-        row: its figures.
-        shown: of a unit with a question, the layers with the question read.
-        asked: the probes that the full cache answers right, at least in part, with the tokens that it gets right. A
-            compressed cache is not blamed for what the full cache does not know.
+        row: the figures of the full cache.
+        shown: the layers after the question was read; empty without a question.
+        asked: the probes that the full cache answers right, at least in part, and which of their tokens are right.
+            Compressed caches are asked these alone.
     """
 
     def __init__(self, model: Decoder, unit: Unit, context: Context) -> None:
@@ -137,7 +140,7 @@ class Full:
         return self.unit.setting == TEXT or bool(self.asked)
 
     def row_of(self, policy: str, scope: str, ratio: float, cache: PagedKVCache) -> Row:
-        """The row of a compressed cache, without figures of quality."""
+        """The row of a compressed cache, before its quality is measured."""
         blocks = cache.stats().blocks_in_use
         return self.base | {
             "policy": policy,
@@ -174,21 +177,21 @@ def evaluate(
 
     Args:
         model: the decoder.
-        units: what is asked, units with the same prefix one after the other.
+        units: the contexts and their probes; units with the same prefix stand next to each other.
         variants: the policies. Each scores a context in the one pass that reads it.
         ratios: how many times smaller than the full cache, at least 1.
-        readers: methods, by name, that read and compress by themselves, such as presses of kvpress.
-        wanted: which rows of policies to measure; units without any are not read.
-        progress: called with what is done next, and how many rows are finished since the last call.
+        readers: further methods by name, which read and compress on their own, such as presses of kvpress.
+        wanted: returns whether to measure a row; units without such rows are not read.
+        progress: called with the name of the next step and the number of rows finished since the last call.
 
     Yields:
-        A row, and the cache that it describes, which is valid until the next row is asked for. A unit's first row is
+        A row and the cache that it describes. The cache is valid until the next row. A unit's first row is
         the full cache's: ``unit``, ``setting``, ``length``, ``policy`` (``"full"``), ``scope``, ``ratio`` and
-        ``blocks``. Rows of compressed caches also have ``default`` and ``full_blocks``, and ``reading`` where a policy
-        recites (the time to read as a multiple of reading alone). Figures: of a text ``nll`` (mean negative
-        log-likelihood of its tokens, in nats), ``kl`` (divergence from the full cache's predictions) and ``top1`` (how
-        often the most likely token is the full cache's); of questions ``right``, by task a 1 or 0 for each answer (for
-        each token where the probe is not ``exact``).
+        ``blocks``. Rows of compressed caches also have ``default`` and ``full_blocks``, and ``reading`` if the policy
+        recites (the time to read as a multiple of reading alone). A text has the figures ``nll`` (mean negative
+        log-likelihood of its tokens, in nats), ``kl`` (divergence from the full cache's predictions) and ``top1`` (the
+        share of positions at which the most likely token is the full cache's). Questions have ``right``: for each task,
+        a 1 or 0 for each answer (for each token if the probe is not ``exact``).
     """
     readers = readers or {}
     policies = {variant.name: variant.policy for variant in variants}
@@ -229,7 +232,7 @@ def _policy_rows(
     missing: Sequence[tuple[Variant, float]],
     progress: Callable[[str, int], None],
 ) -> Iterator[tuple[Row, PagedKVCache]]:
-    """The rows of compressed copies of the cache of ``context``."""
+    """The rows of compressed copies of the cache of ``context``, and the copies."""
     unit = full.unit
     scores = context.judge(full.shown, unit.question) if full.shown else context.scores
     figures: dict[str, Row] = {}
@@ -238,7 +241,7 @@ def _policy_rows(
         cache = context.copy()
         compress(cache, scores[variant.name], variant.policy, ratio, unit.length)
         row = full.row_of(variant.name, variant.policy.scope, ratio, cache) | {"default": variant.default}
-        # Caches that keep the same tokens give the same answers: AdaKV's equal heads are SnapKV's.
+        # Caches that keep the same tokens give the same answers (AdaKV with equal heads is SnapKV): measure them once.
         kept = fingerprint(cache)
         if kept not in figures:
             figures[kept] = full.measure(cache)
@@ -252,7 +255,7 @@ def _policy_rows(
 def _reader_rows(
     full: Full, name: str, reader: Reader, ratios: Sequence[float], progress: Callable[[str, int], None]
 ) -> Iterator[tuple[Row, PagedKVCache]]:
-    """The rows of caches that ``reader`` makes."""
+    """The rows of the caches that ``reader`` makes, and the caches."""
     unit = full.unit
     for ratio in ratios:
         progress(f"{unit.name}: {name} {ratio:g}x", 0)
@@ -264,7 +267,7 @@ def _reader_rows(
 
 
 def _hits(probe: Probe, logits: Tensor) -> list[int]:
-    """1 or 0: whether greedy decoding gives the answer, or each token of it after those before it."""
+    """1 or 0: for the whole answer by greedy decoding, or for each of its tokens given the tokens before it."""
     hits = logits.argmax(-1).cpu() == torch.tensor(list(probe.answer))
     return [int(hits.all())] if probe.exact else hits.int().tolist()
 
@@ -277,7 +280,8 @@ def _by_task(answers: Iterable[tuple[Probe, list[int]]]) -> dict[str, list[int]]
 
 
 def _compared(probe: Probe, logits: Tensor, full: Tensor) -> Row:
-    """Mean negative log-likelihood of a text (nats), divergence from the full cache, most likely tokens in common."""
+    """Mean negative log-likelihood of a text (nats), divergence from the full cache, share of equal most likely
+    tokens."""
     answer = torch.tensor(list(probe.answer), device=logits.device)
     ours, theirs = logits.log_softmax(-1), full.log_softmax(-1)
     return {
@@ -289,15 +293,15 @@ def _compared(probe: Probe, logits: Tensor, full: Tensor) -> Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a policy keeps at a ratio, over all units. Figures that nothing was measured for are None.
+    """The quality of a policy at a ratio, over all units. A figure is None if nothing was measured for it.
 
     Attributes:
-        policy, scope, ratio: which rows.
-        smaller: how many times smaller the caches really came out, in blocks.
-        perplexity: of all held-out tokens.
-        agreement: how often the most likely token of a held-out text is the full cache's.
-        right, asked: answers that are right, and those counted: what the full cache gets right. Of the full cache
-            ``asked`` are all answers.
+        policy, scope, ratio: the rows that are summarized.
+        smaller: how many times smaller the caches really became, in blocks.
+        perplexity: the perplexity of all held-out tokens.
+        agreement: the share of held-out tokens at which the most likely token is the full cache's.
+        right, asked: the number of right answers and of counted ones, which are those that the full cache gets right.
+            For the full cache, all answers are counted.
     """
 
     policy: str

@@ -1,7 +1,7 @@
-"""Generation: prefill, compress, decode from the ragged cache, speed up by verified drafts.
+"""Generation: prefill, compression, decoding from the ragged cache, verified drafts.
 
-Sequences of any lengths share one :class:`~kvops.PagedKVCache`, a row each. A prompt is prefilled by dense flash
-attention; from then on every step attends to the paged cache, however its heads have been compressed.
+Sequences of any lengths share one :class:`~kvops.PagedKVCache`; each has a row. A prompt is read with dense flash
+attention. Every later step attends to the paged cache, whose heads may have different lengths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Generation", "GenerationOptions", "GenerationStats", "generate", "st
 
 @dataclass(frozen=True)
 class Generation:
-    """The new tokens of each prompt (a stop token that ended it included) and the statistics."""
+    """The new tokens of each prompt, including the stop token that ended it, and the statistics."""
 
     tokens: list[list[int]]
     stats: GenerationStats
@@ -59,21 +59,21 @@ def stream(
     cache: PagedKVCache | None = None,
     stats: GenerationStats | None = None,
 ) -> Iterator[list[list[int]]]:
-    """Generate, yielding after every step the new tokens of each prompt (none for those that have ended).
+    """Generate and yield, after each step, the new tokens of each prompt (an empty list after its end).
 
     Args:
         model: the decoder; ``kvops.integrations.transformers.Decoder`` makes one of a transformers model.
         prompts: token ids, one sequence or more, of any lengths from 1 on.
-        cache: an empty cache to use, with a row for each prompt and room for ``tree * num_draft`` tokens beyond each
-            sequence; it is empty again when the generation ends. None makes one with the blocks that these prompts need
-            at most, compressed as they are.
-        stats: filled in as the generation goes. ``stats.unmet`` says at the end what was asked for and did not happen.
+        cache: an empty cache with a row for each prompt and room for ``tree * num_draft`` tokens beyond each sequence.
+            It is empty again when the generation ends. None makes a cache that is large enough for these prompts and
+            their compression.
+        stats: updated after each step. At the end ``stats.unmet`` has a sentence for each option that was not met.
 
     The other arguments are the attributes of :class:`GenerationOptions`.
 
     Raises:
-        ValueError, TypeError: an argument out of range or of the wrong type, by its name.
-        kvops.OutOfBlocksError: a given cache is too small.
+        ValueError, TypeError: an argument is out of range or of the wrong type. The message begins with its name.
+        kvops.OutOfBlocksError: ``cache`` is too small.
     """
     options = GenerationOptions.of(locals())
     return _stream(model, prompts, options, cache, GenerationStats() if stats is None else stats)
@@ -103,7 +103,7 @@ def generate(
     max_ngram: int = 4,
     cache: PagedKVCache | None = None,
 ) -> Generation:
-    """Generate to the end: :func:`stream` with the same arguments, its tokens put together, and its statistics."""
+    """Generate to the end. Takes the arguments of :func:`stream` and returns all its tokens and its statistics."""
     options, stats = GenerationOptions.of(locals()), GenerationStats()
     tokens: list[list[int]] = [[] for _ in prompts]
     for new in _stream(model, prompts, options, cache, stats):
@@ -147,7 +147,7 @@ def _stream(
 
 
 def _token_ids(prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
-    """The prompts as lists, whatever sequences they come as."""
+    """The prompts as lists of ints, checked."""
     if isinstance(prompts, str) or any(isinstance(prompt, str | int) for prompt in prompts):
         raise TypeError(
             f"prompts: expected sequences of token ids, one for each prompt, got {reprlib.repr(prompts)}: "
@@ -164,7 +164,7 @@ def _token_ids(prompts: Sequence[Sequence[int]], vocab: int) -> list[list[int]]:
 
 
 def _expect_fitting(cache: PagedKVCache, model: Decoder, batch: int) -> None:
-    """That a cache is made for a model and a batch, and empty."""
+    """Check that a cache fits the model and the batch and is empty."""
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache: expected a kvops.PagedKVCache, got {type(cache).__name__}")
     config = model.config
@@ -186,7 +186,8 @@ def _expect_fitting(cache: PagedKVCache, model: Decoder, batch: int) -> None:
 def _new_cache(
     model: Decoder, prompt_lens: Sequence[int], compressions: Sequence[Compression | None], new_tokens: int, room: int
 ) -> PagedKVCache:
-    """A cache that these prompts cannot fill: each as it is compressed and grows, and the largest while it is read."""
+    """A cache that these prompts cannot fill: room for each after compression and growth, and for the largest prompt in
+    full."""
     sizes = new_cache(model, max_batch=1, max_tokens=1, num_blocks=1)
     resting, reading = [], [0]
     for length, compression in zip(prompt_lens, compressions, strict=True):

@@ -1,4 +1,4 @@
-"""The options of a generation, which ``generate``, ``stream`` and what runs them share."""
+"""The options of a generation, shared by ``generate``, ``stream`` and the code that runs them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PerPrompt = float | Sequence[float] | None
 """One number for all prompts, or one for each."""
 
 _FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-# What changes nothing where the most likely token is taken.
+# Filters that have no effect on greedy decoding.
 _SAMPLING_FILTERS = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How :func:`~kvops.generation.generate.generate` and :func:`~kvops.generation.generate.stream` generate.
+    """The options of :func:`~kvops.generation.generate.generate` and :func:`~kvops.generation.generate.stream`.
 
     Attributes:
         max_new_tokens: the most new tokens for each prompt.
@@ -34,16 +34,16 @@ class GenerationOptions:
         bad_words: token sequences that are never generated, for all prompts.
         stop_tokens: a prompt ends after any of these tokens.
         compression: how the cache is compressed: one for all prompts, or one for each. None keeps the whole cache.
-        draft: what drafts up to ``num_draft`` tokens ahead. One pass of the model verifies a draft; the emitted tokens
-            have the distribution that they have without drafts, and greedy tokens are the same. ``"prompt_lookup"``
-            drafts what followed earlier occurrences of the last ``max_ngram`` to ``min_ngram`` tokens. A smaller model
-            with the same vocabulary on the same device decodes ahead, with a cache of its own. After refused drafts a
-            prompt gets shorter ones, and none for some passes.
+        draft: the source of drafts of up to ``num_draft`` tokens. One pass of the model verifies a draft. Sampled
+            tokens have the same distribution as without drafts, and greedy tokens are the same. ``"prompt_lookup"``
+            searches the text for the last ``max_ngram`` to ``min_ngram`` tokens and drafts the tokens that followed
+            them. A smaller model with the same vocabulary on the same device decodes ahead with its own cache. After
+            refused drafts a prompt gets shorter ones, and none for some passes.
         num_draft: the most tokens of a draft.
-        tree: drafts at each position. Above 1 the drafts are trees: of the best earlier occurrences, or of the
-            drafting model's most probable continuations.
-        verification: of chains of drafts: ``"token"`` by token, or ``"block"``, which accepts at least as much where
-            tokens are sampled (:func:`kvops.verify_draft`).
+        tree: the number of drafts at each position. Above 1 the drafts are trees: of the best earlier occurrences, or
+            of the drafting model's most probable continuations.
+        verification: how chains of drafts are verified: ``"token"``, or ``"block"``, which accepts at least as many
+            sampled tokens (:func:`kvops.verify_draft`).
         min_ngram, max_ngram: lengths of the n-grams that prompt lookup searches for.
     """
 
@@ -78,7 +78,7 @@ class GenerationOptions:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> GenerationOptions:
-        """The options among a function's ``locals()``."""
+        """Take the options from a function's ``locals()``."""
         return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
 
     @property
@@ -89,7 +89,7 @@ class GenerationOptions:
     def compressions(self, batch: int) -> list[Compression | None]:
         """The compression of each of ``batch`` prompts.
 
-        Raises TypeError and ValueError for others than Compression or a wrong number of them.
+        Raises TypeError for entries that are not a Compression, and ValueError for a wrong number of entries.
         """
         given = self.compression
         compressions = list(given) if isinstance(given, Sequence) else [given] * batch
@@ -107,7 +107,7 @@ class GenerationOptions:
         return compressions
 
     def without_effect(self) -> list[str]:
-        """A sentence for each option that cannot have an effect beside the others."""
+        """A sentence for each option that has no effect together with the others."""
         heat = self.temperature.tolist() if hasattr(self.temperature, "tolist") else self.temperature
         if any(heat) if isinstance(heat, Sequence) else heat:
             return []

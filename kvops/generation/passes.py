@@ -1,4 +1,4 @@
-"""The model's passes over a paged cache: a prompt, tokens on top of it, and drafts, in chains or trees."""
+"""The passes of a model over a paged cache: prompts, further tokens, and chains or trees of drafts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Reduction = Literal["sum", "sumsq", "max"]
 
 
 class Decoder(Protocol):
-    """What generation asks of a model; :class:`kvops.models.llama.Llama` is one.
+    """The interface of a model for generation; :class:`kvops.models.llama.Llama` implements it.
 
     ``config`` has ``vocab_size``, ``num_layers``, ``num_kv_heads``, ``head_dim`` and ``max_positions``;
-    ``embedding.weight`` tells device and dtype; ``rope`` are the rotary embedding's frequencies, float32 ``[D / 2]``,
-    or None.
+    ``embedding.weight`` has the model's device and dtype. ``rope`` has the frequencies of the rotary embedding, float32
+    ``[D / 2]``, or is None.
     """
 
     @property
@@ -37,19 +37,20 @@ class Decoder(Protocol):
     def rope(self) -> Tensor | None: ...
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [B, T, hidden] of tokens int64 [B, T] at positions int [B, T]; ``attend`` does the rest."""
+        """Hidden states [B, T, hidden] of tokens int64 [B, T] at positions int [B, T]. ``attend`` computes
+        attention."""
 
     def options(self, layer: int) -> dict[str, Any]:
-        """How a layer attends: ``window_left``, and maybe ``scale``, ``softcap`` and ``sinks``, for
-        :func:`kvops.flash_attention`. Asked for when the layer attends, and later."""
+        """The attention options of a layer for :func:`kvops.flash_attention`: ``window_left``, and ``scale``,
+        ``softcap`` and ``sinks`` where the layer has them. Called while the layer attends, and afterwards."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> [..., vocab_size]."""
 
 
 def is_decoder(value: object) -> TypeGuard[Decoder]:
-    """Whether ``value`` has what a Decoder has. ``isinstance`` with a protocol overlooks, from Python 3.12 on, what
-    torch's modules find in ``__getattr__``: parameters, buffers and submodules."""
+    """Whether ``value`` implements Decoder. From Python 3.12 on ``isinstance`` with a protocol does not call
+    ``__getattr__``, through which torch's modules find parameters, buffers and submodules."""
     names = ("config", "embedding", "rope", "options", "logits")
     return callable(value) and all(hasattr(value, name) for name in names)
 
@@ -57,8 +58,8 @@ def is_decoder(value: object) -> TypeGuard[Decoder]:
 def new_cache(
     model: Decoder, *, max_batch: int, max_tokens: int, block_size: int = 16, num_blocks: int | None = None
 ) -> PagedKVCache:
-    """A cache for ``max_batch`` sequences of ``max_tokens`` tokens of this model, of ``num_blocks`` blocks or with
-    room for all of them uncompressed."""
+    """A cache for ``max_batch`` sequences of ``max_tokens`` tokens of this model. ``num_blocks`` is None for room for
+    all of them without compression."""
     config = model.config
     blocks_per_list = -(-max_tokens // block_size)
     weight = model.embedding.weight
@@ -85,10 +86,10 @@ def prefill(
 ) -> Tensor:
     """Run a prompt, int64 [1, S], into the empty ``row`` of the cache; returns the hidden states [1, S, hidden].
 
-    With a ``policy``, the prompt's keys are scored as they pass, ready for an eviction, or once the prompt has been
-    recited where the policy asks for that; ``recent`` takes the last queries of every layer.
+    With a ``policy``, the prompt's keys get scores for an eviction: layer by layer, or after a recital if the policy
+    needs one. ``recent`` stores the last queries of every layer.
 
-    Raises ValueError for a row that is not empty (looked at on the CPU and with ``KVOPS_DEBUG=1``).
+    Raises ValueError for a row that is not empty (checked on the CPU and with ``KVOPS_DEBUG=1``).
     """
     checks.expect_int("row", row, 0)
     checks.expect_at_least("cache.max_batch", cache.max_batch, row + 1)
@@ -123,15 +124,15 @@ def prefill(
 def recite(
     model: Decoder, cache: PagedKVCache, tokens: Tensor, row: int, recital: Recital, start: int = 0
 ) -> list[Recited]:
-    """Let the model repeat ``tokens``, int64 [1, S], all that ``row`` was given, from ``start`` on.
+    """Let the model repeat ``tokens``, int64 [1, S], the whole text of ``row``, from ``start`` on.
 
-    The tokens are those of the text, whatever the model would have said; they attend to all that the row holds, however
-    compressed, and the row stays as it is (unshared): neither their keys nor their values go into the cache.
+    The model reads the tokens of the text; nothing is sampled. They attend to everything that the row holds, compressed
+    or not. Their keys and values do not go into the cache, and the row is not changed.
 
-    Returns, of each layer, what the recital of a chunk paid to the chunk's keys: ``[1, Hkv, W]`` in list order, W being
-    the longest list and shorter ones padded in front; 0 for keys from before ``start``.
+    Returns, for each layer, the attention that the recital of a chunk paid to the chunk's keys: ``[1, Hkv, W]`` in list
+    order. W is the longest list; shorter lists are padded in front. Keys from before ``start`` have 0.
 
-    Raises ValueError where a layer's window is narrower than the text, or the model has no positions left behind it.
+    Raises ValueError if a layer's window is narrower than the text, or if the model has too few positions after it.
     """
     rows, length = slice(row, row + 1), tokens.shape[1]
     lens = cache.seq_lens[:, row].tolist()
@@ -157,7 +158,7 @@ def recite(
                 out[:, :, heads], lse = flash_attention(
                     q[:, :, heads], keys[:, real, own], values[:, real, own], causal=True, sinks=sink, **options
                 )
-                # All of the recital stands behind the chunk: there is nothing to mask.
+                # The whole recital comes after the chunk: there is nothing to mask.
                 pair = q[:, :, heads], keys[:, judged, own], lse
                 largest, total = found[layer]
                 largest[:, own, judged] = attention_scores(*pair, reduce="max", group="max", **options)
@@ -187,8 +188,8 @@ def read_prompt(
 ) -> Tensor:
     """Run a prompt, int64 [1, S], into ``row`` and compress the row, as a whole or chunk by chunk.
 
-    The row holds the first ``held`` tokens, however compressed, and only the others are run. Returns the hidden states
-    of the last token, [1, 1, hidden]. ``recent`` takes the last queries of every layer.
+    The row already holds the first ``held`` tokens, compressed or not; only the others are run. Returns the hidden
+    state of the last token, [1, 1, hidden]. ``recent`` stores the last queries of every layer.
     """
     length, rows = tokens.shape[1], slice(row, row + 1)
     if compression is None:
@@ -214,12 +215,12 @@ def _read_chunk(
     policy: Policy,
     recent: RecentQueries | None,
 ) -> Tensor:
-    """Run ``tokens``, int64 [1, S], from ``start`` on on top of what ``row`` holds of those before them, however
-    compressed, and judge all its keys."""
+    """Run ``tokens``, int64 [1, S], from ``start`` on, and score all keys of the row, which holds the tokens before
+    ``start``, compressed or not."""
     rows, new = slice(row, row + 1), tokens[:, start:]
     rope = model.rope
     positions = cache.extend(new.shape[1], rows=rows)
-    # The one number that the host asks for in each chunk: how wide the gathered keys of a layer are.
+    # The host reads one number in each chunk: the width of the gathered keys.
     width = int(cache.seq_lens[:, rows].amax())
     last: list[Tensor] = []
 
@@ -252,14 +253,14 @@ def decode(
     accumulate: Reduction | None = None,
     queries: list[Tensor] | None = None,
 ) -> Tensor:
-    """Run tokens, int64 [B, T], on top of what the cache's ``rows`` hold; returns the hidden states [B, T, hidden].
+    """Run tokens, int64 [B, T], after those in the cache's ``rows``; returns the hidden states [B, T, hidden].
 
     Args:
-        q_lens: int32 [B]: the first ``q_lens[b]`` tokens of a row are real, all of them where None.
-        parents: int32 [B, T], for trees, as :func:`kvops.verify_tree` takes them: a token sees itself and its
-            ancestors, and its position is that of its depth. None: a chain.
-        accumulate: adds the attention that the cached keys receive to their scores.
-        queries: takes each layer's queries, for :func:`add_scores` once it is known which of the tokens stay.
+        q_lens: int32 [B]: the first ``q_lens[b]`` tokens of a row are real; None for all of them.
+        parents: int32 [B, T], for trees, as in :func:`kvops.verify_tree`: a token sees itself and its ancestors, and
+            its depth gives its position. None for a chain.
+        accumulate: how the attention that cached keys receive is added to their scores; None for not at all.
+        queries: collects each layer's queries for :func:`add_scores`, which runs after the verification.
     """
     positions = cache.extend(tokens.shape[1], q_lens=q_lens, rows=rows)
     mask = None
@@ -288,7 +289,7 @@ def decode(
 def judge(
     model: Decoder, cache: PagedKVCache, row: int, policy: Policy, recent: RecentQueries, num_tokens: int
 ) -> None:
-    """Let ``policy`` judge all keys of a row of ``num_tokens`` tokens anew, by its last queries."""
+    """Score all keys of a row of ``num_tokens`` tokens again, with the row's last queries."""
     _judge(model, cache, row, policy, [recent.of(layer, row, num_tokens) for layer in range(cache.num_layers)])
 
 
@@ -300,7 +301,7 @@ def _judge(
     queries: Sequence[Tensor],
     recited: Sequence[Recited] | None = None,
 ) -> None:
-    """The same, given the queries of every layer, and what :func:`recite` found."""
+    """Score all keys of a row, given the queries of every layer and the result of :func:`recite`."""
     rows = slice(row, row + 1)
     width = int(cache.seq_lens[:, rows].amax())
     rope = model.rope
@@ -313,10 +314,10 @@ def _judge(
 def add_scores(
     model: Decoder, cache: PagedKVCache, queries: Sequence[Tensor], q_lens: Tensor, accumulate: Reduction
 ) -> None:
-    """Add to the scores what the tokens that stayed, ``q_lens`` int32 [B] of each row, attend to, and nothing else.
+    """Add the attention of accepted tokens, ``q_lens`` int32 [B] of each row, to the scores.
 
-    It is a second pass of attention, behind the verification: during the first one nobody knows which drafts will
-    stand, and float sums cannot be taken back exactly.
+    This is a second pass of attention, after the verification: during the first pass it is not known which drafts will
+    be accepted, and float sums cannot be undone exactly.
     """
     for layer, q in enumerate(queries):
         cache.attend(layer, q, q_lens=q_lens, accumulate=accumulate, **model.options(layer))

@@ -1,4 +1,4 @@
-"""How tokens are drawn, request by request: one set of filters for those who draft and for the model that verifies."""
+"""Sampling for each request: the drafting model and the verifying model share one set of filters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvops.generation.passes import Decoder
 from kvops.ops.verify import verify_draft
 from kvops.sampling import process_logits
 
-# Drafts are drawn under a seed of their own: shared with the verification's, it would favour what is then accepted.
+# Drafts are sampled with another seed. With the seed of the verification, the same noise would decide twice.
 _DRAFTER_KEY = 0x6A09E667F3BCC908
 
 
@@ -23,13 +23,13 @@ class Sampler:
     """Temperatures, seeds and filters of a batch.
 
     Args:
-        batch, vocab, device: as many requests for a model of that vocabulary, whose tensors live there.
-        prompt_lens: how many tokens of each request are its prompt.
+        batch, vocab, device: the number of requests, and the vocabulary and the device of the model.
+        prompt_lens: the length of each request's prompt.
         temperature, seed: one number, or one for each request (one seed grows by 1 from request to request).
         bad_words: as in :func:`kvops.process_logits`.
         filters: the other filters of :func:`kvops.process_logits` by name: a number, one for each request, or None.
 
-    Raises ValueError for numbers out of range, by the argument's name.
+    Raises ValueError for numbers out of range. The message begins with the argument's name.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Sampler:
                 continue
             values = one_each(name, value, batch)
             for number in set(values):
-                process_logits(one[..., :1], **{name: number})  # names what is out of range
-            # One number for all stays one: top-k of 50 is cheaper when it is known.
+                process_logits(one[..., :1], **{name: number})  # raises for a value out of range
+            # One number for all requests stays a number: top-k is cheaper if its largest value is known on the host.
             same, kind = len(set(values)) == 1, torch.int64 if name == "top_k" else torch.float32
             self._filters[name] = values[0] if same else torch.tensor(values, dtype=kind, device=device)
         if bad_words:
@@ -88,9 +88,9 @@ class Sampler:
     def process(
         self, logits: Tensor, text: Tensor, drafts: Tensor | None = None, parents: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, T, V] behind ``text`` (int64 [B, L], padded with -1) and the drafts, as ``process_logits`` does.
+        """Apply the filters to logits [B, T, V] after ``text`` (int64 [B, L], padded with -1) and the drafts.
 
-        Without filters they are returned as they are: the temperature alone is the verification's.
+        Without filters the logits are returned unchanged: the verification applies the temperature.
         """
         if not self._filters:
             return logits
@@ -100,10 +100,10 @@ class Sampler:
         return process_logits(logits, temperature=self.temperature, **given)
 
     def arguments(self) -> dict[str, Any]:
-        """What the verification of processed logits takes."""
+        """The sampling arguments for the verification of processed logits."""
         if self.temperature is None:
             return {}
-        # The filters are measured on tempered logits: the temperature is in them.
+        # The filters apply to logits that are divided by the temperature, so it must not be applied again.
         temperature = (self.temperature > 0).float() if self._filters else self.temperature
         return {"temperature": temperature, "seed": self.seed}
 
@@ -116,7 +116,7 @@ class Sampler:
         return verify_draft(logits, none, step=step, **given)[0][:, 0]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What :meth:`draw_draft` draws from, float32 [B, 1, V]."""
+        """The distribution that :meth:`draw_draft` samples from, float32 [B, 1, V]."""
         x = logits.float()
         temperature = self.arguments()["temperature"][:, None, None]
         # A greedy request's draft is not tested against its probability.

@@ -1,7 +1,7 @@
-"""Speculative decoding: who drafts, what a draft is, how it is verified and what stays of it in the caches.
+"""Speculative decoding: drafters, drafts, their verification, and the removal of refused drafts from caches.
 
-A drafter proposes a chain or a tree of tokens for every request. One pass of the model over all of them verifies it,
-and what is emitted is distributed as without drafts (:func:`kvops.verify_draft`, :func:`kvops.verify_tree`).
+A drafter proposes a chain or a tree of tokens for each request. One pass of the model verifies all of them. The emitted
+tokens have the same distribution as without drafts (:func:`kvops.verify_draft`, :func:`kvops.verify_tree`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from kvops.ops.verify_tree import verify_tree
 
 @dataclass(frozen=True)
 class Drafts:
-    """What is verified in one pass, for a batch of B requests.
+    """The drafts that one pass verifies, for a batch of B requests.
 
     Attributes:
-        tokens: int64 ``[B, T]``, -1 where there is none.
-        lens: int32 ``[B]``: how many of a row are real; they come first.
-        probs: float32 ``[B, T, V]`` that the tokens were drawn from; None: each is a point mass.
-        parents: int32 ``[B, T + 1]`` for trees, node 0 being the root (the last token of the text) and node n + 1 the
-            token ``tokens[:, n]``, as :func:`kvops.verify_tree` takes them; None: chains.
+        tokens: int64 ``[B, T]``, padded with -1.
+        lens: int32 ``[B]``, the number of drafted tokens in each row.
+        probs: float32 ``[B, T, V]``, the distributions that the tokens were sampled from; None for point masses.
+        parents: int32 ``[B, T + 1]`` for trees, as in :func:`kvops.verify_tree`: node 0 is the root (the last token of
+            the text) and node n + 1 is ``tokens[:, n]``. None for chains.
     """
 
     tokens: Tensor
@@ -41,8 +41,11 @@ class Drafts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``tokens`` int64 ``[B, T + 1]`` to emit (-1 behind the last), ``accepted`` int32 ``[B]`` drafts among them; of
-    trees also the accepted nodes' ``path`` int32 ``[B, T + 1]``, the root first, -1 behind the last."""
+    """The result of a verification.
+
+    ``tokens`` int64 ``[B, T + 1]`` are emitted (padded with -1); ``accepted`` int32 ``[B]`` of them are drafts. For
+    trees, ``path`` int32 ``[B, T + 1]`` has the accepted nodes, the root first (padded with -1).
+    """
 
     tokens: Tensor
     accepted: Tensor
@@ -52,7 +55,7 @@ class Verdict:
 def verify(
     drafts: Drafts, logits: Tensor, text: Tensor, lens: Tensor, sampler: Sampler, method: Literal["token", "block"]
 ) -> Verdict:
-    """Verify drafts behind ``text`` (int64 [B, L] of ``lens`` [B] tokens) by the model's logits [B, T + 1, V]."""
+    """Verify drafts after ``text`` (int64 [B, L] of ``lens`` [B] tokens) with the model's logits [B, T + 1, V]."""
     arguments = sampler.arguments()
     step = lens.long()  # no two calls of a request share it
     if drafts.parents is None:
@@ -74,7 +77,7 @@ def verify(
 
 
 def keep_accepted(cache: PagedKVCache, drafts: Drafts, verdict: Verdict, running: Tensor) -> None:
-    """Take the refused drafts out of the cache that holds them all; ``running`` int32 [B] is 1 for rows in use."""
+    """Remove the refused drafts from the cache, which holds all drafts. ``running`` int32 [B] is 1 for rows in use."""
     if verdict.path is None:
         cache.rollback((drafts.lens - verdict.accepted) * running)
     else:
@@ -82,16 +85,16 @@ def keep_accepted(cache: PagedKVCache, drafts: Drafts, verdict: Verdict, running
 
 
 def on_path(path: Tensor) -> Tensor:
-    """bool [B, N]: which nodes a path int32 [B, N] has."""
+    """The nodes of a path int32 [B, N], as a mask bool [B, N]."""
     return (path[:, None] == torch.arange(path.shape[1], device=path.device)[:, None]).any(2)
 
 
 class Pace:
-    """How far ahead it pays to draft for a request, from what became of its drafts.
+    """The length of the next draft of a request, from the results of its earlier drafts.
 
-    A draft may be about twice as long as what was accepted last; the first is short. A refused token costs time even
-    alone, so refusals in a row are followed by 1, 3 and then 7 passes without a draft: text in which nothing can be
-    guessed is decoded at almost the speed that it has without a drafter.
+    A draft may be about twice as long as the last accepted one; the first is short. Even one refused token costs time,
+    so refusals in a row are followed by 1, 3 and then 7 passes without a draft. Text that cannot be predicted is then
+    decoded at almost the speed without drafts.
     """
 
     def __init__(self, most: int) -> None:
@@ -102,7 +105,7 @@ class Pace:
         return 0 if self.wait else self.limit
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """A pass has verified so many drafts, 0 where there were none."""
+        """Record the result of a pass; ``drafted`` is 0 for a pass without drafts."""
         if drafted:
             self.limit = min(2 * accepted + 1, self.most)
             self.refusals = 0 if accepted else self.refusals + 1
@@ -112,7 +115,7 @@ class Pace:
 
 
 class Drafter(Protocol):
-    """Proposes what may come next. ``room`` is how many tokens it proposes at most for a request."""
+    """Proposes the next tokens. ``room`` is the most tokens that it proposes for a request."""
 
     room: int
 
@@ -120,20 +123,20 @@ class Drafter(Protocol):
         """A request of prompt int64 [1, S] starts in ``row``."""
 
     def propose(self, text: Tensor, lens: Tensor, running: Tensor, wanted: Sequence[int]) -> Drafts:
-        """Draft at most ``wanted[b]`` positions ahead behind the first ``lens[b]`` (int32) tokens of ``text[b]``
-        (int64 [B, L], -1 from there on); nothing for the rows where ``running`` (int32) is 0."""
+        """Draft at most ``wanted[b]`` positions after the first ``lens[b]`` (int32) tokens of ``text[b]`` (int64
+        [B, L], padded with -1). Rows where ``running`` (int32) is 0 get no draft."""
 
     def settle(self, verdict: Verdict) -> None:
-        """Learn what became of the latest proposal."""
+        """Take the verdict on the latest proposal."""
 
     def end(self, row: int) -> None:
         """The request in ``row`` has ended."""
 
 
 class LookupDrafter:
-    """What followed earlier occurrences of the text's last tokens (:func:`kvops.prompt_lookup`).
+    """Drafts the tokens that followed earlier occurrences of the last tokens (:func:`kvops.prompt_lookup`).
 
-    With a ``width`` above 1 the ``width`` best occurrences that go on with different tokens are the branches of a tree.
+    With a ``width`` above 1 the branches of a tree are the ``width`` best occurrences with different next tokens.
     """
 
     def __init__(self, num_draft: int, width: int, *, min_ngram: int, max_ngram: int) -> None:
@@ -152,9 +155,9 @@ class LookupDrafter:
             drafts = Drafts(tokens, torch.minimum(found, limit))
         else:
             drafts = self._branches(text, lens, limit)
-        if text.device.type != "cpu":  # there every step has the same shape
+        if text.device.type != "cpu":  # on a GPU every step has the same shape
             return drafts
-        longest = int(drafts.lens.max())  # reading it costs nothing here
+        longest = int(drafts.lens.max())  # no synchronisation on the CPU
         parents = None if drafts.parents is None else drafts.parents[:, : longest + 1]
         return Drafts(drafts.tokens[:, :longest], drafts.lens, None, parents)
 
@@ -196,9 +199,9 @@ class LookupDrafter:
 class ModelDrafter:
     """A smaller model of the same vocabulary, with a cache of its own.
 
-    A chain is drawn token by token under the model's own temperature and filters. With a ``width`` above 1 the draft is
-    a tree of at most ``width`` nodes at each position, those of the highest joint probability; being chosen and not
-    drawn, they are verified as point masses.
+    A chain is sampled token by token with the request's temperature and filters. With a ``width`` above 1 the draft is
+    a tree of at most ``width`` nodes at each position, those of the highest joint probability. They are chosen and not
+    sampled, so they are verified as point masses.
     """
 
     def __init__(
@@ -207,7 +210,7 @@ class ModelDrafter:
         self.model, self.sampler, self.num_draft, self.width = model, sampler, num_draft, width
         self.room = num_draft * width
         self.cache = new_cache(model, max_batch=max_batch, max_tokens=max_tokens + self.room)
-        self._cached = torch.empty(0)  # int32 [B]: how many tokens of the latest proposal lie in the cache
+        self._cached = torch.empty(0)  # int32 [B]: tokens of the latest proposal in the cache
 
     def begin(self, row: int, prompt: Tensor) -> None:
         prefill(self.model, self.cache, prompt, row)
@@ -222,15 +225,15 @@ class ModelDrafter:
         return draft(hidden, text, lens, limit, max(wanted))
 
     def settle(self, verdict: Verdict) -> None:
-        """Only what was accepted stays in the cache."""
+        """Remove refused tokens from the drafting model's cache."""
         if verdict.path is None:
             self.cache.rollback((self._cached - verdict.accepted).clamp_min(0))
         else:
             self.cache.retain(on_path(verdict.path)[:, 1:], q_lens=self._cached)
 
     def _catch_up(self, text: Tensor, lens: Tensor, running: Tensor) -> Tensor:
-        """Run what the cache lacks: the last token, and the one before where the whole draft was accepted, for its
-        last token was never run. Returns the hidden state behind the last token, [B, 1, hidden]."""
+        """Run the tokens that are not in the cache yet: the last one, and the one before if the whole draft was
+        accepted, because a draft's last token is never run. Returns the last token's hidden state, [B, 1, hidden]."""
         behind = (lens - self.cache.next_positions[: len(lens)]) * running
         width = int(behind.max()) if text.device.type == "cpu" else 2
         at = (lens - behind)[:, None].long() + torch.arange(width, device=text.device)
@@ -248,7 +251,7 @@ class ModelDrafter:
             if t:
                 hidden = decode(self.model, self.cache, tokens[-1].clamp_min(0)[:, None], q_lens=(limit > t).int())
             logits = self.sampler.process(self.model.logits(hidden), text)
-            # A draft's noise is never used twice, not even for a position that is drafted again.
+            # A position that is drafted again gets other noise.
             tokens.append(self.sampler.draw_draft(logits, lens.long() + (t << 32)))
             if self.sampler.temperature is not None:
                 probs.append(self.sampler.probabilities(logits))
@@ -266,7 +269,7 @@ class ModelDrafter:
         hidden, self._cached = root, torch.zeros_like(limit)
         for t in range(count):
             if t:
-                # The level before stands among all nodes again: a pass masks only the tokens that are its own.
+                # All nodes run again with each level: the mask of a pass covers only the tokens of that pass.
                 self.cache.rollback(self._cached)
                 self._cached = W * limit.clamp_max(t)
                 below = decode(self.model, self.cache, tokens, q_lens=self._cached, parents=parents[:, 1:] - 1)
@@ -289,9 +292,9 @@ class ModelDrafter:
 def make_drafter(
     options: GenerationOptions, model: Decoder, sampler: Sampler, *, max_batch: int, max_tokens: int
 ) -> Drafter | None:
-    """The drafter that ``options.draft`` names, None for None.
+    """The drafter for ``options.draft``; None without drafts.
 
-    Raises ValueError for one that does not fit ``model``, by the argument's name.
+    Raises ValueError for a drafting model that does not fit ``model``.
     """
     draft, num_draft, width = options.draft, options.num_draft, options.tree
     if draft is None:

@@ -1,4 +1,4 @@
-"""What a generation did, in numbers."""
+"""Statistics of a generation."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass, field
 
 @dataclass(repr=False)
 class GenerationStats:
-    """What a generation did, over all its prompts.
+    """Statistics of a generation, over all its prompts.
 
     Attributes:
-        prompt_tokens, new_tokens: tokens read and emitted.
-        decoded_tokens: those emitted after each prompt's first, which the prefill gives.
-        steps, sequence_steps: passes of the model after the prefill, and these times the sequences that took part.
-        plain_steps: passes that would have been needed without drafts: the most tokens that any prompt decoded.
-        drafted, accepted: draft tokens verified, and found to be what the model would have said.
+        prompt_tokens, new_tokens: the number of tokens read and emitted.
+        decoded_tokens: emitted tokens without the first of each prompt, which the prefill gives.
+        steps, sequence_steps: passes of the model after the prefill, and their sum over the sequences in each pass.
+        plain_steps: passes that decoding without drafts takes: the most tokens that any prompt decoded.
+        drafted, accepted: drafted tokens that were verified, and those of them that were accepted.
         refused: prompts that ended early, at logits with a NaN, a +inf or nothing above -inf (all tokens forbidden).
-        first_token_seconds: prefill, compression and the first token of every prompt.
-        decode_seconds: everything after; ``draft_seconds`` of it went to drafting.
-        undrafted_steps, undrafted_seconds: the passes that had no drafts to verify, and their time.
-        blocks_in_use, bytes_in_use: the most that the cache held, looked at when a sequence ended.
-        final_blocks, full_blocks: blocks that the sequences held when they ended, and those that their whole caches
-            would have taken.
-        unmet: a sentence for each thing that was asked for and did not happen: a compression that protected tokens
-            prevent, a budget that new tokens exceed, drafts that were never made, filters without effect. Complete when
-            the generation has ended.
+        first_token_seconds: the time for prefill, compression and the first token of every prompt.
+        decode_seconds: the time for all later steps; ``draft_seconds`` of it for drafting.
+        undrafted_steps, undrafted_seconds: the passes without drafts, and their time.
+        blocks_in_use, bytes_in_use: the most that the cache held at the end of any sequence.
+        final_blocks, full_blocks: blocks that the sequences held when they ended, and those that they would have taken
+            without compression.
+        unmet: a sentence for each option that was not met: a compression that protected tokens prevent, a budget that
+            new tokens exceed, drafts that were never made, filters without effect. Complete when the generation has
+            ended.
         tokens_per_second: ``decoded_tokens / decode_seconds``.
         accepted_per_step: ``accepted / sequence_steps``.
         tokens_per_pass: ``decoded_tokens / sequence_steps``, 1 without drafts.
-        compression: ``full_blocks / final_blocks``: how many times smaller the caches ended than whole ones.
-        seconds_saved: an estimate: ``plain_steps`` passes at the mean time of those without drafts, less
-            ``decode_seconds``. Where every pass had drafts it is an upper bound, for then their mean, drafting left
-            out, stands for that of a pass without.
+        compression: ``full_blocks / final_blocks``, how many times smaller the caches are at the end.
+        seconds_saved: an estimate: ``plain_steps`` times the mean time of a pass without drafts, minus
+            ``decode_seconds``. If every pass had drafts, it is an upper bound: the mean time of all passes without
+            drafting takes the place of the time without drafts.
     """
 
     prompt_tokens: int = 0

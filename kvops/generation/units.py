@@ -20,12 +20,12 @@ class Question:
 
     Attributes:
         question: the model reads ``"{context}\\n\\nQuestion: {question}\\nAnswer: {lead}"``.
-        answer: what greedy decoding should go on with, after a space.
-        context: what is read first; empty for the text that all questions share.
+        answer: the text that greedy decoding must give next, after a space.
+        context: the text that is read first; empty for the text that all questions share.
         lead: how the answer begins, such as ``"The capital is"``; may be empty.
-        task: what answers are counted under.
-        before: whether the question is read before the cache is compressed. Otherwise it comes after compression, and
-            no policy can have seen it.
+        task: the name that answers are counted under.
+        before: True reads the question before the cache is compressed. False reads it afterwards, so that no policy
+            has seen it.
     """
 
     question: str
@@ -46,10 +46,10 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a file of JSON lines, the attributes of :class:`Question` in each: ``question`` and ``answer``,
-    and where they are wanted ``context``, ``lead``, ``task`` and ``before``.
+    """Read a file of JSON lines. Each line has attributes of :class:`Question`: ``question`` and ``answer``, and
+    optionally ``context``, ``lead``, ``task`` and ``before``.
 
-    Raises ValueError for a line that is something else, with its number, and for a file without questions.
+    Raises ValueError, with the number of the line, for a line of other content, and for a file without questions.
     """
     questions = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
@@ -75,9 +75,10 @@ def _question(entry: Any) -> Question:
 def text_units(
     tokenizer: Tokenizer, text: str, *, context: int = 2048, held_out: int = 256, contexts: int = 2
 ) -> list[Unit]:
-    """Parts of a text, ``contexts`` at most and evenly spread, each with the ``held_out`` tokens that follow it.
+    """At most ``contexts`` parts of a text, evenly spread, each with the ``held_out`` tokens that follow it.
 
-    A text shorter than ``context + held_out`` tokens is one part. Raises ValueError for less than twice ``held_out``.
+    A text shorter than ``context + held_out`` tokens is one part. Raises ValueError for a text of fewer than ``2 *
+    held_out`` tokens.
     """
     for name, value in (("context", context), ("held_out", held_out), ("contexts", contexts)):
         checks.expect_int(name, value, 1 if name != "context" else 2)
@@ -99,7 +100,7 @@ def text_units(
 def question_units(
     tokenizer: Tokenizer, questions: Sequence[Question], *, text: str = "", context: int | None = None
 ) -> list[Unit]:
-    """A unit for each context with the questions asked after compression, and one for each question read before.
+    """A unit for each context with all its questions after compression, and one for each question before compression.
 
     ``text`` is the context of questions that have none; ``context`` cuts contexts to that many tokens. Raises
     ValueError for questions without a context where there is no text.
@@ -125,7 +126,7 @@ def question_units(
 
 
 def _first(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The token that a text begins with, where the model wants one."""
+    """The token that a text begins with, if the model has one."""
     return (tokenizer.bos_token_id,) if tokenizer.add_bos and tokenizer.bos_token_id is not None else ()
 
 
@@ -133,7 +134,7 @@ def _probe(tokenizer: Tokenizer, question: Question) -> Probe:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, parse_special=False, add_bos=False)
 
-    # The gap is encoded by itself, so that all tails begin with the same token.
+    # The empty line is encoded separately, so that all tails begin with the same token.
     lead = f" {question.lead}" if question.lead else ""
     tail = [*encode("\n\n"), *encode(f"Question: {question.question}\nAnswer:{lead}")]
     return Probe(question.task, tail, encode(f" {question.answer}"))

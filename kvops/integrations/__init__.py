@@ -1,1 +1,1 @@
-"""Thin adapters to other libraries. Each module is imported on request only, and brings its own library in."""
+"""Adapters to other libraries. Each module imports its library, and is itself imported on request only."""

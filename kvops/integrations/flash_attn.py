@@ -1,11 +1,10 @@
 """flash-attn's functions on kvops: the same names, arguments, defaults and layouts, on any device that kvops runs on.
 
     from kvops.integrations.flash_attn import flash_attn_func  # or:
-    kvops.integrations.flash_attn.install()  # and `import flash_attn` finds them where the package is absent
+    kvops.integrations.flash_attn.install()  # makes them `flash_attn` where that package is not installed
 
-They follow flash-attn 2.8. Differences: ``dropout_p`` must be 0; a row that sees no key has an lse of -inf; everything
-is deterministic whatever ``deterministic`` says; the matrix of probabilities, which flash-attn returns for its tests
-alone, is None.
+They follow flash-attn 2.8. Differences: ``dropout_p`` must be 0; a row that sees no key has an lse of -inf; results
+are always deterministic; the matrix of probabilities, which flash-attn returns for its tests alone, is None.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 
 
 def install() -> bool:
-    """Let ``import flash_attn`` and ``flash_attn.flash_attn_interface`` find these functions, in this process.
+    """Make these functions importable as ``flash_attn`` and ``flash_attn.flash_attn_interface`` in this process.
 
-    Does nothing where the real package is installed. Returns whether the functions found are now these.
+    Does nothing if the real package is installed. Returns whether ``flash_attn`` now has these functions.
     """
     present = sys.modules.get("flash_attn")
     if present is not None:
@@ -84,7 +83,7 @@ def _options(
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
-    """As flash-attn has it: a copy where the last dimension is strided."""
+    """As in flash-attn: a copy if the last dimension is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -107,7 +106,7 @@ def flash_attn_func(
 ) -> Result:
     """q ``[B, Sq, Hq, D]``, k and v ``[B, Sk, Hkv, D]`` -> ``[B, Sq, Hq, D]``; see :func:`kvops.flash_attention`.
 
-    With ``return_attn_probs`` also lse, float32 ``[B, Hq, Sq]``, and None.
+    With ``return_attn_probs`` it also returns lse, float32 ``[B, Hq, Sq]``, and None.
     """
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     q, k, v = map(_last_contiguous, (q, k, v))
@@ -171,8 +170,8 @@ def flash_attn_varlen_func(
     """q ``[Tq, Hq, D]``, k and v ``[Tk, Hkv, D]`` -> ``[Tq, Hq, D]``; see :func:`kvops.flash_attention_varlen`.
 
     With a ``block_table``, int32 ``[B, max_blocks]``, k and v are pages ``[num_blocks, page_size, Hkv, D]`` and
-    ``cu_seqlens_k`` says how much of them each sequence has. With ``return_attn_probs`` also lse, float32 ``[Hq, Tq]``,
-    and None.
+    ``cu_seqlens_k`` has the lengths of the sequences. With ``return_attn_probs`` it also returns lse, float32
+    ``[Hq, Tq]``, and None.
     """
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -185,7 +184,7 @@ def flash_attn_varlen_func(
     check_lengths(q, k, *lengths)
     if checks.may_look(cu_seqlens_q):
         check_lengths_data(len(q), block_table.numel() * k.shape[1], *lengths)
-    # The paged operator takes the queries of each sequence in a row of their own.
+    # The paged operator takes the queries of each sequence in a separate row.
     q_lens = cu_seqlens_q.diff()
     token = torch.arange(max_seqlen_q if len(q) else 0, device=q.device)
     place = (cu_seqlens_q[:-1, None] + token).clamp(max=max(len(q) - 1, 0))
@@ -264,26 +263,27 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of the newest tokens over a cache, which takes in new keys and values first; no gradient.
+    """Append new keys and values to a cache, then attend to it. There is no gradient.
 
     Args:
         q: ``[B, T, Hq, D]``.
         k_cache, v_cache: ``[B_cache, S, Hkv, D]``, or pages ``[num_blocks, page_size, Hkv, D]`` with a ``block_table``.
-        k, v: ``[B, T_new, Hkv, D]``, written in place behind ``cache_seqlens``.
-        rotary_cos, rotary_sin: ``[S_rotary, R / 2]``, S_rotary at least the tokens that a row of the cache has room
-            for: the first R dimensions of k, and of q, are rotated, k (and q, if causal or in a window) by the
-            positions from ``cache_seqlens`` on, else all of q by ``cache_seqlens``. Computed in float32, rounded once.
-        cache_seqlens: how much each row holds before this call: a number or int32 ``[B]``; not updated. None: all of S.
-        cache_batch_idx: int32 or int64 ``[B]``, the rows of the cache that the rows of q stand for.
+        k, v: ``[B, T_new, Hkv, D]``, written in place after the first ``cache_seqlens`` tokens.
+        rotary_cos, rotary_sin: ``[S_rotary, R / 2]``, with S_rotary at least the size of a row of the cache. The first
+            R dimensions of k and q are rotated, in float32 and rounded once: k, and q if causal or in a window, by the
+            positions from ``cache_seqlens`` on; other q all by ``cache_seqlens``.
+        cache_seqlens: the length of each row before this call, a number or int32 ``[B]``; not updated. None for S.
+        cache_batch_idx: int32 or int64 ``[B]``, the row of the cache for each row of q.
         block_table: int32 ``[B, max_blocks]``.
-        rotary_interleaved: pairs of neighbours are rotated (GPT-J), else halves (GPT-NeoX).
-        num_splits: the kernels choose for themselves.
+        rotary_interleaved: rotate pairs of neighbours (GPT-J) instead of halves (GPT-NeoX).
+        num_splits: ignored; the kernels choose it.
 
-    Returns ``[B, T, Hq, D]``, with ``return_softmax_lse`` also lse, float32 ``[B, Hq, T]``.
+    Returns ``[B, T, Hq, D]``. With ``return_softmax_lse`` it also returns lse, float32 ``[B, Hq, T]``.
 
-    Raises ValueError for wrong shapes, for ``alibi_slopes``, ``cache_leftpad`` and a window to the right of several
-    queries that are not causal, which :func:`kvops.paged_attention` has not; on the CPU and with ``KVOPS_DEBUG=1`` also
-    for more tokens than the cache has room for and for rows that it has not. Raises TypeError for wrong dtypes.
+    Raises ValueError for wrong shapes, and for ``alibi_slopes``, ``cache_leftpad`` and a window to the right of several
+    queries that are not causal, which :func:`kvops.paged_attention` does not support. On the CPU and with
+    ``KVOPS_DEBUG=1`` it is also raised for tokens that do not fit and for rows out of range. Raises TypeError for wrong
+    dtypes.
     """
     if cache_leftpad is not None:
         raise ValueError(

@@ -4,9 +4,9 @@
         cache = KVOpsCache(model.config, max_tokens=4096, compression=compression)
         model.generate(**inputs, past_key_values=cache)
 
-A press removes keys from the tensors of a cache, or masks them where heads keep different numbers. Here it gets a copy
-of the prompt's keys and values. The keys in its result stay in the paged cache, head by head, and the blocks of all
-others are free for other sequences. Every press that selects keys once, while the prompt is read, works.
+A press removes keys from the tensors of a cache, or masks them if heads keep different numbers. Here it gets a copy of
+the prompt's keys and values. The keys in its result stay in the paged cache, head by head. The blocks of all other keys
+are free for other sequences. Every press that selects keys once, while the prompt is read, works.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Call = tuple[nn.Module, dict[str, Any]]
 
 @dataclass(frozen=True)
 class PressPolicy(Policy):
-    """Scores a prompt's keys by a press: 1 for those that stay, 0 for the others."""
+    """Scores a prompt's keys with a press: 1 for keys that stay, 0 for the others."""
 
     press: Any = None
     calls: dict[int, Call] = field(default_factory=dict)
@@ -64,10 +64,10 @@ class PressPolicy(Policy):
         return kept.float()
 
     def _compress(self, module: nn.Module, hidden: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What the press leaves of keys and values, side by side: ``[B, H, n, D + Dv]``."""
+        """The keys and values that the press keeps, concatenated: ``[B, H, n, D + Dv]``."""
         name = type(self.press).__name__
         try:
-            # Clones, as a press may write into what it is given.
+            # Clones, because a press may write into its inputs.
             left_k, left_v = self.press.compress(module, hidden, k.clone(), v.clone(), None, kwargs)
         except Exception as error:
             raise ValueError(f"press: expected one that selects keys, {name} failed: {error}") from error
@@ -93,7 +93,7 @@ class PressCompression(Compression):
 
 @contextmanager
 def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
-    """A context in which ``press`` chooses what stays of prompts.
+    """A context in which ``press`` chooses the keys that stay of prompts.
 
     Args:
         model: a transformers model; its ``attn_implementation`` becomes ``"kvops"``.
@@ -104,8 +104,8 @@ def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
         length, without padding.
 
     Raises:
-        ValueError: ``press`` acts at other times than on the whole prompt or needs the matrix of attention. While the
-            prompt is read: it fails, or changes keys or values.
+        ValueError: ``press`` acts at other times than on the whole prompt, or needs the matrix of attention. Raised
+            while the prompt is read: the press fails, or changes keys or values.
         ImportError: kvpress or transformers is not installed.
     """
     require("transformers")
@@ -124,7 +124,7 @@ def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
     if isinstance(press, ObservedAttentionPress):
         raise ValueError("press: expected one that needs no matrix of attention, use kvops.policies.H2O in its place")
     model.set_attn_implementation(enable())  # type: ignore[operator]
-    # Importing kvpress wraps all registered attention functions, to mask keys. Here those keys are gone.
+    # Importing kvpress wraps all registered attention functions to mask keys. Here those keys are evicted.
     ALL_ATTENTION_FUNCTIONS[NAME] = attention
     press.post_init_from_model(model)
     policy = PressPolicy(press=press)
@@ -146,7 +146,7 @@ def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
 
 
 def _with_inner(press: Any, kind: type) -> Iterator[Any]:
-    """A press and all presses, of class ``kind``, that it is made of."""
+    """The press and its inner presses of class ``kind``."""
     yield press
     for value in vars(press).values():
         for inner in value if isinstance(value, list | tuple) else (value,):
@@ -157,7 +157,7 @@ def _with_inner(press: Any, kind: type) -> Iterator[Any]:
 def _which(keys: Tensor, left: Tensor) -> Tensor:
     """Which of ``keys`` [B, H, S, D] are among ``left`` [B, H, n, D]: bool [B, H, S].
 
-    Of keys that are equal to the last bit the first ones are taken.
+    Of keys with equal bits the first ones are taken.
     """
     kept = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
     for place in product(*map(range, keys.shape[:2])):
@@ -167,7 +167,7 @@ def _which(keys: Tensor, left: Tensor) -> Tensor:
         order = own.argsort(stable=True)
         ordered = own[order]
         first = torch.searchsorted(ordered, ordered)
-        copy = torch.arange(len(rows), device=keys.device) - first  # how many of the same stand before
+        copy = torch.arange(len(rows), device=keys.device) - first  # the number of equal keys before it
         kept[place][order] = copy < wanted[ordered]
         if int(kept[place].sum()) != len(chosen):
             raise ValueError("press: expected one that selects keys and values as they are, got one that changes them")
@@ -175,10 +175,10 @@ def _which(keys: Tensor, left: Tensor) -> Tensor:
 
 
 def reader(press: Any) -> Callable[[Any, Sequence[int], float, int], PagedKVCache]:
-    """The press for :func:`kvops.generation.evaluate.evaluate`: reads tokens and keeps what the press chooses.
+    """Make a reader of a press for :func:`kvops.generation.evaluate.evaluate`.
 
-    Its ``compression_ratio`` is set for each ratio. The model has to be a
-    :class:`kvops.integrations.transformers.Decoder`.
+    It reads tokens and keeps the keys that the press chooses. ``press.compression_ratio`` is set for each ratio. The
+    model must be a :class:`kvops.integrations.transformers.Decoder`.
     """
 
     @torch.no_grad()

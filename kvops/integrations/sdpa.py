@@ -4,9 +4,9 @@
 
     kvops.integrations.sdpa.enable()
 
-torch lets a library take the place of its flash attention on CUDA devices (``torch.nn.attention``'s
-``register_flash_attention_impl``): wherever torch would choose flash attention, kvops runs, forward and backward. What
-torch sends elsewhere (a dense mask, float32, the CPU) stays there.
+A library can replace torch's flash attention on CUDA devices (``torch.nn.attention.register_flash_attention_impl``).
+kvops then runs wherever torch would choose flash attention, forward and backward. Other calls (a dense mask, float32,
+the CPU) are not changed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ NAME = "kvops"
 
 
 def enable() -> None:
-    """Register kvops with torch and let it serve flash attention from now on, in this process.
+    """Replace torch's flash attention with kvops in this process.
 
-    ``torch.nn.attention.restore_flash_attention_impl()`` takes it back.
+    ``torch.nn.attention.restore_flash_attention_impl()`` undoes it.
 
-    Raises RuntimeError for a torch without that registry.
+    Raises RuntimeError for a version of torch without that registry.
     """
     attention = torch.nn.attention
     if not hasattr(attention, "register_flash_attention_impl"):
@@ -41,7 +41,7 @@ def enable() -> None:
 
 
 class Registration:
-    """kvops in the place of torch's flash attention operators for one dispatch key, until :meth:`remove`."""
+    """Replaces torch's flash attention operators for one dispatch key until :meth:`remove`."""
 
     def __init__(self, key: str) -> None:
         self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL", key)
@@ -92,7 +92,7 @@ def _sdpa_forward(
     _refuse(dropout_p, return_debug_mask)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, lse = flash_attention(q, k, v, causal=is_causal, scale=scale)
-    # Compiled graphs count on torch's layout of the result, that of the query.
+    # Compiled graphs expect the layout of the query for the result, as in torch.
     layout = torch.empty_like(query, device="meta").stride()
     result = out.transpose(1, 2)
     if result.stride() != layout:
@@ -119,7 +119,7 @@ def _sdpa_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out = (x.transpose(1, 2) for x in (last_contiguous(grad_out), query, key, value, out))
-    with torch.no_grad():  # a second derivative is torch's to refuse
+    with torch.no_grad():  # torch refuses a second derivative
         dq, dk, dv, _ = flash_attention_backward(dout, q, k, v, out, logsumexp, causal=is_causal, scale=scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -144,8 +144,8 @@ def _forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Any, ...]:
-    """What ``torch.nn.attention.varlen`` and nested tensors call: tokens before heads, packed or dense."""
-    # torch's backward knows nothing of slopes, so that a gradient would be wrong.
+    """Called by ``torch.nn.attention.varlen`` and nested tensors, with tokens before heads, packed or dense."""
+    # torch's backward has no slopes, so the gradient would be wrong.
     _refuse(dropout_p, return_debug_mask, seqused_k=seqused_k, alibi_slopes=alibi_slopes, block_table=block_table)
     options: dict[str, Any] = {
         "causal": is_causal,

@@ -9,8 +9,8 @@ from typing import Any
 from kvops.extras import require
 from kvops.models.entries import Entries
 
-# The splits that precede byte-pair encoding, by GGUF's names for them. A vocabulary is only right with the split that
-# its merges were learned with.
+# The splits before byte-pair encoding, by their names in GGUF. A vocabulary needs the split that its merges were
+# learned with.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SIGNS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,7 +23,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
-    # What llama.cpp does with a file that does not say.
+    # llama.cpp's default.
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 SUPPORTED_PRE_TOKENIZERS = tuple(_SPLITS)
@@ -82,7 +82,7 @@ class Vocabulary:
 
 
 def byte_level_backend(vocabulary: Vocabulary, merges: list[str] | None, split: str) -> Any:
-    """Byte-level pair encoding, as GPT-2, Llama 3 and Qwen2 have it.
+    """Byte-level pair encoding, as in GPT-2, Llama 3 and Qwen2.
 
     Raises:
         ValueError: a split that is not supported, no merges, or merges that do not make tokens.
@@ -96,9 +96,9 @@ def byte_level_backend(vocabulary: Vocabulary, merges: list[str] | None, split: 
         model = tokenizers.models.BPE(
             vocab=vocabulary.ids(),
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=split == "llama-bpe",  # its vocabulary has whole words that no merge leads to
+            ignore_merges=split == "llama-bpe",  # its vocabulary has whole words that merges do not reach
         )
-    except Exception as error:  # the package raises nothing narrower
+    except Exception as error:  # the package raises no narrower type
         raise ValueError(f"tokenizer.ggml.merges: expected pairs of tokens that make tokens: {error}") from error
     backend = tokenizers.Tokenizer(model)
     if split == "qwen2":
@@ -114,11 +114,10 @@ def byte_level_backend(vocabulary: Vocabulary, merges: list[str] | None, split: 
 
 
 def sentencepiece_backend(vocabulary: Vocabulary, entries: Entries) -> Any:
-    """SentencePiece's pair encoding with bytes for unknown characters, as Llama 2 and Mistral have it.
+    """SentencePiece's pair encoding with bytes for unknown characters, as in Llama 2 and Mistral.
 
     The file has a score for each token in place of merges: SentencePiece joins the pair whose union has the best score.
-    A space is put before the text, and again after each special token: the rule of llama.cpp and of the files that Meta
-    and Mistral publish.
+    A space is added before the text and after each special token, as in llama.cpp and in the files of Meta and Mistral.
 
     Raises:
         ValueError: scores that are missing or do not rank the tokens, or a step of SentencePiece that is not supported.
@@ -153,7 +152,7 @@ def sentencepiece_backend(vocabulary: Vocabulary, entries: Entries) -> Any:
 def _merges_of_scores(vocabulary: Vocabulary, entries: Entries) -> list[tuple[str, str]]:
     """Every pair of tokens that makes a token, those with the best scores first.
 
-    Control tokens, bytes and user-defined tokens are left out: SentencePiece never makes them from characters.
+    Without control tokens, bytes and user-defined tokens, which SentencePiece never makes from characters.
     """
     scores = entries.find("scores", list)
     if scores is None:
@@ -177,13 +176,13 @@ def _merges_of_scores(vocabulary: Vocabulary, entries: Entries) -> list[tuple[st
         ranked.extend((score, left, right) for left, right in halves)
     if len({score for score, _, _ in ranked}) == 1 < len({left + right for _, left, right in ranked}):
         raise ValueError(f"{entries.prefix}scores: expected scores that rank the tokens, got {ranked[0][0]} for all")
-    # Among the halves of one token, as transformers orders them: the longer left half first.
+    # The pairs of one token are in the order of transformers: the longer left half first.
     ranked.sort(key=lambda merge: (-merge[0], -len(merge[1])))
     return [(left, right) for _, left, right in ranked]
 
 
 def _add_tokens(backend: Any, vocabulary: Vocabulary) -> None:
-    """Make control tokens special, and have user-defined ones found in the text before anything else is."""
+    """Make control tokens special, and match user-defined tokens in the text before all others."""
     tokenizers = require("tokenizers")
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [tokenizers.AddedToken(t, special=special, normalized=False) for t in vocabulary.of_kind(kind)]

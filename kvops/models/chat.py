@@ -12,7 +12,7 @@ from kvops.extras import require
 
 
 def render_chat(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-    """Render a chat template. ``tools`` and ``documents`` are None where ``variables`` does not have them.
+    """Render a chat template. ``tools`` and ``documents`` are None if ``variables`` does not have them.
 
     Raises:
         ValueError: the template refuses the messages, is not valid, or fails on them.
@@ -23,7 +23,7 @@ def render_chat(source: str, messages: Sequence[Mapping[str, Any]], variables: M
         return _compiled(source).render(messages=messages, **names)
     except jinja2.TemplateError as error:
         raise ValueError(f"messages: the model's chat template says: {error}") from error
-    except Exception as error:  # a template is a program: it can fail in any way
+    except Exception as error:  # a template is a program, which can raise anything
         raise ValueError(f"messages: the model's chat template fails with {type(error).__name__}: {error}") from error
 
 
@@ -45,11 +45,11 @@ def _compiled(source: str) -> Any:
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-        # Jinja's own would escape <, > and & for HTML.
+        # Jinja's own filter would escape <, > and & for HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
 
-    # Templates come with models from anywhere: the sandbox keeps them from Python's internals and from changing what
-    # they are given.
+    # Templates come with models of any source. The sandbox hides Python's internals and keeps templates from changing
+    # what they are given.
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )

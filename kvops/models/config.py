@@ -36,13 +36,13 @@ class LlamaConfig:
         rms_norm_eps: added to the mean square.
         rope_theta: base of the rotary frequencies ``rope_theta ** (-2 i / head_dim)``.
         rope_scaling: how the frequencies are stretched to a longer context, or None.
-        max_positions: the longest context that the model was made for, in tokens.
+        max_positions: the longest context of the model, in tokens.
         tie_embeddings: the output matrix is the embedding; no ``lm_head.weight`` then.
-        sliding_window: how many of the latest tokens, its own included, a query sees in every layer; None: all.
+        sliding_window: the number of latest tokens, including its own, that a query sees in every layer; None for all.
         attention_bias: the query, key and value projections (not the output projection) have a bias, as in Qwen2.
 
     Raises:
-        ValueError: an attribute has a value that describes no model; the message starts with its name.
+        ValueError: an attribute is out of range; the message starts with its name.
     """
 
     vocab_size: int
@@ -84,7 +84,7 @@ class LlamaConfig:
         is_llama, is_qwen2 = architecture == "LlamaForCausalLM", architecture == "Qwen2ForCausalLM"
         entries.only("hidden_act", "silu")
         entries.only("mlp_bias", False)
-        if not is_qwen2:  # in a Llama it would give the output projection a bias too
+        if not is_qwen2:  # for a Llama, it gives the output projection a bias too
             entries.only("attention_bias", False)
 
         num_heads, hidden_size = entries.need("num_attention_heads", int), entries.need("hidden_size", int)
@@ -147,7 +147,7 @@ def _architecture(entries: Entries) -> str:
     return name
 
 
-# What each kind of scaling reads beside the entries that all of them have.
+# Further entries of each kind of scaling.
 _ROPE_ENTRIES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -158,8 +158,9 @@ _COMMON_ROPE_ENTRIES = ("rope_type", "type", "rope_theta", "partial_rotary_facto
 
 
 def _rope(entries: Entries, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling. transformers 5 writes both into ``rope_parameters``; older versions kept them apart."""
-    # Where a file has both, transformers 5 prefers the older name.
+    """The base and the scaling. transformers 5 writes both into ``rope_parameters``; older versions have separate
+    entries."""
+    # If a file has both, transformers 5 takes the older name.
     parameters = Entries(entries.find("rope_scaling", dict) or entries.get("rope_parameters", dict, {}), _SOURCE)
     theta = parameters.get("rope_theta", float, entries.get("rope_theta", float, 10000.0))
     for place in (entries, parameters):
@@ -175,7 +176,7 @@ def _rope(entries: Entries, max_positions: int) -> tuple[float, RopeScaling | No
     factor = parameters.need("factor", float)
     if kind == "linear":
         return theta, LinearRopeScaling(factor)
-    # An entry outside the rotary embedding's own comes first, as in transformers.
+    # An entry outside the rotary embedding's object takes precedence, as in transformers.
     original = entries.find("original_max_position_embeddings", int)
     if original is None:
         original = parameters.get("original_max_position_embeddings", int, max_positions)
@@ -206,7 +207,7 @@ def _sliding_window(entries: Entries, architecture: str) -> int | None:
     if architecture == "LlamaForCausalLM":
         return None
     if architecture == "MistralForCausalLM":
-        # A null means no window; a file that is silent means transformers' default.
+        # A null means no window; without an entry, the default of transformers applies.
         return entries.find("sliding_window", int) if "sliding_window" in entries.values else 4096
     window = entries.find("sliding_window", int)
     if window is None and "sliding_window" not in entries.values:

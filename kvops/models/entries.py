@@ -18,7 +18,7 @@ _KINDS: dict[type, str] = {
 
 
 class Entries:
-    """Typed access to a mapping that came from a file. A null counts as an entry that is not there.
+    """Typed access to a mapping that came from a file. A null counts as a missing entry.
 
     Args:
         values: the mapping.
@@ -30,12 +30,12 @@ class Entries:
         self.values, self.source, self.prefix = values, source, prefix
 
     def find(self, key: str, kind: type[T]) -> T | None:
-        """The entry, or None where it is absent or null. Raises ValueError if it has another type."""
+        """The entry, or None if it is absent or null. Raises ValueError if it has another type."""
         value = self.values.get(self.prefix + key)
         return None if value is None else as_kind(self.prefix + key, value, kind, self.source)
 
     def get(self, key: str, kind: type[T], default: T) -> T:
-        """The entry, or ``default`` where it is absent or null."""
+        """The entry, or ``default`` if it is absent or null."""
         value = self.find(key, kind)
         return default if value is None else value
 
@@ -47,17 +47,17 @@ class Entries:
         return value
 
     def only(self, key: str, supported: T) -> None:
-        """Raise ValueError if the entry is there and is not ``supported``."""
+        """Raise ValueError for an entry that is not ``supported``."""
         value = self.get(key, type(supported), supported)
         if value != supported:
             raise ValueError(f"{self.prefix}{key}: only {supported!r} is supported, got {value!r} in {self.source}")
 
     def strings(self, key: str) -> list[str] | None:
-        """A list of strings, or None where it is absent or null."""
+        """A list of strings, or None if it is absent or null."""
         return self._items(key, str, "strings")
 
     def integers(self, key: str) -> list[int] | None:
-        """A list of integers, or None where it is absent or null."""
+        """A list of integers, or None if it is absent or null."""
         return self._items(key, int, "integers")
 
     def _items(self, key: str, kind: type[T], name: str) -> list[T] | None:

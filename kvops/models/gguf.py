@@ -1,4 +1,4 @@
-"""Models in llama.cpp's GGUF files: the configuration that the metadata describes, the weights in our order."""
+"""Models in llama.cpp's GGUF files: the configuration from the metadata, and the weights in Hugging Face's order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GGUFFile:
         tensors: name to ``gguf.ReaderTensor``.
 
     Raises:
-        ValueError: not a GGUF file, a broken one, or one that the installed ``gguf`` package does not know; the
+        ValueError: not a GGUF file, a broken one, or one that is newer than the installed ``gguf`` package; the
             message begins with the path.
     """
 
@@ -54,7 +54,7 @@ class GGUFFile:
                 f"{path}: expected a whole GGUF file, but the gguf package cannot read it ({error}); the next step is "
                 "to download it again or, if it is newer than that package: pip install --upgrade gguf"
             ) from error
-        if reader.byte_order == "S":  # of which the reader swaps the metadata only
+        if reader.byte_order == "S":  # the reader swaps the bytes of the metadata only
             raise ValueError(f"{path}: expected a GGUF file in {sys.byteorder}-endian order, got the other one")
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
 
@@ -75,7 +75,7 @@ class GGUFFile:
         return torch.from_numpy(np.require(values, requirements="W"))  # float32 comes as a view of the file
 
 
-# Entries of an architecture that are read below.
+# Entries that are read below.
 _READ = (
     *("embedding_length", "block_count", "feed_forward_length", "context_length", "expert_count"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
@@ -84,12 +84,12 @@ _READ = (
     *("rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 )
-# Entries that change nothing in these architectures.
+# Entries without an effect in these architectures.
 _HARMLESS = (
     *("vocab_size", "tensor_data_layout", "expert_used_count", "rope.scaling.finetuned"),
     "attention.layer_norm_epsilon",
 )
-# Entries that change nothing if they have one of these values. llama.cpp reads none of the scales and caps in its
+# Entries without an effect if they have one of these values. llama.cpp reads none of the scales and caps in its
 # architectures "llama" and "qwen2" (Granite, MiniCPM and Gemma, which need them, have architectures of their own), and
 # takes 0 for "not set". A file that has one with an effect was made for another model.
 _WITHOUT_EFFECT: dict[str, tuple[float, ...]] = {
@@ -165,7 +165,7 @@ def _refuse_parts(entries: Entries, path: Path) -> None:
 
 
 def _refuse_other_entries(entries: Entries, head_dim: int) -> None:
-    """Raise ValueError for an entry of the architecture that is not understood and may change what the model says."""
+    """Raise ValueError for an entry of the architecture that is not known and may change the results."""
     scales = (0.0, head_dim**-0.5)
     for name, value in entries.values.items():
         key = name.removeprefix(entries.prefix)
@@ -182,7 +182,7 @@ def _refuse_other_entries(entries: Entries, head_dim: int) -> None:
 def _rope_scaling(
     file: GGUFFile, entries: Entries, head_dim: int, theta: float, context_length: int
 ) -> RopeScaling | None:
-    """What scales the rotary frequencies, with llama.cpp's defaults: linear, by a factor of 1."""
+    """The scaling of the rotary frequencies, with llama.cpp's defaults: linear, with a factor of 1."""
     kind = entries.get("rope.scaling.type", str, "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"{entries.prefix}rope.scaling.type: supported are none, linear and yarn, got {kind}")
@@ -191,7 +191,7 @@ def _rope_scaling(
         factor = entries.get("rope.scale_linear", float, 0.0)  # the older name
     factor = 1.0 if kind == "none" else factor or 1.0
     attention_factor = entries.get("rope.scaling.attn_factor", float, 1.0)
-    # How much of YaRN's blend is taken; a negative number: as the type says.
+    # The weight of YaRN's blend; a negative number means the type's default.
     blend = entries.get("rope.scaling.yarn_ext_factor", float, -1.0)
     if kind != "yarn" and attention_factor != 1:
         raise ValueError(
@@ -217,13 +217,13 @@ def _rope_scaling(
 
 
 def _llama3_scaling(file: GGUFFile, head_dim: int, theta: float) -> Llama3RopeScaling | None:
-    """Llama 3's scaling, which a GGUF holds as its effect: the divisor of each frequency."""
+    """Llama 3's scaling. A GGUF file stores its effect, the divisor of each frequency."""
     if "rope_freqs.weight" not in file.tensors:
         return None
     divisors = file.read("rope_freqs.weight")
     if bool((divisors == 1).all()):
         return None
-    # The parameters that Meta published for all its models; only the factor differs between them.
+    # Meta's published parameters; only the factor differs between models.
     scaling = Llama3RopeScaling(divisors.max().item(), 1.0, 4.0, 8192)
     expected = frequencies(head_dim, theta) / frequencies(head_dim, theta, scaling)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
@@ -252,7 +252,7 @@ _NOT_WEIGHTS = ("rope_freqs.weight",)
 
 
 def hugging_face_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; names without a counterpart stay."""
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; other names stay."""
     stem, _, kind = name.rpartition(".")
     if stem in _NAMES and not stem.startswith(("attn", "ffn")):
         return f"{_NAMES[stem]}.{kind}"
@@ -265,8 +265,8 @@ def hugging_face_name(name: str) -> str:
 def read_weights(file: GGUFFile, config: LlamaConfig) -> Iterator[tuple[str, Tensor, int]]:
     """Every weight as ``(Hugging Face's name, float32 values, bytes in the file)``.
 
-    llama.cpp's Llama rotates neighbouring dimensions and so stores the rows of the query and key projections of each
-    head interleaved; Hugging Face's, and ours, rotates dimension i with i + head_dim / 2. The rows are put back.
+    llama.cpp rotates neighbouring dimensions, so it stores the rows of each head's query and key projections
+    interleaved. Hugging Face and kvops rotate dimension i with i + head_dim / 2, so the rows are reordered.
     """
     interleaved = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     if file.metadata["general.architecture"] != "llama":

@@ -38,7 +38,7 @@ def read_config(folder: Path) -> LlamaConfig:
 def tie_as_stored(config: LlamaConfig, weights: FolderWeights) -> LlamaConfig:
     """``config`` with ``tie_embeddings`` off if an output matrix is stored that differs from the embedding.
 
-    transformers 5 too uses what is stored, whatever ``tie_word_embeddings`` says.
+    transformers 5 also uses the stored matrix, whatever ``tie_word_embeddings`` is.
     """
     names = ("lm_head.weight", "model.embed_tokens.weight")
     if not config.tie_embeddings or any(name not in weights.shapes for name in names):
@@ -57,7 +57,7 @@ def find_weights(folder: Path) -> FolderWeights:
             does not have it, or a weight that two shards have.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():  # as in transformers, an index beside it does not count
+    if single.is_file():  # as in transformers, which ignores an index beside it
         shapes = _header(single)
         return FolderWeights(shapes, dict.fromkeys(shapes, single))
     if not index.is_file():
@@ -75,7 +75,7 @@ def find_weights(folder: Path) -> FolderWeights:
         for name in names:
             if name not in stored:
                 raise ValueError(f"{path}: expected the weight {name}, as {index.name} says, but it is not in there")
-        for name, shape in stored.items():  # also those that the index leaves out: transformers loads them too
+        for name, shape in stored.items():  # including weights that are not in the index, which transformers loads too
             if name in files:
                 raise ValueError(f"{path}: the weight {name} is also in {files[name].name}; expected it in one shard")
             shapes[name], files[name] = shape, path
@@ -105,10 +105,10 @@ def check_frequencies(weights: FolderWeights, config: LlamaConfig) -> None:
     """Compare the rotary frequencies that old folders store with those that the configuration describes.
 
     Raises:
-        ValueError: they differ by more than half precision explains.
+        ValueError: they differ by more than the rounding of half precision.
     """
     names = [name for name in weights.shapes if name.endswith("rotary_emb.inv_freq")]
-    # With and without scaling: some versions of transformers scaled the positions and not the frequencies.
+    # With and without scaling: some versions of transformers scaled positions instead of frequencies.
     expected = [rope.frequencies(config.head_dim, config.rope_theta, s) for s in (config.rope_scaling, None)]
     for name, values, _ in read_weights(weights, names):
         if not any(

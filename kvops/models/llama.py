@@ -1,7 +1,7 @@
-"""A Llama-family decoder, thin enough to read in one sitting.
+"""A small Llama-family decoder.
 
-The model knows nothing of caches: every layer hands its queries, keys and values to ``attend(layer, q, k, v)`` and goes
-on with what comes back. Dense attention, a ragged paged cache and a training step are three such functions.
+The model is independent of caches: every layer passes its queries, keys and values to ``attend(layer, q, k, v)``, which
+returns the output of attention. Dense attention, a ragged paged cache and a training step are three such functions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LlamaLayer(nn.Module):
         super().__init__()
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
-        # Projections that read the same input are one matrix: fewer, larger reads of the weights.
+        # Projections of the same input are one matrix, for fewer and larger reads of the weights.
         self.qkv = Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
         self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
@@ -60,8 +60,8 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """A decoder of the Llama family (Llama 2 / 3, SmolLM, Mistral, Qwen2).
 
-    ``weights`` maps Hugging Face's parameter names to tensors; they are laid into this module's own (fused) parameters,
-    in their dtype and on their device. A missing or misshapen weight is a ValueError that names it.
+    ``weights`` maps Hugging Face's parameter names to tensors; they are copied into this module's fused parameters,
+    with the same dtype and device. Raises ValueError for a missing weight or a wrong shape.
     """
 
     cos: Tensor
@@ -136,7 +136,7 @@ class Llama(nn.Module):
         return rope_frequencies(self.config).to(self.embedding.weight.device)
 
     def options(self, layer: int) -> dict[str, Any]:
-        """How a layer attends, as keywords of :func:`kvops.flash_attention`."""
+        """The attention options of a layer, as keywords of :func:`kvops.flash_attention`."""
         window = self.config.sliding_window
         return {"window_left": -1 if window is None else window - 1}
 

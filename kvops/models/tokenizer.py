@@ -23,10 +23,10 @@ class Tokenizer:
     """A vocabulary with its rules.
 
     Attributes:
-        backend: the ``tokenizers.Tokenizer`` underneath, without post-processing: what it returns is the text alone.
+        backend: the ``tokenizers.Tokenizer``, without post-processing, so that it adds no tokens to the text.
         eos_token_ids: the tokens that end an answer; may be empty.
         bos_token_id: the token that begins a text, or None.
-        add_bos: whether the model wants its texts to begin with ``bos_token_id``.
+        add_bos: whether texts begin with ``bos_token_id``.
         chat_template: Jinja source, or None.
         special_tokens: the tokens that a chat template may name, such as ``{"eos_token": "<|im_end|>"}``.
     """
@@ -47,15 +47,15 @@ class Tokenizer:
         """The token ids of ``text``.
 
         Args:
-            text: any text, also an empty one.
+            text: any text; it may be empty.
             parse_special: special tokens spelled out in the text, such as ``<|im_end|>``, become those tokens; False
-                takes them for ordinary text, as is right for input that is not trusted.
-            add_bos: begin with ``bos_token_id``. None: if the model wants it and the text does not have it already,
-                as texts from a chat template often do.
+                reads them as ordinary text. Use it for input that is not trusted.
+            add_bos: begin with ``bos_token_id``. None: if the model has ``add_bos`` and the text does not begin with
+                it, as texts from a chat template often do.
 
         Raises:
             TypeError: ``text`` is not a str.
-            ValueError: ``add_bos=True`` where the model has no such token.
+            ValueError: ``add_bos=True`` for a model without such a token.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str, got {type(text).__name__}")
@@ -70,22 +70,22 @@ class Tokenizer:
         return [self.bos_token_id, *ids]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. ``skip_special`` leaves special tokens out."""
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. ``skip_special`` omits special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = False) -> TextStream:
-        """A decoder of one text that comes token by token."""
+        """A decoder for one text that arrives token by token."""
         return TextStream(self, skip_special)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The conversation as the model was trained to read it.
+        """The conversation in the format of the model's chat template.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` in order.
             add_generation_prompt: end with the beginning of an answer.
-            variables: further names that the template knows. ``tools`` and ``documents`` are None if not given.
+            variables: further variables of the template. ``tools`` and ``documents`` are None if not given.
 
         Raises:
             ValueError: the model has no chat template, or its template refuses these messages or fails on them.
@@ -99,7 +99,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _backend_of_plain_text(self) -> Any:
-        # A second one, since the setting is the backend's and not the call's: threads may share a tokenizer.
+        # A copy: the setting belongs to the backend, not to the call, and threads may share a tokenizer.
         backend = copy.deepcopy(self.backend)
         backend.encode_special_tokens = True
         return backend
@@ -109,7 +109,7 @@ class Tokenizer:
         """Build the tokenizer from a GGUF file's metadata (see :class:`kvops.models.gguf.GGUFFile`).
 
         Raises:
-            ValueError: no vocabulary, or a kind of tokenizer that is not supported; the message says what is.
+            ValueError: no vocabulary, or a kind of tokenizer that is not supported.
         """
         entries = Entries(metadata, "the GGUF file's metadata", "tokenizer.ggml.")
         kind = entries.need("model", str)
@@ -117,7 +117,7 @@ class Tokenizer:
         if kind == "gpt2":
             split = entries.get("pre", str, "default")
             backend = byte_level_backend(vocabulary, entries.strings("merges"), split)
-            # Llama 3's files may leave it out; llama.cpp then adds the token for this split alone.
+            # Files of Llama 3 may have no such entry. llama.cpp then adds the token for this split alone.
             add_bos = split == "llama-bpe"
         elif kind == "llama":
             backend, add_bos = sentencepiece_backend(vocabulary, entries), True
@@ -141,7 +141,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Read a Hugging Face folder: ``tokenizer.json`` and, where there, the configurations beside it.
+        """Read a Hugging Face folder: ``tokenizer.json``, and the configurations beside it if they exist.
 
         Raises:
             FileNotFoundError: no ``tokenizer.json``.
@@ -155,7 +155,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"{path}: expected a tokenizer of the tokenizers package: {error}") from error
-        # Encoding must give the text alone, but the post-processor is what knows whether the model wants a beginning.
+        # Encoding must not add tokens, but only the post-processor knows whether texts begin with a special token.
         with_bos = backend.encode("a", add_special_tokens=True).ids
         backend.no_padding()
         backend.no_truncation()
@@ -173,11 +173,11 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes token by token without ever showing half of a character.
+    """Decodes token by token and never shows part of a character.
 
-    The pieces that :meth:`put` returns and the last one from :meth:`finish` make exactly the text of all tokens. A run
-    of byte tokens (``<0xE2>``, in SentencePiece's vocabularies) is shown when it ends: only then is it known whether
-    its bytes are UTF-8.
+    The pieces from :meth:`put` and the last one from :meth:`finish` together are exactly the text of all tokens. A run
+    of byte tokens (``<0xE2>``, in SentencePiece's vocabularies) is shown when it ends, because only then it is known
+    whether its bytes are UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
@@ -185,8 +185,8 @@ class TextStream:
         self._skip_special = skip_special
         added = tokenizer.backend.get_added_tokens_decoder() if skip_special else {}
         self._skipped = {index for index, token in added.items() if token.special}
-        # The tokens shown last and those held back. The former stay because the text of a token can depend on the one
-        # before it: SentencePiece's leading space is dropped at the beginning of a text only.
+        # The last tokens that were shown, and the tokens held back. The former are needed because the text of a token
+        # can depend on the one before it: SentencePiece drops a leading space at the beginning of a text only.
         self._ids: list[int] = []
         self._num_shown = 0
         self._shown = ""
@@ -209,7 +209,7 @@ class TextStream:
         return fresh
 
     def finish(self) -> str:
-        """What is held back at the end of the text; the stream can then decode another one."""
+        """The text that is held back at the end. The stream can then decode another text."""
         text = self._tokenizer.decode(self._ids, skip_special=self._skip_special)
         rest = text[len(self._shown) :]
         self._ids, self._num_shown, self._shown = [], 0, ""
@@ -221,7 +221,7 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if the file is optional and not there.
+    """The object in a JSON file; an empty one if the file is optional and does not exist.
 
     Raises:
         FileNotFoundError: no such file.
@@ -267,7 +267,7 @@ def _folder_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | No
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several templates, by name
         for entry in template:
             named = Entries(as_kind("chat_template", entry, dict, "its list"), "chat_template")
             if named.need("name", str) == "default":

@@ -97,16 +97,16 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     """Exact attention without the matrix of scores in memory, differentiable in q, k, v and sinks.
 
-    Scores pass through, in this order: scale, softcap, ALiBi bias, mask; sinks join the denominator only. Query i
-    stands at position ``i + Sk - Sq`` (aligned to the bottom right).
+    Scale, softcap, ALiBi bias and mask apply to scores in this order; sinks join the denominator only. Query i has
+    position ``i + Sk - Sq`` (aligned to the bottom right).
 
     Args:
         q: ``[B, Sq, Hq, D]``, float16, bfloat16 or float32; any strides but the last.
         k: ``[B, Sk, Hkv, D]``; query head h reads head ``h // (Hq // Hkv)``.
         v: ``[B, Sk, Hkv, Dv]``.
         causal: a query sees no key after its own position.
-        window_left: how many keys before its own position a query sees, -1 for no limit.
-        window_right: how many keys after its own position a query sees, -1 for no limit.
+        window_left: the number of keys before its own position that a query sees, -1 for no limit.
+        window_right: the number of keys after its own position that a query sees, -1 for no limit.
         scale: None for ``D ** -0.5``.
         softcap: c > 0 means ``c * tanh(score / c)``.
         sinks: ``[Hq]``, a logit for each head.

@@ -1,4 +1,4 @@
-"""Whole blocks of a ragged paged cache: copying them, as copy-on-write does before a shared one is written."""
+"""Copies of whole blocks of a ragged paged cache, for copy-on-write."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def copy_blocks(
 ) -> None:
     """Copy blocks of a cache to other blocks of it, byte by byte.
 
-    How many there are to copy may be known to the device alone: an entry whose target is negative copies nothing.
+    The number of copies may be known on the device alone: an entry with a negative target copies nothing.
 
     Args:
         k_cache, v_cache: ``[num_blocks, block_size, D]`` and ``[..., Dv]`` of any dtype of 1, 2, 4 or 8 bytes, written.
-        source: int32 ``[N]``, the blocks to read; anything where the target is negative.
+        source: int32 ``[N]``, the blocks to read; ignored if the target is negative.
         target: int32 ``[N]``, the blocks to write. They must differ from each other and from every source.
         positions, scores: int32 and float32 ``[num_blocks, block_size]``, copied along where given.
 

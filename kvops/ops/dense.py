@@ -51,7 +51,7 @@ def check_rows(name: str, tensor: Tensor, q: Tensor) -> None:
 
 
 def check_scores(scale: float | None, softcap: float) -> None:
-    """What scores are multiplied and capped by."""
+    """Check the scale and the cap of the scores."""
     if scale is not None:
         checks.expect_finite("scale", scale)
     checks.expect_at_least("softcap", softcap, 0.0)
@@ -70,7 +70,7 @@ def check_options(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> None:
-    """The options of attention, which the dispatcher hands on only where they differ from their defaults."""
+    """Check the options of attention. The dispatcher passes only those that differ from their defaults."""
     checks.expect_at_least("window_left", window_left, -1)
     checks.expect_at_least("window_right", window_right, -1)
     check_scores(scale, softcap)
@@ -93,7 +93,7 @@ def check_options(
 def check_lengths(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:
-    """The cumulative lengths of packed sequences, all but what they say: see :func:`check_lengths_data`."""
+    """Check the cumulative lengths of packed sequences, except for their values: see :func:`check_lengths_data`."""
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         checks.expect_rank(name, cu_seqlens, "[batch + 1]")
         checks.expect_dtype(name, cu_seqlens, torch.int32)
@@ -108,7 +108,7 @@ def check_lengths(
 def check_lengths_data(
     tokens_q: int, tokens_k: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:
-    """What cumulative lengths of so many packed tokens say. Synchronises."""
+    """Check the values of cumulative lengths. Synchronises."""
     for side, tokens, cu_seqlens, longest in (
         ("q", tokens_q, cu_seqlens_q, max_seqlen_q),
         ("k", tokens_k, cu_seqlens_k, max_seqlen_k),

@@ -1,4 +1,4 @@
-"""Eviction: which slots of a ragged paged cache survive a budget, and moving them together so that blocks come free."""
+"""Eviction: select the slots of a ragged paged cache that fit a budget, and move them together to free blocks."""
 
 from __future__ import annotations
 
@@ -169,36 +169,36 @@ def select_blocks(
     min_per_head: int = 0,
     scope: Literal["head", "sequence"] = "head",
 ) -> tuple[Tensor, Tensor]:
-    """Choose the slots that survive when each sequence may hold ``budget`` blocks in all its heads together.
+    """Choose the slots that survive if each sequence may hold ``budget`` blocks in all its heads together.
 
-    Whole blocks are given to heads, and a head with n of them keeps its best ``min(seq_len, n * block_size)`` slots:
-    rounding up to blocks keeps the next best instead of wasting room. Higher scores survive; of equal scores the later
-    slot does; NaN counts as lowest, below -inf. The same input gives the same choice, for any batch around it.
+    Heads get whole blocks. A head with n blocks keeps its best ``min(seq_len, n * block_size)`` slots, so that blocks
+    are filled. Slots with higher scores survive, and of equal scores the later slot. NaN counts as lowest, below -inf.
+    The choice for a sequence does not depend on the rest of the batch.
 
     Args:
         scores: float32 ``[num_blocks, block_size]``, addressed by slot like the cache.
         block_tables: int32 ``[B, Hkv, max_blocks]``. "Heads" may be any number of (layer, head) pairs laid along Hkv.
         seq_lens: int32 ``[B, Hkv]``, slots in use of each list.
         budget: int32 ``[B]``, blocks. A negative one counts as 0.
-        positions: int32 ``[num_blocks, block_size]``, original positions, for protection to be measured in.
-        protect_first: positions below this are kept in any case (attention sinks). Without ``positions`` the place in
-            the list counts.
-        protect_last: the last so many positions of a list are kept in any case, counted from that of its last slot.
-        min_per_head: slots that each head keeps at least (or all it has).
-        scope: ``"head"``: all heads of a sequence get the same share of the budget. What a head cannot use (its list is
-            shorter) or what divides unevenly goes to the others, the first heads first; a head whose protection and
-            floor take more than its share gets those and the others less. ``"sequence"``: heads compete. Each
-            head's next best ``block_size`` slots are a candidate, worth the sum of their scores (slots that a list's
-            last block lacks count as its lowest score or 0, whichever is less), and the most valuable candidates
-            of all heads are taken; of equals the one that stands higher in its own head, then the first head.
-            This is the exact optimum of the kept sum of non-negative scores.
+        positions: int32 ``[num_blocks, block_size]``, the original positions, in which protection is measured.
+        protect_first: positions below this number are always kept (attention sinks). Without ``positions``, the place
+            in the list counts.
+        protect_last: the number of last positions of a list that are always kept, counted from its last slot.
+        min_per_head: the least slots that each head keeps (or all, if it has fewer).
+        scope: ``"head"``: all heads of a sequence get the same share of the budget. Blocks that a head cannot use
+            (because its list is shorter) and the remainder go to the other heads, the first heads first. A head whose
+            protected slots and minimum take more than its share gets these, and the others get less.
+            ``"sequence"``: heads compete. The next best ``block_size`` slots of a head are a candidate. Its value is
+            the sum of their scores (missing slots of a list's last block count as its lowest score or 0, whichever is
+            less). The most valuable candidates of all heads are kept; of equal ones the one that ranks higher in its
+            own head, then the one of the first head. For non-negative scores the kept sum is the maximum.
 
     Returns:
         ``new_lens`` int32 ``[B, Hkv]`` and ``keep`` bool ``[B, Hkv, max_blocks * block_size]`` in list order, False
         past a list's length.
 
-    The blocks kept never exceed the budget, except where protection and floor alone do: they win, and no further block
-    is kept then.
+    The blocks kept never exceed the budget, unless the protected slots and minimums alone do. These are then kept, and
+    nothing else.
 
     After Feng et al., "Ada-KV" (2024), and Rehg, "KV-Compress" (2024), for competition between heads. Raises ValueError
     for wrong shapes, devices, strides or values, TypeError for wrong dtypes.
@@ -236,11 +236,11 @@ def compact(
         block_tables: int32 ``[B, Hkv, max_blocks]``, not changed.
         seq_lens: int32 ``[B, Hkv]``, replaced by the number of kept slots.
         keep: bool ``[B, Hkv, max_blocks * block_size]`` in list order; entries past a list's length are ignored.
-        positions, scores: int32 and float32 ``[num_blocks, block_size]``, moved along where given.
+        positions, scores: int32 and float32 ``[num_blocks, block_size]``, moved along if given.
 
     Returns:
-        ``freed`` int32 ``[B, Hkv]``: how many of the blocks that the old length took are no longer needed. They are the
-        last ones of the list, and the caller's to give back.
+        ``freed`` int32 ``[B, Hkv]``: the number of blocks of the old list that are no longer needed. They are the last
+        ones of the list. The caller returns them to its pool.
 
     Raises ValueError for wrong shapes, devices or strides, TypeError for wrong dtypes.
     """

@@ -1,4 +1,4 @@
-"""How an attention operator gets its gradient: an autograd function that calls the backward operator."""
+"""Gradients of attention operators: autograd functions that call the backward operators."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kvops.private_torch import schema_of
 
 
 def last_contiguous(gradient: Tensor) -> Tensor:
-    """Autograd hands in expanded gradients (of a sum, say); the operators want the last dimension contiguous.
+    """A copy with a contiguous last dimension. Autograd passes expanded gradients, for instance of a sum.
 
-    A copy, as ``contiguous()`` returns an empty expanded tensor as it is.
+    ``contiguous()`` returns an empty expanded tensor unchanged, so it does not suffice.
     """
     return gradient if gradient.stride(-1) == 1 else gradient.clone(memory_format=torch.contiguous_format)
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """A backward operator where its result is part of a graph, which ends here."""
+    """A backward operator whose result is part of a graph. The graph ends here."""
 
     @staticmethod
     def forward(ctx: Any, backward: Any, names: tuple[str, ...], *values: Any) -> Any:

@@ -108,8 +108,8 @@ register_autograd(_forward_op, _Merge.apply)
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The exact attention over the union of two disjoint sets of keys, differentiable in all four arguments.
 
-    Shared prefixes, split caches and context parallelism attend to their parts on their own and merge. A sink may have
-    joined one of the parts, not both.
+    For shared prefixes, split caches and context parallelism, which attend to parts of the keys separately. A sink may
+    be in one of the parts, not in both.
 
     Args:
         out_a: ``[B, S, H, Dv]``, or ``[T, H, Dv]`` packed; float16, bfloat16 or float32; any strides but the last.
@@ -119,8 +119,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Returns:
         out and lse in the shapes and dtypes of the parts. A row that is empty in both has out 0 and lse -inf.
 
-    A part of a row is empty where its lse is -inf, as every kvops operator returns it, or +inf, as FlashAttention-2 and
-    others return it. Its out must be finite there (0, say), and its gradient is 0.
+    A part of a row is empty if its lse is -inf (as kvops' operators return it) or +inf (as FlashAttention-2 and others
+    return it). Its out must be finite, for instance 0, and its gradient is 0.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.

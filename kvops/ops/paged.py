@@ -13,7 +13,7 @@ from kvops.ops.paged_checks import check_append, check_attention, check_schedule
 from kvops.ops.registry import LIBRARY, register
 from kvops.private_torch import schema_of
 
-# Programs per multiprocessor: as many as fit at once with any number of registers, so that all shares run together.
+# Programs per multiprocessor: they fit at once with any number of registers, so that all shares run together.
 _PROGRAMS_PER_SM = 2
 
 
@@ -96,7 +96,7 @@ def _attention_with_numbers(q: Tensor, *args: Tensor, **kwargs: object) -> tuple
 def _define_with_numbers(overload: object, function: object) -> None:
     """Overloads that take one or both of the scales of a float8 cache as plain numbers.
 
-    The mixed ones come first: torch would take a tensor of one element for a number, and read it back to do so.
+    The mixed overloads come first: torch would convert a tensor of one element to a number, which reads it back.
     """
     schema = str(schema_of(overload)).removeprefix("kvops::")
     name, rest = schema.split("(", 1)
@@ -134,12 +134,12 @@ def paged_append(
     """Write new keys and values into the last slots of each head's list.
 
     Lengths include the new tokens: token ``t`` of ``q_lens[b]`` (default T) goes to slot ``seq_lens - q_lens[b] + t``
-    of the list; tokens from ``q_lens[b]`` on are padding and go nowhere. A list that is shorter than ``q_lens[b]``
+    of the list. Tokens from ``q_lens[b]`` on are padding and are not written. A list that is shorter than ``q_lens[b]``
     keeps the last tokens that fit.
 
     Under ``torch.compile(dynamic=True)`` a cache that is written must not be a view that begins inside a pool, such as
-    ``pool[layer]``: inductor (PyTorch 2.13, pytorch issue 198068) forgets where it begins, of this operator as of any
-    other. A tensor for each layer is written right, and so is one pool whose tables number the blocks of all layers.
+    ``pool[layer]``: inductor (PyTorch 2.13, pytorch issue 198068) loses the offset of the view, for any operator. Use a
+    tensor for each layer, or one pool whose tables number the blocks of all layers.
 
     Args:
         k: ``[B, T, Hkv, D]`` float16, bfloat16 or float32.
@@ -208,9 +208,9 @@ def paged_attention(
     """Attention of the newest tokens over a paged cache in which every head has its own list and length.
 
     T = 1 is decoding, T > 1 draft verification or a chunk of prefill. Lengths include the T tokens, which were appended
-    first. Token ``t < n = q_lens[b]`` (default T) stands in slot ``seq_lens - n + t`` of each list and sees the slots
-    up to its own; rows from ``n`` on give out 0 and lse -inf, as does every row that sees nothing. Slots are counted in
-    list order, so after eviction they lie closer together than the original positions. One read of K and V
+    first. Token ``t < n = q_lens[b]`` (default T) is in slot ``seq_lens - n + t`` of each list and sees the slots up to
+    its own. Rows from ``n`` on, and rows that see nothing, have out 0 and lse -inf. Slots are counted in
+    list order, so after eviction they are closer together than the original positions. One read of K and V
     serves all T tokens and all query heads of a group.
 
     Args:
@@ -223,7 +223,7 @@ def paged_attention(
         seq_lens: int32 ``[B, Hkv]`` (``[B]``).
         q_lens: int32 ``[B]``, how many of the T tokens are real; they come first.
         causal: False lets every token see the whole list.
-        window_left: how many slots before its own a token sees, -1 for no limit. With ``positions`` and
+        window_left: the number of slots before its own that a token sees, -1 for no limit. With ``positions`` and
             ``query_positions`` it is measured in original positions: a slot is seen if
             ``query_position - position <= window_left``.
         positions: int32 ``[num_blocks, block_size]``, the original position of the token in a slot; a 4-D cache may
@@ -238,18 +238,18 @@ def paged_attention(
         k_scale: of a float8 cache, a float or float32 ``[Hkv]``: the keys are ``k_scale * k_cache``.
         v_scale: the same for the values.
         scores: updated; float32 ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]`` for a 4-D cache).
-            A slot of these lists that at least one query sees becomes ``score_decay * score + reduce``; every
-            other slot, whether behind a window, past a length or of another sequence, keeps its score and does not
-            decay. Lists must not share blocks then.
+            The score of a slot that at least one query sees becomes ``score_decay * score + reduce``. All other slots
+            (outside a window, past a length, of another sequence) keep their scores, without decay. With scores, lists
+            must not share blocks.
         score_reduce: over the T tokens and the group's query heads, of the exact normalised probability p:
             ``"sum"``, ``"sumsq"`` (of p squared) or ``"max"``.
         score_decay: at least 0, finite.
-        schedule: :func:`paged_schedule` of these ``seq_lens`` (one layer of it). None computes it on the way.
-        batch_invariant: the bits of a sequence's results then follow from its own queries, list and options alone,
-            for the same T and the same device: not from the other sequences and heads, nor from where blocks lie, how
-            wide the tables are or how many programs share the work. The ``schedule`` must be batch invariant too.
-            On a GPU each 256 slots of a list have a partial result of their own, in a buffer as long as the tables
-            allow; where T x group is more than a tile of rows (64, in float32 32), each tile walks its list alone.
+        schedule: :func:`paged_schedule` of these ``seq_lens`` (one layer of it). None computes it in this call.
+        batch_invariant: a sequence's results then have the same bits in any batch, for the same T and the same device.
+            They do not depend on other sequences and heads, the places of blocks, the width of the tables, or the
+            number of programs. The ``schedule`` must be batch invariant too. On a GPU each 256 slots of a list have a
+            separate partial result, in a buffer that is as long as the tables allow. If T x group is more than a tile
+            of rows (64, in float32 32), each tile reads its list separately.
 
     Returns:
         out ``[B, T, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]``, natural logarithm.
@@ -293,14 +293,14 @@ def paged_schedule(
 ) -> Tensor:
     """Cut the total work of ragged lists into equal contiguous shares, one for each program of :func:`paged_attention`.
 
-    All lists are laid in one line (a prefix sum over their lengths, in units of about a block) and the line is cut
-    without regard to where lists begin: no program waits for the longest head. Good for every call with these lengths;
-    one launch serves all layers of a step.
+    All lists are laid end to end (by a prefix sum over their lengths, in units of about a block) and cut into equal
+    shares, which may begin inside a list. No program waits for the longest head. The schedule is valid for every call
+    with these lengths; one launch serves all layers of a step.
 
     Args:
         seq_lens: int32 ``[B, Hkv]``, ``[B]`` for a 4-D cache, or ``[L, B, Hkv]`` for all layers at once.
         block_size: of the cache.
-        num_programs: how many shares; 0 chooses by the device.
+        num_programs: the number of shares; 0 chooses by the device.
         batch_invariant: cut lists at every 256th slot of their own, for ``paged_attention(batch_invariant=True)``.
 
     Returns:
@@ -311,7 +311,7 @@ def paged_schedule(
         ValueError: wrong shape or value; with ``KVOPS_DEBUG=1`` also negative lengths.
         TypeError: wrong dtype.
     """
-    checks.expect_tensor("seq_lens", seq_lens)  # without a tensor the dispatcher knows no device to ask
+    checks.expect_tensor("seq_lens", seq_lens)  # without a tensor the dispatcher does not know the device
     return _schedule(  # type: ignore[no-any-return]
         seq_lens, block_size, num_programs=num_programs, batch_invariant=batch_invariant
     )

@@ -1,4 +1,4 @@
-"""How an operator comes into ``torch.ops.kvops``: schema, checks, fake, eager and kernel tied together in one call.
+"""Registers operators in ``torch.ops.kvops``: one call for schema, checks, fake, eager implementation and kernel.
 
 ``Library.define`` plus ``impl`` costs less than ``custom_op`` at every call, and survives ``opcheck`` and
 ``torch.compile(fullgraph=True)`` all the same.
@@ -19,14 +19,14 @@ from torch.autograd.forward_ad import unpack_dual
 from kvops import checks, private_torch
 from kvops.extras import require
 
-# Kinds of calls that are remembered; a service that never sees the same shape twice starts over now and then.
+# The number of kinds of calls in the cache. If it is full, the cache is cleared.
 _MAX_LAUNCHES = 4096
 
 LIBRARY = torch.library.Library("kvops", "DEF")
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """What serves tensors on ``device``: ``"triton"``, ``"triton-interpreter"``, ``"numba"`` or ``"eager"``.
+    """The backend for tensors on ``device``: ``"triton"``, ``"triton-interpreter"``, ``"numba"`` or ``"eager"``.
 
     CPU tensors run the CPU kernels, which numba compiles at their first call. Without numba (the extra ``kvops[cpu]``),
     with ``KVOPS_CPU=eager``, and for operators that PyTorch itself serves at full speed, they run the eager
@@ -59,7 +59,7 @@ _operators: dict[str, _Operator] = {}
 
 
 def forget_launches() -> None:
-    """Check and prepare every call anew."""
+    """Drop all cached launches."""
     for operator in _operators.values():
         operator.served.clear()
         operator.interpreted.clear()
@@ -67,8 +67,8 @@ def forget_launches() -> None:
 
 
 def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Everything about a call but data, ``args`` beginning with that many tensors: shapes, dtypes, devices, strides,
-    numbers, and what asks for gradients."""
+    """The key of a call in the cache: shapes, dtypes, devices, strides, numbers and ``requires_grad``, but no data.
+    ``args`` begins with the given number of tensors."""
     first = args[:tensors]
     found = [torch.is_grad_enabled(), *map(_facts, first), *map(_strides, first), *kwargs]
     for value in (*args[tensors:], *kwargs.values()):
@@ -80,7 +80,8 @@ def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 class _Operator:
-    """What the dispatcher calls for one operator: its checks, then what serves the call. See :func:`register`."""
+    """The functions that the dispatcher calls for one operator: checks, then an implementation. See
+    :func:`register`."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class _Operator:
         self.name = schema.split("(", 1)[0]
         self.check, self.check_data, self.fake = check, check_data, fake
         self.eager, self.kernel, self.cpu, self.differentiable = eager, kernel, cpu, differentiable
-        # By what calls have in common but data; those of the interpreter (TRITON_INTERPRET=1) and of numba apart.
+        # Launches by the key of a call; separate ones for the interpreter (TRITON_INTERPRET=1) and for numba.
         self.served: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.interpreted: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -146,9 +147,9 @@ class _Operator:
     def _launch_for(
         self, launches: dict[tuple[Any, ...], Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
-        """What serves this call. Checks and preparation look at everything but data, so calls alike share both; how
-        long a launch takes then, ``python -m bench.overhead`` tells."""
-        if checks.debug() or private_torch.tangents_exist():  # data and tangents are looked at every time
+        """The implementation for this call. Checks and preparation do not read data, so equal calls share them.
+        ``python -m bench.overhead`` measures the time of a launch."""
+        if checks.debug() or private_torch.tangents_exist():  # data and tangents are checked in every call
             return self._prepare(args, kwargs)
         try:
             likeness = _likeness(len(self.tensors), args, kwargs)
@@ -164,7 +165,7 @@ class _Operator:
         return launch
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """What serves this call, once it is found valid, and all that differ from it in nothing but data."""
+        """The implementation for this call, after its checks, and for all calls that differ in data alone."""
         self._validate(args, kwargs)
         return _launch(self._implementation(args[0].device), args, kwargs)
 
@@ -175,7 +176,7 @@ class _Operator:
         return _kernel(self.cpu if serving == "numba" and self.cpu is not None else self.kernel)
 
     def _validate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name, value in zip(self.tensors, args, strict=False):  # the dispatcher takes None for any tensor
+        for name, value in zip(self.tensors, args, strict=False):  # the dispatcher accepts None for any tensor
             checks.expect_tensor(name, value)
         if not self.differentiable and torch.is_grad_enabled():
             self._refuse_gradient(args, kwargs)
@@ -223,9 +224,9 @@ def register(
 
     ``check``, ``fake``, ``eager`` and ``kernel`` take the operator's arguments under the same names with the same
     defaults (the dispatcher drops arguments that equal their default). ``check`` raises ValueError or TypeError and
-    runs before everything else, while tracing too; it must not look at what tensors hold, unless under
-    ``KVOPS_DEBUG=1``: calls that differ in nothing else share one check. ``check_data`` looks at it, at every call of
-    CPU tensors and under ``KVOPS_DEBUG=1`` of any. ``kernel`` is ``"module:function"``, imported at its first launch.
+    runs before everything else, while tracing too. It must not read the data of tensors, except with ``KVOPS_DEBUG=1``,
+    because calls that differ in data alone share one check. ``check_data`` reads data, in every call with CPU tensors,
+    and with ``KVOPS_DEBUG=1`` in every call. ``kernel`` is ``"module:function"``, imported at its first launch.
     ``cpu`` is the same for the numba kernel, where there is one.
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
 

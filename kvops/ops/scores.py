@@ -115,7 +115,7 @@ def attention_scores(
     reduce: Literal["sum", "sumsq", "max"] = "sum",
     group: Literal["sum", "mean", "max"] = "sum",
 ) -> Tensor:
-    """How much attention each key receives: the softmax reduced over its queries, the matrix never in memory.
+    """The attention that each key receives: the softmax reduced over its queries, without the matrix in memory.
 
     The probability of a key is ``exp(score - lse)``, with lse from :func:`kvops.flash_attention` called with the same
     options; sinks are in lse already. No gradient.
@@ -125,7 +125,7 @@ def attention_scores(
         k: ``[B, Sk, Hkv, D]``.
         lse: ``[B, Hq, Sq]``, float32.
         causal, window_left, window_right, scale, softcap, alibi_slopes: as in the forward.
-        query_start: the first query that counts; a negative number counts from the end, so that -w is the last w.
+        query_start: the first query that counts; a negative number counts from the end, so -w means the last w.
         skip_recent: n > 0: a key counts only for queries at least n positions after it.
         reduce: over the queries, ``"sum"`` of p, ``"sumsq"`` of p squared or ``"max"`` of p.
         group: over the query heads of a group, ``"sum"``, ``"mean"`` or ``"max"``.

@@ -149,13 +149,13 @@ def flash_attention_varlen(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`kvops.flash_attention` over sequences packed one behind the other, differentiable in q, k, v and sinks.
+    """:func:`kvops.flash_attention` over packed sequences, differentiable in q, k, v and sinks.
 
     Args:
         q: ``[Tq, Hq, D]``, float16, bfloat16 or float32; any strides but the last.
         k: ``[Tk, Hkv, D]``.
         v: ``[Tk, Hkv, Dv]``.
-        cu_seqlens_q: int32 ``[B + 1]``, a leading 0 and then where each sequence of queries ends.
+        cu_seqlens_q: int32 ``[B + 1]``, 0 and then the end of each sequence of queries.
         cu_seqlens_k: the same for the keys. Either side of a sequence may be empty.
         max_seqlen_q: the length of the longest sequence of queries, or more.
         max_seqlen_k: the length of the longest sequence of keys, or more.
@@ -164,12 +164,12 @@ def flash_attention_varlen(
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
 
     Returns:
-        out ``[Tq, Hq, Dv]`` in the dtype of q and lse ``[Hq, Tq]``, float32. A token that sees no key, or stands after
+        out ``[Tq, Hq, Dv]`` in the dtype of q and lse ``[Hq, Tq]``, float32. A token that sees no key, or comes after
         the last sequence, has out 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, strides, devices or values that do not fit. Lengths are looked at on the CPU; on a GPU only
-            under ``KVOPS_DEBUG=1``, as it synchronises.
+        ValueError: shapes, strides, devices or values that do not fit. Lengths are checked on the CPU; on a GPU only
+            with ``KVOPS_DEBUG=1``, because it synchronises.
         TypeError: dtypes that do not fit.
     """
     return _forward_op(

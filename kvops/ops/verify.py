@@ -24,7 +24,7 @@ def check_per_request(name: str, value: Tensor | None, reference: Tensor, *dtype
 
 
 def draw_seed(temperature: Tensor | None, seed: Tensor | None) -> Tensor | None:
-    """The seeds given, or seeds from torch's default generator where sampling wants some and none are given."""
+    """The given seeds, or seeds from torch's default generator if sampling needs them."""
     if temperature is None or seed is not None:
         return seed
     return torch.randint(-(2**63), 2**63 - 1, temperature.shape, dtype=torch.int64, device=temperature.device)
@@ -85,7 +85,7 @@ def _check_draft_data(
         f"tokens inside the vocabulary of {V} before each draft length",
         ~drafted | ((draft_tokens >= lowest) & (draft_tokens < V)),
     )
-    # A NaN or an infinity makes the maximum NaN or inf; a row of -inf has nothing to draw from.
+    # A NaN or an infinity makes the maximum NaN or inf; a row of -inf has nothing to sample.
     row_max = target_logits.amax(-1)
     checks.expect_data(
         "target_logits",
@@ -144,26 +144,26 @@ def verify_draft(
     step: Tensor | None = None,
     method: Literal["token", "block"] = "token",
 ) -> tuple[Tensor, Tensor]:
-    """Verify drafted tokens against the target model, losslessly: what is emitted is distributed as the target's own.
+    """Verify drafted tokens against the target model, losslessly: emitted tokens have the target's distribution.
 
     Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). Position t accepts its
     draft with probability min(1, p / q); the first refused position emits a token of the residual max(p - q, 0), and
-    when every draft is accepted the last row emits one more. Greedy requests accept what equals the target's argmax
-    (the lowest index among ties). The logits are read once, plus one row for each sampled request.
+    when every draft is accepted the last row emits one more. Greedy requests accept drafts that equal the target's
+    argmax (the lowest index among ties). The logits are read once, plus one row for each sampled request.
 
     Args:
         target_logits: float16, bfloat16 or float32 ``[B, T + 1, V]``, the last dimension contiguous: row t is the
-            target's prediction for the place of draft t, row T for the place behind the last draft.
+            target's prediction for the place of draft t, row T for the place after the last draft.
         draft_tokens: int64 ``[B, T]``. A token outside the vocabulary (-1 pads) ends the draft there.
-        draft_lens: int32 (or int64) ``[B]``, how many drafts each request has, 0 to T; None: all T. Rows of
-            ``target_logits`` past it are not looked at.
-        draft_probs: float32 ``[B, T, V]``: the distribution that each draft was drawn from, with the drafter's
+        draft_lens: int32 (or int64) ``[B]``, the number of drafts of each request, 0 to T; None for T. Rows of
+            ``target_logits`` past it are not read.
+        draft_probs: float32 ``[B, T, V]``: the distribution that each draft was sampled from, with the drafter's
             temperature and filters applied. None: each draft is a point mass, such as prompt lookup gives.
         temperature: float32 ``[B]``, of the target; a request at 0 is greedy. None: all are.
-        seed: int64 ``[B]``. Randoms are Philox4x32-10 of (seed, step, position): the same on CPU
-            and GPU, whatever the request is batched with. None with a temperature: seeds are drawn from torch's
-            default generator, so that ``torch.manual_seed`` governs (the operator itself wants them given).
-        step: int64 ``[B]``: must differ between calls that share a seed, such as the length so far. None: 0.
+        seed: int64 ``[B]``. Random numbers are Philox4x32-10 of (seed, step, position): the same on CPU and GPU and in
+            any batch. If it is None with a temperature, seeds come from torch's default generator, which
+            ``torch.manual_seed`` sets (the operator itself requires seeds).
+        step: int64 ``[B]``, a number that differs between calls with the same seed, such as the length. None for 0.
         method: ``"token"`` as above, or ``"block"`` (Sun et al., arXiv 2403.10444): sampled requests test their drafts
             together, which is as lossless, accepts at least as many on average, and with ``draft_probs`` reads the
             logits a second time. Greedy requests are the same in both.
@@ -171,13 +171,13 @@ def verify_draft(
     Returns:
         ``tokens`` int64 ``[B, T + 1]``: the accepted drafts, then the corrected or the bonus token, then -1; and
         ``num_accepted`` int32 ``[B]``. A row of logits with a NaN, a +inf or nothing but -inf is refused: a request
-        that comes to it gets the drafts accepted before it and -1 where its next token would stand.
+        that reaches it gets the drafts accepted before it and -1 in place of its next token.
 
     Raises:
         ValueError: shapes, layouts or devices that do not fit.
         TypeError: dtypes other than these.
         ValueError: under ``KVOPS_DEBUG=1``, lengths out of range, drafts outside the vocabulary, refused rows,
-            negative temperatures, and draft probabilities that are none or exclude their own draft.
+            negative temperatures, and draft probabilities that do not form a distribution or exclude their own draft.
     """
     return _verify_draft(
         target_logits,
@@ -227,23 +227,23 @@ _prompt_lookup = register(
 def prompt_lookup(
     tokens: Tensor, lens: Tensor, *, num_draft: int, max_ngram: int = 3, min_ngram: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Draft by looking the text's last n-gram up in the text itself, batched, on the device, without synchronisation.
+    """Draft by searching the text for its last n-gram: batched, on the device, without synchronisation.
 
     The suffix of ``max_ngram`` tokens is searched first, then shorter ones down to ``min_ngram``. Of several earlier
-    occurrences the latest that ``num_draft`` tokens follow counts, else the one that most tokens follow: text that
-    repeats with a short period is drafted over several periods. What follows the occurrence is the draft (Saxena,
-    "Prompt Lookup Decoding", 2023).
+    occurrences the latest with ``num_draft`` tokens after it is taken, otherwise the one with most tokens after it. So
+    text that repeats with a short period is drafted over several periods. The tokens after the occurrence are the draft
+    (Saxena, "Prompt Lookup Decoding", 2023).
 
     Args:
-        tokens: int64 ``[B, L]``, the last dimension contiguous: each sequence so far, from the left.
-        lens: int32 (or int64) ``[B]``: how many tokens of each row are its text, 0 to L; the rest is not read.
-        num_draft: how many tokens to draft at most.
-        max_ngram: longest suffix that is looked up.
-        min_ngram: shortest one, at least 1.
+        tokens: int64 ``[B, L]``, the last dimension contiguous: the text of each request, from the left.
+        lens: int32 (or int64) ``[B]``, the length of each text, 0 to L; tokens past it are not read.
+        num_draft: the most tokens to draft.
+        max_ngram: the longest suffix to search for.
+        min_ngram: the shortest suffix, at least 1.
 
     Returns:
         ``draft_tokens`` int64 ``[B, num_draft]``, padded with -1, and ``draft_lens`` int32 ``[B]``: at most
-        ``num_draft`` tokens and never past the end of the text; 0 where nothing matches.
+        ``num_draft`` tokens and never past the end of the text; 0 without a match.
 
     Raises:
         ValueError, TypeError: an argument out of range, or of the wrong shape or dtype, by its name; under

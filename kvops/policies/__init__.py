@@ -1,7 +1,8 @@
-"""Eviction policies: what a key is worth to a head. ``kvops.policies.POLICIES`` names them for command lines.
+"""Eviction policies: how important each key is to its head. ``kvops.policies.POLICIES`` has their names on command
+lines.
 
-A policy is a small dataclass with one method, ``score``; the cache, the selection and the compaction are the same for
-all of them. Write your own the same way and hand an instance to ``Compression(policy=...)``.
+A policy is a small dataclass with one method, ``score``. The cache, the selection and the compaction are the same for
+all policies. Write your own in the same way and pass an instance to ``Compression(policy=...)``.
 """
 
 from kvops.policies.adakv import AdaKV

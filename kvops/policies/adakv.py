@@ -13,7 +13,8 @@ class AdaKV(SnapKV):
     """SnapKV's scores; the heads of a layer compete for its budget (Feng et al. 2024, arXiv 2407.11550).
 
     Attributes:
-        floor: the share of an equal head's part that every head keeps (the paper's safeguard).
+        floor: what every head keeps in any case, as a share of its part under an equal division (the paper's
+            safeguard).
     """
 
     scope: Literal["head", "layer", "sequence"] = "layer"

@@ -1,4 +1,4 @@
-"""What every policy has in common."""
+"""The base class of policies, and the inputs that they score."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from kvops.policies.recital import Recital, Recited
 
 
 class Seen(ABC):
-    """What a policy has to judge the keys of one layer by: the newest T queries and all S keys of each head.
+    """The input of a policy for one layer: the newest T queries and all S keys of each head.
 
-    A head's keys stand in the order of its list; the last T are those of the newest tokens. Heads that hold fewer than
-    S keys, which eviction leaves behind, are padded in front: ``real`` tells.
+    A head's keys are in the order of its list; the last T belong to the newest tokens. After an eviction heads may hold
+    fewer than S keys. They are padded in front, and ``real`` is False there.
 
     Attributes:
         q: ``[B, T, Hq, D]``, rotary embedding applied.
         k: ``[B, S, Hkv, D]``, rotary embedding applied, zero where padded.
         v: ``[B, S, Hkv, Dv]``, zero where padded.
-        window_left: how many positions before its own a query sees, -1 for all.
-        layer, num_layers: which layer of how many.
-        scale, softcap: of the scores, as :func:`kvops.flash_attention` has them.
+        window_left: the number of positions before its own that a query sees, -1 for all.
+        layer, num_layers: the index of the layer and the number of layers.
+        scale, softcap: as in :func:`kvops.flash_attention`.
         rope: angular frequencies of the rotary embedding, float32 ``[D / 2]`` (dimension i is paired with i + D / 2);
-            None where the caller does not know them.
+            None if the caller does not know them.
         positions: int ``[B, Hkv, S]``, the original position of each key; -1 where padded.
-        end: int ``[B]``, the length of the text: the position of the token to come.
-        earlier: float32 ``[B, Hkv, S]``, the scores so far, 0 for keys that were never judged.
-        recited: what a recital paid to each key; None where nothing has been recited.
+        end: int ``[B]``, the length of the text, which is the position of the next token.
+        earlier: float32 ``[B, Hkv, S]``, the scores so far, 0 for keys that were never scored.
+        recited: the attention that a recital paid to each key; None without a recital.
     """
 
     q: Tensor
@@ -66,9 +66,10 @@ class Seen(ABC):
         reduce: Literal["sum", "sumsq", "max"] = "sum",
         group: Literal["sum", "mean", "max"] = "sum",
     ) -> Tensor:
-        """How much attention each key receives from the ``last`` queries (None: all): float32 ``[B, Hkv, S]``.
+        """The attention that each key receives from the ``last`` queries (None for all): float32 ``[B, Hkv, S]``.
 
-        ``reduce`` over the queries and ``group`` over a group's query heads, as in :func:`kvops.attention_scores`.
+        It is reduced over the queries by ``reduce`` and over the query heads of a group by ``group``, as in
+        :func:`kvops.attention_scores`.
         """
 
     def alignment(self) -> Tensor:
@@ -78,10 +79,10 @@ class Seen(ABC):
         return (directions * anchor).sum(-1).transpose(1, 2)
 
     def pool(self, scores: Tensor, width: int, *, last: int, kind: Literal["max", "mean"] = "max") -> Tensor:
-        """``scores`` [B, Hkv, S] pooled over ``width`` (odd) neighbours, apart from the ``last`` keys.
+        """``scores`` [B, Hkv, S] pooled over ``width`` (odd) neighbours, except for the ``last`` keys.
 
-        The last keys received the observing queries' attention to themselves and to each other: they neither share it
-        with the keys before them nor need a neighbour's.
+        The last keys belong to the queries that are observed, which attend to themselves and to each other. Their
+        scores are not pooled with those of earlier keys.
         """
         before = max(0, scores.shape[-1] - last)
         pool = F.max_pool1d if kind == "max" else F.avg_pool1d
@@ -93,9 +94,9 @@ class Seen(ABC):
 
 @dataclass(frozen=True)
 class Prefill(Seen):
-    """The causal attention of one layer over a whole prompt: T = S, nothing is padded. Attributes as in :class:`Seen`.
+    """The causal attention of one layer over a whole prompt: T = S, without padding. Attributes as in :class:`Seen`.
 
-    ``lse`` is float32 ``[B, Hq, S]``, natural logarithm of the softmax's denominators.
+    ``lse`` is float32 ``[B, Hq, S]``, the natural logarithm of the softmax's denominator.
     """
 
     q: Tensor
@@ -147,15 +148,15 @@ class Prefill(Seen):
 
 
 class Cached(Seen):
-    """One layer as it stands in a cache, its heads compressed to whatever lengths, and the newest queries.
+    """One layer of a cache, whose heads may have any lengths, and the newest queries.
 
     Args:
-        cache: that has the newest tokens appended.
+        cache: a cache to which the newest tokens have been appended.
         layer, window_left, rope, scale, softcap: as in :class:`Seen`.
         q: ``[B', T, Hq, D]``, the queries of the newest T tokens of ``rows``.
         rows: a slice of the cache's rows.
         width: S, at least the longest list of these rows in any layer.
-        sinks: ``[Hq]``, of the layer.
+        sinks: ``[Hq]``, the sinks of the layer.
         recited: as in :class:`Seen`.
     """
 
@@ -178,7 +179,7 @@ class Cached(Seen):
         self.layer, self.num_layers, self.window_left, self.rope = layer, cache.num_layers, window_left, rope
         self.scale, self.softcap, self._sinks = scale, softcap, sinks
         self.end = cache.next_positions[rows]
-        cache.unshare(rows)  # other rows' scores are not this policy's to change
+        cache.unshare(rows)  # the scores of other rows must not change
         self._lens = cache.seq_lens[layer, rows, :, None]
         slot = torch.arange(width, device=q.device) - (width - self._lens)
         inside = slot.clamp_min(0)
@@ -189,12 +190,12 @@ class Cached(Seen):
         self.earlier = self._of(cache.scores).masked_fill_(self._padded, 0)
 
     def _of(self, side: Tensor) -> Tensor:
-        """What each key has in one of the cache's tensors: ``[B', Hkv, S, ...]``, a copy."""
+        """The entries of one of the cache's tensors for each key: a copy ``[B', Hkv, S, ...]``."""
         return side.flatten(0, 1)[self._slots]
 
     def _vectors(self, side: Tensor, scale: Tensor | None) -> Tensor:
-        """``[B', S, Hkv, D]``, in float32 where the cache is float8."""
-        vectors = self._of(side.view(torch.uint8)).view(side.dtype)  # as bytes: indexing knows no float8
+        """``[B', S, Hkv, D]``, in float32 if the cache is float8."""
+        vectors = self._of(side.view(torch.uint8)).view(side.dtype)  # as bytes: torch cannot index float8
         if side.dtype == torch.float8_e4m3fn:
             vectors = vectors.float() * (1 if scale is None else scale[self.layer, :, None, None])
         return vectors.masked_fill_(self._padded[..., None], 0).transpose(1, 2)
@@ -219,7 +220,7 @@ class Cached(Seen):
                 f"group: over a cache expected 'max' with reduce='max' and 'sum' or 'mean' with the others, "
                 f"got {group!r} with {reduce!r}"
             )
-        # The decoding kernel's own scores, begun anew. They stand in the cache until judge() writes the policy's.
+        # The scores of the decoding kernel, from 0 on. They stay in the cache until judge() writes the policy's scores.
         q = self.q if last is None else self.q[:, -last:]
         self.cache.attend(
             self.layer,
@@ -233,13 +234,13 @@ class Cached(Seen):
             decay=0.0,
         )
         received = self._of(self.cache.scores).masked_fill_(self._padded, 0)
-        if self.window_left >= 0:  # keys that no query sees keep the score they had
+        if self.window_left >= 0:  # keys that no query sees keep their score
             first = self.end - q.shape[1] - self.window_left
             received.masked_fill_(self.positions < first[:, None, None], 0)
         return received / (q.shape[2] // self.cache.num_kv_heads) if group == "mean" else received
 
     def judge(self, policy: Policy) -> None:
-        """Make ``policy``'s scores those of the cache."""
+        """Score the keys with ``policy`` and write the scores into the cache."""
         scores = policy.checked_score(self)
         width = scores.shape[-1]
         place = torch.arange(width, device=scores.device) + (width - self._lens)
@@ -248,16 +249,16 @@ class Cached(Seen):
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """What a cached key is worth to its head. Higher scores survive.
+    """Scores how important each cached key is to its head. Keys with higher scores survive.
 
     Attributes:
-        scope: who competes for the budget. ``"sequence"``: the heads of all layers (KV-Compress); ``"layer"``: the
-            heads of a layer, every layer having its share (AdaKV); ``"head"``: nobody, the heads of a layer keep the
-            same number of blocks.
-        floor: what every head keeps in any case, as a share of an equal part of the budget.
-        accumulate: how decoding adds to the scores of the slots it attends to ("sum", "sumsq" or "max" of the
-            attention probability over the queries). None: it does not; an eviction while decoding lets the policy
-            judge all keys anew by the last ``recall`` queries.
+        scope: which heads compete for the budget. ``"sequence"``: the heads of all layers (KV-Compress). ``"layer"``:
+            the heads of a layer, with a fixed share for each layer (AdaKV). ``"head"``: none; the heads of a layer keep
+            the same number of blocks.
+        floor: what every head keeps in any case, as a share of its part under an equal division of the budget.
+        accumulate: how decoding adds to the scores of the slots that it attends to ("sum", "sumsq" or "max" of the
+            attention probability over the queries). None: it does not; before an eviction during decoding the policy
+            scores all keys again with the last ``recall`` queries.
     """
 
     scope: Literal["head", "layer", "sequence"] = "sequence"
@@ -267,7 +268,9 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         checks.expect_choice("scope", self.scope, ("head", "layer", "sequence"))
         checks.expect_between("floor", self.floor, 0, 1)
-        checks.expect_int("observe", getattr(self, "observe", 1), 1)  # most policies have one; -0 would be all
+        checks.expect_int(
+            "observe", getattr(self, "observe", 1), 1
+        )  # most policies have a window; a slice from -0 would be the whole
 
     @property
     def recall(self) -> int:
@@ -281,30 +284,30 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, seen: Seen) -> Tensor:
-        """The worth of every key of one layer: float32 ``[B, Hkv, S]``, anything where ``seen`` is padded."""
+        """The scores of one layer's keys, float32 ``[B, Hkv, S]``. Entries where ``seen`` is padded are ignored."""
 
     def checked_score(self, seen: Seen) -> Tensor:
-        """What ``score`` returns, in the shape that it has to have; ValueError or TypeError where it has another."""
+        """The result of ``score``, checked. Raises ValueError or TypeError for a wrong shape or dtype."""
         scores, name = self.score(seen), f"{type(self).__name__}.score"
         checks.expect_tensor(name, scores)
         checks.expect_shape(name, scores, "[B, Hkv, S]", *seen.positions.shape)
         return scores
 
     def layer_weights(self, num_layers: int) -> list[float] | None:
-        """How the layers share the budget: a weight for each, of mean 1. None: all alike, or as ``scope`` says."""
+        """How the layers share the budget: a weight for each layer, with mean 1. None: as ``scope`` says."""
         return None
 
 
 def share_out(total: int, weights: Sequence[float], *, least: int, most: int) -> list[int]:
-    """``total`` cut into whole parts in proportion to ``weights``, each from ``least`` to ``most``.
+    """Divide ``total`` into whole parts in proportion to ``weights``, each from ``least`` to ``most``.
 
-    What a part cannot take goes to the others; the first parts get what does not divide. The sum is ``total`` wherever
-    the bounds allow it. ValueError for a weight that is not above 0.
+    What a part cannot take goes to the others, and the first parts get the remainder. The sum is ``total`` if the
+    bounds allow it. Raises ValueError for a weight that is not above 0.
     """
     if not 0 < min(weights) <= max(weights) < float("inf"):
         raise ValueError(f"weights: expected finite numbers above 0, got {list(weights)}")
     low, high = 0.0, (total + 1) / min(weights)
-    for _ in range(64):  # halve until the scale is the largest whose parts do not exceed the total
+    for _ in range(64):  # bisect for the largest scale whose parts do not exceed the total
         middle = (low + high) / 2
         if sum(min(most, max(least, int(weight * middle))) for weight in weights) <= total:
             low = middle

@@ -1,4 +1,4 @@
-"""ByHeart: what it takes to say the prompt again, and to go on from its end."""
+"""ByHeart: keep what the model needs to repeat the prompt and to continue it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from kvops.policies.standout import Standout
 class ByHeart(Standout):
     """kvops' own: :class:`Standout` over a recital of the prompt (KVzip, Kim et al. 2025, arXiv 2505.23416).
 
-    The last queries know what comes next, a recital what any question may ask for. All that the recital paid to a key,
-    plus ``weight`` times the most that one of the last queries paid, counts; times the norm of the value, times the
-    key's distinctness. Where keys compete that were recited at other times, or never, as decoded tokens, none is worth
-    less than it was. ``docs/compression-study.md`` has it beside the others; how the two are put together was chosen on
-    contexts made for that, with other facts, digits and pages than there.
+    The last queries show what comes next; a recital shows what any question may need. The score is the sum of the
+    recital's attention to a key, plus ``weight`` times the largest attention of the last queries, times the norm of the
+    value, times the key's distinctness. Keys that were recited at other times, or never (decoded tokens), compete with
+    each other; a key never scores less than before. ``docs/compression-study.md`` compares it with other policies. The
+    combination was chosen on other contexts than those of the study, with other facts, digits and pages.
 
     Attributes:
         recital: how the prompt is recited.
-        weight: of the last queries, at least 0.
+        weight: the weight of the last queries, at least 0.
     """
 
     recital: Recital = PLAIN

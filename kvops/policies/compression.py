@@ -1,4 +1,4 @@
-"""How far a cache is compressed, when, and by which policy."""
+"""How small a cache becomes, when it is compressed, and by which policy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _DEFAULT_RATIO = 4.0
 
 @dataclass(frozen=True)
 class Compression:
-    """How far, by which policy and how often the cache of a sequence is compressed.
+    """How small the cache of a sequence becomes, by which policy, and how often it is compressed.
 
     The budget is the smallest of those given, ``ratio``, ``blocks``, ``tokens`` and ``mib``; with none given the cache
-    becomes 4 times smaller. Where the protected tokens alone take more than the budget (short prompts), they are what
-    is kept: :meth:`unmet` says so, and so do the statistics of a generation.
+    becomes 4 times smaller. If the protected tokens alone take more than the budget (short prompts), exactly they are
+    kept. :meth:`unmet` and the statistics of a generation then say so.
 
     The default policy, :class:`~kvops.policies.Standout`, keeps 94%, 85% and 70% of the full cache's quality at 4x, 8x
     and 16x, where SnapKV, which costs as much, keeps 75%, 68% and 53%: SmolLM2-135M-Instruct over prose, hidden facts,
@@ -33,11 +33,11 @@ class Compression:
         policy: how keys are scored; the lowest scores are evicted.
         protect_first: the number of first tokens (attention sinks) that are never evicted.
         protect_last: the number of last tokens (the recent window) that are never evicted.
-        every: 0 compresses once, after the prompt. N compresses again after every N tokens that a sequence decodes.
-            Drafts end before that point, and only accepted ones count, so drafts do not change what is kept. Where the
-            policy accumulates scores, drafts need a second pass of attention in each step.
+        every: 0 compresses once, after the prompt. N compresses again after every N decoded tokens. Drafts end
+            before that point and only accepted ones count, so drafts do not change what is kept. With a policy that
+            accumulates scores, drafts need a second pass of attention in each step.
         blocks: the most blocks, over all layers and heads.
-        tokens: the blocks of that many tokens in every list, which is what a head holds on average.
+        tokens: the most tokens that a head holds on average, in blocks.
         mib: the most MiB of keys and values.
         chunk: 0 reads a prompt whole and compresses it afterwards. N reads N tokens at a time and compresses to the
             budget after each chunk, so that the cache never holds more than the budget and one chunk. The policy then
@@ -71,14 +71,14 @@ class Compression:
     def budget(self, cache: PagedKVCache, num_tokens: int) -> int:
         """Blocks that a sequence of ``num_tokens`` tokens may keep, over all layers and heads.
 
-        It is what is asked for, or what the protected tokens take where that is more (:meth:`unmet` says so).
+        It is the requested budget, or the blocks of the protected tokens if these are more (see :meth:`unmet`).
         """
         return max(self._asked(cache, num_tokens), self._protected(cache, num_tokens))
 
     def unmet(self, cache: PagedKVCache, num_tokens: int, *, grown_to: int | None = None) -> str | None:
-        """Why a compression of ``num_tokens`` tokens is not what was asked for, in a sentence; None where it is.
+        """A sentence that says why a compression of ``num_tokens`` tokens does not meet the budget; None if it does.
 
-        ``grown_to``: the blocks that the sequence holds now. With ``every=0`` it grows after its only compression, and
+        ``grown_to``: the blocks that the sequence holds now. With ``every=0`` it grows after its only compression and
         may exceed a budget in ``blocks``, ``tokens`` or ``mib``.
         """
         asked, protected = self._asked(cache, num_tokens), self._protected(cache, num_tokens)
@@ -97,7 +97,7 @@ class Compression:
         return None
 
     def _asked(self, cache: PagedKVCache, num_tokens: int) -> int:
-        """The least of the budgets, in blocks."""
+        """The smallest of the budgets, in blocks."""
         full = cache.blocks_for(num_tokens)
         most = [full, *self._limits(cache)]
         if self.ratio is not None or len(most) == 1:

@@ -1,4 +1,4 @@
-"""DefensiveKV: prepare for the query that needs a key most."""
+"""DefensiveKV: score each key by the query that needs it most."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class DefensiveKV(Policy):
     """The most attention that any of the last queries paid, never below the head's mean, times the value's weight
     (Feng et al. 2025, arXiv 2510.13334).
 
-    Means hide the one query that depends on a key: the worst case over queries and query heads counts, pooled along
-    the keys as in SnapKV and raised to the head's mean (the paper's prior risk). The paper weighs by the norm of the
-    projected value; the output projection is not the cache's to know, so the L1 norm of the value itself is taken, as
-    a share of the head's.
+    A mean hides the one query that depends on a key. This policy takes the maximum over queries and query heads, pooled
+    along the keys as in SnapKV, and at least the head's mean (the paper's prior risk). The paper weighs by the norm of
+    the projected value. A cache does not know the output projection, so the L1 norm of the value is used instead,
+    relative to the head's mean.
 
     Attributes:
-        observe: how many of the last queries are looked at.
+        observe: the number of last queries whose attention counts.
         pool: width of the pooling window, odd.
     """
 

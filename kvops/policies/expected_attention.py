@@ -1,4 +1,4 @@
-"""Expected attention: what queries yet to come will look at."""
+"""Expected attention: the attention that future queries will pay."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class ExpectedAttention(Policy):
     expected to be ``exp(k.Rm / sqrt(D) + k.RCR'.k / 2D)``; its softmax over the keys is averaged over the group.
 
     Attributes:
-        horizon: how many positions ahead are averaged over.
-        sinks: so many first tokens, whose queries are outliers, are left out of it all and always worth most.
-        observe: how many of the last queries are taken for the distribution while decoding.
+        horizon: the number of future positions to average over.
+        sinks: the number of first tokens that are left out of the distribution (their queries are outliers) and always
+            score highest.
+        observe: the number of last queries that give the distribution while decoding.
     """
 
     horizon: int = 512
@@ -68,7 +69,7 @@ class ExpectedAttention(Policy):
         left_out = seen.positions < self.sinks
         scale = width**-0.5 if seen.scale is None else seen.scale
         expected = (logits * scale + spread * scale**2 / 2).masked_fill(left_out[:, :, None], float("-inf"))
-        # A head that holds nothing but sinks has no softmax: all of them are worth the same.
+        # A head that holds sinks alone has no softmax: all its keys get the same score.
         expected = expected.softmax(-1).nan_to_num(0.0).mean(2)
         worth = expected * torch.linalg.vector_norm(seen.v, dim=-1, dtype=torch.float32).transpose(1, 2)
         return torch.where(left_out, worth.amax(-1, keepdim=True), worth)

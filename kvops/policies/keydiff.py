@@ -14,7 +14,7 @@ from kvops.policies.base import Policy, Seen
 class KeyDiff(Policy):
     """How far a key points away from the mean direction of all keys (Park et al. 2025, arXiv 2504.15364).
 
-    The score is minus the cosine with that mean. No attention is looked at.
+    The score is minus the cosine with that mean. Attention is not used.
     """
 
     scope: Literal["head", "layer", "sequence"] = "head"

@@ -13,9 +13,9 @@ from kvops.policies.base import Policy, Seen
 
 @dataclass(frozen=True)
 class Knorm(Policy):
-    """Minus the Euclidean norm of the key (Devoto et al. 2024, arXiv 2406.11430). No attention is looked at.
+    """Minus the Euclidean norm of the key (Devoto et al. 2024, arXiv 2406.11430). Attention is not used.
 
-    Norms have a scale of their own in every head, so heads do not compete.
+    Heads have norms of different scale, so they do not compete.
     """
 
     scope: Literal["head", "layer", "sequence"] = "head"

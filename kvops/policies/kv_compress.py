@@ -14,11 +14,11 @@ from kvops.policies.base import Policy, Seen
 class KVCompress(Policy):
     """Squared attention from the last queries, summed over a group's query heads (Rehg 2024, arXiv 2410.00161).
 
-    Squares favour keys that a few queries depend on over keys that all queries glance at; the group's query heads are
-    summed instead of repeating the keys for each of them, and blocks compete across all layers and heads.
+    Squares favour keys with much attention from a few queries over keys with little attention from all queries. Scores
+    are summed over the query heads of a group, and blocks compete across all layers and heads.
 
     Attributes:
-        observe: how many of the last queries are looked at.
+        observe: the number of last queries whose attention counts.
     """
 
     observe: int = 32

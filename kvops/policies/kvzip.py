@@ -1,4 +1,4 @@
-"""KVzip: worth keeping is what the model needs to say the prompt again."""
+"""KVzip: keep what the model needs to repeat the prompt."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from kvops.policies.recital import PLAIN, Recital
 class KVzip(Policy):
     """The most attention that any query paid to a key while the prompt was recited (Kim et al. 2025, arXiv 2505.23416).
 
-    No question is known when a document is compressed; what it takes to repeat all of it serves any of them. Heads of
-    all layers compete. The softmax is over all that the model sees; the paper's leaves other chunks out, but for the
-    sinks, which is the same where one chunk is the whole prompt. Tokens that have not been recited, those of an answer,
-    are judged by the last ``observe`` queries, and a key is never worth less than it was.
+    When a document is compressed, its questions are not known yet. What the model needs to repeat the whole document
+    serves any of them. Heads of all layers compete. The softmax is over everything that the model sees; the paper's
+    leaves out other chunks except for the sinks, which is the same if one chunk is the whole prompt. Tokens that have
+    not been recited (those of an answer) are scored with the last ``observe`` queries. A key never scores less than
+    before.
 
     Attributes:
         recital: how the prompt is recited.
-        observe: how many of the last queries judge where nothing is recited, that is while decoding.
+        observe: the number of last queries that score keys while decoding, where nothing is recited.
     """
 
     recital: Recital = PLAIN

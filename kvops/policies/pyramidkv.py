@@ -13,10 +13,10 @@ from kvops.policies.snapkv import SnapKV
 class PyramidKV(SnapKV):
     """SnapKV's scores; budgets fall linearly from the first layer to the last (Cai et al. 2024, arXiv 2406.02069).
 
-    The last layer gets 1 / ``steepness`` of the mean and the first as much more.
+    The first layer gets ``2 - 1 / steepness`` times the mean and the last ``1 / steepness`` times.
 
     Attributes:
-        steepness: the paper's beta, at least 1 (all layers alike).
+        steepness: the paper's beta, at least 1; 1 gives all layers the same budget.
     """
 
     scope: Literal["head", "layer", "sequence"] = "head"

@@ -1,4 +1,4 @@
-"""Reading a prompt once more behind itself: what the model looks at when it has to say it again."""
+"""Recitals: the model reads a prompt a second time, after itself, and shows what it needs to repeat it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvops import checks
 
 
 class Recited(NamedTuple):
-    """What the queries of a recital paid to the keys that they repeat, float32 ``[B, Hkv, S]`` each, 0 for other keys.
+    """The attention of a recital's queries to the keys that they repeat: float32 ``[B, Hkv, S]``, 0 for other keys.
 
     Attributes:
-        most: the most that any query and query head of the group paid.
-        total: what all of them paid together.
+        most: the largest attention of any query and query head of the group.
+        total: the sum over all of them.
     """
 
     most: Tensor
@@ -26,16 +26,16 @@ class Recited(NamedTuple):
 
 @dataclass(frozen=True)
 class Recital:
-    """How a prompt is recited, a chunk of it at a time (KVzip, Kim et al. 2025, arXiv 2505.23416).
+    """How a prompt is recited, chunk by chunk (KVzip, Kim et al. 2025, arXiv 2505.23416).
 
-    Each pass reads the tokens of ``ask``, then the ``lead`` tokens that stand before the chunk, then the chunk itself,
-    with all keys of the prompt in sight. Passes do not see one another.
+    Each pass reads the tokens of ``ask``, then the ``lead`` tokens before the chunk, then the chunk itself. It sees all
+    keys of the prompt, and no other pass.
 
     Attributes:
-        chunk: how many tokens of the prompt a pass recites. Fewer where the model has no positions left for so many.
-        lead: how many tokens in front of them it reads again, which tell the place.
+        chunk: the number of tokens that a pass recites; fewer if the model has not enough positions.
+        lead: the number of tokens before the chunk that are read again, to show where it begins.
         ask: token ids of an instruction, such as ``tokenizer.encode("\\n\\nRepeat the previous context:")``, as in
-            the paper. None by default: a text that begins anew asks by itself, and a policy knows no tokenizer.
+            the paper. Empty by default: a text that begins again needs no instruction, and a policy has no tokenizer.
     """
 
     chunk: int = 2048
@@ -47,10 +47,10 @@ class Recital:
         checks.expect_int("lead", self.lead, 0)
 
     def passes(self, tokens: Tensor, room: int, start: int = 0) -> Iterator[tuple[Tensor, slice]]:
-        """What to read, int64 ``[1, T]`` each, to recite ``tokens`` int64 ``[1, S]`` from ``start`` on, and which of
-        ``tokens`` it repeats.
+        """The passes that recite ``tokens`` int64 ``[1, S]`` from ``start`` on: what each reads, int64 ``[1, T]``, and
+        which of ``tokens`` it repeats.
 
-        ``room`` is how many positions the model has behind them. ValueError where that is too few.
+        ``room`` is the number of positions that the model has after them. Raises ValueError if it is too small.
         """
         size = min(self.chunk, room - len(self.ask) - self.lead)
         if size < 1:
@@ -65,4 +65,4 @@ class Recital:
 
 
 PLAIN = Recital()
-"""By chunks of 2048 tokens, without instruction."""
+"""Chunks of 2048 tokens, without an instruction."""

@@ -1,4 +1,4 @@
-"""R-KV: attended to, and not said before."""
+"""R-KV: keep keys that receive attention and do not repeat others."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from kvops import checks
 from kvops.policies.base import Policy, Seen
 
 _MAX_COSINES = 1 << 22
-"""So many cosines are in memory at once."""
+"""The most cosines in memory at once."""
 
 
 @dataclass(frozen=True)
 class RKV(Policy):
     """Attention from the last queries, less the key's redundancy (Cai et al. 2025, arXiv 2505.24133).
 
-    For models that think aloud: with ``Compression(every=N)`` a long answer's own repetitions go first. A key is
-    redundant by its mean cosine with the head's other keys, in which the latest of those that resemble a key counts
-    nothing: of things said often, the last is kept. The softmax of that over the keys is weighed against the attention
-    of the last ``observe`` queries, the mean of these and of the group (the paper takes the group's largest logit),
-    max-pooled along the keys.
+    For reasoning models: with ``Compression(every=N)`` the repetitions of a long answer are evicted first. The
+    redundancy of a key is its mean cosine with the head's other keys. The latest of the keys that resemble a key does
+    not count, so that the last of several repetitions is kept. The softmax of the redundancy over the keys is
+    subtracted from the attention of the last ``observe`` queries: the mean over these queries and the group (the paper
+    takes the group's largest logit), max-pooled along the keys.
 
     Attributes:
-        observe: how many of the last queries are looked at.
+        observe: the number of last queries whose attention counts.
         pool: width of the pooling window, odd.
-        threshold: a cosine above which keys resemble one another.
-        importance: the weight of attention, from 0 to 1; redundancy has the rest.
+        threshold: keys with a cosine above it resemble one another.
+        importance: the weight of attention, from 0 to 1; redundancy has the weight ``1 - importance``.
     """
 
     scope: Literal["head", "layer", "sequence"] = "head"
@@ -56,8 +56,9 @@ class RKV(Policy):
         return self.importance * attention - (1 - self.importance) * redundancy
 
     def _mean_cosine(self, seen: Seen) -> Tensor:
-        """With the other keys of the head, the latest that resembles each of them left out: ``[B, Hkv, S]``."""
-        k = F.normalize(seen.k.transpose(1, 2).float(), dim=-1)  # zero where padded: resembles nothing
+        """The mean cosine with the other keys of the head, without the latest key that resembles each: ``[B, Hkv,
+        S]``."""
+        k = F.normalize(seen.k.transpose(1, 2).float(), dim=-1)  # padding is 0 and resembles nothing
         total = (k @ k.sum(2)[..., None])[..., 0] - k.square().sum(-1)
         batch, heads, length, _ = k.shape
         number = torch.arange(length, device=k.device)

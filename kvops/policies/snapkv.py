@@ -1,4 +1,4 @@
-"""SnapKV: the last queries of the prompt know what the answer will need."""
+"""SnapKV: the attention of the prompt's last queries shows what the answer needs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kvops.policies.base import Policy, Seen
 class SnapKV(Policy):
     """Attention from the last queries, max-pooled along the keys before them (Li et al. 2024, arXiv 2404.14469).
 
-    With ``scope="head"`` this is SnapKV as published, with ``scope="layer"`` the heads of a layer compete as in AdaKV
-    (Feng et al. 2024, arXiv 2407.11550), with ``scope="sequence"`` those of all layers.
+    With ``scope="head"`` this is SnapKV as published. With ``scope="layer"`` the heads of a layer compete, as in
+    AdaKV (Feng et al. 2024, arXiv 2407.11550), with ``scope="sequence"`` the heads of all layers.
 
     Attributes:
-        observe: how many of the last queries are looked at.
-        pool: width of the pooling window, odd: neighbours of a key that matters are kept with it.
-        pooling: over that window, ``"max"`` or ``"mean"``; the observed tokens themselves are left out of it.
+        observe: the number of last queries whose attention counts.
+        pool: width of the pooling window, odd: neighbours of an important key are kept with it.
+        pooling: ``"max"`` or ``"mean"`` over that window; the observed tokens are not pooled.
     """
 
     observe: int = 32

@@ -1,4 +1,4 @@
-"""Standout: needed by some query, worth reading, unlike the rest."""
+"""Standout: the largest attention, times the norm of the value, times the distinctness of the key."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from kvops.policies.base import Policy, Seen
 
 @dataclass(frozen=True)
 class Standout(Policy):
-    """kvops' own, of what the others teach: attention in the worst case, times the value's norm, times distinctness.
+    """A policy of kvops, from parts of others: the largest attention, times the value's norm, times the key's
+    distinctness.
 
-    The most attention that any of the last queries and any query head of the group paid (DefensiveKV: a mean hides the
-    one query that depends on a key), max-pooled along the keys (SnapKV: a fact is a few tokens long), times the norm of
-    the value (ExpectedAttention: attention to nothing changes nothing), times ``((1 - c) / 2) ** distinctness`` with c
-    the cosine between the key and the mean direction of the head's keys (KeyDiff: what resembles all others can be
-    spared). Blocks compete across all layers and heads (KV-Compress).
-    ``docs/compression-study.md`` has it beside the others; the defaults were chosen on two of its contexts.
+    - The largest attention of any of the last queries and any query head of the group (as in DefensiveKV: a mean hides
+      the one query that depends on a key), max-pooled along the keys (as in SnapKV: a fact is a few tokens long).
+    - The norm of the value (as in ExpectedAttention: attention to a small value changes little).
+    - ``((1 - c) / 2) ** distinctness``, with c the cosine between the key and the mean direction of the head's keys (as
+      in KeyDiff: a key that resembles all others is not missed).
+
+    Blocks compete across all layers and heads (KV-Compress). ``docs/compression-study.md`` compares it with other
+    policies; the defaults were chosen on two of its contexts.
 
     Attributes:
-        observe: how many of the last queries are looked at.
+        observe: the number of last queries whose attention counts.
         pool: width of the pooling window, odd.
-        distinctness: how much standing out counts, 0 for not at all.
+        distinctness: the exponent of the distinctness, 0 to ignore it.
     """
 
     observe: int = 32
@@ -44,7 +47,7 @@ class Standout(Policy):
         return self.observe
 
     def attention(self, seen: Seen) -> Tensor:
-        """What any query paid in the worst case: float32 ``[B, Hkv, S]``."""
+        """The largest attention of any query to each key: float32 ``[B, Hkv, S]``."""
         paid = seen.attention(last=self.observe, reduce="max", group="max")
         return seen.pool(paid, self.pool, last=self.observe)
 

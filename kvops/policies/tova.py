@@ -1,4 +1,4 @@
-"""TOVA: what the newest token looks at."""
+"""TOVA: the attention of the newest token."""
 
 from __future__ import annotations
 

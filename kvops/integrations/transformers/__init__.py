@@ -26,7 +26,7 @@ __all__ = ["NAME", "Decoder", "KVOpsCache", "attention", "attention_module", "en
 
 
 def __getattr__(name: str) -> Any:
-    """Names that bring in more than this package needs: transformers' classes, models, modules."""
+    """Import names lazily that need transformers' classes, models or modules."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("transformers")

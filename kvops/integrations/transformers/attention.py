@@ -16,7 +16,7 @@ from kvops.ops.varlen import flash_attention_varlen
 
 NAME = "kvops"
 
-# Arguments that models pass on from their forward to attention and that do not change what it computes.
+# Arguments that models pass from their forward to attention and that do not change its result.
 HARMLESS = frozenset(
     {
         *("position_ids", "cache_position", "position_embeddings", "use_cache", "return_dict", "logits_to_keep"),
@@ -125,7 +125,7 @@ def _mask(
     q_length: int,
     kv_length: int,
 ) -> Mask:
-    """The mask of this call, or ValueError where it is not clear what a query sees."""
+    """The mask of this call. Raises ValueError if it is not clear what a query sees."""
     if given is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and 1 < q_length != kv_length:
@@ -162,7 +162,7 @@ def _warn_about_weights() -> None:
 def _given_packing(
     cu_q: Tensor | None, cu_k: Tensor | None, longest_q: int | Tensor | None, longest_k: int | Tensor | None
 ) -> Packing | None:
-    """The packed sequences that a caller describes by cumulative lengths; None where it describes none."""
+    """The packed sequences from a caller's cumulative lengths; None without them."""
     if cu_q is None and cu_k is None:
         return None
     if cu_q is None or cu_k is None:

@@ -26,13 +26,13 @@ class KVOpsCache(Cache):
     ``model.generate(..., past_key_values=KVOpsCache(model.config, max_tokens=4096, compression=Compression(4)))``
 
     Keys and values live in one :class:`kvops.PagedKVCache`, which attention reads in place. Padding is not stored. With
-    a ``compression``, the prompt is scored while it is read and evicted before the next token comes; decoded tokens
-    are evicted as ``compression.every`` says. The freed blocks serve other tokens.
+    a ``compression``, the prompt is scored while it is read and compressed before the next token. Decoded tokens are
+    compressed as ``compression.every`` says. Other tokens use the freed blocks.
 
     Args:
         config: the config of the model, whose ``attn_implementation`` is ``"kvops"``.
-        max_tokens: the longest that a sequence may become, prompt and new tokens.
-        compression: what to keep. None keeps everything.
+        max_tokens: the most tokens of a sequence, prompt and new tokens.
+        compression: how the cache is compressed. None keeps everything.
         num_blocks: the blocks of the pool, for all sequences. None makes room for all sequences uncompressed. The pool
             holds the prompts of a batch uncompressed until they are evicted.
         block_size: the slots in a block.
@@ -45,7 +45,7 @@ class KVOpsCache(Cache):
     time.
 
     Sequence lengths and positions count the tokens of the text, evicted ones included. The rows of a batch stay
-    together: beam search and selecting rows raise. :meth:`crop` takes drafts back; where transformers announces drafts,
+    together: beam search and selecting rows raise. :meth:`crop` removes drafts. While transformers uses drafts,
     evictions wait for it.
 
     Raises:
@@ -66,7 +66,7 @@ class KVOpsCache(Cache):
         num_blocks: int | None = None,
         block_size: int = 16,
     ) -> None:
-        super().__init__(layers=[])  # known below
+        super().__init__(layers=[])  # set below
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config: expected that of a model, model.config, got {type(config).__name__}")
         checks.expect_int("max_tokens", max_tokens, 1)
@@ -80,9 +80,9 @@ class KVOpsCache(Cache):
         if compression is not None:
             _expect_judging_once(compression)
         self.num_layers: int = num_layers_of(text)
-        # The place in the pool of each layer that stores keys: some layers may use those of another one.
+        # The place in the pool of each layer that stores keys. Other layers may use the keys of an earlier layer.
         self._places = {layer: place for place, layer in enumerate(storing_layers(text))}
-        # States of convolutions and linear attention are kept as transformers keeps them.
+        # transformers keeps the states of convolutions and linear attention.
         states = getattr(text, "number_of_conv_states", None) or 1
         with_state = state_layers(text)
         self.layers: list[Any] = [
@@ -95,16 +95,16 @@ class KVOpsCache(Cache):
         self.max_tokens, self.compression = max_tokens, compression
         self.num_blocks, self.block_size = num_blocks, block_size
         self._paged: PagedKVCache | None = None
-        self._length = 0  # of the rows, padding included: what transformers counts
+        self._length = 0  # of the rows, including padding, as transformers counts
         self._since_eviction = 0
-        self._rope = rope_of(text)  # some policies judge by it
-        self._recording = False  # tokens may be taken back: evict behind crop()
+        self._rope = rope_of(text)  # an input of some policies
+        self._recording = False  # tokens may be removed: evict after crop()
         self._due = False
         self._step: Step | None = None
-        self._known = False  # that a pass stores keys in all the layers that should
-        # By layer: the widest window that its keys are seen through, in positions before the query's own; -1 for none.
+        self._known = False  # that a pass stores keys in all layers
+        # For each layer: the widest window of its keys, in positions before the query's own; -1 without a window.
         self._windows: dict[int, int] = {}
-        self._trimmed = 0  # the length when keys behind the windows were given up last
+        self._trimmed = 0  # the length when keys outside the windows were last freed
 
     @property
     def paged(self) -> PagedKVCache | None:
@@ -113,12 +113,13 @@ class KVOpsCache(Cache):
         return self._paged
 
     def stats(self) -> CacheStats:
-        """What the cache holds, in blocks and bytes."""
+        """The statistics of the cache."""
         self._settle()
         return self._pool().stats()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Called by the model with ``[B, Hkv, T, ·]``; the attention function stores them, as it knows of padding."""
+        """Called by the model with ``[B, Hkv, T, ·]``. The attention function stores them, because it has the
+        padding."""
         batch, heads, num_tokens, head_dim = key_states.shape
         shape = heads, head_dim, value_states.shape[3]
         self._shape = shape if self._shape is None else self._shape
@@ -187,7 +188,7 @@ class KVOpsCache(Cache):
         return out
 
     def explain_use(self, use: str) -> str:
-        """The message for a model that did ``use`` with keys and values in the place of handing them to attention."""
+        """The message for a model that did ``use`` with keys and values instead of passing them to attention."""
         implementation = getattr(self._text, "_attn_implementation", NAME)
         if implementation != NAME:
             return (
@@ -200,7 +201,8 @@ class KVOpsCache(Cache):
         )
 
     def _finish(self, step: Step) -> None:
-        """All layers have stored a pass' tokens. They are evicted later, as layers that share keys may still attend."""
+        """Called when all layers have stored a pass' tokens. Eviction comes later: layers that share keys may still
+        attend."""
         self._step, self._known = None, True
         self._length += step.num_tokens
         self._since_eviction = 0 if step.empty else self._since_eviction + 1
@@ -208,7 +210,7 @@ class KVOpsCache(Cache):
         self._due = step.empty or 0 < every <= self._since_eviction
 
     def _take_back_broken_pass(self, step: Step) -> None:
-        """A new pass begins where another one has not stored in all layers: an exception broke it off."""
+        """Undo the last pass if it has not stored its tokens in all layers, because an exception ended it."""
         if not self._known:
             missing = sorted(set(self._places) - step.layers)
             raise RuntimeError(
@@ -218,7 +220,7 @@ class KVOpsCache(Cache):
         self._undo()
 
     def _undo(self) -> None:
-        """Take back what a pass that was broken off has stored."""
+        """Remove what an interrupted pass has stored."""
         if self._step is not None and self._states:
             raise RuntimeError(
                 "KVOpsCache: expected passes that end, as states of convolutions and linear attention cannot be taken "
@@ -229,14 +231,14 @@ class KVOpsCache(Cache):
         self._step = None
 
     def _settle(self, force: bool = False) -> None:
-        """Evict what a finished pass made due; while drafts may be taken back, only by ``force``."""
+        """Run the evictions that a finished pass made due; with drafts, only with ``force``."""
         if self._step is None and (force or not self._recording):
             self._evict()
 
     def _evict(self) -> None:
         if self._due and self.compression is not None:
             seen = self._pool().next_positions.tolist()
-            # A policy's floor is one number for all rows of a call, and no row's may depend on the others.
+            # A policy's floor is one number for all rows of a call, and must not depend on the other rows.
             parts = [[row] for row in range(len(seen))] if self.compression.policy.floor else [range(len(seen))]
             for rows in parts:
                 self.compression.apply(self._pool(), [seen[row] for row in rows], rows)
@@ -246,7 +248,7 @@ class KVOpsCache(Cache):
             self._trim()
 
     def _trim(self) -> None:
-        """Give up keys behind the windows, once it is worth a compaction."""
+        """Free keys outside the windows, once it is worth a compaction."""
         windows = {layer: width for layer, width in self._windows.items() if width >= 0}
         reach = min(windows.values(), default=self._length)
         if self._length <= reach or self._length - self._trimmed < max(self.block_size, reach // 4):
@@ -308,7 +310,7 @@ class KVOpsCache(Cache):
         return f"KVOpsCache({self._length} tokens, {self.paged and self.paged.stats()})"
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last ``-tokens_to_remove`` tokens of every row back."""
+        """Remove the last ``-tokens_to_remove`` tokens of every row."""
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a 0-d tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a number from 0 down, got {tokens_to_remove}")
@@ -372,7 +374,7 @@ def _heads(count: int, head_dim: int, v_head_dim: int) -> str:
 
 
 def _expect_judging_once(compression: Compression) -> None:
-    """ValueError for a compression that needs more than one pass over the prompt and scores that grow."""
+    """Raise ValueError for a compression that needs more than one pass over the prompt and scores that grow."""
     if compression.chunk:
         raise ValueError(f"compression: expected chunk=0, as transformers reads prompts, got {compression.chunk}")
     if compression.every and compression.policy.accumulate is None:

@@ -1,4 +1,4 @@
-"""What configurations of transformers say, in the words of this package."""
+"""Reads configurations of transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Layer types that keep keys and values of all tokens, or of those in a window.
+# Layer types that keep keys and values of all tokens, or of the tokens in a window.
 _ATTENTION = {"full_attention", "sliding_attention"}
 # Layer types that keep a state of fixed size, alone or beside keys and values.
 _STATE = {"linear_attention", "conv"}
@@ -17,7 +17,8 @@ _STATELESS = {"moe", "mlp"}
 
 
 def expect_layers(name: str, config: Any, *, states: bool, advice: str) -> None:
-    """ValueError for layers of another kind than full or sliding attention; ``states`` allows layers with a state."""
+    """Raise ValueError for layers that are neither full nor sliding attention; ``states`` allows layers with a
+    state."""
     allowed = _ATTENTION | _STATELESS | (_STATE | _BOTH if states else set())
     others = set(layer_types_of(config)) - allowed
     if others:
@@ -38,7 +39,7 @@ def state_layers(config: Any) -> list[int]:
 
 
 def num_layers_of(config: Any) -> int:
-    """Layers of the decoder: what num_hidden_layers counts may be those of an encoder."""
+    """The number of layers of the decoder; num_hidden_layers may count an encoder's."""
     return getattr(config, "decoder_layers", None) or config.num_hidden_layers
 
 
@@ -58,7 +59,8 @@ def head_dim_of(config: Any) -> int:
 
 
 def rope_of(config: Any) -> Tensor | None:
-    """Frequencies of the plain rotary embedding, float32 [D / 2]; None where the config has another one, or none."""
+    """Frequencies of the unscaled rotary embedding, float32 [D / 2]; None if the config has another embedding or
+    none."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "default" or rope.get("partial_rotary_factor", 1) != 1:
         return None

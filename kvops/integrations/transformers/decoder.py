@@ -22,7 +22,7 @@ _GENERATE = "use model.generate"
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes that generation asks for."""
+    """The sizes that generation needs."""
 
     vocab_size: int
     num_layers: int
@@ -41,11 +41,11 @@ class Decoder:
         model: a causal language model with layers of full or sliding attention; its ``attn_implementation`` becomes
             ``"kvops"``.
 
-    The model is tried with three tokens, at once and one after the other, against its own logits. A model on the meta
-    device is not tried.
+    The model is checked with three tokens, together and one after the other, against its own logits. A model on the
+    meta device is not checked.
 
-    Raises ValueError for a model that keeps more than keys and values, shares them between layers, has layers with
-    other heads than the rest, or does not take its positions from ``position_ids``.
+    Raises ValueError for a model that keeps other states than keys and values, shares them between layers, has layers
+    with different heads, or does not take its positions from ``position_ids``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -61,7 +61,7 @@ class Decoder:
             self.rope = self.rope.to(self.embedding.weight.device)
         self._options: dict[int, dict[str, Any]] = {}
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        self._whole_head = False  # logits by the model's own forward, where they are more than a product
+        self._whole_head = False  # logits from the model's forward, if they are not a plain product
         if self.embedding.weight.is_meta:
             heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
             head_dim = head_dim_of(text)
@@ -72,11 +72,11 @@ class Decoder:
             num_layers=num_layers_of(text),
             num_kv_heads=heads,
             head_dim=head_dim,
-            max_positions=getattr(text, "max_position_embeddings", None) or 2**31 - 1,  # a config may know no end
+            max_positions=getattr(text, "max_position_embeddings", None) or 2**31 - 1,  # some configs have no limit
         )
 
     def _try(self, num_layers: int) -> tuple[int, int]:
-        """The number and size of KV heads, found by running three tokens: no list of families tells what each does."""
+        """The number and size of KV heads, found by running three tokens, so that no list of families is needed."""
         device, kind = self.embedding.weight.device, type(self.model).__name__
         pad = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
         tokens = torch.tensor([[token for token in range(1, 5) if token != pad][:3]], device=device)
@@ -115,7 +115,7 @@ class Decoder:
         return out.last_hidden_state
 
     def options(self, layer: int) -> dict[str, Any]:
-        """How a layer attended last, as keywords of :func:`kvops.flash_attention`: the layers know themselves."""
+        """The options of a layer's last attention, as keywords of :func:`kvops.flash_attention`."""
         return dict(self._options[layer])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Decoder:
 
 @contextmanager
 def _base_returns(model: Any, hidden: Tensor) -> Iterator[Tensor]:
-    """While this lasts, the base model returns ``hidden [1, T, hidden]``; yields tokens to call the model with."""
+    """A context in which the base model returns ``hidden [1, T, hidden]``. Yields tokens to call the model with."""
     base = model.base_model
     own = base.__dict__.get("forward")
     base.forward = lambda *args, **kwargs: _BaseOutput(hidden)
@@ -144,7 +144,7 @@ def _base_returns(model: Any, hidden: Tensor) -> Iterator[Tensor]:
 
 @dataclass
 class _BaseOutput:
-    """What a base model returns, with None for everything but the hidden states."""
+    """The output of a base model, with None for everything but the hidden states."""
 
     last_hidden_state: Tensor
 
@@ -164,7 +164,7 @@ def _agree(logits: Tensor, expected: Tensor) -> bool:
 
 @dataclass
 class _Trial:
-    """Keeps keys and values of three tokens, and what the layers do with them."""
+    """Stores keys and values of three tokens, and how the layers use them."""
 
     decoder: Decoder
     held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class _Trial:
         return flash_attention(q, k, v, causal=True, **self.decoder.options(layer))[0]
 
     def heads(self, num_layers: int) -> tuple[int, int]:
-        """The number and size of KV heads, the same in all layers; ValueError where they are not."""
+        """The number and size of KV heads. Raises ValueError if layers differ."""
         shapes = {(k.shape[2], k.shape[3], v.shape[3]) for k, v in self.held.values()}
         if sorted(self.held) != list(range(num_layers)) or len(shapes) > 1:
             raise ValueError(
@@ -193,7 +193,7 @@ class _Trial:
 
 
 class _Handover(Placeholder):
-    """Stands in the place of a cache and holds nothing: what a layer puts in goes to ``attend``."""
+    """Takes the place of a cache and stores nothing: a layer's keys and values go to ``attend``."""
 
     is_compileable, is_initialized = False, True
 
@@ -219,7 +219,7 @@ class _Handover(Placeholder):
 
 @dataclass(eq=False)
 class _NewTokens(Placeholder):
-    """What the attention function of :mod:`kvops.integrations.transformers` is given for keys and values."""
+    """The keys and values that the attention function of :mod:`kvops.integrations.transformers` receives."""
 
     decoder: Decoder
     hand_over: Attend

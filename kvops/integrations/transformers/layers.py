@@ -12,14 +12,14 @@ from kvops.integrations.transformers.attention import attention, enable
 from kvops.integrations.transformers.config import rope_of
 from kvops.nn import Attention, frequencies
 
-# Layers of the same arithmetic: project, normalise per head where there are norms, rotate halves, attend, project.
+# Layers of the same arithmetic: project, normalise each head if there are norms, rotate halves, attend, project.
 KNOWN = frozenset(
     f"{family}Attention" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "GptOss")
 )
 
 
 def _obstacle(layer: torch.nn.Module) -> str:
-    """Why a layer cannot be swapped; empty where it can be."""
+    """The reason why a layer cannot be swapped; empty if it can be."""
     kind = type(layer)
     if kind is torch.nn.MultiheadAttention:
         return "takes query, key and value: build kvops.nn.Attention.from_torch and call it with x"
@@ -31,12 +31,12 @@ def _obstacle(layer: torch.nn.Module) -> str:
 
 
 def options_of(layer: Any) -> dict[str, Any]:
-    """Arguments of :class:`kvops.nn.Attention` for a layer of transformers; ValueError for one that it cannot be."""
+    """Arguments of :class:`kvops.nn.Attention` for a layer of transformers. Raises ValueError if there are none."""
     obstacle = _obstacle(layer)
     if obstacle:
         raise ValueError(f"layer: expected an attention layer to take over, got {type(layer).__name__}: {obstacle}")
     config = layer.config
-    # Mistral's layers ask the config, those of mixed models know their own.
+    # Mistral's layers read the config; layers of mixed models have an attribute.
     window = layer.sliding_window if hasattr(layer, "sliding_window") else getattr(config, "sliding_window", None)
     if type(layer).__name__ in ("LlamaAttention", "GemmaAttention"):
         window = None
@@ -98,7 +98,7 @@ def attention_module(layer: torch.nn.Module, *, rope: Tensor | None = None) -> A
     Args:
         layer: an attention layer of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3 or GPT-OSS.
         rope: the frequencies, float32 ``[head_dim / 2]``: the ``inv_freq`` of the model's rotary embedding. None
-            computes them from the ``rope_theta`` of the config, where the config scales nothing.
+            computes them from the ``rope_theta`` of the config, if the config has no scaling.
 
     Raises:
         ValueError: the layer is of another kind, or the config describes a scaled rotary embedding and ``rope`` is

@@ -1,7 +1,7 @@
 """Masks of transformers models, as arguments of kvops' operators: a causal flag, windows and cumulative lengths.
 
 transformers describes a mask by a function of two indices and lets the attention implementation build what it needs.
-Here no mask is built: the parts of the function are recognised, and padding and packing become cumulative lengths.
+kvops builds no mask: it recognises the parts of the function, and padding and packing become cumulative lengths.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Mask(Placeholder):
 
     Attributes:
         causal, window_left, window_right: as :func:`kvops.flash_attention` takes them.
-        packing: cumulative lengths. None where each row is one whole sequence.
+        packing: cumulative lengths. None if each row is one whole sequence.
         q_length, kv_length: T and S. Attention with other lengths is refused.
         source: the arguments that the mask was made from. None for packed sequences, which cannot be sliced.
 
@@ -121,7 +121,7 @@ class Mask(Placeholder):
 
 
 def _as_written(index: tuple[Any, ...]) -> str:
-    """An index as it stands in a program."""
+    """An index as it is written in a program."""
     parts = []
     for part in index:
         if isinstance(part, slice):
@@ -160,7 +160,7 @@ def _refuse_pattern(name: str) -> NoReturn:
 
 
 def _adds_nothing(function: Callable[..., Any]) -> bool:
-    """Whether a function lets no query see any key: blocks of image tokens in a text without images."""
+    """Whether a function lets no query see any key, as the blocks of image tokens do in a text without images."""
     if not function.__qualname__.startswith("blockwise_overlay."):
         return False
     return bool((_captured(function, "block_sequence_ids") < 0).all())
@@ -280,7 +280,7 @@ def _sequence_ids(function: Callable[..., Any], batch: int, length: int, device:
 def _pack_rows_if_needed(
     source: _Source, q_length: int, kv_length: int, causal: bool, windowed: bool
 ) -> Packing | None:
-    """None where every row of queries and keys is one whole sequence."""
+    """None if every row of queries and keys is one whole sequence."""
     real, q_offset, kv_offset = source.padding, source.q_offset, source.kv_offset
     if real is not None:
         real = real[:, kv_offset : kv_offset + kv_length]
@@ -301,7 +301,7 @@ def _pack_sequences(sequence_ids: Tensor) -> Packing:
         longest = length
     else:
         starts = new.flatten().nonzero().flatten()
-        longest = 0  # known below
+        longest = 0  # set below
     cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=batch * length).to(torch.int32)
     if not longest:
         longest = int(cu_seqlens.diff().max())
@@ -329,7 +329,7 @@ def _pack_rows(
                 "attention_mask: expected padding at the left or right end of each row only, got padding between the "
                 f"tokens of row {row}: pad prompts on the left to generate from them (tokenizer.padding_side = 'left')"
             )
-    if causal:  # slots behind the last query are not written yet
+    if causal:  # slots after the last query are not written yet
         end = torch.minimum(end, torch.as_tensor(q_offset + q_length - kv_offset, device=end.device))
         first = torch.minimum(first, end)
     shift = kv_offset - q_offset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-# How a program writes the operators that Python looks for in a class.
+# Python's special methods and how the operators are written in a program.
 _BINARY = {
     **{"add": "+", "sub": "-", "mul": "*", "truediv": "/", "matmul": "@", "and": "&", "or": "|", "xor": "^"},
     **{"lt": "<", "le": "<=", "gt": ">", "ge": ">="},

@@ -1,4 +1,4 @@
-"""One pass of a transformers model over a :class:`KVOpsCache`: what it stores and how it attends."""
+"""One pass of a transformers model over a :class:`KVOpsCache`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NewTokens(Placeholder):
     Attributes:
         layer: of the model.
         k, v: ``[B, T, Hkv, ·]``.
-        kv_length: how many keys the mask of this pass counts, padding included.
+        kv_length: the number of keys in the mask of this pass, including padding.
         step: the pass that stored them; None until then.
     """
 
@@ -45,9 +45,9 @@ class Step:
     """One pass of the model: the positions of its tokens and where its padding is.
 
     Attributes:
-        num_tokens: T, padding included.
+        num_tokens: T, including padding.
         empty: whether the cache was empty before: these tokens are the prompt.
-        layers: those that have stored their keys, by their number in the model.
+        layers: the indices of layers that have stored their keys.
     """
 
     def __init__(self, paged: PagedKVCache, mask: Mask, rope: Tensor | None, empty: bool) -> None:
@@ -118,20 +118,20 @@ class Step:
 
 
 class _RealTokens:
-    """Where the real tokens of padded rows stand: the cache wants them first in each row.
+    """The places of real tokens in padded rows. The cache needs them first in each row.
 
     Attributes:
-        counts: int32 ``[B]``; None where all tokens are real.
+        counts: int32 ``[B]``; None if all tokens are real.
     """
 
     def __init__(self, mask: Mask, device: torch.device) -> None:
         packing, tokens = mask.packing, mask.q_length
         self.counts: Tensor | None = None
-        self._order: Tensor | None = None  # [B, T], where the t-th real token of each row stands
+        self._order: Tensor | None = None  # [B, T], the place of the t-th real token of each row
         if packing is None or packing.num_queries is None or packing.first_query is None:
             return
         self.counts = packing.num_queries
-        if tokens > 1:  # a single token stands first, real or not
+        if tokens > 1:  # a single token is first, real or not
             self._order = (packing.first_query[:, None] + torch.arange(tokens, device=device)).clamp(max=tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:
