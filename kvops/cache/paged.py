@@ -258,15 +258,8 @@ class PagedKVCache:
         lists = self._selector.layer(layer, selection)
         expect_rows("q", q, len(lists[1]))
         storage = self._storage
-        options: dict[str, Any] = {
-            "q_lens": q_lens,
-            "window_left": window_left,
-            "scale": scale,
-            "softcap": softcap,
-            "sinks": sinks,
-            "tree_mask": tree_mask,
-            **storage.scales(layer),
-        }
+        options: dict[str, Any] = {"q_lens": q_lens, "window_left": window_left, "scale": scale, "softcap": softcap}
+        options |= {"sinks": sinks, "tree_mask": tree_mask, **storage.scales(layer)}
         if window_left >= 0:
             if query_positions is None:
                 first = self.next_positions[selection.index] - (q.shape[1] if q_lens is None else q_lens)
@@ -484,11 +477,7 @@ class PagedKVCache:
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        num_blocks: int | None = None,
-        device: torch.device | str = "cpu",
+        cls, path: str | os.PathLike[str], *, num_blocks: int | None = None, device: torch.device | str = "cpu"
     ) -> PagedKVCache:
         """The cache that :meth:`save` wrote, on any device.
 
