@@ -1,71 +1,15 @@
-"""select_blocks and compact against plain Python that ranks, shares and moves one slot at a time."""
+"""select_blocks against plain Python that ranks and shares one slot at a time; contracts of it and of compact."""
 
 import itertools
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
+from eviction_lists import Lists, expected_choice, make_lists, on
 
 import kvops
 
 NUMBA = True
-LARGEST = 1.5 * 2.0**126
-
-
-@dataclass
-class Lists:
-    """Ragged lists in one pool, their blocks shuffled; everything that no list holds is poisoned."""
-
-    scores: torch.Tensor
-    positions: torch.Tensor
-    tables: torch.Tensor
-    lens: torch.Tensor
-    size: int
-
-    def slots(self, b: int, h: int) -> list[tuple[int, int]]:
-        """(block, offset) of each slot of one list in order."""
-        table = self.tables[b, h].tolist()
-        return [(table[i // self.size], i % self.size) for i in range(int(self.lens[b, h]))]
-
-    def read(self, side: torch.Tensor, b: int, h: int) -> list:
-        return [side[slot].tolist() for slot in self.slots(b, h)]
-
-
-def make_lists(batch, heads, blocks, size, *, values="continuous", lens=None, seed=0) -> Lists:
-    generator = torch.Generator().manual_seed(seed)
-    total = batch * heads * blocks + 2
-    if lens is None:
-        lens = torch.randint(0, blocks * size + 1, (batch, heads), generator=generator)
-        lens.view(-1)[:3] = torch.tensor([0, 1, blocks * size])[: lens.numel()]
-    lens = torch.as_tensor(lens, dtype=torch.int32).expand(batch, heads).contiguous()
-    tables = torch.randperm(total, generator=generator)[: batch * heads * blocks].view(batch, heads, blocks).int()
-    scores = torch.full((total, size), math.nan)
-    positions = torch.full((total, size), -(2**31), dtype=torch.int32)
-    lists = Lists(scores, positions, tables, lens, size)
-    for b, h in np.ndindex(batch, heads):
-        count = int(lens[b, h])
-        if values == "continuous":
-            new = torch.rand(count, generator=generator)
-        elif values == "ties":
-            new = torch.randint(-1, 2, (count,), generator=generator).float()
-        else:  # anything that a float32 can be
-            new = torch.randn(count, generator=generator)
-            odd = torch.randint(0, 8, (count,), generator=generator)
-            for which, value in enumerate((math.nan, math.inf, -math.inf, -0.0, 3e38)):
-                new[odd == which] = value
-        where = sorted(torch.randperm(3 * blocks * size, generator=generator)[:count].tolist())
-        for slot, score, position in zip(lists.slots(b, h), new, where, strict=True):
-            scores[slot], positions[slot] = score, position
-        # What lies past the list's end must not be read.
-        tables[b, h, -(-count // size) :] = 2**31 - 1
-    return lists
-
-
-def on(device, *tensors):
-    """Copies: an operator that changes its arguments leaves the test's own alone."""
-    return [None if tensor is None else tensor.to(device, copy=True) for tensor in tensors]
 
 
 def select(lists: Lists, budget, device, positions=False, **keywords):
@@ -79,62 +23,6 @@ def select(lists: Lists, budget, device, positions=False, **keywords):
     )
     new_lens, keep = kvops.select_blocks(scores, tables, lens, budget, positions=positions, **keywords)
     return new_lens.cpu(), keep.cpu()
-
-
-def ranked(lists: Lists, b, h, positions, protect_first, protect_last):
-    """The slots of one list from the best down, their scores, and how many are protected."""
-    score = lists.read(lists.scores, b, h)
-    count = len(score)
-    place = lists.read(lists.positions, b, h) if positions else list(range(count))
-    protected = [p < protect_first or p > place[-1] - protect_last for p in place]
-
-    def key(slot):
-        value = score[slot]
-        return protected[slot], not math.isnan(value), 0.0 if math.isnan(value) else value, slot
-
-    order = sorted(range(count), key=key, reverse=True)
-    return order, [score[slot] for slot in order], sum(protected)
-
-
-def worth(scores, size):
-    """The value of each block of a ranked list, in the arithmetic that is promised (float32, one after another)."""
-    finite = [np.float32(-LARGEST if math.isnan(s) else max(-LARGEST, min(LARGEST, s))) for s in scores]
-    lacking = -len(finite) % size
-    finite += [min(finite[-1], np.float32(0))] * lacking if finite else []
-    values = []
-    for start in range(0, len(finite), size):
-        total = np.float32(0)
-        for value in finite[start : start + size]:
-            total += value * np.float32(1 / size)
-        values.append(total)
-    return values
-
-
-def expected_choice(
-    lists: Lists, budget, *, positions=False, protect_first=0, protect_last=0, min_per_head=0, scope="head"
-):
-    batch, heads, blocks = lists.tables.shape
-    size = lists.size
-    new_lens = torch.zeros(batch, heads, dtype=torch.int32)
-    keep = torch.zeros(batch, heads, blocks * size, dtype=torch.bool)
-    for b in range(batch):
-        rank = [ranked(lists, b, h, positions, protect_first, protect_last) for h in range(heads)]
-        most = [-(-len(order) // size) for order, _, _ in rank]
-        share = [-(-max(fixed, min(len(order), min_per_head)) // size) for order, _, fixed in rank]
-        values = [worth(scores, size) for _, scores, _ in rank]
-        while sum(share) < int(budget[b]):
-            open_heads = [h for h in range(heads) if share[h] < most[h]]
-            if not open_heads:
-                break
-            if scope == "head":  # the poorest head gets the next block
-                chosen = min(open_heads, key=lambda h: (share[h], h))
-            else:
-                chosen = min(open_heads, key=lambda h: (-values[h][share[h]], share[h], h))
-            share[chosen] += 1
-        for h, (order, _, _) in enumerate(rank):
-            new_lens[b, h] = min(len(order), share[h] * size)
-            keep[b, h, order[: new_lens[b, h]]] = True
-    return new_lens, keep
 
 
 SCOPES = pytest.mark.parametrize("scope", ["head", "sequence"])
@@ -309,113 +197,6 @@ def test_many_lists_are_chosen_from_in_one_call(device):
     for h in (0, 44, 89):
         scores = torch.tensor(lists.read(lists.scores, 0, h))
         assert scores[keep[0, h]].min() > scores[~keep[0, h]].max()
-
-
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def filled(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Every bit pattern is possible, NaNs with payload among them."""
-    size = torch.empty((), dtype=dtype).element_size()
-    return torch.randint(0, 256, (*shape[:-1], shape[-1] * size), dtype=torch.uint8).view(dtype)
-
-
-def move(lists: Lists, keep, sides, device):
-    moved = on(device, *sides)
-    lens, tables, keep = on(device, lists.lens, lists.tables, keep)
-    k, v, positions, scores = moved
-    freed = kvops.compact(k, v, tables, lens, keep, positions=positions, scores=scores)
-    return [None if side is None else side.cpu() for side in moved], lens.cpu(), freed.cpu()
-
-
-def expect_moved(lists: Lists, keep, before, after):
-    """Kept slots in order at the front, byte for byte; blocks of no list untouched."""
-    mine = set()
-    for b, h in np.ndindex(*lists.lens.shape):
-        slots = lists.slots(b, h)
-        mine.update(block for block, _ in slots)
-        kept = [slot for i, slot in enumerate(slots) if keep[b, h, i]]
-        for target, source in zip(slots, kept, strict=False):
-            for old, new in zip(before, after, strict=True):
-                if old is not None:
-                    assert torch.equal(bytes_of(new[target].reshape(-1)), bytes_of(old[source].reshape(-1)))
-    others = [block for block in range(len(before[0])) if block not in mine]
-    for old, new in zip(before, after, strict=True):
-        if old is not None:
-            assert torch.equal(bytes_of(new[others]), bytes_of(old[others]))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "widths"),
-    [
-        (torch.float32, (8, 5)),
-        (torch.float16, (80, 40)),
-        (torch.bfloat16, (16, 1)),
-        (torch.float8_e4m3fn, (24, 130)),
-        (torch.uint8, (3, 8)),
-        (torch.int64, (2, 3)),
-    ],
-)
-def test_compaction_keeps_every_byte_in_order(backend, device, dtype, widths):
-    lists = make_lists(2, 3, 6, 4, seed=7)
-    keep = torch.rand(2, 3, 24) < 0.6  # also past the ends, where it means nothing
-    total = len(lists.scores)
-    sides = [filled(dtype, total, 4, width) for width in widths] + [lists.positions, lists.scores]
-    before = [side.clone() for side in sides]
-    after, lens, freed = move(lists, keep, sides, device)
-    expect_moved(lists, keep, before, after)
-    within = keep & (torch.arange(24) < lists.lens[..., None])
-    assert torch.equal(lens, within.sum(2).int())
-    assert torch.equal(freed, (lists.lens + 3) // 4 - (lens + 3) // 4)
-
-
-def test_compaction_of_a_list_longer_than_one_chunk(backend, device):
-    lists = make_lists(1, 1, 90, 16, lens=1431)
-    keep = torch.rand(1, 1, 1440) < 0.9
-    sides = [filled(torch.float32, len(lists.scores), 16, 8), filled(torch.float16, len(lists.scores), 16, 72)]
-    before = [side.clone() for side in sides]
-    after, _, _ = move(lists, keep, [*sides, None, None], device)
-    expect_moved(lists, keep, before, after[:2])
-
-
-def test_compaction_of_strided_caches_and_lengths(backend, device):
-    """Keys and values side by side in the last dimension, blocks of another layer between, a layer of all lengths."""
-    lists = make_lists(2, 2, 4, 4, seed=8)
-    total = len(lists.scores)
-    both = filled(torch.float16, 4, total, 3, 32).transpose(0, 1)[:, :, 1]  # [total, 4, 32]
-    k, v = both[..., :20], both[..., 20:]
-    sides = [k, v, torch.randint(9, (total, 2, 4), dtype=torch.int32)[:, 1], torch.rand(total, 2, 4)[:, 0]]
-    before = [side.clone() for side in sides]
-    keep = torch.rand(2, 16, 2).transpose(1, 2).contiguous() < 0.5
-    all_lens = torch.zeros(2, 5, 2, dtype=torch.int32)
-    all_lens[:, 3] = lists.lens
-    lens, tables = on(device, all_lens, lists.tables)
-    if device.type != "cpu":
-        sides = [side.to(device) for side in sides]
-    kvops.compact(sides[0], sides[1], tables, lens[:, 3], keep.to(device), positions=sides[2], scores=sides[3])
-    expect_moved(lists, keep, before, [side.cpu() for side in sides])
-    within = keep & (torch.arange(16) < lists.lens[..., None])
-    assert torch.equal(lens[:, 3].cpu(), within.sum(2).int())
-    assert not lens[:, :3].any()
-
-
-def test_compaction_of_nothing_and_of_everything(backend, device):
-    lists = make_lists(2, 3, 4, 4, seed=9)
-    k = filled(torch.float16, len(lists.scores), 4, 8)
-    for keep, wanted in (
-        (torch.ones(2, 3, 16, dtype=torch.bool), lists.lens),
-        (torch.zeros(2, 3, 16, dtype=torch.bool), 0),
-    ):
-        after, lens, freed = move(lists, keep, [k.clone(), k.clone(), None, None], device)
-        assert torch.equal(bytes_of(after[0]), bytes_of(k))
-        assert torch.equal(lens, torch.zeros_like(lens) + wanted)
-        assert torch.equal(freed, (lists.lens + 3) // 4 - (lens + 3) // 4)
-    for batch, blocks in ((0, 4), (2, 0)):
-        lists = make_lists(batch, 3, blocks, 4, lens=torch.zeros(batch, 3))
-        keep = torch.zeros(batch, 3, 4 * blocks, dtype=torch.bool)
-        _, lens, freed = move(lists, keep, [k[:2].clone(), k[:2].clone(), None, None], device)
-        assert lens.shape == freed.shape == (batch, 3)
 
 
 def arguments(device, batch=2, heads=3):

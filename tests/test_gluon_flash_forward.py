@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gluon_model import Multiprocessor, ProtocolError
+from gluon_memory import ProtocolError
+from gluon_model import Multiprocessor
 from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_mask
 from rounding import rounded

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_model import Descriptor, Multiprocessor, ProtocolError
+from gluon_memory import Descriptor, ProtocolError
+from gluon_model import Multiprocessor
 from no_sync import no_synchronisation
 from oracle import assert_accurate, attention, attention_mask
 from rounding import rounded

@@ -8,7 +8,7 @@ from mutations import MUTATIONS, ROOT
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.fault)
 def test_a_planted_fault_has_one_place_and_tests(mutation):
-    """Whoever changes that line plants the fault anew in tests/mutations.py, and runs ``make mutations``."""
+    """A change of that line needs a change of the fault in faults.py, and a run of ``make mutations``."""
     assert mutation.old != mutation.new
     assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
     files = [word for word in shlex.split(mutation.tests) if word.endswith(".py")]

@@ -5,7 +5,6 @@ import speculation
 import torch
 
 import kvops
-from kvops.eager import philox
 
 V_SIZES = [1, 2, 37, 257, 1024, 1030, 5000]
 
@@ -60,71 +59,6 @@ def test_tokens_equal_one_at_a_time_verification(backend, device, V, with_probs)
         expect_tokens([x.cpu() for x in result], logits, drafts, draft_lens, q, temperature, seeds, steps)
         assert result[0].dtype == torch.int64
         assert result[1].dtype == torch.int32
-
-
-@pytest.mark.parametrize(("B", "V"), [(4, 1), (40, 5), (8, 1030)])
-@pytest.mark.parametrize("with_probs", [False, True])
-def test_block_verification_equals_the_published_algorithm(backend, device, B, V, with_probs):
-    T = 4
-    logits, drafts, probs, seeds, steps = request_batch(B, T, V, seed=2)
-    temperature = torch.tensor([1.0, 0.7, 1.3, 1.0]).repeat(B // 4)
-    lens = torch.tensor([4, 4, 4, 4, 3, 4, 4, 2, 4, 1], dtype=torch.int32).repeat(4)[:B]
-    drafts[3, 2] = -1
-    tokens, accepted = kvops.verify_draft(
-        logits.to(device),
-        drafts.to(device),
-        draft_lens=lens.to(device),
-        draft_probs=probs.to(device) if with_probs else None,
-        temperature=temperature.to(device),
-        seed=seeds.to(device),
-        step=steps.to(device),
-        method="block",
-    )
-    for b, n in enumerate(lens.tolist()):
-        want, count = speculation.verify_block(
-            logits[b, : n + 1].double().tolist(),
-            drafts[b, :n].tolist(),
-            probs[b, :n].double().tolist() if with_probs else None,
-            float(temperature[b]),
-            int(seeds[b]),
-            int(steps[b]),
-        )
-        assert tokens[b].tolist() == want + [-1] * (T + 1 - len(want))
-        assert int(accepted[b]) == count
-
-
-def test_a_block_s_residual_counts_what_its_drafts_used_up(backend, device):
-    """The first draft has p / q = 0.7; behind it only token 0 exceeds q once p is weighed by 0.7, as it must be."""
-    B = 40
-    q = torch.full((B, 2, 8), 1 / 8)
-    p = torch.full((B, 3, 8), 1 / 8)
-    p[:, 0, 2] = 0.7 / 8
-    p[:, 1] = torch.tensor([0.4, 0.15, 0.15, 0.15, 0.14, 0.004, 0.004, 0.002])
-    tokens, accepted = kvops.verify_draft(
-        p.log().to(device),
-        torch.tensor([[2, 7]]).expand(B, 2).to(device),
-        draft_probs=q.to(device),
-        temperature=torch.ones(B, device=device),
-        seed=torch.arange(B, device=device),
-        method="block",
-    )
-    stopped = accepted == 1
-    assert int(stopped.sum()) > 5
-    assert (tokens[stopped][:, 1] == 0).all()
-
-
-def test_greedy_requests_are_the_same_in_both_methods(backend, device):
-    logits, drafts, probs, seeds, _ = (x.to(device) for x in request_batch(8, 3, 30))
-    drafts[::2] = logits[::2, :3].argmax(-1)
-    mixed = torch.tensor([0.0, 0.0, 1.0, 0.0] * 2, device=device)
-    greedy = mixed == 0
-    for temperature in (None, mixed):
-        results = [
-            kvops.verify_draft(logits, drafts, draft_probs=probs, temperature=temperature, seed=seeds, method=method)
-            for method in ("token", "block")
-        ]
-        for token, block in zip(*results, strict=True):
-            assert torch.equal(token[greedy], block[greedy])
 
 
 @pytest.mark.parametrize(
@@ -409,51 +343,6 @@ def test_a_residual_lost_in_rounding_still_emits_a_token(backend, device):
     refused = (accepted == 0).cpu()
     assert refused.any()
     assert torch.equal(tokens[:, 0].cpu()[refused], logits[:, 0].argmax(-1)[refused])
-
-
-def test_few_numbers_are_those_of_many():
-    """Few are drawn one by one."""
-    seed, step = torch.randint(-(2**63), 2**63 - 1, (2, 40, 1))
-    position = torch.arange(3)
-    many = philox.uniform(philox.ACCEPT, position, seed, step)
-    few = [philox.uniform(philox.ACCEPT, position, *each) for each in zip(seed, step, strict=True)]
-    assert torch.equal(torch.stack(few), many)
-    assert philox.uniform(philox.ACCEPT, position[0], seed[0, 0], step[0, 0]) == many[0, 0]
-
-
-def test_philox_gives_the_published_numbers():
-    """The known answers of Random123, counter and key of zeros, ones and the digits of pi."""
-    cases = [
-        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, -1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            0x299F31D0_A4093822,
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ]
-    for counter, seed, answer in cases:
-        words = philox.philox(*torch.tensor(counter), torch.tensor(seed))
-        assert tuple(int(word) for word in words) == answer
-        assert tuple(speculation.philox(counter, seed)) == answer
-
-
-def test_uniforms_stay_inside_0_and_1():
-    u = philox.uniform_from_bits(torch.tensor([0, 1, 2**24, 2**31, 2**32 - 1]))
-    assert u[0] == 2.0**-33
-    assert u[-1] == 1 - 2.0**-24
-    assert (u.diff() > 0).all()
-    assert ((-torch.log1p(-u)).isfinite() & (-torch.log1p(-u) > 0)).all()
-
-
-@pytest.mark.parametrize(("groups", "width"), [(1, 1), (1, 255), (1, 256), (1, 700), (2, 1024), (5, 1024)])
-def test_numbers_of_a_race_do_not_depend_on_the_vocabulary(groups, width):
-    one = torch.tensor([3])
-    of_groups, of_entries = philox.race_exponentials(one, one, one, groups, width)
-    all_groups, all_entries = philox.race_exponentials(one, one, one, 7, 1024)
-    assert torch.equal(of_groups, all_groups[:, : groups if groups > 1 else 0])
-    assert torch.equal(of_entries, all_entries[:, :width])
-    assert torch.cat((all_groups, all_entries), 1).unique().numel() == 7 + 1024
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Random programs over ``PagedKVCache``, whose whole state is compared with plain Python lists after every step.
+"""Random programs over ``PagedKVCache``. After every step its whole state is compared with plain Python lists.
 
-The model knows nothing of blocks. Those are counted anew from the tables after every step: each is free, or held by as
-many lists and remembered prefixes as it says; and a refusal for want of blocks must be for want of blocks.
+Blocks are not part of the model. They are counted from the tables after every step: each is free, or held by as many
+lists and remembered prefixes as it says. A call that is refused for want of blocks must really lack them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import torch
-from test_eviction import Lists, expected_choice
+from eviction_lists import Lists, expected_choice
 
 import kvops
 from fuzz.inputs import often
@@ -84,9 +84,7 @@ class Model:
         )
         self.cache._pool.exact = case.exact
         self.pairs = list(itertools.product(range(case.layers), range(case.heads)))
-        self.lists: dict[Key, list[Entry]] = {
-            (layer, row, h): [] for layer, h in self.pairs for row in range(case.rows)
-        }
+        self.lists: dict[Key, list[Entry]] = {key: [] for key in self.of(range(case.rows))}
         self.tokens: list[list[int]] = [[] for _ in range(case.rows)]
         self.next, self.settled = [0] * case.rows, [0] * case.rows
         self.compressed = [False] * case.rows
@@ -94,7 +92,7 @@ class Model:
         self.complete = True  # whether the cache still has all of them
         self.names = itertools.count(1)
 
-    def some_rows(self, code: int) -> tuple[list[int], Any]:
+    def drawn_rows(self, code: int) -> tuple[list[int], Any]:
         """Row numbers, and one of the ways to name them."""
         r = Random(code)
         rows = r.sample(range(self.case.rows), r.randint(1, self.case.rows))
@@ -106,7 +104,7 @@ class Model:
             return rows, rows[0]
         return rows, r.choice((rows, tuple(rows), torch.tensor(rows)))
 
-    def of(self, rows: list[int]) -> list[Key]:
+    def of(self, rows: Sequence[int]) -> list[Key]:
         return [(layer, row, h) for layer, h in self.pairs for row in rows]
 
     def shortest(self, row: int) -> int:
@@ -165,7 +163,7 @@ class Model:
         return sum(max(-(-(len(self.lists[key]) + n) // size) - int(held[key]), 0) for key, n in counts.items())
 
     def extend(self, code: int, new: int, ragged: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         new %= self.case.size * 2 + 5
         r = Random(ragged)
         lens = [r.randint(0, new) for _ in rows] if r.random() < 0.4 else [new] * len(rows)
@@ -196,7 +194,7 @@ class Model:
             self.next[row] += lens[place]
 
     def prepare(self, code: int, new: int, _: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         new %= self.case.size + 2
         counts = dict.fromkeys(self.of(rows), new)
         wrong = any(len(self.lists[key]) + new > self.capacity for key in counts)
@@ -205,7 +203,7 @@ class Model:
         )
 
     def attend(self, code: int, layer: int, how: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         layer %= self.case.layers
         r = Random(how)
         T, group = r.randint(1, 3), r.randint(1, 2)
@@ -271,7 +269,7 @@ class Model:
             entries[slot] = position, name, found[slot]
 
     def score(self, code: int, layer: int, seed: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         layer %= self.case.layers
         width = seed % (self.capacity + 1)
         new = torch.rand(len(rows), self.case.heads, width, generator=torch.Generator().manual_seed(seed))
@@ -286,7 +284,7 @@ class Model:
                         entries[i] = (*entries[i][:2], value)
 
     def evict(self, code: int, budget: int, how: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         r = Random(how)
         budget %= len(self.pairs) * -(-self.capacity // self.case.size) + 2
         keywords = {
@@ -339,7 +337,7 @@ class Model:
         return kept
 
     def keep(self, code: int, layer: int, seed: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         layer, width = layer % self.case.layers, seed % (self.capacity + 1)
         marks = torch.rand(len(rows), self.case.heads, width, generator=torch.Generator().manual_seed(seed)) < 0.7
         done = self.attempt(lambda: self.cache.keep(layer, marks, rows=named) or True, written=self.of(rows))
@@ -352,7 +350,7 @@ class Model:
             self._take(rows, kept)
 
     def rollback(self, code: int, count: int, how: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         most = min(min(self.next[row] - self.settled[row], self.shortest(row)) for row in rows)
         count %= most + 3 if how % 3 == 0 and self.case.exact else most + 1  # looked at where the numbers are exact
         number = torch.full((len(rows),), count, dtype=torch.int32) if how % 2 else count
@@ -364,7 +362,7 @@ class Model:
                 self.next[row] -= count
 
     def retain(self, code: int, width: int, seed: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         most = min(min(self.next[row] - self.settled[row], self.shortest(row)) for row in rows)
         width %= most + 2 if seed % 4 == 0 and self.case.exact else most + 1
         keep = torch.rand(len(rows), width, generator=torch.Generator().manual_seed(seed)) < 0.6
@@ -386,7 +384,7 @@ class Model:
 
     def fork(self, row: int, code: int, most: int) -> None:
         row %= self.case.rows
-        into, named = self.some_rows(code)
+        into, named = self.drawn_rows(code)
         count = None if most % 2 else most % (self.next[row] + 1 + self.case.exact)
         wrong = row in into or (count is not None and (self.compressed[row] or count > self.next[row]))
         if not self.attempt(lambda: self.cache.fork(row, named, num_tokens=count) or True, wrong=wrong):
@@ -444,13 +442,13 @@ class Model:
             self.lists[key] = []
 
     def free(self, code: int, *_: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         self.cache.free(named)
         for row in rows:
             self.forget_row(row)
 
     def unshare(self, code: int, *_: int) -> None:
-        rows, named = self.some_rows(code)
+        rows, named = self.drawn_rows(code)
         if self.attempt(lambda: self.cache.unshare(named) or True, written=self.of(rows)):
             pool, holders = self.cache._pool, self.holders()
             own = [block for key in self.of(rows) for block in pool.tables[key][: int(pool.held[key])].tolist()]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from test_eviction import Lists, expected_choice, make_lists
+from eviction_lists import Lists, expected_choice, make_lists
 
 import kvops
 from fuzz.inputs import backend, draw_mutation, expect_refusal, often

@@ -1,0 +1,368 @@
+"""Planted faults of kernels and of the eager code (``mutations.py``). ``numba_faults.py`` has those of CPU kernels."""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """Replace ``old``, which occurs once in the file, by ``new``. Then ``tests``, arguments of pytest, must fail."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def named(file: str, *words: str) -> str:
+    """The tests of ``file`` whose names have all of the words."""
+    return f"tests/test_{file}.py -k '{' and '.join(words)}'"
+
+
+DENSE = named("attention", "agrees", "triton", "float32")
+DENSE_EAGER = named("attention", "agrees or joins", "not triton")
+GRADIENT = named("attention_backward", "agrees", "triton", "float32")
+GRADIENT_EAGER = named("attention_backward", "agrees or lse", "eager")
+PAGED = named("paged", "triton", "decoding_reads or drafts or windows or float8 or softcap")
+PAGED_EAGER = "tests/test_paged.py tests/test_paged_eager.py -k 'eager and not triton'"
+SCORES = named("scores", "triton", "reduction or queries_that_count or windows")
+SCORES_EAGER = named("scores", "eager", "reduction or queries_that_count or windows")
+MERGE = named("merge", "triton", "whole or float64")
+MERGE_EAGER = named("merge", "eager", "whole or float64")
+VERIFY = "tests/test_verify.py tests/test_verify_block.py tests/test_verify_distribution.py -k 'triton'"
+VERIFY_EAGER = "tests/test_verify.py tests/test_verify_block.py tests/test_verify_distribution.py -k 'not triton'"
+EVICTION = "tests/test_eviction.py tests/test_compaction.py -k triton"
+EVICTION_EAGER = "tests/test_eviction.py tests/test_compaction.py -k eager"
+
+FAULTS = [
+    # Dense attention, forward
+    Mutation(
+        "the scale is five millionths too large",
+        "kernels/primitives.py",
+        "scores = dots * (scale * LOG2_E)",
+        "scores = dots * (scale * LOG2_E * 1.000005)",
+        DENSE,
+    ),
+    Mutation(
+        "what was accumulated is not rescaled when the maximum rises",
+        "kernels/flash_forward.py",
+        "acc = dot(p.to(v.dtype), v, acc * rescale[:, None])",
+        "acc = dot(p.to(v.dtype), v, acc)",
+        DENSE,
+    ),
+    Mutation(
+        "probabilities are rounded to float16",
+        "kernels/flash_forward.py",
+        "acc = dot(p.to(v.dtype), v, acc * rescale[:, None])",
+        "acc = dot(p.to(tl.float16).to(v.dtype), v, acc * rescale[:, None])",
+        DENSE,
+    ),
+    Mutation(
+        "the accumulator is kept in float16",
+        "kernels/flash_forward.py",
+        "acc = dot(p.to(v.dtype), v, acc * rescale[:, None])",
+        "acc = dot(p.to(v.dtype), v, acc * rescale[:, None]).to(tl.float16).to(tl.float32)",
+        named("attention", "agrees", "triton", "float32 or float16"),
+    ),
+    Mutation(
+        "a window is one key short",
+        "kernels/flash_tiles.py",
+        "seen &= distance <= left",
+        "seen &= distance < left",
+        DENSE,
+    ),
+    Mutation(
+        "a query sees one key of the future",
+        "kernels/flash_tiles.py",
+        "seen &= distance >= -right",
+        "seen &= distance >= -right - 1",
+        DENSE,
+    ),
+    Mutation(
+        "the block with the last keys is missed",
+        "kernels/flash_tiles.py",
+        "    end = length\n    full_start = 0",
+        "    end = length // BLOCK * BLOCK\n    full_start = 0",
+        DENSE,
+    ),
+    Mutation(
+        "query heads are mapped to KV heads in turn, not in groups",
+        "kernels/flash_forward.py",
+        "k_ptr += batch * stride_kb + head // GROUP * stride_kh + first_k * stride_kn",
+        "k_ptr += batch * stride_kb + head % (heads // GROUP) * stride_kh + first_k * stride_kn",
+        named("attention", "agrees", "triton", "nine"),
+    ),
+    Mutation(
+        "lse lacks the maximum's factor",
+        "kernels/flash_forward.py",
+        "lse = (m + tl.log2(total)) * LN_2",
+        "lse = m * LN_2 + tl.log2(total)",
+        DENSE,
+    ),
+    Mutation(
+        "the softcap's series has a wrong coefficient",
+        "kernels/primitives.py",
+        "small = x * (1.0 + x2 * (-1.0 / 3.0 + x2",
+        "small = x * (1.0 + x2 * (-0.3 + x2",
+        named("attention", "agrees", "triton", "softcap or everything"),
+    ),
+    Mutation(
+        "ALiBi is signed on both sides",
+        "kernels/primitives.py",
+        "tl.abs(distance).to(tl.float32)",
+        "distance.to(tl.float32)",
+        named("attention", "agrees", "triton", "alibi"),
+    ),
+    Mutation(
+        "the sink's weight starts at 0",
+        "kernels/flash_forward.py",
+        "l = tl.full([BLOCK_M], 1.0, tl.float32)",
+        "l = tl.zeros([BLOCK_M], tl.float32)",
+        named("attention", "agrees", "triton", "sinks or everything"),
+    ),
+    Mutation(
+        "eager: a window is one key short",
+        "kvops/eager/attention.py",
+        "low = 0 if self.left is None else max(0, start + self.offset - self.left)",
+        "low = 0 if self.left is None else max(0, start + self.offset - self.left + 1)",
+        DENSE_EAGER,
+    ),
+    Mutation(
+        "eager: tiles are joined without the weight of the first",
+        "kvops/eager/attention.py",
+        "return torch.mul(out_a, weight_a[..., None])",
+        "return torch.mul(out_a, 1.0)",
+        DENSE_EAGER,
+    ),
+    Mutation(
+        "eager: the derivative of the softcap is lost",
+        "kvops/eager/attention.py",
+        "ds.mul_(1 - capped * capped)",
+        "ds.mul_(1 - capped)",
+        GRADIENT_EAGER,
+    ),
+    # Packed sequences
+    Mutation(
+        "packed: lse of the wrong rows",
+        "kvops/eager/varlen.py",
+        "lse[None, :, rows],\n            dlse",
+        "lse[None, :, rows].flip(2),\n            dlse",
+        named("varlen", "backward_agrees", "eager", "dtype0"),
+    ),
+    # Dense attention, backward
+    Mutation(
+        "dK misses the scale's last bits",
+        "kernels/flash_backward_keys.py",
+        "left, dk * scale, HEAD_DIM",
+        "left, dk * (scale * 1.00001), HEAD_DIM",
+        GRADIENT,
+    ),
+    Mutation(
+        "delta is left out of dS",
+        "kernels/flash_tiles.py",
+        "ds = p * (dp - tl.expand_dims(delta, AXIS))",
+        "ds = p * dp",
+        GRADIENT,
+    ),
+    Mutation(
+        "dK sums over all heads of a group but the last",
+        "kernels/flash_backward_keys.py",
+        "for member in tl.range(0, GROUP):",
+        "for member in tl.range(0, GROUP - (GROUP > 1)):",
+        GRADIENT,
+    ),
+    Mutation(
+        "dS is rounded to bfloat16",
+        "kernels/flash_backward_queries.py",
+        "dq = dot(ds.to(k.dtype), k, dq)",
+        "dq = dot(ds.to(tl.bfloat16).to(k.dtype), k, dq)",
+        GRADIENT,
+    ),
+    Mutation(
+        "eager: the gradient through lse has the wrong sign",
+        "kvops/eager/attention.py",
+        "delta = delta - dlse",
+        "delta = delta + dlse",
+        GRADIENT_EAGER,
+    ),
+    # Union of two attentions
+    Mutation(
+        "union: the weights come from lse rounded to bfloat16",
+        "kernels/merge_attention.py",
+        "weight_a, weight_b, lse = union_weights(lse_a, lse_b)",
+        "weight_a, weight_b, lse = union_weights(lse_a.to(tl.bfloat16).to(tl.float32), lse_b)",
+        MERGE,
+    ),
+    Mutation(
+        "union, eager: the gradient of the weights lacks one of them",
+        "kvops/eager/merge.py",
+        ".sum(-1).transpose(-2, -1) * weight_a * weight_b",
+        ".sum(-1).transpose(-2, -1) * weight_a",
+        MERGE_EAGER,
+    ),
+    # The paged cache
+    Mutation(
+        "paged: the accumulator is not rescaled when the maximum rises",
+        "kernels/paged_attention.py",
+        "acc = dot(p.to(v.dtype), v, acc * rescale[:, None])",
+        "acc = dot(p.to(v.dtype), v, acc)",
+        PAGED,
+    ),
+    Mutation(
+        "paged: partial results are joined without their maxima",
+        "kernels/paged_attention.py",
+        "weight = tl.exp2(part_m - shift)",
+        "weight = tl.exp2(part_m - part_m)",
+        named("paged", "triton", "long or schedule or split"),
+    ),
+    Mutation(
+        "paged: the last slot of each list is not read",
+        "kernels/paged_attention.py",
+        "            inside = slots < stop\n            block, offset = page_address",
+        "            inside = slots < stop - 1\n            block, offset = page_address",
+        PAGED,
+    ),
+    Mutation(
+        "paged: a window one slot short",
+        "kernels/paged_tiles.py",
+        "oldest = query_slot - window_left",
+        "oldest = query_slot - window_left + 1",
+        PAGED,
+    ),
+    Mutation(
+        "paged: drafts see the token behind them",
+        "kernels/paged_tiles.py",
+        "limit = tl.minimum(limit, query_slot + 1)",
+        "limit = tl.minimum(limit, query_slot + 2)",
+        PAGED,
+    ),
+    Mutation(
+        "paged: float8's factor is off by two",
+        "kernels/paged_tiles.py",
+        "scale = scale * 256.0",
+        "scale = scale * 128.0",
+        PAGED,
+    ),
+    Mutation(
+        "paged, eager: keys' scales belong to the next head",
+        "kvops/eager/paged.py",
+        "rows *= k_scale.expand(heads)[h]",
+        "rows *= k_scale.expand(heads)[h - 1]",
+        PAGED_EAGER,
+    ),
+    Mutation(
+        "paged, eager: a window one slot short",
+        "kvops/eager/paged.py",
+        "low = max(0, before + first - self.window_left)",
+        "low = max(0, before + first - self.window_left + 1)",
+        PAGED_EAGER,
+    ),
+    Mutation(
+        "paged, eager: drafts see the token behind them",
+        "kvops/eager/paged.py",
+        "seen = slot <= query if self.causal",
+        "seen = slot <= query + 1 if self.causal",
+        PAGED_EAGER,
+    ),
+    Mutation(
+        "paged, eager: what a tile gives the scores takes the place of what others gave",
+        "kvops/eager/paged.py",
+        'values += (p.square() if self.reduce == "sumsq" else p).sum(0)',
+        'values.copy_((p.square() if self.reduce == "sumsq" else p).sum(0))',
+        PAGED_EAGER,
+    ),
+    Mutation(
+        "paged: appended tokens go one slot too early",
+        "kernels/paged_append.py",
+        "stride_lh) - count + tokens",
+        "stride_lh) - count + tokens - 1",
+        "tests/test_paged_operators.py -k triton",
+    ),
+    # Scores
+    Mutation(
+        "scores: squares are not squared",
+        "kernels/attention_scores.py",
+        "total += tl.sum(tl.exp2(2.0 * s), 1)",
+        "total += tl.sum(tl.exp2(s), 1)",
+        SCORES,
+    ),
+    Mutation(
+        "scores: the mean over a group is a sum",
+        "kernels/attention_scores.py",
+        "result = result / GROUP",
+        "result = result * 1.0",
+        SCORES,
+    ),
+    Mutation(
+        "scores: the nearest key counts one step too early",
+        "kvops/eager/scores.py",
+        "window = window._replace(right=-skip_recent)",
+        "window = window._replace(right=1 - skip_recent)",
+        SCORES_EAGER,
+    ),
+    Mutation(
+        "scores: the first query that counts is missed",
+        "kvops/eager/scores.py",
+        "first_row = max(query_start, window.first_row)",
+        "first_row = max(query_start + 1, window.first_row)",
+        SCORES_EAGER,
+    ),
+    # Eviction
+    Mutation(
+        "eviction: one recent token fewer is protected",
+        "kernels/select_blocks.py",
+        "recent = (place > last - protect_last) & (protect_last > 0)",
+        "recent = (place > last - protect_last + 1) & (protect_last > 0)",
+        EVICTION,
+    ),
+    Mutation(
+        "eviction: of equal scores the earlier slot is kept",
+        "kvops/eager/eviction.py",
+        "slot = torch.arange(slots)  # of equals the later one",
+        "slot = torch.arange(slots).flip(0)  # of equals the later one",
+        EVICTION_EAGER,
+    ),
+    Mutation(
+        "eviction: kept slots are moved past one place",
+        "kernels/compact.py",
+        "target = torch.where(kept, count - 1, -1).contiguous()",
+        "target = torch.where(kept, count - 1, -1).roll(1, 2).contiguous()",
+        EVICTION,
+    ),
+    # Verification of drafts
+    Mutation(
+        "drafts: a refused draft may be drawn again",
+        "kvops/eager/verify.py",
+        "weight[refused, draft[refused, at]] = 0.0",
+        "weight[refused, draft[refused, at]] += 0.0",
+        VERIFY_EAGER,
+    ),
+    Mutation(
+        "drafts: the acceptance threshold ignores the drafter's probability",
+        "kvops/eager/verify.py",
+        "threshold = threshold * probs.gather(2, draft[..., None])[..., 0]",
+        "threshold = threshold * 1.0",
+        VERIFY_EAGER,
+    ),
+    Mutation(
+        "drafts: the residual is not normalised",
+        "kernels/verify_draft.py",
+        "p = weight / total\n            if HAS_RATIO",
+        "p = weight\n            if HAS_RATIO",
+        VERIFY,
+    ),
+    Mutation(
+        "drafts: the draft after the first refusal counts",
+        "kernels/verify_draft.py",
+        "refused = tl.min(tl.where(offered & accept, length, t), 0)",
+        "refused = tl.min(tl.where(offered & accept, length, t + 1), 0)",
+        VERIFY,
+    ),
+    # Rotary positions
+    Mutation(
+        "rotary: the angle turns backwards",
+        "kvops/rotary.py",
+        "first * cos - second * sin, second * cos + first * sin",
+        "first * cos + second * sin, second * cos - first * sin",
+        "tests/test_nn.py -k 'written_out and eager'",
+    ),
+]

@@ -1,0 +1,117 @@
+"""Planted faults of the CPU kernels that numba compiles."""
+
+from faults import Mutation, named
+
+PAGED_NUMBA = named("paged", "numba", "decoding_reads or drafts or windows or float8 or softcap or long_list")
+APPEND_NUMBA = named("paged_operators", "numba", "append")
+EVICTION_NUMBA = "tests/test_eviction.py tests/test_compaction.py -k numba"
+
+NUMBA_FAULTS = [
+    # Paged attention on the CPU, compiled by numba
+    Mutation(
+        "what was summed is not rescaled when the maximum rises",
+        "kernels/cpu/paged_attention.py",
+        "    if old != 1:",
+        "    if False:",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "drafts do not see themselves",
+        "kernels/cpu/paged_attention.py",
+        "end = max(own + 1, 0) if causal else length",
+        "end = max(own, 0) if causal else length",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "the window is one slot too wide",
+        "kernels/cpu/paged_attention.py",
+        "begin = max(own - window_left, 0)",
+        "begin = max(own - window_left - 1, 0)",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "the last slot of a piece is left out",
+        "kernels/cpu/paged_attention.py",
+        "return max(first, begin), min(first + PIECE, end)",
+        "return max(first, begin), min(first + PIECE - 1, end)",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "pieces are joined without their weights",
+        "kernels/cpu/paged_attention.py",
+        "share_of_all = exp2(partial[largest_score] - largest)",
+        "share_of_all = np.float32(1)",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "the bias of a float8 exponent is 6",
+        "kernels/cpu/vector.py",
+        "[2.0**120] * LANES",
+        "[2.0**121] * LANES",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "probabilities are not normalised",
+        "kernels/cpu/paged_attention.py",
+        "p = exp2(s[r, j] - lse)",
+        "p = exp2(s[r, j])",
+        PAGED_NUMBA,
+    ),
+    # The other operators on the CPU, compiled by numba
+    Mutation(
+        "numba: tokens are appended one slot too early",
+        "kernels/cpu/paged_append.py",
+        "slot = call.lens[b, h] - count + t\n",
+        "slot = call.lens[b, h] - count + t - 1\n",
+        APPEND_NUMBA,
+    ),
+    Mutation(
+        "numba: new slots keep the scores of those that were there before",
+        "kernels/cpu/paged_append.py",
+        "call.scores[block, offset, h] = 0",
+        "call.scores[block, offset, h] += 0",
+        APPEND_NUMBA,
+    ),
+    Mutation(
+        "numba: halves of float8 are rounded up, not to even",
+        "kernels/cpu/elements.py",
+        "odd = (magnitude >> np.uint32(20)) & np.uint32(1)",
+        "odd = np.uint32(1)",
+        APPEND_NUMBA,
+    ),
+    Mutation(
+        "numba: of equal blocks that of the last head is kept",
+        "kernels/cpu/select_blocks.py",
+        "for h in range(H - 1, -1, -1):",
+        "for h in range(H):",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: a head gets a block more than the budget has",
+        "kernels/cpu/select_blocks.py",
+        "if left > 0 and",
+        "if left >= 0 and",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: NaN is the best score",
+        "kernels/cpu/select_blocks.py",
+        "        return _NAN\n",
+        "        return _PROTECTED\n",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: a slot that moves by one stays where it is",
+        "kernels/cpu/compact.py",
+        "if slot != kept:",
+        "if slot > kept + 1:",
+        EVICTION_NUMBA,
+    ),
+    Mutation(
+        "numba: the first block is never written",
+        "kernels/cpu/copy_blocks.py",
+        "if call.target[i] >= 0:",
+        "if call.target[i] > 2:",
+        named("blocks", "numba"),
+    ),
+]
