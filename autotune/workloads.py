@@ -122,7 +122,7 @@ def _backward(
 
 def flash_backward_keys(problem: Problem, device: str, small: bool) -> Workload:
     """The kernel for dK and dV, whichever of the two."""
-    from kvops.kernels.flash_backward import launch_keys
+    from kvops.kernels.flash_backward_launch import launch_keys
 
     prepared, exact = _backward(problem, device, small)
 
@@ -137,7 +137,7 @@ def flash_backward_keys(problem: Problem, device: str, small: bool) -> Workload:
 
 def flash_backward_queries(problem: Problem, device: str, small: bool) -> Workload:
     """The kernel for dQ, whichever of the two."""
-    from kvops.kernels.flash_backward import launch_queries
+    from kvops.kernels.flash_backward_launch import launch_queries
 
     prepared, exact = _backward(problem, device, small)
 

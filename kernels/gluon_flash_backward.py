@@ -1,7 +1,8 @@
-"""Flash attention, backward, for Hopper in Gluon: what it can run, and its launches.
+"""Flash attention, backward, for Hopper in Gluon: the arguments that it supports, and its launches.
 
-The kernels are those of ``kvops.kernels.gluon_flash_backward_keys`` and ``..._queries``, twins of the two of
-``kvops.kernels.flash_backward``, with which they share delta and the gradient of sinks: deterministic, no atomics.
+The kernels stand in ``gluon_flash_backward_keys`` and ``gluon_flash_backward_queries``. They are twins of the two of
+``flash_backward_keys`` and ``flash_backward_queries``, with which they share delta and the gradient of sinks. They use
+no atomics, so equal inputs give equal bits.
 """
 
 import torch
@@ -38,7 +39,7 @@ def launchable(
     if q.dtype not in DTYPES:
         return f"needs float16 or bfloat16, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > 128:
-        # dK and dV of 64 keys at 256 would take all 255 registers of a thread.
+        # At 256, dK and dV of 64 keys would take all 255 registers of a thread.
         return f"needs head sizes up to 128, got {q.shape[3]} and {v.shape[3]}"
     if q.shape[3] % 8 or v.shape[3] % 8:
         return f"needs head sizes that are multiples of 8, got {q.shape[3]} and {v.shape[3]}"
@@ -73,7 +74,7 @@ def gluon_flash_backward(
     keys_config: GluonFlashBackwardConfig | None = None,
     queries_config: GluonFlashBackwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the kernels; see ``kvops.flash_attention_backward``. A configuration replaces what would be chosen.
+    """Launch the kernels; see ``kvops.flash_attention_backward``. A configuration replaces that of the store.
 
     Raises ValueError with the reason where ``launchable`` gives one.
     """
@@ -91,13 +92,13 @@ def gluon_flash_backward(
 
 
 def _rows_descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
-    """Of float32 [batch, heads, rows]: a block is so many rows of one head, zeros past the last."""
+    """A descriptor of float32 [batch, heads, rows]. A block is ``block`` rows of one head, with zeros past the last."""
     batch, heads, length = rows.shape
     return TensorDescriptor(rows, [batch * heads, length], [rows.stride(1), 1], [1, block], _ROWS_LAYOUT)
 
 
 def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor, config: GluonFlashBackwardConfig) -> None:
-    """dK and dV of what is ``launchable``."""
+    """Launch the kernel for dK and dV on ``launchable`` arguments."""
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
     group, all_heads, offset = heads // kv_heads, kv_heads * call.batch, call.seqlen_k - call.seqlen_q
     left, right = bounded(call.window_left, call.window_right, call.seqlen_q, call.seqlen_k)
@@ -135,7 +136,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor, config: Gluo
 
 
 def launch_queries(call: Backward, dq: torch.Tensor, config: GluonFlashBackwardConfig) -> None:
-    """dQ of what is ``launchable``."""
+    """Launch the kernel for dQ on ``launchable`` arguments."""
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
     group, all_heads, offset = heads // kv_heads, heads * call.batch, call.seqlen_k - call.seqlen_q
     left, right = bounded(call.window_left, call.window_right, call.seqlen_q, call.seqlen_k)

@@ -288,7 +288,7 @@ CASES += [
 
 def dense_attention(dtype, head_dim, training=True, scores=True, **options):
     from kvops.kernels.attention_scores import attention_scores
-    from kvops.kernels.flash_backward import flash_backward
+    from kvops.kernels.flash_backward_launch import flash_backward
     from kvops.kernels.flash_forward import flash_forward
 
     q = torch.empty(2, 4096, 16, head_dim, dtype=dtype)
@@ -383,7 +383,7 @@ GLUON_BACKWARD = ("gluon_flash_backward_keys_kernel", "gluon_flash_backward_quer
 
 
 def gluon_flash_backward_or_its_twin(head_dim, dtype, kv_heads=2, **features):
-    from kvops.kernels.flash_backward import flash_backward
+    from kvops.kernels.flash_backward_launch import flash_backward
     from kvops.kernels.gluon_flash_backward import gluon_flash_backward, launchable
 
     q = torch.empty(2, 1000, 8, head_dim, dtype=dtype)
@@ -410,7 +410,7 @@ CASES += [
 
 def flash_attention_packed():
     from kvops.kernels.attention_scores import attention_scores_varlen
-    from kvops.kernels.flash_backward import flash_backward_varlen
+    from kvops.kernels.flash_backward_launch import flash_backward_varlen
     from kvops.kernels.flash_forward import flash_forward_varlen
 
     q = torch.empty(8192, 16, 64, dtype=torch.float16)

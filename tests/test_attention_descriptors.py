@@ -12,7 +12,7 @@ from kvops.autotune.config import (
     flash_forward_config,
 )
 from kvops.autotune.inspect import TARGETS
-from kvops.kernels import flash_backward, flash_forward
+from kvops.kernels import flash_backward_launch, flash_forward
 from kvops.kernels.dense import describable
 
 
@@ -21,7 +21,7 @@ class Descriptors:
 
     def __init__(self, monkeypatch):
         self.wanted, self.made = True, 0
-        for launcher in (flash_forward, flash_backward):
+        for launcher in (flash_forward, flash_backward_launch):
             self._watch(monkeypatch, launcher, launcher.choose, launcher.descriptor)
 
     def _watch(self, monkeypatch, launcher, choose, make):
@@ -121,7 +121,7 @@ def backward_inputs(shape, device):
 )
 def test_gradients_have_the_bits_of_pointers(descriptors, device, shape, options):
     given = backward_inputs(shape, device)
-    assert_same_bits(descriptors.both_ways(flash_backward.flash_backward, *given, made=4, **options))
+    assert_same_bits(descriptors.both_ways(flash_backward_launch.flash_backward, *given, made=4, **options))
 
 
 def test_gradients_of_packed_sequences_come_through_pointers(descriptors, device):
@@ -131,9 +131,10 @@ def test_gradients_of_packed_sequences_come_through_pointers(descriptors, device
     for tensor in (dout, q, k, v, out):
         tensor[40:] = float("nan")
     descriptors.wanted = True
-    found = flash_backward.flash_backward_varlen(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, 25, 25, causal=True)
+    lengths = cu_seqlens, cu_seqlens, 25, 25
+    gradients = flash_backward_launch.flash_backward_varlen(dout, q, k, v, out, lse, *lengths, causal=True)
     assert descriptors.made == 0
-    assert not any(gradient[:40].isnan().any() for gradient in found[:3])
+    assert not any(gradient[:40].isnan().any() for gradient in gradients[:3])
 
 
 def test_what_tma_cannot_read_comes_through_pointers(descriptors, device):

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from autotune_fakes import H100, record
-from gluon_model import Multiprocessor, ProtocolError
+from gluon_memory import ProtocolError
+from gluon_model import Multiprocessor
 from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_backward, attention_mask
 from rounding import rounded
@@ -22,7 +23,7 @@ from kvops.autotune.devices import by_name
 from kvops.autotune.prune import build_workload
 from kvops.autotune.store import Layer, Store
 from kvops.autotune.timing import relative_error
-from kvops.kernels import flash_backward as twin
+from kvops.kernels import flash_backward_launch as twin
 from kvops.kernels import gluon_flash_backward as module
 from kvops.kernels.device import Device
 from kvops.kernels.gluon_flash_backward import gluon_flash_backward, launchable

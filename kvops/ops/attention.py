@@ -75,7 +75,7 @@ _backward_op = register(
     check=_check_backward,
     fake=_fake_backward,
     eager=eager.flash_attention_backward,
-    kernel="kvops.kernels.flash_backward:flash_backward",
+    kernel="kvops.kernels.flash_backward_launch:flash_backward",
 )
 
 

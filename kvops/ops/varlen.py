@@ -126,7 +126,7 @@ _backward_op = register(
     check_data=_check_backward_data,
     fake=_fake_backward,
     eager=eager.flash_attention_varlen_backward,
-    kernel="kvops.kernels.flash_backward:flash_backward_varlen",
+    kernel="kvops.kernels.flash_backward_launch:flash_backward_varlen",
 )
 
 register_gradient(_forward_op, _backward_op)
