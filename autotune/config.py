@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# Masks of dense attention, as far as they change its loops: a bound on both sides, or on the left, is a window.
+# Kinds of masks of dense attention by the loops that they need. A bound on the left, or on both sides, is a window.
 FULL, CAUSAL, WINDOW = 0, 1, 2
 
-# Targets whose tensor memory accelerator copies tiles by descriptor; elsewhere Triton takes descriptors apart again.
+# Targets whose tensor memory accelerator copies tiles by descriptor. On others Triton expands descriptors to pointers.
 HAVE_TMA = ("sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Draft verification: how much of a row of logits a program reads.
+    """Draft verification: the part of a row of logits that a program reads.
 
     Attributes:
-        block: vocabulary entries to a program of the softmax statistics, a power of two.
-        race_block: vocabulary entries to a program of the resampling, a power of two from 1024 on.
-        num_warps: of both.
+        block: vocabulary entries per program of the softmax statistics, a power of two.
+        race_block: vocabulary entries per program of the resampling, a power of two from 1024 on.
+        num_warps: of both kernels.
     """
 
     block: int
@@ -31,19 +31,19 @@ class VerifyConfig:
 
 
 def verify_config(vocab: int, itemsize: int, arch: str) -> VerifyConfig:
-    """Chosen from the vocabulary alone, never the batch: a row's sum is rounded the same whatever it is batched with.
+    """Chosen from the vocabulary alone, not from the batch, so that the rounding of a row's sum does not depend on it.
 
-    One tile a program, 16 bytes and more to a thread in flight: 4096 entries over 8 warps.
+    One tile per program, with at least 16 bytes per thread in flight: 4096 entries over 8 warps.
     """
     block = min(4096, max(64, 1 << (vocab - 1).bit_length()))
-    # 8 warps on sm_120 are given 80 registers, and trees of drafts spill one.
+    # With 8 warps on sm_120 a thread has 80 registers, and the kernel for trees spills one.
     wide = 16 if arch == "sm_120" else 8
     return VerifyConfig(block, race_block=min(4096, max(1024, block)), num_warps=wide if block == 4096 else 4)
 
 
 @dataclass(frozen=True)
 class LookupConfig:
-    """Prompt lookup: ``block`` positions of the text to a program."""
+    """Prompt lookup: ``block`` positions of the text per program."""
 
     block: int
     num_warps: int
@@ -70,7 +70,7 @@ class AttentionConfig:
 
 
 def _clip_tile(config: AttentionConfig, num_queries: int) -> AttentionConfig:
-    """A tile of no more queries than there are (at least 16: the smallest matrix product)."""
+    """Reduce a tile to the number of queries, but not below 16, the smallest matrix product."""
     block_m = config.block_m
     while block_m > 16 and block_m // 2 >= num_queries:
         block_m //= 2
@@ -82,12 +82,12 @@ def _clip_tile(config: AttentionConfig, num_queries: int) -> AttentionConfig:
 def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
     """``head_dim`` is the larger of the padded head sizes of Q and V, ``itemsize`` the bytes of an element.
 
-    Here and below: the largest tiles that compile without spills (Triton 3.7.1), not yet timed.
+    Here and below: the largest tiles that compile without spills by Triton 3.7.1. They are not timed yet.
     """
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
-        # float32 products run on the ordinary units: the tile is what registers hold.
+        # float32 products run on the ordinary units, so registers limit the tile.
         config = AttentionConfig(32, 32 if head_dim <= 128 else 16, 8, 1)
     elif head_dim <= 64:
         config = AttentionConfig(128, 64, 4 if arch == "sm_90" else 8, 3 if arch.startswith("sm_") else 1)
@@ -95,7 +95,7 @@ def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: s
         if arch == "sm_90":
             config = AttentionConfig(128, 128, 8, 2)
         elif arch == "sm_120":
-            config = AttentionConfig(128, 32, 8, 3)  # 128 x 64 spills with a window, this takes 184 registers
+            config = AttentionConfig(128, 32, 8, 3)  # 128 x 64 spills with a window; this uses 184 registers
         else:
             config = AttentionConfig(128, 64, 8, 2) if arch.startswith("sm_") else AttentionConfig(128, 32, 8, 1)
     elif head_dim <= 256 and arch == "sm_90":
@@ -105,21 +105,22 @@ def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: s
         config = AttentionConfig(64, 64, 8, 2)
     else:
         config = AttentionConfig(64, 32, 8, 1) if head_dim <= 256 else AttentionConfig(32, 16, 8, 1)
-    # sm_90, 128 x 128: 490 instructions a tile through descriptors, 538 through pointers, and no spills with a window.
+    # sm_90, 128 x 128: 490 instructions per tile through descriptors, 538 through pointers, and no spills with a
+    # window.
     return replace(_clip_tile(config, num_queries), descriptors=itemsize == 2 and arch in HAVE_TMA)
 
 
 def _narrow_tile(arch: str) -> AttentionConfig:
-    """The smallest tile, for heads so wide that it alone fills the registers."""
+    """The smallest tile, for heads so wide that it fills the registers."""
     return AttentionConfig(16, 16, 8 if arch.startswith("sm_") else 4, 1)
 
 
 def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:
-    """For the gradients of K and V: a program owns BLOCK_N keys and walks the queries."""
+    """For the gradients of K and V: a program owns BLOCK_N keys and loops over the queries."""
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        # At 128, 8 warps are given 80 registers and spill 2 stores (sm_90); 4 take 168.
+        # At 128, 8 warps have 80 registers per thread and spill 2 stores (sm_90); 4 warps use 168.
         warps = 4 if head_dim > 64 and arch.startswith("sm_") else 8
         return AttentionConfig(16, 32, warps, 1) if head_dim <= 128 else _narrow_tile(arch)
     if head_dim > 256:
@@ -129,17 +130,17 @@ def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> Atten
     elif arch == "sm_90":
         config = AttentionConfig(64 if head_dim <= 64 else 32, 128, 8, 2)
     elif arch == "sm_100":
-        # 64 x 128 spills at 128 (3.9: 7 stores), this takes 158 registers.
+        # 64 x 128 spills at 128 (3.9: 7 stores); this uses 158 registers.
         config = AttentionConfig(64, 128 if head_dim <= 64 else 64, 8, 1)
     elif arch == "gfx950" and head_dim > 64:
-        config = AttentionConfig(16, 64, 8, 1)  # 32 x 64 spills 10 registers with a window, this takes 128
+        config = AttentionConfig(16, 64, 8, 1)  # 32 x 64 spills 10 registers with a window; this uses 128
     else:
         config = AttentionConfig(64 if arch.startswith("sm_") and head_dim > 64 else 32, 64, 8, 1)
     return replace(config, descriptors=arch in HAVE_TMA)
 
 
 def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
-    """For the gradient of Q: a program owns BLOCK_M queries and walks the keys."""
+    """For the gradient of Q: a program owns BLOCK_M queries and loops over the keys."""
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
@@ -147,18 +148,18 @@ def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int
     elif head_dim > 256:
         config = _narrow_tile(arch)
     elif head_dim > 128 and arch == "sm_90":
-        # Hopper's products take 64 rows.
+        # The products of Hopper have 64 rows.
         config = AttentionConfig(64, 32, 8, 2)
     elif head_dim > 128:
         config = AttentionConfig(32, 32 if arch.startswith("sm_") else 16, 8, 1)
     else:
         config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
-    # sm_90, 128 x 64: 201 registers at 128 and 130 at 64, where pointers take 226 and 174.
+    # sm_90, 128 x 64: 201 registers at 128 and 130 at 64; through pointers 226 and 174.
     return replace(_clip_tile(config, num_queries), descriptors=itemsize == 2 and arch in HAVE_TMA)
 
 
 def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:
-    """A program owns BLOCK_N keys and walks the queries; one matrix product a tile, so there is room for large ones."""
+    """A program owns BLOCK_N keys and loops over the queries. One product per tile leaves room for large tiles."""
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4 or head_dim > 256:
@@ -170,8 +171,14 @@ def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> Attentio
 
 @dataclass(frozen=True)
 class SelectBlocksConfig:
-    """Slots that one step of each phase reads: ``block`` where keys are made and counted, ``sort_block`` where they are
-    sorted (16 counts a slot are held in registers), ``worth_block`` blocks where they are valued."""
+    """Tiles of the phases of ``select_blocks``.
+
+    Attributes:
+        block: slots per step where keys are computed and counted.
+        sort_block: slots per step of sorting, which keeps 16 counts per slot in registers.
+        worth_block: blocks per program where blocks are valued.
+        num_warps: of all phases.
+    """
 
     block: int
     sort_block: int
@@ -185,7 +192,7 @@ def select_blocks_config() -> SelectBlocksConfig:
 
 @dataclass(frozen=True)
 class CompactConfig:
-    """``block_n`` slots by ``block_w`` elements are read before they are written elsewhere."""
+    """Each step reads ``block_n`` slots by ``block_w`` elements, then writes them to their new places."""
 
     block_n: int
     block_w: int
@@ -193,7 +200,7 @@ class CompactConfig:
 
 
 def compact_config(width: int, itemsize: int) -> CompactConfig:
-    """For slots of ``width`` elements: rows of at most 128 bytes a program, tiles of at most 16 KiB."""
+    """For slots of ``width`` elements: rows of at most 128 bytes per program, tiles of at most 16 KiB."""
     block_w = 1
     while block_w < width and 2 * block_w * itemsize <= 128:
         block_w *= 2
@@ -205,13 +212,13 @@ class GluonFlashForwardConfig:
     """The warp-specialised flash attention forward for Hopper.
 
     Attributes:
-        block_rows: queries to each of the two consumers, 64 or a multiple.
-        block_n: keys to a tile.
+        block_rows: queries of each of the two consumers, a multiple of 64.
+        block_n: keys per tile.
         stages: key (and value) tiles in shared memory at a time, at least 2.
         consumer_registers, producer_registers: per thread, multiples of 8; two consumers and the producer share 504.
-        persistent: one program for each multiprocessor walks through the work, so that the next tiles are loaded while
-            the last output is stored; otherwise one program for each block of queries.
-        section_bytes: heads are taken in groups whose keys and values together have this size, to stay in the L2 cache.
+        persistent: one program for each multiprocessor loops over the work items, so that the next tiles load while the
+            last output is stored; otherwise one program for each block of queries.
+        section_bytes: heads run in groups whose keys and values have this size together and stay in the L2 cache.
     """
 
     block_rows: int
@@ -224,15 +231,15 @@ class GluonFlashForwardConfig:
 
     def __post_init__(self) -> None:
         if self.stages < 2:
-            # A value tile is given back after the next one has arrived.
+            # A value tile is released after the next one has arrived.
             raise ValueError(f"stages: expected at least 2, got {self.stages}")
 
 
 def gluon_flash_forward_config(width: int) -> GluonFlashForwardConfig:
-    """Chosen from the padded head size alone, 64, 128 or 256: tiles that fit and, by Triton 3.7, spill nothing.
+    """Chosen from the padded head size alone, 64, 128 or 256: tiles that fit and do not spill by Triton 3.7.
 
-    Packed causal sequences at 256 (3.6: windows there, too) have one scalar in memory, stored and read once a program.
-    3.9 keeps scalars in memory for some masks, most of them at 256; none is touched in the unmasked loop.
+    Packed causal sequences at 256 (with 3.6 also windows) keep one scalar in memory, stored and read once per program.
+    3.9 keeps scalars in memory for some masks, mostly at 256; the unmasked loop uses none of them.
     """
     if width <= 64:
         return GluonFlashForwardConfig(64, 128, stages=3, consumer_registers=216, producer_registers=72)
@@ -246,12 +253,11 @@ class GluonFlashBackwardConfig:
     """One of the two warp-specialised kernels of the flash attention backward for Hopper.
 
     Attributes:
-        block_m: queries to a tile, or to each of the two consumers of the kernel for dQ.
-        block_n: keys to a tile, or to each of the two consumers of the kernel for dK and dV.
-        stages: tiles of what is walked through in shared memory at a time.
+        block_m: queries per tile, or per consumer in the kernel for dQ.
+        block_n: keys per tile, or per consumer in the kernel for dK and dV.
+        stages: tiles of the loop in shared memory at a time.
         consumer_registers, producer_registers: per thread, multiples of 8; two consumers and the producer share 504.
-        section_bytes: heads are taken in groups for which what is walked through has this size together, to stay in the
-            L2 cache.
+        section_bytes: heads run in groups whose tensors of the loop have this size together and stay in the L2 cache.
     """
 
     block_m: int
@@ -263,9 +269,9 @@ class GluonFlashBackwardConfig:
 
 
 def gluon_flash_backward_keys_config(width: int) -> GluonFlashBackwardConfig:
-    """Chosen from the padded head size alone, 64 or 128: with Triton 3.7 and 3.9, the tiles never spill.
+    """Chosen from the padded head size alone, 64 or 128: with Triton 3.7 and 3.9 the tiles never spill.
 
-    3.6 keeps one number in memory at 128 with grouped heads and a mask, which the loop over the tiles does not touch.
+    3.6 keeps one number in memory at 128 with grouped heads and a mask; the loop over the tiles does not use it.
     """
     return GluonFlashBackwardConfig(64, 64, stages=3 if width <= 64 else 2)
 
@@ -277,7 +283,7 @@ def gluon_flash_backward_queries_config(width: int) -> GluonFlashBackwardConfig:
 
 @dataclass(frozen=True)
 class PagedAttentionConfig:
-    """A program keeps BLOCK_M rows (query heads of a group by tokens) against tiles of BLOCK_N slots."""
+    """A program has BLOCK_M rows (query heads of a group x tokens) and loops over tiles of BLOCK_N slots."""
 
     block_m: int
     block_n: int
@@ -291,9 +297,9 @@ def paged_attention_config(
     """``head_dim`` is the larger of the padded head sizes of K and V, ``rows`` the group's query heads times tokens,
     ``cache_itemsize`` that of a cache in another dtype than the queries.
 
-    Decoding is bound by memory: what counts is bytes in flight, so a tile holds 32 KiB of K and V (16 KiB where a
-    program has 64 KiB of shared memory) whatever the head size and dtype. The pipeline reads the table first and the
-    slots after it: it takes five stages to keep two tiles of slots in flight (three keep one).
+    Decoding is bound by memory and needs bytes in flight, so a tile holds 32 KiB of K and V for every head size and
+    dtype (16 KiB where a program has 64 KiB of shared memory). The pipeline reads the table first and then the slots:
+    five stages keep two tiles of slots in flight, three keep one.
     """
     block_m = 16
     while block_m < min(rows, 64):
@@ -305,25 +311,25 @@ def paged_attention_config(
     slot_bytes = 2 * head_dim * itemsize
     block_n = min(128, max(16, stage // slot_bytes))
     if block_m == 64 and arch != "sm_90":
-        block_n = min(block_n, 32)  # the scores of 64 x 64 cost too many registers elsewhere
+        block_n = min(block_n, 32)  # on other targets 64 x 64 scores need too many registers
     if itemsize == 4 and block_m > 16:
-        # float32 products run on the ordinary units: the tile is what registers hold.
+        # float32 products run on the ordinary units, so registers limit the tile.
         block_m, block_n = 32 if head_dim <= 128 else 16, min(block_n, 32)
     if cache_itemsize == 1 and (head_dim >= 128 or arch.startswith("sm_8")):
-        # A float8 tile is in registers twice, as it comes and as it is multiplied: 64 slots of 128 spill on sm_100, 128
-        # of 64 on sm_80.
+        # A float8 tile is in registers twice, as loaded and as converted: 64 slots of 128 spill on sm_100, and 128
+        # slots of 64 on sm_80.
         block_n = min(block_n, max(16, 4096 // head_dim))
     num_stages = 2
     if nvidia:
         num_stages = 5 if block_n * slot_bytes <= stage else 3
-    # On sm_8x, 8 warps leave 64 x 128 sums too few registers each.
+    # On sm_8x, 8 warps have too few registers per thread for 64 x 128 sums.
     few = 8192 if arch.startswith("sm_8") else 8191
     return PagedAttentionConfig(block_m, block_n, 4 if block_m * max(block_n, head_dim) <= few else 8, num_stages)
 
 
 @dataclass(frozen=True)
 class PagedAppendConfig:
-    """``block_t`` tokens of one head to a program."""
+    """``block_t`` tokens of one head per program."""
 
     block_t: int
     num_warps: int

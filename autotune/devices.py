@@ -1,8 +1,8 @@
-"""What is known about GPUs by name, and how far one is from another.
+"""Properties of GPUs by name, and the distance between two GPUs.
 
-A device is a record, not a hash: a configuration measured on one GPU may be borrowed by a near one, and H100, H200 and
-H20, which share an architecture, stay apart. Figures are the vendors' data sheets'; matrix peaks are dense bfloat16
-with float32 accumulation.
+A GPU may use a configuration that was measured on a similar one. Similarity follows from properties and not from the
+architecture alone, so that H100, H200 and H20 stay distinct. Numbers are from the vendors' data sheets; matrix peaks
+are dense bfloat16 with float32 accumulation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_DEVICE_DISTANCE = 1.5
 
 
 class LaunchDevice(Protocol):
-    """What a launch knows of its GPU: ``kvops.kernels.device.Device``."""
+    """The properties of a GPU that a launch has: ``kvops.kernels.device.Device``."""
 
     @property
     def name(self) -> str: ...
@@ -55,7 +55,7 @@ class DeviceFacts:
 
     @classmethod
     def from_json(cls, value: object) -> DeviceFacts:
-        """Raises ValueError for anything that is not exactly a device."""
+        """Raises ValueError unless ``value`` has exactly the fields of a device."""
         if not isinstance(value, Mapping) or set(value) != set(cls.__dataclass_fields__):
             raise ValueError(f"device: expected the fields {', '.join(cls.__dataclass_fields__)}, got {value!r:.200}")
         for name, kind in (("name", str), ("arch", str)):
@@ -80,7 +80,7 @@ def _gpu(
     return DeviceFacts(name, arch, sms, shared, l2_mib * _MIB, bandwidth, tflops, memory * _GB, power)
 
 
-# The first of an architecture stands for it where only the architecture is known.
+# The first device of an architecture represents it where only the architecture is known.
 KNOWN_DEVICES: dict[str, DeviceFacts] = {
     device.name: device
     for device in (
@@ -117,12 +117,12 @@ def by_name(name: str) -> DeviceFacts:
 
 
 def matching(name: str) -> list[DeviceFacts]:
-    """The known devices that ``name`` may mean, the one that stands for them first.
+    """The known devices that match ``name``, with the one that represents them first.
 
     A whole name comes before a part of one: ``"NVIDIA H200"`` or ``"H200"``, in upper or lower case, is one device;
     ``"H100"`` is every device with that word in its name and ``"sm_90"`` every device of that architecture.
 
-    Raises ValueError for a name that fits no device, with those that resemble it.
+    Raises ValueError for a name that fits no device; the message has similar names.
     """
     devices = list(KNOWN_DEVICES.values())
     words = _words(name)
@@ -150,20 +150,20 @@ def _resembling(words: Sequence[str]) -> str:
 
 
 def facts_of(device: LaunchDevice) -> DeviceFacts:
-    """The facts of the GPU of a launch: what the driver says, and from the table what only a data sheet says.
+    """The properties of the GPU of a launch: those of the driver, and from the table those of the data sheet.
 
-    A GPU that the table does not have stands as the one that represents its architecture, without bandwidth and peak.
+    A GPU that is not in the table has no bandwidth and no peak.
     """
     known = KNOWN_DEVICES.get(device.name)
     if known is None and device.name == device.arch:
-        known = next((other for other in KNOWN_DEVICES.values() if other.arch == device.arch), None)
+        known = next((entry for entry in KNOWN_DEVICES.values() if entry.arch == device.arch), None)
     if known is None or known.arch != device.arch:
         return DeviceFacts(device.name or device.arch, device.arch, device.num_sms, device.shared_memory)
     return replace(known, num_sms=device.num_sms, shared_memory=device.shared_memory)
 
 
 def this_gpu() -> DeviceFacts:
-    """The current CUDA or ROCm device, asked through torch. Raises RuntimeError without one."""
+    """The current CUDA or ROCm device by torch. Raises RuntimeError without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -173,7 +173,7 @@ def this_gpu() -> DeviceFacts:
     if not arch.startswith("gfx"):
         arch = f"sm_{properties.major}{properties.minor}"
     known = next((device for device in KNOWN_DEVICES.values() if device.arch == arch), None)
-    # AMD's runtime does not tell: 64 KiB is the least that there is.
+    # AMD's runtime does not report it. 64 KiB is the least of any GPU.
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or (known.shared_memory if known else 65_536)
     return facts_of(
         DeviceFacts(properties.name, arch, properties.multi_processor_count, shared, memory=properties.total_memory)
@@ -181,14 +181,15 @@ def this_gpu() -> DeviceFacts:
 
 
 def slug(name: str) -> str:
-    """A device's name as part of a file's: ``nvidia-h100-80gb-hbm3``."""
+    """A device's name as part of a file name: ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:64] or "unnamed"
 
 
 def distance(ours: DeviceFacts, theirs: DeviceFacts) -> float:
     """How different two GPUs are, in doublings; infinite between architectures with different matrix instructions.
 
-    Multiprocessors, shared memory and bandwidth count fully, the L2 cache a quarter; what is unknown of one counts 1.
+    Multiprocessors, shared memory and bandwidth count fully, the L2 cache a quarter. A property that is unknown for one
+    of them counts 1.
     """
     if ours.name == theirs.name and ours.arch == theirs.arch:
         return 0.0
@@ -204,5 +205,5 @@ def distance(ours: DeviceFacts, theirs: DeviceFacts) -> float:
 
 
 def _instructions(arch: str) -> str:
-    """Architectures that share their matrix instructions: sm_80, sm_86 and sm_89 do."""
+    """The matrix instructions of an architecture, which sm_80, sm_86 and sm_89 share."""
     return "sm_8x" if arch in ("sm_80", "sm_86", "sm_89") else arch

@@ -1,4 +1,4 @@
-"""One set of configurations for all ranks: what rank 0 reads, frozen."""
+"""One set of configurations for all ranks: a frozen snapshot of the records of rank 0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvops.extras import require
 
 
 class FrozenStore(Store):
-    """Records in memory: nothing is read again and nothing is written."""
+    """Records in memory; the store reads and writes no files."""
 
     def __init__(self, records: dict[str, list[Record]]) -> None:
         super().__init__([Layer("snapshot", Path())])
@@ -26,7 +26,7 @@ class FrozenStore(Store):
 
 
 def snapshot() -> str:
-    """Everything that look-ups of this process may answer from, as JSON, with the sources and the Triton it is for."""
+    """All records that look-ups of this process use, as JSON, with the sources and the version of Triton."""
     triton = require("triton").__version__
 
     store = Store()
@@ -43,8 +43,7 @@ def snapshot() -> str:
 
 
 def load_snapshot(text: str) -> FrozenStore:
-    """Raises ValueError for anything but a snapshot of these very sources and this Triton: ranks would choose
-    differently."""
+    """Raises ValueError for a snapshot of other sources or another Triton: ranks would choose differently."""
     triton = require("triton").__version__
 
     value = json.loads(text)
@@ -54,19 +53,21 @@ def load_snapshot(text: str) -> FrozenStore:
     ours = {"triton": triton, "sources": {name: current_source(spec) for name, spec in specs.items()}}
     for name, mine in ours.items():
         if value.get(name) != mine:
-            raise ValueError(f"snapshot: expected {name} {mine}, got {value.get(name)}: install the same on every rank")
+            raise ValueError(
+                f"snapshot: expected {name} {mine}, got {value.get(name)}; install the same versions on every rank"
+            )
     records = {
-        name: [Record.from_json(record, specs[name]) for record in found] for name, found in value["records"].items()
+        name: [Record.from_json(record, specs[name]) for record in entries]
+        for name, entries in value["records"].items()
     }
     return FrozenStore(records)
 
 
 def share_snapshot(group: Any = None) -> None:
-    """Call it on every rank of ``torch.distributed`` after initialising it: from then on all choose from what rank 0
-    reads now.
+    """Let all ranks choose configurations from the records that the first rank reads now.
 
-    ``group`` is a process group (default: all ranks); its first rank is the one. Nothing executable is exchanged: the
-    records travel as JSON. Raises ValueError where a rank has other sources or another Triton.
+    Call it on every rank of ``group`` (default: all ranks) after ``torch.distributed`` is initialised. Records are sent
+    as JSON, so nothing executable is exchanged. Raises ValueError on a rank with other sources or another Triton.
     """
     import torch
     import torch.distributed as dist

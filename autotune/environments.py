@@ -1,4 +1,4 @@
-"""Other versions of Triton, each in a folder of its own, used with the torch and the kvops that are installed."""
+"""Other versions of Triton, each in its own folder, for use with the installed torch and kvops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Below the working directory: the repository when its own command line and tests run.
+# Relative to the working directory, which is the repository for its command line and its tests.
 FOLDER = Path(".cache/triton")
 
 
@@ -18,16 +18,16 @@ class UnreachableIndexError(RuntimeError):
 
 
 def newest_triton() -> str:
-    """The newest version that the package index has for this Python. Raises UnreachableIndexError without an answer."""
+    """The newest version in the package index for this Python. Raises UnreachableIndexError without an answer."""
     return json.loads(_pip("--dry-run", "--ignore-installed", "--report", "-", "triton"))["install"][0]["metadata"][
         "version"
     ]
 
 
 def triton_folder(version: str, folder: Path = FOLDER) -> Path:
-    """A folder to put first on ``PYTHONPATH``, with this version of Triton; the first call installs it.
+    """A folder with this version of Triton, for the front of ``PYTHONPATH``. The first call installs it.
 
-    Raises UnreachableIndexError if the package index does not answer, ValueError for a version that it does not have.
+    Raises UnreachableIndexError if the package index does not answer, ValueError for an unknown version.
     """
     place = (folder / version).absolute()
     if not place.exists():
@@ -38,13 +38,13 @@ def triton_folder(version: str, folder: Path = FOLDER) -> Path:
             try:
                 made.rename(place)
             except OSError:
-                if not place.exists():  # another process may have been faster
+                if not place.exists():  # another process may have made it
                     raise
     return place
 
 
 def environment(version: str, folder: Path = FOLDER) -> dict[str, str]:
-    """The variables of this process, changed so that a Python started with them imports this version of Triton."""
+    """The environment of this process, changed so that a Python process imports this version of Triton."""
     paths = [str(triton_folder(version, folder)), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -52,7 +52,7 @@ def environment(version: str, folder: Path = FOLDER) -> dict[str, str]:
 def _pip(*arguments: str) -> str:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
-    # Without its index pip may still answer from local folders, where an older version may be the newest.
+    # Without its index, pip may still answer from local folders that only have older versions.
     if "Retrying (Retry(" in done.stderr:
         raise UnreachableIndexError(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
     if done.returncode:

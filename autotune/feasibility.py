@@ -1,8 +1,7 @@
-"""What compiling without a GPU has proved of each configuration, and reading it back.
+"""Feasibility tables: the facts that compilation without a GPU gives for every configuration.
 
-A table for each operator, written by ``prune``: registers, spills, shared memory and matrix instructions of every
-candidate on every target, under the hash of the sources that were compiled. What the table has of other sources proves
-nothing.
+``prune`` writes one table per operator: registers, spills, shared memory and matrix instructions of every configuration
+on every target, with the hash of the compiled sources. Entries of other sources are ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FOLDER = Path(__file__).parent / "configs" / "feasible"
 
 @dataclass(frozen=True)
 class Proof:
-    """One configuration compiled for one target. ``problem`` says what went wrong where it did not compile."""
+    """One configuration compiled for one target. ``problem`` has the reason if it cannot be used."""
 
     registers: int = 0
     spills: int = 0
@@ -69,16 +68,16 @@ class Table:
 
 @cache
 def current_source(spec: OpSpec) -> str:
-    """The hash of the kernels as they are; empty (equal to no record's) where the sources are not there to read."""
+    """The hash of the current kernels; empty, and equal to no record's, where the sources cannot be read."""
     try:
         return source_hash(spec.kernels)
     except (SourceError, OSError, SyntaxError) as error:
-        tell_once(f"{spec.name}: what was measured or proved before counts as older: {error}")
+        tell_once(f"{spec.name}: existing records and tables count as outdated: {error}")
         return ""
 
 
 def dump_table(spec: OpSpec, table: Table) -> str:
-    """The text of a table: a configuration to a line."""
+    """The text of a table, one line per configuration."""
     configs = [f.name for f in dataclasses.fields(spec.config)]
     proofs = [f.name for f in dataclasses.fields(Proof)]
     head = {"format": FORMAT, "op": spec.name, "config": configs, "proof": proofs}
@@ -95,7 +94,7 @@ def dump_table(spec: OpSpec, table: Table) -> str:
 
 
 def parse_table(text: str, spec: OpSpec) -> Table:
-    """Raises ValueError for anything that is not a table of ``spec`` as it is now."""
+    """Parse a table. Raises ValueError unless it is one of ``spec`` with its current fields."""
     try:
         value = json.loads(text)
         names = [f.name for f in dataclasses.fields(spec.config)]
@@ -115,19 +114,19 @@ def parse_table(text: str, spec: OpSpec) -> Table:
 
 @cache
 def load_table(spec: OpSpec, folder: Path = FOLDER) -> Table:
-    """The shipped table; an empty one, with the reason told once, where it is missing or damaged."""
+    """The shipped table. A missing or damaged one counts as empty; the reason is logged once."""
     path = folder / f"{spec.name}.json"
     try:
         return parse_table(read_text(str(path)), spec)
     except FileNotFoundError:
         return Table()
     except (OSError, ValueError) as error:
-        tell_once(f"{path} proves nothing: {error}")
+        tell_once(f"{path} is ignored: {error}")
         return Table()
 
 
 def judge(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, table: Table | None = None) -> Verdict:
-    """Whether ``config`` can run this problem on this device: the predicate first, then what compiling has proved."""
+    """Whether ``config`` can run this problem on this device, by the family's predicate and by the table."""
     refusal = spec.refuse(config, problem, device)
     if refusal is not None:
         return Verdict("impossible", refusal)
@@ -149,7 +148,7 @@ def judge(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, t
 
 
 def static_facts(verdict: Verdict) -> dict[str, Any]:
-    """What a record keeps of a proof."""
+    """The facts of a proof that a record keeps."""
     if verdict.proof is None:
         return {}
     proof = verdict.proof

@@ -1,4 +1,4 @@
-"""Run compile cases for many targets at once and hold every compiled launch to its target's limits."""
+"""Compile cases for many targets at once, and check every launch against the limits of its target."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 from kvops.autotune.config import HAVE_TMA
 from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch, compile_only
 
-# Serialised products have one wait each; a wait for a whole tile follows several.
+# Each serialised product has its own wait. Otherwise one wait follows the products of a tile.
 _PRODUCTS_PER_WAIT = 2
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one case on one target; ``problems`` is empty when it may ship."""
+    """The result of one case on one target; ``problems`` is empty if it may ship."""
 
     case: str
     target: str
@@ -48,7 +48,7 @@ def load_cases(path: str | Path) -> list[CompileCase]:
 
 
 def check_launches(case: CompileCase, target: str, launches: Sequence[CompiledLaunch]) -> list[str]:
-    """What is wrong with a case's launches on ``target``, in words.
+    """The problems of a case's launches on ``target``, as text.
 
     Shared memory within the limit, no spills unless the case accepts them there, matrix instructions wherever the
     source multiplies 16-bit matrices and in every kernel that the case names, TMA wherever the source loads through
@@ -84,7 +84,7 @@ Known = Mapping[str, Mapping[str, Any]]
 
 
 def run_case(case: CompileCase, target: str, known: Known | None = None) -> CaseResult:
-    """Compile one case for one target in this process, but for the launches whose facts are ``known``."""
+    """Compile one case for one target in this process, except launches whose facts are ``known``."""
     try:
         with compile_only(target, known) as launches:
             case.function()
@@ -123,7 +123,7 @@ _known: Known | None = None  # of a process of the pool
 
 
 def _begin(known: Known | None) -> None:
-    """Compile for GPUs, whatever the process that asks for it does."""
+    """Compile for GPUs, even if the parent process uses Triton's interpreter."""
     global _known
     os.environ.pop("TRITON_INTERPRET", None)
     _known = known

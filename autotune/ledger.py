@@ -1,4 +1,4 @@
-"""What a tuning run has found so far, on disk after every step: a run that is killed goes on where it was."""
+"""The results of a tuning run so far, written to disk after every step, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from kvops.autotune.devices import slug
 from kvops.autotune.spec import Config, OpSpec, Problem, config_to_json
 
-# A candidate during whose trial the tuner itself ended this often is not tried again: it takes the machine down.
+# A candidate is rejected if the tuner ended this often during its trial: it may crash the machine.
 _FATAL_STARTS = 2
 
 
 class Ledger:
-    """JSON lines, each synchronised to disk before the next step. ``path`` None keeps it in memory."""
+    """JSON lines, each synchronised to disk before the next step. With ``path`` None they stay in memory."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._separator = "\n"  # the last run's last line may be torn: ours stand apart from it
+        self._separator = "\n"  # the last line of an earlier run may be incomplete
         self._starts: Counter[str] = Counter()
         self._checks: dict[str, dict[str, float]] = {}
         self._rejected: dict[str, str] = {}
@@ -91,7 +91,7 @@ class Ledger:
         return self._samples.get((stage, _key(config_to_json(config))))
 
     def remove(self) -> None:
-        """The result is stored: nothing is left to go on with."""
+        """Remove the file, once the result is stored."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 

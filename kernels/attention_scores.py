@@ -1,7 +1,7 @@
-"""Column reductions of the softmax: a program owns a tile of keys and walks the queries that see it.
+"""Column reductions of the softmax: each program owns a tile of keys and loops over the queries that see it.
 
-The pattern of the dK and dV pass of flash attention: p = exp(s - lse) is recomputed and reduced over the queries, the
-heads of a group are walked inside, and nothing is summed with atomics.
+As in the pass for dK and dV of flash attention, p = exp(s - lse) is recomputed and reduced over the queries. The loop
+covers all query heads of a group. Nothing is summed with atomics.
 """
 
 import torch
@@ -69,6 +69,7 @@ def _reduce_queries(
     return total
 
 
+# Over 80 lines: 38 are the signature; the loop over the queries of a group keeps its tile of keys in registers.
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "query_start", "window_left", "window_right"])
 def attention_scores_kernel(
     q_ptr,
@@ -211,7 +212,7 @@ def attention_scores_varlen(
     group: str = "sum",
 ) -> torch.Tensor:
     """Launch the kernel on packed sequences; see ``kvops.attention_scores_varlen``."""
-    # Tokens after the last sequence belong to nobody: nothing attends to them.
+    # Tokens after the last sequence belong to no sequence, so no query attends to them.
     scores = q.new_zeros(k.shape[1], k.shape[0], dtype=torch.float32)
     _launch(
         q, k, lse, scores, cu_seqlens_q, cu_seqlens_k,
@@ -238,7 +239,7 @@ def _launch(
         return
     bounded_right = window_right >= 0
     if skip_recent > 0:
-        # A key that must stand so far behind the query is a window that ends before the query.
+        # Skipping recent keys is a window that ends before the query.
         window_right, bounded_right = -min(skip_recent, FAR), True
     attention_scores_kernel[(programs,)](
         q,

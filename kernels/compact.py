@@ -1,4 +1,4 @@
-"""Moving the kept slots of every list to its front, in order and in place."""
+"""Move the kept slots of every list to its front, in order and in place."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 
-# Bytes are moved, whatever they mean: float8 and NaN payloads included.
+# Slots are moved as integers, so float8 values and NaN payloads keep their bits.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -1,4 +1,4 @@
-"""Copies of whole blocks, where the device alone knows how many of the entries are real."""
+"""Copy whole blocks. Only the device knows how many entries of the list of copies are real."""
 
 import triton
 import triton.language as tl

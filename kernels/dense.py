@@ -1,4 +1,4 @@
-"""What the launch functions of dense and packed attention share: strides, padding and tensor descriptors."""
+"""Helpers of the launch functions of dense and packed attention: strides, padding and tensor descriptors."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvops.autotune.config import CAUSAL, FULL, WINDOW
 
-# Further than any two tokens lie apart: a window of 2^31 - 1, added to a position, would not stay within int32.
+# More than the distance of any two tokens. A window of 2^31 - 1 plus a position would overflow int32.
 FAR = 1 << 30
 
 
@@ -21,7 +21,7 @@ def token_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def longest(max_seqlen: int, tokens: torch.Tensor) -> int:
-    """The bound of a packed sequence's length that sizes a grid: no sequence is longer than all tokens together."""
+    """The length that sizes the grid of a packed call: ``max_seqlen``, but at most all tokens together."""
     return min(max_seqlen, tokens.shape[0])
 
 
@@ -36,12 +36,12 @@ def slope_stride(alibi_slopes: torch.Tensor | None) -> int:
 
 
 def mask_bounds(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:
-    """How far a query sees to the left and to the right, -1 for no limit: a causal mask ends at the query itself."""
+    """The window to the left and to the right of a query, -1 for no limit; a causal mask has 0 to the right."""
     return min(window_left, FAR), 0 if causal else min(window_right, FAR)
 
 
 def mask_kind(window_left: int, window_right: int) -> int:
-    """What the bounds of a mask are to a configuration; a causal mask has ``window_right`` 0."""
+    """The kind of mask that a configuration is chosen for; a causal mask has ``window_right`` 0."""
     if window_left >= 0 or window_right > 0:
         return WINDOW
     return CAUSAL if window_right == 0 else FULL
@@ -50,23 +50,23 @@ def mask_kind(window_left: int, window_right: int) -> int:
 def dense_problem(
     q: torch.Tensor, v: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int, window_left: int, window_right: int
 ) -> tuple[int, ...]:
-    """What a configuration of dense attention is chosen by: the key and the sizes of its families, in their order."""
+    """The problem of the families of dense attention: their key, then their sizes."""
     width = max(padded(q.shape[-1]), padded(v.shape[-1]))
     return width, q.element_size(), mask_kind(window_left, window_right), batch * q.shape[-2], seqlen_q, seqlen_k
 
 
 def _described(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Shape and strides of [batch, seqlen, heads, head_dim] as a descriptor gets them."""
+    """Shape and strides for the descriptor of [batch, seqlen, heads, head_dim]."""
     shape = list(tensor.shape) if tensor.dim() == 4 else [1, *tensor.shape]
-    # The stride of a dimension of size 1 may be anything, which TMA would refuse.
+    # A dimension of size 1 may have any stride, also one that TMA rejects.
     strides = [stride if size > 1 else 8 for stride, size in zip(token_strides(tensor), shape, strict=False)]
     return shape, [*strides, 1]
 
 
 def describable(tensor: torch.Tensor) -> bool:
-    """Whether TMA can read a 16-bit [batch, seqlen, heads, head_dim] or [total_tokens, heads, head_dim] as it lies.
+    """Whether TMA can read a 16-bit [batch, seqlen, heads, head_dim] or [total_tokens, heads, head_dim] without a copy.
 
-    It wants base and strides that are multiples of 16 bytes, and no dimension that is empty or expanded (stride 0).
+    Base and strides must be multiples of 16 bytes, and no dimension may be empty or expanded (stride 0).
     """
     shape, strides = _described(tensor)
     return (

@@ -1,4 +1,4 @@
-"""Which GPU a launch would run on, in the few numbers that a launch configuration depends on."""
+"""The GPU that a launch runs on: the properties that a launch configuration depends on."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from triton.runtime import driver
 
 from kvops.kernels.interpreter import mend_loop_bounds
 
-# The kernels were decorated for the interpreter: there is no driver to ask then.
+# The kernels were decorated for the interpreter, which has no driver.
 _INTERPRETED = bool(knobs.runtime.interpret)
 if _INTERPRETED:
     mend_loop_bounds()
@@ -16,7 +16,7 @@ if _INTERPRETED:
 
 class Device(NamedTuple):
     """A launch target. ``arch`` reads ``"sm_90"`` or ``"gfx942"``, and ``"interpreter"`` in Triton's interpreter;
-    ``name`` is what the driver calls the GPU, or the architecture where nothing is there to ask."""
+    ``name`` is the driver's name of the GPU, or the architecture without a driver."""
 
     name: str
     backend: str
@@ -33,8 +33,7 @@ _devices: dict[tuple[int, object], Device] = {}
 def current_device() -> Device:
     """The device of Triton's active driver, which follows ``torch.cuda.current_device()``.
 
-    Asked once for each driver and device: the autotuner's compile-only driver and a machine with different GPUs each
-    get their own answer.
+    Cached by driver and device: the autotuner's compile-only driver and every GPU of a machine have their own entry.
     """
     if _INTERPRETED:
         return _INTERPRETER

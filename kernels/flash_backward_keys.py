@@ -1,7 +1,8 @@
-"""dK and dV: a program owns a tile of keys and walks the queries of every head of its group.
+"""dK and dV: each program owns a tile of keys and loops over the queries of every head of its group.
 
-Scores are computed transposed, [keys, queries], so that P^T and dS^T are left operands as they stand. Q and dO come
-through tensor descriptors (TMA) where the configuration asks for them and the tensors allow it, else through pointers.
+Scores are computed transposed, [keys, queries], so that P^T and dS^T can be left operands without a transposition. Q
+and dO are read through tensor descriptors (TMA) if the configuration asks for it and the tensors allow it, else through
+pointers.
 """
 
 import triton
@@ -20,6 +21,7 @@ from kvops.kernels.flash_tiles import (
 from kvops.kernels.primitives import dot, load_rows, program_tile, store_rows
 
 
+# Over 80 lines: 53 are the signature; the loops with and without a mask share all accumulators.
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
 def flash_backward_keys_kernel(
     q_ptr,

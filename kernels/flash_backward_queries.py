@@ -1,4 +1,4 @@
-"""dQ: a program owns a tile of queries and walks the keys, which come through tensor descriptors (TMA) or pointers."""
+"""dQ: each program owns a tile of queries and loops over keys, through tensor descriptors (TMA) or pointers."""
 
 import triton
 import triton.language as tl
@@ -80,6 +80,7 @@ def _gather_query_gradient(
     return dq
 
 
+# Over 80 lines: 49 are the signature.
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
 def flash_backward_queries_kernel(
     q_ptr,

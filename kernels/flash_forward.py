@@ -1,12 +1,12 @@
-"""Flash attention, forward (Dao et al., 2022 and 2023): a program owns a tile of one head's queries and walks the keys.
+"""Flash attention, forward (Dao et al., 2022, 2023): each program owns a tile of queries and loops over keys.
 
-Dense [batch, seqlen, heads, head_dim] and packed [total_tokens, heads, head_dim] inputs run the same kernel: a packed
-call passes the cumulative lengths, and their absence compiles to the dense case. K and V come through tensor
-descriptors (TMA) where the configuration asks for them and the tensors allow it (``kvops.kernels.dense.describable``),
-else through pointers: the same kernel, with ``k_desc`` and ``v_desc`` None.
+Dense [batch, seqlen, heads, head_dim] and packed [total_tokens, heads, head_dim] inputs run the same kernel. A packed
+call passes cumulative lengths; without them the kernel compiles to the dense case. K and V are read through tensor
+descriptors (TMA) if the configuration asks for it and the tensors allow it (``kvops.kernels.dense.describable``), else
+through pointers: the same kernel with ``k_desc`` and ``v_desc`` None.
 
-On Hopper a warp-specialised kernel (``kvops.kernels.gluon_flash_forward``) takes its place where it was measured there
-and found faster.
+On Hopper its warp-specialised twin (``kvops.kernels.gluon_flash_forward``) runs instead if a measurement on that GPU
+found the twin faster.
 """
 
 from functools import cache
@@ -125,6 +125,7 @@ def _attend(
     return acc, m, l
 
 
+# Over 80 lines: 46 are the signature; the loops with and without a mask share all accumulators.
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
 def flash_forward_kernel(
     q_ptr,
@@ -230,7 +231,7 @@ def flash_forward_kernel(
 
 @cache
 def _hopper() -> ModuleType:
-    """The kernel's twin, imported where it runs: elsewhere Gluon's parts for Hopper need not even be there."""
+    """The module of the twin, imported at its first launch: other GPUs do not need Gluon's parts for Hopper."""
     import kvops.kernels.gluon_flash_forward as hopper
 
     return hopper
@@ -306,7 +307,7 @@ def flash_forward_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, batch, max_seqlen_q, max_seqlen_k, window_left, window_right, scale,
             softcap, sinks, proven,
         )  # fmt: skip
-    # Tokens after the last sequence belong to nobody: they see no key.
+    # Tokens after the last sequence belong to no sequence and see no key.
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
     _launch(
@@ -362,7 +363,7 @@ def _launch(
         HAS_LEFT=window_left >= 0,
         HAS_RIGHT=window_right >= 0,
         HAS_SOFTCAP=softcap > 0,
-        # Multiplying after the maximum is right for a positive scale only.
+        # Scaling after the maximum is correct for a positive scale only.
         FOLD_SCALE=scale > 0 and softcap == 0 and alibi_slopes is None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -1,5 +1,5 @@
-"""Tiles of dense attention, for forward, gradients and column reductions alike: which blocks a tile walks under causal
-masks and windows, and what backward makes of one block.
+"""Tiles of dense attention, for forward, gradients and column reductions: the blocks that a tile loops over under
+causal masks and windows, and the gradients of one block.
 """
 
 import triton

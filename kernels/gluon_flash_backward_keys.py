@@ -1,41 +1,44 @@
 """Gradients of keys and values for Hopper in Gluon: warp groups that specialise, and no dS in shared memory.
 
-A program owns 2 x BLOCK_N keys of one KV head. It is three warp groups: the producer (one warp) copies with TMA the
+A program owns 2 x BLOCK_N keys of one KV head and has three warp groups. The producer (one warp) copies with TMA: the
 keys and values, then tiles of BLOCK_M queries of every head of the group, with their rows of dO, lse and delta, through
-a ring of STAGES slots; two consumers own BLOCK_N keys each and keep dK and dV in registers. Scores are computed
-transposed, [keys, queries]: P^T and dS^T are then left operands as they stand in registers. While a consumer computes
-P^T, the tensor cores multiply V dO^T; while it computes dS^T, P^T dO; the other consumer's products cover the rest.
+a ring of STAGES slots. Two consumers own BLOCK_N keys each and keep dK and dV in registers. Scores are computed
+transposed, [keys, queries], so that P^T and dS^T can be left operands from registers. While a consumer computes P^T,
+the tensor cores multiply V dO^T; while it computes dS^T, they multiply P^T dO. The products of the other consumer
+overlap with the rest.
 
-The grid has a program for each block of keys, the first keys first: under a causal mask they are seen by the most
-queries. It is not persistent, for the state of a loop over works would not fit in the registers, and a program that
-ends early makes room for the next.
+The grid has one program for each block of keys, in ascending order: under a causal mask the first keys are seen by the
+most queries. It is not persistent, because the state of a loop over work items would not fit into the registers, and a
+program that ends early makes room for the next.
 
-The next tile's K Q^T is not begun before this tile's dS^T Q is waited for: an accumulator that is pending across the
-loop's end makes the assembler serialise all products (C7512, C7514).
+A consumer waits for dS^T Q of a tile before it starts K Q^T of the next one. With an accumulator pending across the end
+of the loop the assembler serialises all products (C7512, C7514).
 
 Barriers
 --------
-All are mbarriers in shared memory; "wait(phase)" returns once the barrier's phase number ``phase`` (mod 2) is complete.
+All barriers are mbarriers in shared memory. A wait for a phase returns once the barrier has completed it (mod 2).
 
-- ``kv_full[c]`` (count 1): the producer expects the bytes of the keys and values of consumer c, TMA completes them.
-- ``full[s]`` (count 1): the same of a tile of queries. The t-th tile lives in slot t % STAGES and completes phase
+- ``kv_full[c]`` (count 1): the producer expects the bytes of the keys and values of consumer c, and TMA completes them.
+- ``full[s]`` (count 1): the same for a tile of queries. The t-th tile lives in slot t % STAGES and completes phase
   t // STAGES of that slot, so consumers wait for phase (t // STAGES) & 1.
-- ``empty[s]`` (count 2, one arrival of each consumer for each tile): phase t // STAGES completes when both gave tile t
-  back. Before tile t is loaded the producer waits for phase t // STAGES - 1, whose parity is (t // STAGES & 1) ^ 1; for
-  the first STAGES tiles that is the parity of the phase "before" an unused barrier, which counts as complete.
-- ``written[c]`` (count 1): consumer c put dK and dV where its keys and values were. The producer stores them, for it
-  alone knows where: that leaves the consumers enough registers.
+- ``empty[s]`` (count 2, one arrival of each consumer for each tile): phase t // STAGES completes when both have
+  released tile t. Before tile t is loaded the producer waits for phase t // STAGES - 1, whose parity is (t // STAGES &
+  1) ^ 1; for the first STAGES tiles that is the parity of the phase "before" an unused barrier, which counts as
+  complete.
+- ``written[c]`` (count 1): consumer c has written dK and dV into the slots of its keys and values. The producer
+  stores them, so that only the producer needs registers for their addresses.
 
-A parity is enough because nobody is ever two phases behind: a consumer gives a tile back only after it has seen it full
-(even a tile that none of its keys is seen by), and the producer fills a slot only after both gave it back.
+A parity suffices because no group falls two phases behind: a consumer releases a tile only after it was full (even a
+tile whose queries see none of its keys), and the producer fills a slot only after both consumers released it.
 
-No deadlock: to load tile t the producer waits only until tile t - STAGES was given back, and a consumer that has tile t
-gives it back whatever else arrives.
+No deadlock: before it loads tile t the producer waits only for the release of tile t - STAGES, and a consumer that has
+tile t releases it without waiting for another tile.
 
-An arrival is made by one thread while each warp reads and writes shared memory for itself: a barrier of the warp group
-before it makes sure that all four warps are done. TMA reads what was stored after a fence of the storing threads.
+One thread arrives at a barrier, while every warp reads and writes shared memory on its own. A barrier of the warp group
+before the arrival ensures that all four warps are done. A fence of the storing threads comes before TMA reads their
+data.
 
-Rows past the last query need no mask: TMA reads their q, dO, lse and delta as 0, so what they add is 0.
+Rows past the last query need no mask: TMA reads their q, dO, lse and delta as 0, so they add 0.
 """
 
 from triton.experimental import gluon

@@ -1,9 +1,10 @@
-"""Gradient of queries for Hopper in Gluon: the roles of ``kvops.kernels.gluon_flash_backward_keys`` exchanged.
+"""Gradient of queries for Hopper in Gluon: ``gluon_flash_backward_keys`` with queries and keys exchanged.
 
 A program owns 2 x BLOCK_M queries of one head. The producer copies them with their rows of dO, then tiles of BLOCK_N
 keys and values through a ring; two consumers own BLOCK_M queries each and keep dQ in registers. While a consumer
-computes P, the tensor cores multiply dO V^T; the other consumer's products cover the rest. Barriers are as there:
-``q_full`` is that of a consumer's queries and dO, and dQ leaves from where the queries were.
+computes P, the tensor cores multiply dO V^T; the products of the other consumer overlap with the rest. The barriers are
+those of ``gluon_flash_backward_keys``: ``q_full`` belongs to a consumer's queries and dO, and dQ is stored from the
+slot of the queries.
 """
 
 from triton.experimental import gluon

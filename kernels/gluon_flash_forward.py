@@ -1,6 +1,6 @@
-"""Flash attention, forward, for Hopper in Gluon: what it can run, and its launches.
+"""Flash attention, forward, for Hopper in Gluon: the arguments that it supports, and its launches.
 
-The kernel is that of ``kvops.kernels.gluon_flash_forward_kernel``, the twin of ``kvops.kernels.flash_forward``'s.
+``gluon_flash_forward_kernel`` has the kernel, the twin of the one in ``flash_forward``.
 """
 
 import torch
@@ -63,7 +63,7 @@ def gluon_flash_forward(
     alibi_slopes: torch.Tensor | None = None,
     config: GluonFlashForwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel; see ``kvops.flash_attention``. ``config`` replaces the one that would be chosen.
+    """Launch the kernel; see ``kvops.flash_attention``. ``config`` replaces the configuration of the store.
 
     Raises ValueError with the reason where ``launchable`` gives one.
     """
@@ -125,7 +125,10 @@ def launch(
     sinks: torch.Tensor | None,
     config: GluonFlashForwardConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch what is ``launchable``; a causal mask has ``window_right`` 0, packed sequences their largest lengths."""
+    """Launch the kernel on ``launchable`` arguments.
+
+    A causal mask has ``window_right`` 0. The lengths of packed sequences are their maxima.
+    """
     heads, head_dim = q.shape[-2:]
     heads_kv, head_dim_v = v.shape[-2:]
     has_low, has_high = bounded(window_left, window_right, seqlen_q, seqlen_k)
@@ -136,7 +139,7 @@ def launch(
         lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
         offset, lse_rows = seqlen_k - seqlen_q, seqlen_q
     else:
-        # Tokens after the last sequence belong to nobody: they see no key.
+        # Tokens after the last sequence belong to no sequence and see no key.
         out = q.new_zeros(q.shape[0], heads, head_dim_v)
         lse = q.new_full((heads, q.shape[0]), float("-inf"), dtype=torch.float32)
         offset, lse_rows = 0, q.shape[0]

@@ -2,36 +2,36 @@
 
 A program is three warp groups. The producer (one warp) copies tiles with TMA: a block of 2 x BLOCK_ROWS queries, then K
 and V tiles through a ring of STAGES slots. Two consumers own BLOCK_ROWS queries each. While a consumer computes the
-softmax of tile i, the tensor cores multiply P V of tile i - 1; the other consumer's softmax covers Q K^T.
+softmax of tile i, the tensor cores multiply P V of tile i - 1; Q K^T overlaps with the softmax of the other consumer.
 
-Dense and packed sequences run the same source. A packed call passes the cumulative lengths: a work is then a block of
-one sequence's rows, as many for each as the longest has, and a group that finds it past the end goes on to the next.
-All three read the same lengths, so they agree.
+Dense and packed sequences run the same source. A packed call passes cumulative lengths. A work item is then a block of
+rows of one sequence; every sequence has as many items as the longest one. A group skips items past the end of their
+sequence. All three groups read the same lengths and skip the same items.
 
 Barriers
 --------
-All are mbarriers in shared memory; "wait(phase)" returns once the barrier's phase number ``phase`` (mod 2) is complete.
+All barriers are mbarriers in shared memory. A wait for a phase returns once the barrier has completed it (mod 2).
 
-- ``k_full[s]``, ``v_full[s]`` (count 1): the producer expects the bytes of a tile, TMA completes them. The t-th tile
-  ever loaded by this program (t counts through all of its works) lives in slot t % STAGES and completes phase
-  t // STAGES of that slot, so consumers wait for phase (t // STAGES) & 1.
+- ``k_full[s]``, ``v_full[s]`` (count 1): the producer expects the bytes of a tile, and TMA completes them. The t-th
+  tile that this program loads (t counts over all its work items) lives in slot t % STAGES and completes phase t //
+  STAGES of that slot, so consumers wait for phase (t // STAGES) & 1.
 - ``k_empty[s]``, ``v_empty[s]`` (count 2, one arrival of each consumer for each tile): phase t // STAGES completes when
-  both gave tile t back. Before tile t is loaded the producer waits for phase t // STAGES - 1, whose parity is
+  both have released tile t. Before tile t is loaded the producer waits for phase t // STAGES - 1, whose parity is
   (t // STAGES & 1) ^ 1; for the first STAGES tiles that is the parity of the phase "before" an unused barrier, which
   counts as complete.
-- ``q_full[c]`` (count 1), ``q_empty[c]`` (count 1): the same with one slot for each consumer; the n-th work of a
-  program is phase n. The output leaves through the query slot, so a consumer gives it back after TMA has read it.
+- ``q_full[c]`` (count 1), ``q_empty[c]`` (count 1): the same with one slot for each consumer; the n-th work item of
+  a program is phase n. The output is stored from the query slot, so a consumer releases it after TMA has read it.
 
-A parity is enough because nobody is ever two phases behind: a consumer gives a tile back only after it has seen it full
-(even a tile that none of its rows sees), and the producer fills a slot only after both gave it back. That is also why a
-tile that is skipped is waited for: an early arrival would be counted for the tile that was in the slot before.
+A parity suffices because no group falls two phases behind: a consumer releases a tile only after it was full (even a
+tile that none of its rows sees), and the producer fills a slot only after both consumers released it. For the same
+reason consumers wait for a tile that they skip: an early arrival would count for the previous tile in that slot.
 
-No deadlock: the producer loads K(t), V(t), K(t + 1), ... and to load tile t it waits only until tile t - STAGES was
-given back. A consumer gives back K(t) once it is multiplied, and V(t) after tile t + 1 has arrived; with STAGES >= 2
-that one was loaded before.
+No deadlock: the producer loads K(t), V(t), K(t + 1), ... and before it loads tile t it waits only for the release of
+tile t - STAGES. A consumer releases K(t) once its product is complete, and V(t) after tile t + 1 has arrived; with
+STAGES >= 2 that tile was loaded before.
 
-An arrival is made by one thread while each warp reads shared memory for itself: a barrier of the warp group before it
-makes sure that all four warps are done with the tile.
+One thread arrives at a barrier, while every warp reads shared memory on its own. A barrier of the warp group before the
+arrival ensures that all four warps have read the tile.
 """
 
 from triton.experimental import gluon
@@ -191,6 +191,7 @@ def _attend(
     return acc, p, m, l
 
 
+# Over 80 lines: the role of one warp group; the order of its barriers and products must be read in one place.
 @gluon.jit
 def _consumer(
     out_desc, lse_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr,

@@ -1,7 +1,7 @@
-"""What the warp-specialised kernels for Hopper share: the order of works and tiles, and the slots tiles go through.
+"""Parts of the warp-specialised kernels for Hopper: the order of work items and tiles, and the slots of tiles.
 
-Each is a producer that copies tiles with TMA and two consumers that compute. Tiles go through a ring of slots: the t-th
-lives in slot t % STAGES until both consumers gave it back. ``gluon_flash_forward_kernel`` explains the barriers.
+In each kernel a producer copies tiles with TMA and two consumers compute. Tiles go through a ring of slots: tile t
+lives in slot t % STAGES until both consumers have released it. ``gluon_flash_forward_kernel`` explains the barriers.
 """
 
 import torch
@@ -10,13 +10,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Triton 3.6 and 3.7 spell these differently from what came after.
+# Triton 3.6 and 3.7 have other names for these than later versions.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-# Tokens that packed sequences may have, and what brings an address round to where it was: see descriptor.
+# The most tokens of packed sequences, and the size at which an address wraps around (see descriptor).
 TURN = gl.constexpr(1 << 30)
 
 
@@ -128,7 +128,7 @@ def rows_at(batch, head, row, first, length, PACKED: gl.constexpr):
 
 
 def bounded(window_left: int, window_right: int, seqlen_q: int, seqlen_k: int) -> tuple[bool, bool]:
-    """Whether there is a window on the left and on the right: one that reaches past the ends is none.
+    """Whether a window bounds the keys on the left and on the right; one that reaches past the ends does not.
 
     Positions run from seqlen_k - seqlen_q to seqlen_k - 1.
     """
@@ -138,12 +138,13 @@ def bounded(window_left: int, window_right: int, seqlen_q: int, seqlen_k: int) -
 def descriptor(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """A TMA descriptor whose block is ``rows`` tokens of one head: past the ends it reads 0 and writes nothing.
 
-    Of packed sequences [tokens, heads, head_dim] each ends for itself. Two more dimensions of strides 2^33 - s and s, s
-    being that of a token, bring rows_at's coordinates (2^30, first + length, 2^30 - length + row) to the element
-    2^63 + (first + row) s: 2^64 bytes, which no address shows, and the row. TMA compares the third with 2^30, that
-    dimension's size, so a row is outside from ``length`` on. (Known from Triton's tools/ragged_tma.py.)
+    Each of several packed sequences [tokens, heads, head_dim] has its own end. Two more dimensions have strides
+    2^33 - s and s, where s is the stride of a token. They map the coordinates of rows_at, (2^30, first + length,
+    2^30 - length + row), to element 2^63 + (first + row) s. 2^63 elements are 2^64 bytes, which vanish from an address.
+    TMA compares the third coordinate with the size of its dimension, 2^30, so rows from ``length`` on are outside.
+    (The method is that of Triton's tools/ragged_tma.py.)
     """
-    # The stride of a dimension of size 1 may be anything, which TMA would refuse.
+    # A dimension of size 1 may have any stride, also one that TMA rejects.
     strides = [stride if size > 1 else 8 for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False)]
     shape, block = list(tensor.shape), [rows, 1, width]
     if tensor.dim() == 3:

@@ -1,4 +1,4 @@
-"""What Triton's interpreter needs to run the kernels."""
+"""A change of Triton's interpreter that the kernels need."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import triton
 
 
 def mend_loop_bounds() -> None:
-    """Let kernels loop up to a scalar, whatever the versions of Triton and NumPy.
+    """Let kernels loop up to a scalar with all supported versions of Triton and NumPy.
 
-    Triton 3.6 takes ``int()`` of an array of one element there, which NumPy 2.5 refuses unless it has no dimension.
-    Triton 3.7 squeezes it, too.
+    Triton 3.6 calls ``int()`` on an array of one element there. NumPy 2.5 rejects that unless the array is 0-d. Triton
+    3.7 squeezes it first, as this does.
     """
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
         return

@@ -1,4 +1,4 @@
-"""The union of two attentions over disjoint keys, and its gradient: a program owns a tile of rows of one head."""
+"""Merge attention over two disjoint sets of keys, and its gradient: each program owns a tile of rows of one head."""
 
 import torch
 import triton
@@ -140,7 +140,7 @@ def merge_attention_backward_kernel(
 
 
 def _grid(out: torch.Tensor) -> tuple[int, dict[str, int]]:
-    """How many programs, and the constants of a launch."""
+    """The number of programs and the constants of a launch."""
     batch = out.shape[0] if out.dim() == 4 else 1
     seqlen, heads, head_dim = out.shape[-3:]
     block_d = padded(head_dim)

@@ -1,4 +1,4 @@
-"""What the launch functions of the paged cache share: strides by slot and by list."""
+"""Helpers of the launch functions of the paged cache: strides by slot and by list."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ def padded(head_dim: int) -> int:
 
 
 def as_bytes(cache: torch.Tensor) -> torch.Tensor:
-    """A float8 cache goes to a kernel as its bits: not every GPU, nor the interpreter, knows the type."""
+    """A float8 cache as bytes: not every GPU supports the type, and the interpreter does not."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 

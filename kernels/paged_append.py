@@ -27,6 +27,7 @@ def _copy_rows(
     tl.store(cache_ptr + cell[:, None] + columns[None, :], rows, mask=mask)
 
 
+# Over 80 lines: 52 are the signature.
 @triton.jit(do_not_specialize=["num_tokens", "max_blocks"])
 def paged_append_kernel(
     k_ptr,

@@ -1,9 +1,9 @@
-"""The balanced partition of ragged lists over programs, and how a program walks its share.
+"""The balanced partition of ragged lists over programs (stream-K).
 
-All lists stand in one line, each as its length in units; a program owns an equal contiguous share of the line,
-wherever lists begin and end (stream-K). A schedule is int32 [share, prefix sums of the units with a leading 0
-(lists + 1), list in which each program begins (programs)]. In a batch-invariant schedule units are long and each has
-a partial result of its own, so that a list is cut at the same slots whatever stands beside it.
+All lists form one line, in which each takes its length in units. Every program owns an equal contiguous share of the
+line, regardless of where lists begin and end. A schedule is int32 [share, prefix sums of the units with a leading 0
+(lists + 1), list in which each program begins (programs)]. In a batch-invariant schedule units are long and each has a
+partial result of its own, so that a list is cut at the same slots in every batch.
 """
 
 import torch
@@ -12,17 +12,17 @@ import triton.language as tl
 
 from kvops.kernels.device import current_device
 
-# Programs per multiprocessor: as many as fit at once with any number of registers, so that all shares run together.
+# Programs per multiprocessor. They fit with any number of registers, so all shares run at the same time.
 _PROGRAMS_PER_SM = 2
-# A share is not cut below this many slots: a partial result would cost as much as the slots.
+# The fewest slots of a share: with fewer, a partial result would cost as much as the slots.
 _MIN_SHARE = 128
 # Slots per unit of a batch-invariant schedule. At head size 128 in 16 bits, with four query heads to a group, writing
-# and reading a partial result for each is 3% of the bytes of the slots.
+# and reading one partial result per unit adds 3% to the bytes of the slots.
 _INVARIANT_UNIT = 256
 
 
 def schedule_unit(block_size: int, batch_invariant: bool) -> int:
-    """Slots per unit of a schedule: one block, where its size is reasonable."""
+    """Slots per unit of a schedule: one block, within 16 to 64."""
     return _INVARIANT_UNIT if batch_invariant else min(max(block_size, 16), 64)
 
 

@@ -1,4 +1,4 @@
-"""Scores of the slots of paged lists: the probabilities of attention reduced over all queries, once lse is known."""
+"""Scores of the slots of paged lists: attention probabilities reduced over all queries, given the final lse."""
 
 import triton
 import triton.language as tl
@@ -7,6 +7,7 @@ from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visib
 from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
 
 
+# Over 80 lines: 62 are the signature; one loop over lists, as in paged_attention_kernel.
 @triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
 def paged_scores_kernel(
     q_ptr,

@@ -1,4 +1,4 @@
-"""Device functions of attention over paged lists: tiles of a cache's slots, and which of them a row sees."""
+"""Device functions of attention over paged lists: tiles of slots, and the slots that each row sees."""
 
 import triton
 import triton.language as tl

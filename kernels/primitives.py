@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# exp2 is one instruction on a GPU: scores are scaled by log2(e) once and never pass through exp.
+# exp2 is one instruction on a GPU. Scores are scaled by log2(e) once, so that exp2 replaces exp.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 

@@ -1,4 +1,4 @@
-"""Prompt lookup: the length of the match at every position of the text in one pass, the best of them, then a copy."""
+"""Prompt lookup: one pass computes the length of the match at every position; the best one is then copied."""
 
 import torch
 import triton

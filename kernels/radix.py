@@ -1,17 +1,17 @@
-"""Selecting and sorting by digits: int32 keys that order like float32 scores, and integer counts of their digits.
+"""Selection and sorting by digits: int32 keys in the order of float32 scores, and integer counts of their digits.
 
-Device functions of one program that owns a contiguous run of keys. They count and add integers only, so the same
-keys give the same result every time.
+These are device functions of one program, which owns a contiguous range of keys. They only count and add integers, so
+equal keys give equal results.
 """
 
 import triton
 import triton.language as tl
 
-# Keys of things without a score. NaN orders below -inf, what is absent below that, what is protected above +inf.
+# Special keys. NaN is below -inf, an absent slot below that, and a protected slot above +inf.
 ABSENT = tl.constexpr(-(2**31))
 NAN = tl.constexpr(-(2**31) + 1)
 PROTECTED = tl.constexpr(2**31 - 1)
-# Scores are valued within these limits, so that the sum of a block is a number whatever its scores are.
+# Scores are clamped to these limits, so that the sum of a block is always finite.
 LARGEST = tl.constexpr(1.5 * 2.0**126)
 
 
