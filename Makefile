@@ -98,7 +98,8 @@ release-check: $(SETUP)  ## build the sdist and the wheel, run the tests of the 
 	@for python in $(PYTHONS); do \
 	  if ! $$python -c "" 2> /dev/null; then echo "== $$python is not installed: not tested"; continue; fi; \
 	  echo "== the tests of the source distribution on $$($$python -V)"; \
-	  $(MAKE) -C $(RELEASE)/source test PYTHON=$$python VENV=$(CURDIR)/$(RELEASE)/$$(basename $$python) || exit 1; \
+	  venv=$(CURDIR)/$(RELEASE)/$$(basename $$python); \
+	  $(MAKE) -C $(RELEASE)/source test PYTHON=$$python VENV=$$venv SETUP=$$venv/.kvops-complete || exit 1; \
 	done
 
 fuzz: $(SETUP)  ## random sweeps against oracles, with another seed every time; MINUTES=10 AREAS="paged dense"
@@ -133,10 +134,11 @@ prune: $(SETUP)  ## compile every candidate of every kernel for every GPU, witho
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvops.autotune prune --jobs $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/compiled.py
 
-lint: $(SETUP)  ## ruff and mypy
+lint: $(SETUP)  ## ruff, mypy and the words of tests/test_prose.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_prose.py
 
 format: $(SETUP)  ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .

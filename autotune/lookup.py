@@ -95,7 +95,7 @@ def _choose_first(op: str, device: LaunchDevice, values: tuple[int, ...]) -> Con
     _note_miss(choice, device)
     for watcher in _watchers:
         watcher.append(choice)
-    if not _watchers:  # whoever watches wants to see every call
+    if not _watchers:  # a watcher sees every call
         if len(_chosen) >= _MAX_CHOSEN:
             _chosen.clear()
         _chosen[op, device, values] = choice.config

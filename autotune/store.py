@@ -238,7 +238,7 @@ class Journal:
 
 
 def read_problems(path: Path, specs: dict[str, OpSpec]) -> list[tuple[OpSpec, Problem]]:
-    """Problems of a file of JSON lines, the journal's own form, each once; lines that are none are told and skipped.
+    """Problems of a file of JSON lines, the journal's own form, each once; other lines are reported and skipped.
 
     Raises FileNotFoundError without the file.
     """

@@ -51,7 +51,7 @@ def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated inside holds NaN (integers: their largest number) until somebody writes it."""
+    """Memory that is allocated inside holds NaN (integers: their largest number) until it is written."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory

@@ -2,5 +2,5 @@
 
 import os
 
-# Before torch comes in: its profiler, which counts memory on a CPU, announces every start and stop otherwise.
+# Before the import of torch: its profiler, which counts memory on a CPU, would log every start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

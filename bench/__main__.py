@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Sequence[Item], unit: str) -> Iterable[Item]:
-    """A bar where tqdm is installed and somebody watches."""
+    """A progress bar if tqdm is installed, on a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
                 seconds=arguments.seconds,
             )
         ]
-        if arguments.json:  # after each case: whoever stops the run keeps what there is
+        if arguments.json:  # after each case, so that an interrupted run keeps its results
             results.save(arguments.json, "operators", facts, rows)
     for op, found in table.by_operator(rows):
         print(f"\n{op}\n{table.operator_table(found, 'simple', times=clock.gpu)}")
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     _measuring(more, rounds=11, seconds=6.0, each="sweep")
     more.set_defaults(function=grow)
 
-    kept = commands.add_parser("quality", help="what compressed caches still know, policy by policy, on a real model")
+    kept = commands.add_parser("quality", help="the quality that each policy keeps on a real model")
     kept.add_argument("--quick", action="store_true", help="short contexts, 8x only, about a minute")
     kept.add_argument("--policies", nargs="+", metavar="NAME", help="default: all")
     kept.add_argument(
@@ -221,8 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     kept.set_defaults(function=quality)
 
-    two = commands.add_parser("compare", help="what a run does worse than another, by more than a margin")
-    two.add_argument("before", type=Path, help="the result file to hold to, such as a committed one")
+    two = commands.add_parser("compare", help="where a run is worse than another by more than a margin")
+    two.add_argument("before", type=Path, help="the result file to compare with, such as a committed one")
     two.add_argument("after", type=Path)
     two.add_argument("--margin", type=float, default=0.1, help="how much worse is allowed (default: %(default)s)")
     two.set_defaults(function=compare_results)

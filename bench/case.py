@@ -1,7 +1,7 @@
-"""What a benchmark case is: inputs, the call that is timed, the truth it is held to, what it costs, and its peers.
+"""A benchmark case: inputs, the timed call, the oracle, the cost, and the peers.
 
-Families of cases live in ``bench/cases/``, one module each with ``cases(scale) -> Iterator[Case]``; a new module there
-is found by itself.
+Families of cases live in ``bench/cases/``, one module each with ``cases(scale) -> Iterator[Case]``. New modules there
+are found automatically.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]
-"""Whatever a case's ``run``, ``oracle`` and peers read, by name."""
+"""The inputs of a case's ``run``, ``oracle`` and peers, by name."""
 
 Outputs = tuple[Tensor | None, ...]
-"""None where a contender does not give what the others give at this place."""
+"""None for an output that a contender does not have."""
 
 
 class UnavailableError(Exception):
@@ -26,14 +26,15 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """Someone else who computes the same thing."""
+    """Another implementation of the same computation."""
 
     name: str
     prepare: Callable[[Inputs], Callable[[], Outputs]]
-    """Makes what is not timed (layouts, masks, plans) and returns the call that is; raises ImportError or
-    :class:`UnavailableError` where the peer is missing. Its outputs stand as the case's do; fewer or None are fine."""
+    """Prepares what is not timed (layouts, masks, plans) and returns the timed call. Raises ImportError or
+    :class:`UnavailableError` if the peer is missing. Its outputs are in the order of the case's; some may be missing or
+    None."""
     package: str = "torch"
-    """The distribution whose version stands beside the figures."""
+    """The distribution whose version is recorded with the figures."""
 
 
 def everything(inputs: Inputs, outputs: Outputs) -> Outputs:
@@ -47,25 +48,25 @@ class Case:
     op: str
     """The name in ``torch.ops.kvops``."""
     model: str
-    """Whose shape it is."""
+    """The model that the shape is from."""
     shape: Mapping[str, int | str]
-    """What tells the cases of an operator and model apart, such as ``{"batch": 1, "context": 4096}``."""
+    """The parameters of the case, such as ``{"batch": 1, "context": 4096}``."""
     make_inputs: Callable[[torch.device, torch.dtype, torch.Generator], Inputs]
     """Random data; never timed. The generator is one of the device."""
     run: Callable[[Inputs], Outputs]
-    """The call that is timed. What an operator writes in place counts as an output."""
+    """The timed call. Tensors that an operator writes in place count as outputs."""
     oracle: Callable[[Inputs, torch.dtype], Outputs]
     """The outputs (those that ``sample`` picks) in plain torch with every step in the given dtype: called with float64
     for the truth and with the tested dtype for the error that its arithmetic is allowed."""
     flops: float
-    """Multiplications and additions that nobody can avoid; 0 where the work is moving or comparing."""
+    """The least multiplications and additions; 0 if the work is moving or comparing."""
     bytes: Callable[[int], float]
-    """Item size -> bytes that nobody can avoid: what is needed of the inputs read once, the outputs written once."""
+    """Item size -> the least bytes: the needed inputs read once, the outputs written once."""
     peers: tuple[Peer, ...]
     sample: Callable[[Inputs, Outputs], Outputs] = everything
-    """The part of the outputs that is compared, where the whole would take the oracle too long."""
+    """The part of the outputs that is compared, if the oracle takes too long for all."""
     reset: Callable[[Inputs], None] | None = None
-    """Restores what a call changes, untimed, before every call."""
+    """Restores the inputs before every call, untimed."""
 
     @property
     def name(self) -> str:
@@ -104,7 +105,7 @@ MODELS = (LLAMA_8B, LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER)
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the cases are: the same families at the size that a device can serve."""
+    """The size of the cases: the same families, scaled to a device."""
 
     name: str
     prompts: tuple[int, ...]
@@ -119,7 +120,7 @@ class Scale:
     max_logits: int
     """Rows times vocabulary of a draft verification."""
     window: int
-    """Stands for a model's window where it has one."""
+    """Replaces a model's window, if it has one."""
 
     def model(self, model: Model) -> Model:
         """The model with as many KV heads, head size, vocabulary and window as this scale allows; its group is kept."""

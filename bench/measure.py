@@ -1,4 +1,4 @@
-"""One case measured: every contender is held to float64 first, and only who is right is timed, side by side."""
+"""Measures one case: every contender is compared with float64 first, and only correct ones are timed, side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everyone who computes dense or packed attention, behind one call each. Who is not installed fails when prepared."""
+"""The peers of dense and packed attention, behind one call each. A peer that is not installed fails when prepared."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ class Descriptor:
         and addresses are sums modulo 2^64."""
         assert all(isinstance(coordinate, int) for coordinate in coordinates)
         if not all(-(2**31) <= coordinate < 2**31 for coordinate in coordinates):
-            raise ProtocolError("a coordinate that is no int32")
+            raise ProtocolError("a coordinate that is not an int32")
         place, address, inside = [], 0, True
         for coordinate, extent, size, stride in zip(coordinates, self.box, self.sizes, self.strides, strict=True):
             first, end = max(coordinate, 0), min(coordinate + extent, size)

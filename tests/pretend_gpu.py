@@ -207,7 +207,7 @@ def pretend_gpu(monkeypatch):
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "Generator", _Generator)
-        # Torch without CUDA has nobody who switches to a GPU, and torch with CUDA somebody who asks the driver: the
+        # Torch without CUDA cannot switch to a GPU, and torch with CUDA would ask the driver: the
         # CPU's guard, which does nothing, stands in.
         guards[_CUDA] = guards[_CPU]
         torch._C._set_only_lift_cpu_tensors(True)

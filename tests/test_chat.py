@@ -175,7 +175,7 @@ def test_the_command_answers_line_by_line(tiny, capsys, monkeypatch):
     assert kvops.__main__.main(["chat", "--max-new-tokens", "5", "--compression", "4", "--system", "Be brief"]) == 0
     out, err = capsys.readouterr()
     answers = [line for line in out.splitlines() if len(line) == 5]
-    assert answers[0] == answers[-1]  # the same conversation begins anew
+    assert answers[0] == answers[-1]  # the same conversation begins again
     assert "MiB of keys and values in use" in out
     assert "/clear   begin a new conversation" in out
     assert "/nonsense: expected one of the commands" in err

@@ -147,7 +147,8 @@ def tiny(monkeypatch):
 
 
 def test_a_compression_that_does_nothing_is_said(tiny, capsys):
-    """37 tokens, 36 of them protected, and no further compression: ``--compression 4`` kept everything in silence."""
+    """37 tokens, 36 of them protected, and no further compression: ``--compression 4`` kept everything without a
+    word."""
     assert kvops.__main__.main(["generate", "x" * 37, "--compression", "4", "--max-new-tokens", "8"]) == 0
     *_, line, unmet = capsys.readouterr().err.splitlines()
     assert "12 blocks, 1.0x smaller than a whole one" in line

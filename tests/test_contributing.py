@@ -24,7 +24,7 @@ def copy(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "BENCHMARKS.md", "Makefile"):
         shutil.copy(ROOT / name, tree)
-    # Inside a repository git apply would skip files that the repository does not have, in silence.
+    # Inside a repository git apply would skip files that the repository does not have, without an error.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     done = subprocess.run(
         ["git", "apply", "-C1", str(PATCH)], cwd=tree, env=environment, capture_output=True, text=True, timeout=60

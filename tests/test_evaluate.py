@@ -1,4 +1,4 @@
-"""Evaluation on one's own model, text, questions and policies: units, rows, summaries and the command."""
+"""Evaluation of your own model, text, questions and policies: units, rows, summaries and the command."""
 
 import json
 import math

@@ -318,7 +318,7 @@ assert importlib.util.find_spec("flash_attn") is not None
 print(flash_attn.__version__)
 import types
 sys.modules["flash_attn"] = types.ModuleType("flash_attn")
-assert not install()  # somebody else's stays
+assert not install()  # another package stays
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Reciting a prompt: what a key is worth to whoever must say the prompt again, and that nothing of it stays behind."""
+"""Reciting a prompt: the attention of the recital gives scores, and nothing of it stays in the cache."""
 
 from itertools import pairwise
 

@@ -31,7 +31,7 @@ COMPRESSIONS = {
     "once": Compression(ratio=2, protect_first=2, protect_last=6),
     "again and again": Compression(ratio=2, protect_first=2, protect_last=6, every=7),
     "by what was attended": Compression(ratio=2, policy=POLICIES["h2o"](), protect_last=6, every=5),
-    "judged anew, in chunks": Compression(ratio=2, policy=POLICIES["tova"](), protect_last=6, every=5, chunk=8),
+    "scored again, in chunks": Compression(ratio=2, policy=POLICIES["tova"](), protect_last=6, every=5, chunk=8),
 }
 
 

@@ -20,7 +20,8 @@ def all_cases(scale: Scale) -> list[Case]:
 
 
 def select(cases: list[Case], ops: list[str] | None = None, shapes: list[str] | None = None) -> list[Case]:
-    """The cases of these operators whose name contains one of ``shapes``; None selects all. ValueError if none is."""
+    """The cases of these operators whose name contains one of ``shapes``; None selects all. Raises ValueError if none
+    matches."""
     known = {case.op for case in cases}
     unknown = sorted(set(ops or ()) - known)
     if unknown:

@@ -1,4 +1,4 @@
-"""Blocks copied before they are written, as rows do that share them: one block of every list at a time."""
+"""Copies of shared blocks before they are written: one block of every list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _copy(inputs: Inputs) -> Outputs:
 
 
 def _indexed(inputs: Inputs) -> Callable[[], Outputs]:
-    """Which entries count is asked on the device each time, as it is known to nobody else."""
+    """The valid entries are selected on the device in each call."""
     arrays = tuple(inputs[name] for name in _ARRAYS)
 
     def call() -> Outputs:
@@ -34,13 +34,13 @@ def _indexed(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _forget(inputs: Inputs) -> None:
-    """Fill the targets with what no source has: who copies nothing is found out."""
+    """Fill the targets with values that no source has, so that a missing copy is noticed."""
     for name in _ARRAYS:
         inputs[name][inputs["written"]] = -1
 
 
 def copy(model: Model, batch: int, layers: int) -> Case:
-    """Every list of a model in which ``batch`` rows come to write what they share; one list in four shares nothing."""
+    """All lists of a model in which ``batch`` rows write to shared blocks; one list in four shares nothing."""
     lists = batch * layers * model.kv_heads
     counts = lists - lists // 4
 

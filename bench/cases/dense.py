@@ -24,9 +24,9 @@ from bench.case import (
     Scale,
 )
 
-# (batch, KV head) pairs that are held to float64.
+# (batch, KV head) pairs that are compared with float64.
 _SAMPLED_HEADS = 2
-# Tokens of a prompt so short that checks and dispatch weigh beside the kernel.
+# Tokens of a short prompt, for which checks and dispatch take a visible share of the time.
 _SHORT = 128
 
 
@@ -49,7 +49,7 @@ def options(inputs: Inputs) -> dict[str, object]:
 def make_inputs(
     model: Model, batch: int, tokens: int, causal: bool, *, backward: bool = False
 ) -> Callable[[torch.device, torch.dtype, torch.Generator], Inputs]:
-    """Random q, k and v, and with ``backward`` dout and what the forward gave."""
+    """Random q, k and v, and with ``backward`` dout and the results of the forward."""
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         def random(heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Eviction: which slots survive a budget, and moving them together."""
+"""Eviction: selecting slots for a budget, and compaction."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _select(inputs: Inputs) -> Outputs:
 
 
 def _select_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
-    """One list at a time, on the CPU, in Python: which slots are kept, in the order of preference."""
+    """The kept slots, in order of preference: one list at a time, on the CPU, in Python."""
     scores, budget = inputs["scores"].flatten().double().cpu(), inputs["budget"].tolist()
     lens, tables = inputs["seq_lens"].cpu(), inputs["block_tables"].cpu()
     B, H = lens.shape
@@ -66,7 +66,7 @@ def _shares(worth: list[list[float]], budget: int, scope: str) -> list[int]:
 def _select_plain(inputs: Inputs) -> Callable[[], Outputs]:
     """topk, as eviction is written without ragged lists: every head of a sequence its share, or all heads together.
 
-    It gives no lengths, takes the budget of the first sequence for all, leaves equal scores to chance and NaN on top.
+    It returns no lengths, uses the first sequence's budget for all, and does not order equal scores or NaN.
     """
     budget, heads = inputs["budget"], inputs["seq_lens"].shape[1]
 
@@ -121,7 +121,7 @@ def _compact(inputs: Inputs) -> Outputs:
 
 
 def _compact_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
-    """Moved one list at a time; the caches are read before anyone moves them."""
+    """Moves one list at a time, from copies of the caches."""
     filled = gathered_slots(inputs)[1]
     kept = (inputs["keep"] & filled).sum(2, dtype=torch.int32)
     blocks = [(lens + BLOCK_SIZE - 1) // BLOCK_SIZE for lens in (inputs["seq_lens"], kept)]
@@ -178,7 +178,7 @@ def compact(model: Model, batch: int, context: int, *, keep: int = 8) -> Case:
     chosen = torch.rand(*lens.shape, capacity, generator=torch.Generator().manual_seed(0)) < 1 / keep
     chosen &= torch.arange(capacity) < lens[..., None]
     kept = chosen.sum(2)
-    # What already lies in its place need not be moved.
+    # Slots that are already in place are not moved.
     moved = int((chosen & (chosen.cumsum(2) - 1 != torch.arange(capacity))).sum())
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:

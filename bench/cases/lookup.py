@@ -22,7 +22,7 @@ def _best(starts: list[int], length: int) -> int:
 
 
 def _lookup(text: list[int]) -> list[int]:
-    """What follows the best of the longest earlier occurrences of the text's last tokens."""
+    """The tokens after the best of the longest earlier occurrences of the text's last tokens."""
     for n in range(_MAX_NGRAM, 0, -1):
         suffix = text[len(text) - n :]
         starts = [end for end in range(n, len(text)) if text[end - n : end] == suffix]
@@ -90,7 +90,7 @@ def lookup(batch: int, context: int, vocab: int) -> Case:
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         rank = torch.rand(batch, context, device=device, generator=generator)
-        tokens = (vocab**rank - 1).long().clamp_(max=vocab - 1)  # as Zipf has it
+        tokens = (vocab**rank - 1).long().clamp_(max=vocab - 1)  # Zipf's law
         share = torch.linspace(1.0, 0.5, batch, device=device)
         return {"tokens": tokens, "lens": (share * context).int()}
 

@@ -1,4 +1,4 @@
-"""The exact union of two attentions: a shared prefix and what is a sequence's own."""
+"""The exact union of two attentions: over a shared prefix and over a sequence's own tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARTS = ("out_a", "lse_a", "out_b", "lse_b")
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """As the definition has it; outs [B, S, H, D], lses [B, H, S]. A row that is empty in both parts becomes NaN."""
+    """By the definition; outs [B, S, H, D], lses [B, H, S]. A row that is empty in both parts becomes NaN."""
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = ((part - lse).exp().mT[..., None] for part in (lse_a, lse_b))
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse

@@ -28,12 +28,12 @@ from bench.case import (
 )
 from bench.lists import BLOCK_SIZE, gathered_slots, heavy_tailed, lengths, make_lists, sampled, slots
 
-# flash-attn 2 wants pages of so many slots.
+# The page size that flash-attn 2 requires.
 _FLASH_ATTN_PAGE = 256
 _WORKSPACE = 256 << 20
-# A schedule for so many programs: two for each multiprocessor of an H100.
+# The number of programs of a schedule: two for each multiprocessor of an H100.
 _PROGRAMS = 264
-# Requests enough for a longest list of 16 times the mean.
+# Enough requests for a longest list of 16 times the mean.
 _MANY = 32
 
 
@@ -87,7 +87,7 @@ def _seen(inputs: Inputs, length: int) -> Tensor:
 
 
 def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
-    """What people write without a paged kernel: gather the lists, pad them, and attend."""
+    """The usual way without a paged kernel: gather the lists, pad them, and attend."""
     Hq, D = inputs["q"].shape[2:]
     Hkv = inputs["seq_lens"].shape[1]
     softcap = inputs["softcap"]
@@ -114,7 +114,7 @@ def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _contiguous(inputs: Inputs) -> Callable[[], Outputs]:
-    """SDPA over a cache that lies there as it wants it: what paging costs. Gathered outside the timing."""
+    """SDPA over a contiguous cache, which shows the cost of paging. Gathered outside the timing."""
     if inputs["reduce"] or inputs["softcap"]:
         raise UnavailableError("gives no scores" if inputs["reduce"] else "has no softcap")
     places, _ = gathered_slots(inputs)
@@ -132,7 +132,8 @@ def _contiguous(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _one_head_each(inputs: Inputs) -> Tensor:
-    """[B * Hkv, T, group, D]: every list a sequence of its own with one KV head, which is how others can have it."""
+    """[B * Hkv, T, group, D]: every list is a separate sequence with one KV head, so that other libraries can run
+    it."""
     Hkv = inputs["seq_lens"].shape[1]
     return inputs["q"].unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(0, 1).contiguous()
 
@@ -250,7 +251,7 @@ def _append(inputs: Inputs) -> Outputs:
 
 
 def _append_indexed(inputs: Inputs) -> Callable[[], Outputs]:
-    """It checks nothing, and trusts every list to have room for the tokens."""
+    """Without checks; every list must have room for the tokens."""
 
     def call() -> Outputs:
         places = _written(inputs)
@@ -284,7 +285,7 @@ def _append_flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _forget(inputs: Inputs) -> None:
-    """NaN where the new tokens go: who writes nothing is found out."""
+    """Write NaN to the slots of the new tokens, so that a missing write is noticed."""
     for name in ("k_cache", "v_cache"):
         inputs[name].flatten(0, 1).index_fill_(0, inputs["written"], float("nan"))
 
@@ -335,7 +336,7 @@ def _schedule_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
 
 
 def _schedule_torch(inputs: Inputs) -> Callable[[], Outputs]:
-    """It checks nothing, and trusts lengths not to be negative."""
+    """Without checks; lengths must not be negative."""
 
     def call() -> Outputs:
         units = (inputs["seq_lens"].flatten(1) + BLOCK_SIZE - 1) // BLOCK_SIZE

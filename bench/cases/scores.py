@@ -67,7 +67,7 @@ def _matrix(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def scores(model: Model, batch: int, tokens: int, *, last: int = 0, reduce: str = "sum") -> Case:
-    """``last``: only so many queries at the end count; 0: all."""
+    """``last``: the number of last queries that count; 0 for all."""
     first = tokens - last if last else 0
     seen = truth.pairs(tokens, tokens, True, model.window) - (
         truth.pairs(first, first, True, model.window) if first else 0

@@ -96,7 +96,7 @@ def _truth(names: tuple[str, ...]) -> Callable[[Inputs, torch.dtype], Outputs]:
 
 
 def _padded(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Pad, attend causally with SDPA, take the padding out again: causal rows never see what is behind them."""
+    """Pad, attend causally with SDPA, remove the padding. Causal rows never see later padding."""
     lengths, longest = inputs["lengths"], max(inputs["lengths"])
     filled = (
         torch.arange(longest, device=inputs["q"].device) < torch.tensor(lengths, device=inputs["q"].device)[:, None]

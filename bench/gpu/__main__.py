@@ -8,7 +8,7 @@
     graphs      every operator and a whole step of decoding as CUDA graphs
 
 A phase is a set of processes with a time limit each. Whatever hangs or crashes is a row of the result and hides nothing
-else. Called again, what is good is kept, what failed or was not reached runs again, and --fresh begins anew.
+else. A second call keeps good results and repeats what failed or was not reached; --fresh starts over.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _tests(setup: Setup) -> list[Unit]:
     for share in range(shares):
         name = f"tests-{share}"
         rows = setup.rows("check", name)
-        # Only sys-level capture: whoever dies may still write to the log.
+        # Capture at the level of sys only: a crashing process can still write to the log.
         command = (sys.executable, "-m", "pytest", "-p", "bench.gpu.record", "-p", "no:cacheprovider", "-q")
         command += ("--capture=sys", "--tb=short", "--continue-on-collection-errors", *families)
         environment = {

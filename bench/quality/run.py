@@ -90,7 +90,8 @@ class Run:
                     return
 
     def times(self) -> None:
-        """Time a step of every compressed cache of the texts beside the full one, anew; adds to the rows there are."""
+        """Time a step of every compressed cache of the texts and of the full one again, and add the times to the
+        rows."""
         if not self.rows:
             raise ValueError("--times: expected --json with the file of an earlier run, to which times are added")
         policies = {variant.name: variant.policy for variant in self.wanted}
@@ -151,7 +152,7 @@ def _knows(full: Mapping[str, Any]) -> bool:
 
 
 class _Progress:
-    """A bar with the time left, where somebody watches."""
+    """A progress bar with the time left, on a terminal."""
 
     def __enter__(self) -> _Progress:
         return self

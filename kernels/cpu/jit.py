@@ -107,7 +107,7 @@ class _Locator(caching._CacheLocator):
         locator = cls(py_func)
         try:
             locator.ensure_cache_path()
-        except OSError:  # compiled anew in every process
+        except OSError:  # compiled again in every process
             locator.folder = Path(tempfile.mkdtemp(prefix="kvops-numba-"))
         return locator
 

@@ -66,7 +66,7 @@ def forget_launches() -> None:
         operator.compiled.clear()
 
 
-def _likeness(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _call_key(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The key of a call in the cache: shapes, dtypes, devices, strides, numbers and ``requires_grad``, but no data.
     ``args`` begins with the given number of tensors."""
     first = args[:tensors]
@@ -152,16 +152,16 @@ class _Operator:
         if checks.debug() or private_torch.tangents_exist():  # data and tangents are checked in every call
             return self._prepare(args, kwargs)
         try:
-            likeness = _likeness(len(self.tensors), args, kwargs)
+            key = _call_key(len(self.tensors), args, kwargs)
         except AttributeError:
             self._validate(args, kwargs)
             raise
-        launch = launches.get(likeness)
+        launch = launches.get(key)
         if launch is None:
             launch = self._prepare(args, kwargs)
             if len(launches) >= _MAX_LAUNCHES:
                 launches.clear()
-            launches[likeness] = launch
+            launches[key] = launch
         return launch
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:

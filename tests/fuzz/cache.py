@@ -134,7 +134,7 @@ class Model:
         if error is not None:
             assert wrong, f"refused: {error}"
             return None
-        assert not wrong, "accepted in silence"
+        assert not wrong, "accepted without an error"
         self.complete &= len(self.cache._prefixes) >= remembered
         return result
 
@@ -317,7 +317,7 @@ class Model:
     def _choice(
         self, rows: list[int], budget: int, keywords: dict[str, Any], by_position: bool
     ) -> dict[Key, list[bool]]:
-        """What the definition of select_blocks keeps, over lists laid out anew."""
+        """What the definition of select_blocks keeps, over lists laid out again."""
         size, width, kept = self.case.size, -(-self.capacity // self.case.size), {}
         for row in rows:
             keys = [(layer, row, h) for layer, h in self.pairs]

@@ -380,7 +380,7 @@ def _expect_judging_once(compression: Compression) -> None:
     if compression.every and compression.policy.accumulate is None:
         raise ValueError(
             f"compression: expected every=0 with {type(compression.policy).__name__}, whose scores do not grow "
-            "while decoding: generate with kvops.integrations.transformers.Decoder, which judges anew"
+            "while decoding: generate with kvops.integrations.transformers.Decoder, which scores keys again"
         )
     if compression.policy.recital is not None:
         raise ValueError(
