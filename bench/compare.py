@@ -1,4 +1,4 @@
-"""Two result files of operators side by side: what became slower than a margin allows."""
+"""Compares two result files of operators: figures that became worse by more than a margin."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Change:
     before: float
     after: float
     change: float
-    """How many times as good as before."""
+    """The ratio to the earlier figure; above 1 is better."""
     at_best: float
-    """The same with the better end (20th or 80th percentile) of the second run: noise does not reach beyond it."""
+    """The same with the better end (20th or 80th percentile) of the second run, to allow for noise."""
 
 
 def changes(before: Result, after: Result) -> Iterator[Change]:
@@ -39,13 +39,13 @@ def changes(before: Result, after: Result) -> Iterator[Change]:
 
 
 def lost(before: Result, after: Result) -> list[Row]:
-    """Rows of kvops that had a time before and have none now, though they were tried."""
+    """Rows of kvops that had a time before and failed now."""
     had = {row["case"] for row in before["rows"] if row["contender"] == KVOPS and row["ms"] is not None}
     return [row for row in after["rows"] if row["contender"] == KVOPS and row["ms"] is None and row["case"] in had]
 
 
 def report(before: Result, after: Result, margin: float) -> tuple[str, bool]:
-    """(text, whether anything is worse than the margin). ValueError where there is nothing to compare."""
+    """(text, whether anything is worse than the margin). Raises ValueError if there is nothing to compare."""
     found = sorted(changes(before, after), key=lambda change: change.change)
     failed = lost(before, after)
     if not found and not failed:

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib set up for files, and colours. A page is about 8 inches wide."""
+"""Shared by all pictures: matplotlib set up for files, and colours. A page is about 8 inches wide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#0
 
 
 def pyplot() -> Any:
-    """matplotlib, drawing into files. ValueError that says what to install where it is missing."""
+    """matplotlib for files. Raises ValueError with the command that installs it."""
     try:
         import matplotlib
     except ImportError:

@@ -173,7 +173,7 @@ def _serving(result: Result) -> str:
 
 
 def _gpu_phase(result: Result) -> str:
-    """A line for each process, then what failed."""
+    """A line for each process, then the failures."""
     units = [row for row in result["rows"] if "status" in row]
     names = ["unit", "status", "passed", "failed", "skipped"]
     lines = [table.render([[str(row[name]) for name in names] for row in units], names, "pipe", left=2)]
@@ -182,7 +182,7 @@ def _gpu_phase(result: Result) -> str:
 
 
 def _generic(result: Result) -> str:
-    """Every column of flat rows that is not the same throughout; what is the same stands above."""
+    """The columns of flat rows that differ; equal ones are listed above the table."""
     rows = [row for row in result["rows"] if isinstance(row, dict)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     same = (

@@ -1,6 +1,6 @@
 """Result files: ``{"kind": ..., "setting": {...}, "rows": [...]}``, rows flat, under ``bench/results/<device>/``.
 
-A file without ``kind`` is of the kind of its name; without ``setting``, what stands beside its rows is that.
+Without ``kind``, a file's name is its kind. Without ``setting``, the entries beside its rows are the setting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 def save(path: Path, kind: str, setting: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """A row a line. Whole or not at all: a run that is stopped leaves the last file that was complete."""
+    """Write a row on each line. The file is replaced as a whole, so an interrupted run leaves the last complete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     head = json.dumps({"kind": kind, "setting": dict(setting)}, indent=1).removesuffix("\n}")
@@ -28,7 +28,7 @@ def save(path: Path, kind: str, setting: Mapping[str, Any], rows: Sequence[Row])
 
 
 def load(path: Path) -> Result:
-    """ValueError with the path where the file is not a result."""
+    """Load a result file. Raises ValueError with its path for other files."""
     try:
         result = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -41,7 +41,7 @@ def load(path: Path) -> Result:
 
 
 def under(folder: Path) -> Iterator[tuple[Path, Result]]:
-    """Every result file below a folder, in the order of their paths; other JSON files are passed over."""
+    """Every result file below a folder, in the order of paths; other JSON files are skipped."""
     for path in sorted(folder.rglob("*.json")):
         try:
             yield path, load(path)

@@ -1,4 +1,4 @@
-"""Results as tables, for the terminal and for Markdown alike."""
+"""Results as tables, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def by_operator(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def operator_table(rows: Sequence[Row], style: str, *, times: bool) -> str:
-    """One operator: a line for each case, a column for each peer that ran any, and below it why others did not.
+    """The table of an operator: a line for each case, a column for each peer that ran, and the reasons of the others
+    below.
 
     ``times``: milliseconds, TFLOP/s and GB/s too; on a CPU only ratios carry over to another machine.
     """
@@ -76,7 +77,7 @@ def operator_table(rows: Sequence[Row], style: str, *, times: bool) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """Why contenders have no figure, each reason once, with the cases it holds for where it does not hold for all."""
+    """The reasons why contenders have no figure, each once, with its cases unless it holds for all."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     reasons: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -94,7 +95,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:
-    """One line; the device and torch stand in ``runs`` already."""
+    """The setting in one line, without device and torch, which are in ``runs``."""
     known = {"device", "torch"} if "runs" in setting else set()
     facts = {name: value for name, value in setting.items() if value is not None and name not in known}
     return ", ".join(

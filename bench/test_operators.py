@@ -21,7 +21,7 @@ CONTENDERS = [(case, peer) for case in all_cases(scale_for(DEVICE)) for peer in 
 
 
 def _finished(call: Callable[[], object]) -> Callable[[], None]:
-    """The host's clock stops when the GPU is done, not when it was asked."""
+    """The host's clock stops when the GPU has finished, not after the launch."""
 
     def run() -> None:
         call()

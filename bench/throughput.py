@@ -4,19 +4,19 @@ As many requests as fit, 6000 tokens in and 500 out each (the setting of KV-Comp
 with random weights in Llama-3.1-8B's shape, its cache compressed 1x, 8x and 64x, without and with drafts. A smaller
 device gets a smaller shape.
 
-What is measured, and what is put together from it:
+What is measured, and what is computed from it:
 
 - the prefill of one request, scored by SnapKV, with the eviction down to its share of the cache;
 - a step of decoding (model, cache, attention, verification; with drafts also the lookup and the rollback) of the whole
-  batch in the middle of its life: every row holds the prompt and half of the new tokens, compressed. Keys and values
-  are random, scores are drawn per head, so that lists end at different lengths as they do in a real eviction. On a GPU
+  batch half way through its answers: every row holds the prompt and half of the new tokens, compressed. Keys and values
+  are random, scores differ from head to head, so that lists end at different lengths as in a real eviction. On a GPU
   the step is a CUDA graph;
 - the eviction of one row, which every row needs after each ``every`` new tokens, to the same ratio;
 - tokens/s = batch x new tokens / (batch x prefill + steps x step + evictions): every request of the batch is prefilled,
   one after another, and then all decode together. ``decoding`` leaves the prefill out.
 
-Random weights agree with no draft: how many are accepted is simulated, each with the probability ``--accept``, in order
-and up to the first that is not. Everything else of a step with drafts really runs, the verification too.
+With random weights no draft would be accepted. Acceptance is simulated: each draft is accepted with the probability
+``--accept``, in order, up to the first refusal. All other parts of a step with drafts run, including the verification.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PUBLISHED = {8: 3.44, 64: 5.18}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is served: a model, and tokens in and out of each request."""
+    """The workload: a model, and the tokens in and out of each request."""
 
     model: LlamaConfig
     dtype: torch.dtype
@@ -90,7 +90,7 @@ SHAPES = {
     ),
     "tiny": Shape(LlamaConfig(97, 32, 48, 2, 4, 2, 8, max_positions=256), torch.float32, 96, 8, 4, 3, 2, needs=0),
 }
-# What a pool on the CPU may take: there "as many as fit" is a matter of patience.
+# The most memory of a pool on the CPU, where time is the limit.
 _CPU_BYTES = {"small": 24 << 20, "tiny": 128 << 10}
 
 
@@ -113,7 +113,7 @@ def random_model(shape: Shape, device: torch.device) -> Llama:
 
 
 class Stopwatch:
-    """Seconds of calls on a device, the device's own work included."""
+    """Measures seconds of calls on a device, including the device's work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -144,7 +144,7 @@ class Server:
 
     @property
     def blocks_per_request(self) -> int:
-        """At its largest: compressed, and grown by what comes between two evictions (and by drafts)."""
+        """The most blocks of a request: compressed, plus the tokens between two evictions and the drafts."""
         config, shape = self.model.config, self.shape
         lists, size = config.num_layers * config.num_kv_heads, 16
         total = shape.tokens_in + shape.tokens_out
@@ -194,7 +194,7 @@ class Server:
             Compression(ratio=self.compression).apply(cache, [tokens], rows=slice(row, row + 1))
 
     def prefill_seconds(self, cache: PagedKVCache, watch: Stopwatch, rounds: int = 3) -> float:
-        """One request, compressed at its end; the least of a few, the first of which compiles."""
+        """One request, compressed at its end; the least of a few runs, the first of which compiles."""
         compression = Compression(ratio=self.compression)
         policy = compression.policy if self.compression > 1 else None
         prompt = torch.randint(0, self.model.config.vocab_size, (1, self.shape.tokens_in), device=self.device)
@@ -212,7 +212,7 @@ class Server:
         return min(seconds)
 
     def fill(self, cache: PagedKVCache, batch: int, watch: Stopwatch) -> float:
-        """Rows in the middle of their lives; seconds of the eviction of one."""
+        """Fill rows with half of their answers. Returns the seconds of the eviction of one row."""
         config, tokens = self.model.config, self.shape.tokens_in + self.shape.tokens_out // 2
         keys, values = torch.randn(2, 1, tokens, config.num_kv_heads, config.head_dim, device=self.device).to(
             self.shape.dtype
@@ -225,7 +225,7 @@ class Server:
             for layer in range(config.num_layers):
                 cache.append(layer, keys, values, positions, rows=rows)
                 if self.compression > 1:
-                    # Heads win and lose against each other: from a quarter to four times the mean.
+                    # Heads have different lengths: from a quarter to four times the mean.
                     weight = torch.rand(config.num_kv_heads, 1, device=self.device).mul_(4).sub_(2).exp2_()
                     cache.set_scores(layer, scores * weight, rows=rows)
             if self.compression == 1:
@@ -238,7 +238,7 @@ class Server:
         return min(taken, default=0.0)
 
     def step(self, cache: PagedKVCache, batch: int, drafts_on: bool) -> Callable[[], None]:
-        """A step of decoding, with nothing for the host to wait for."""
+        """A step of decoding, without synchronisation."""
         device, vocab = self.device, self.model.config.vocab_size
         tokens = torch.randint(0, vocab, (batch, 1), device=device)
         none = torch.zeros(batch, 0, dtype=torch.int64, device=device)
@@ -253,7 +253,7 @@ class Server:
         lens = torch.full((batch,), self.shape.tokens_in, dtype=torch.int32, device=device)
 
         def drafted() -> None:
-            # Looked up for its time; what random text gives is hardly ever a draft.
+            # Run for its time: random text hardly ever gives a draft.
             found, _ = prompt_lookup(history, lens, num_draft=self.num_draft)
             drafts = torch.where(found < 0, history[:, : self.num_draft], found)
             hidden = decode(self.model, cache, torch.cat((tokens, drafts), 1))
@@ -314,7 +314,7 @@ class Server:
 
 
 def expected_tokens(accept: float, num_draft: int) -> float:
-    """Tokens a step emits on average where each draft is accepted with this probability."""
+    """The mean number of tokens of a step if each draft is accepted with this probability."""
     return sum(accept**count for count in range(num_draft + 1))
 
 
@@ -401,7 +401,7 @@ def main() -> int:
         failure = ""
         try:
             found = server.measure(batch, Stopwatch(device))
-        except Exception as error:  # one that fails, for memory say, leaves the others
+        except Exception as error:  # a failure, for instance of memory, does not stop the others
             if arguments.rows is None:
                 raise
             traceback.print_exc()

@@ -102,7 +102,7 @@ def _tree_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
 def _random(
     batch: int, rows: int, vocab: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Logits of which one stands out in each row, and which one: a good draft would guess it."""
+    """Logits with one large entry in each row, and its index, which a good draft guesses."""
     logits = torch.randn(batch, rows, vocab, device=device, generator=generator)
     best = torch.randint(vocab, (batch, rows), device=device, generator=generator)
     logits.scatter_add_(2, best[..., None], torch.full((batch, rows, 1), 15.0, device=device))
@@ -125,10 +125,10 @@ def _sampling(batch: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def _plain(inputs: Inputs) -> Callable[[], Outputs]:
-    """Speculative sampling as it is written in torch.
+    """Speculative sampling in plain torch.
 
-    Sampled, it draws numbers of its own, from the one generator of the process; the operator's follow from the seed and
-    step of each request, on every device the same, which takes time where the vocabulary is small.
+    It samples from the generator of the process. The operator's numbers follow from the seed and step of each request,
+    the same on every device, which takes visible time for a small vocabulary.
     """
     logits, drafts = inputs["logits"], inputs["drafts"]
     T = drafts.shape[1]
@@ -178,11 +178,11 @@ def _transformers(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
-    """It wants probabilities: the softmax is part of its time."""
+    """It takes probabilities, so the softmax is part of its time."""
     import flashinfer
 
     if "draft_probs" not in inputs:
-        raise UnavailableError("wants the drafter's probabilities")
+        raise UnavailableError("needs the drafter's probabilities")
     drafts = inputs["drafts"].int()
 
     def call() -> Outputs:
@@ -226,7 +226,7 @@ def chain(model: Model, batch: int, drafts: int, *, sampled: bool = False, probs
 
 
 def _tree_plain(inputs: Inputs) -> Callable[[], Outputs]:
-    """Greedy: argmax on the device, the walk over the tree on the host, as engines in Python do it."""
+    """Greedy: argmax on the device and a walk over the tree on the host, as in engines in Python."""
     if "temperature" in inputs:
         raise UnavailableError("greedy only")
 
@@ -248,7 +248,7 @@ def _tree_plain(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _tree_multinomial(inputs: Inputs) -> Callable[[], Outputs]:
-    """Sampled: the softmax of every node, then the walk with one small operation after another; numbers of its own."""
+    """Sampled: the softmax of every node, then a walk of many small operations, with other random numbers."""
     if "temperature" not in inputs:
         raise UnavailableError("sampled only")
 
@@ -275,7 +275,7 @@ def tree(model: Model, batch: int, nodes: int, *, sampled: bool = False) -> Case
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         logits, best = _random(batch, nodes, V, device, dtype, generator)
         drafts = _guesses(best[:, parents.clamp(min=0).to(device)], V, generator)
-        # Siblings differ: the second one is another token than its parent's favourite.
+        # Siblings differ: the second one is not the most likely token.
         second = torch.arange(nodes, device=device) % 2 == 0
         drafts = torch.where(second, (drafts + 1) % V, drafts)
         inputs: Inputs = {"logits": logits, "drafts": drafts, "parents": parents.to(device).repeat(batch, 1)}

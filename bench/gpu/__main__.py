@@ -7,8 +7,9 @@
     throughput  serving in Llama-3.1-8B's shape, compressed 1x, 8x and 64x, drafts off and on
     graphs      every operator and a whole step of decoding as CUDA graphs
 
-A phase is a set of processes with a time limit each. Whatever hangs or crashes is a row of the result and hides nothing
-else. A second call keeps good results and repeats what failed or was not reached; --fresh starts over.
+A phase is a set of processes, each with a time limit. A process that hangs or crashes becomes a row of the result and
+does not stop the others. A second call keeps good results and repeats what failed or was not reached; --fresh starts
+over.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from bench.gpu.units import PASSED, Outcome, Unit, read_rows, run_units
 from bench.timing import setting
 from kvops.cli.console import quiet_without_reader
 
-# What a phase may leave on the result files beside its rows.
+# Facts that a phase may write to the result file besides its rows.
 MERGED = {"bench": ("operators.json", "operators"), "throughput": ("throughput.json", "throughput")}
 
 
@@ -65,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_phase(phase: str, setup: Setup, facts: dict[str, Any], fresh: bool) -> list[Outcome]:
-    """Runs what is not yet good, then writes the phase's results."""
+    """Run the units without a good result, then write the phase's results."""
     path = setup.part(phase, "units")
     kept = {} if fresh else _kept(path, facts)
     if fresh:
@@ -100,7 +101,7 @@ def run_phase(phase: str, setup: Setup, facts: dict[str, Any], fresh: bool) -> l
 
 
 def _kept(path: Path, facts: dict[str, Any]) -> set[str]:
-    """Units that an earlier run of the same sources on the same device found good."""
+    """Units with a good result from an earlier run of the same sources on the same device."""
     if not path.exists():
         return set()
     before = results.load(path)

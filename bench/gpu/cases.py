@@ -1,7 +1,7 @@
-"""Every benchmark case held to float64, twice: ``python -m bench.gpu.cases --help``.
+"""Every benchmark case compared with float64, twice: ``python -m bench.gpu.cases --help``.
 
-The outputs of the second call must have the bits of the first. ``--gluon`` holds the warp-specialised kernels for
-Hopper to the same truth, in a process of its own: they serve nobody before they were found right on the GPU at hand.
+The outputs of the second call must have the bits of the first. ``--gluon`` compares the warp-specialised
+kernels for Hopper with the same oracle, in a separate process: no launch uses them before they passed on this GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.gpu.units import FAILED, PASSED, SKIPPED, report
 from bench.measure import build, compare, reason
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Real heads and head sizes, several tiles and splits of each, and no more than a check needs.
+# Real heads and head sizes with several tiles and splits, as small as a check allows.
 CHECK = dataclasses.replace(SCALES["full"], name="check", prompts=(1024, 4096), contexts=(4096, 32768), batches=(1, 16))
 
 
@@ -140,14 +140,14 @@ def main() -> None:
                 torch.cuda.synchronize()
         except torch.cuda.OutOfMemoryError as error:
             outcome, note, facts = SKIPPED, f"does not fit: {reason(error)}", {}
-        except Exception as error:  # whatever goes wrong is the case's row; a lost device ends the process below
+        except Exception as error:  # an error becomes the case's row; a lost device ends the process below
             traceback.print_exc()
             outcome, note, facts = FAILED, reason(error), {}
         if outcome != PASSED:
             print(f"  {outcome}: {note}", flush=True)
         report(arguments.rows, f"{case.name} {name}", outcome, note, **facts)
         if device.type == "cuda":
-            torch.cuda.synchronize()  # raises for ever after an illegal access
+            torch.cuda.synchronize()  # raises always after an illegal access
             torch.cuda.empty_cache()
 
 

@@ -1,4 +1,4 @@
-"""What can be captured in a CUDA graph: every operator, and a whole step of decoding with drafts.
+"""Captures CUDA graphs of every operator and of a whole decoding step with drafts.
 
 ``operators``: each benchmark case runs with CUDA's check for synchronisation switched on, is captured, and is replayed
 with other data in its inputs: the outputs must have the bits of a launch.
@@ -42,7 +42,7 @@ FOLLOWS_DATA = "its inputs' numbers follow the data: no replay with other data"
 
 @contextlib.contextmanager
 def no_synchronisation(device: torch.device) -> Iterator[None]:
-    """On a GPU: whatever makes the host wait raises."""
+    """On a GPU: operations that synchronise raise."""
     if device.type != "cuda":
         yield
         return
@@ -62,7 +62,7 @@ def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
 
 
 def check_operator(case: Case, device: torch.device, dtype: torch.dtype) -> str:
-    """The complaint, empty where there is none."""
+    """The error message; empty if the check passes."""
     inputs, others = (build(case, device, dtype, seed) for seed in (0, 1))
 
     def reset() -> None:
@@ -87,7 +87,7 @@ def check_operator(case: Case, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _take_data(inputs: Inputs, others: Inputs) -> bool:
-    """Copy the tensors of ``others`` into those of ``inputs``; False where other values differ."""
+    """Copy the tensors of ``others`` into those of ``inputs``. Returns False if other values differ."""
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             if value.shape != others[name].shape:
@@ -148,7 +148,7 @@ class World:
         return cls(model, cache, history, lens, running)
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Emitted tokens and how many drafts were accepted; rows that do not run get nothing."""
+        """The emitted tokens and the number of accepted drafts; rows that do not run get none."""
         drafts, draft_lens = prompt_lookup(self.history, self.lens, num_draft=NUM_DRAFT, min_ngram=1)
         draft_lens = draft_lens * self.running
         feed = torch.cat((self.history.gather(1, self.lens[:, None].long() - 1), drafts.clamp_min(0)), dim=1)
@@ -180,7 +180,7 @@ class World:
 
 
 def check_step(device: torch.device, dtype: torch.dtype, steps: int) -> str:
-    """The complaint, empty where there is none."""
+    """The error message; empty if the check passes."""
     model = small_model(device, dtype)
     words = list(range(5, 40))
     prompts = [words[:9] * 3, [7], words * 4 + words[:3], []]
@@ -235,14 +235,14 @@ def main() -> None:
         print(f"{name} {dtype_name}", flush=True)
         try:
             complaint = check(getattr(torch, dtype_name))
-        except Exception as error:  # whatever goes wrong is the row of what went wrong
+        except Exception as error:  # an error becomes a row
             traceback.print_exc()
             complaint = reason(error)
         if complaint:
             print(f"  failed: {complaint}", flush=True)
         report(arguments.rows, f"{name} {dtype_name}", FAILED if complaint else PASSED, complaint)
         if device.type == "cuda":
-            torch.cuda.synchronize()  # raises for ever after an illegal access
+            torch.cuda.synchronize()  # raises always after an illegal access
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The phases of the GPU run: which units each has, and what they run."""
+"""The phases of the GPU run and their units."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def find_sanitizer() -> str | None:
 
 
 def tune(setup: Setup) -> Iterator[Step]:
-    """Into a store of its own beside the results, to be looked at before it is shipped.
+    """Tune into a separate store beside the results, to be checked before it is shipped.
 
     Every candidate compiles on all cores first, without launching: the tuner, which has the GPU for itself, then finds
     the binaries in Triton's cache.

@@ -2,7 +2,7 @@
 
 Each result is a row in ``KVOPS_RECORD`` as soon as it is known; tests that have one are not run again. A test that
 takes the process down (a hang, a crash, an error after which CUDA answers nothing) is found by the file that names the
-test under way, and the next process goes on behind it. A file of tests that cannot be imported is a row of share 0:
+test under way, and the next process continues after it. A file of tests that cannot be imported is a row of share 0:
 skipped where a package is missing that nothing but these tests need, failed otherwise; the other files run.
 """
 
@@ -20,7 +20,7 @@ import pytest
 from bench.gpu.units import FAILED, PASSED, SKIPPED, read_rows
 from bench.gpu.units import report as add
 
-# Kernels compile within seconds; what is not back by then hangs.
+# Kernels compile within seconds; a test that takes longer hangs.
 _SECONDS = float(os.environ.get("KVOPS_TEST_SECONDS", "120"))
 _POISONED = 70
 
@@ -65,7 +65,7 @@ def pytest_exception_interact(node: pytest.Collector, call: pytest.CallInfo, rep
         return
     cause = call.excinfo.value.__cause__
     package = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
-    missing = package if package and find_spec(package) is None else ""  # a module of ours is never just absent
+    missing = package if package and find_spec(package) is None else ""  # a module of kvops is never merely absent
     note = f"{missing}: not installed" if missing else f"cannot be imported: {cause or call.excinfo.value}"
     if _share()[0] == 0 and node.nodeid not in {row["name"] for row in read_rows(_rows())}:
         add(_rows(), node.nodeid, SKIPPED if missing else FAILED, note[:300])
@@ -115,6 +115,6 @@ def _report(result: pytest.TestReport, outcome: str, note: str = "") -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Failed tests are rows; what is left for the exit code is whether every test had its turn."""
+    """Failed tests are rows. The exit code only says whether every test has run."""
     if exitstatus in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.OK

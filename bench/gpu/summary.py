@@ -12,7 +12,7 @@ from bench.gpu.units import FAILED, PASSED, SKIPPED, Outcome
 from bench.measure import KVOPS
 from bench.table import render
 
-# Failures that are named; all of them stand in the result file.
+# The number of failures to print; the result file has all.
 _NAMED = 15
 
 

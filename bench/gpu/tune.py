@@ -1,4 +1,4 @@
-"""Tuning as a part of the GPU run: each record that ``python -m kvops.autotune tune`` leaves in the store is a row.
+"""Tuning in the GPU run: each record that ``python -m kvops.autotune tune`` writes is a row.
 
 Without a GPU nothing can be tuned: one family's candidates are compiled for Hopper instead.
 """
@@ -26,7 +26,7 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """1 as well where problems are left: the next run goes on behind them."""
+    """1 also if problems are left: the next run continues with them."""
     arguments = arguments_of()
     words = ["tune", "--store", str(arguments.store), "--budget", str(arguments.budget)]
     if arguments.device == "cpu":

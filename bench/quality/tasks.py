@@ -1,8 +1,8 @@
-"""Contexts and what is asked about them: Python's own manual, facts hidden in it, and random digits.
+"""Contexts and probes: Python's own manual, facts hidden in it, and random digits.
 
-A context is read into the cache, the cache is compressed, and only then the probes are asked. Every token that a probe
-predicts is therefore predicted by the compressed cache: the last token that could tell the model what comes next is a
-probe's and not the context's.
+A context is read into the cache, the cache is compressed, and then the probes are read. So the compressed cache
+predicts
+every token of an answer: the token before the answer belongs to the probe, not to the context.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvops.generation.evaluate import AFTER, BEFORE, TEXT, Unit
 from kvops.models.tokenizer import Tokenizer
 
 MAP_RATIO = 8
-"""The ratio at which every head's length is written down."""
+"""The ratio at which every head's length is recorded."""
 
 _WORDS = """
 anchor apple arrow autumn barrel basket bridge bronze butter candle canyon carpet castle cherry copper cotton desert
@@ -60,12 +60,12 @@ _STORIES = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much is asked: tokens of the contexts, and how many of the questions are also put before compression.
+    """The size of a study: lengths of contexts, and the number of questions before compression.
 
     Attributes:
         texts: lengths of contexts of prose with the ``held_out`` tokens that follow, each with the number of its part
             of the manual.
-        facts: of the contexts that have facts hidden in them, as for ``texts``; every context has other facts.
+        facts: of the contexts that have facts hidden in them, as for ``texts``; every context has different facts.
         before: how many of the questions about each of them are also part of the prompt, one prompt each.
         digits: how many random digits are to be repeated; the first ``repeated`` of them are asked for.
     """
@@ -173,7 +173,8 @@ def _spread(tokenizer: Tokenizer, inserted: Sequence[str], length: int, part: in
 
 
 def _digits(tokenizer: Tokenizer, size: Size) -> list[Unit]:
-    """Repeating random digits, as in the test of vllm-kvcompress: nothing can be guessed, everything must be found."""
+    """Repeating random digits, as in the test of vllm-kvcompress: none can be guessed, all must be found in the
+    cache."""
     rng = random.Random(10)
     digits = [str(rng.randrange(10)) for _ in range(size.digits)]
     context = _encode(tokenizer, f"Digits: {''.join(digits)}")
