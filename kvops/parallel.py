@@ -1,9 +1,9 @@
 """Context parallelism: attention over a sequence whose tokens are spread over the processes of a group.
 
 Every process of a ``torch.distributed`` group holds a shard of the sequence: queries, keys and values of its own
-tokens. :func:`ring_attention` passes keys and values around and merges what each part gives; :func:`gather_attention`
-collects all keys and values first, which costs their memory and serves every mask. Both are differentiable and give on
-each process the rows that one process would compute for its tokens.
+tokens. :func:`ring_attention` passes keys and values around and merges the results; :func:`gather_attention`
+collects all keys and values first, which takes their memory and supports every mask. Both are differentiable. Each
+process gets the rows of its own tokens.
 
 With a causal mask the first tokens have little to attend to and the last have much, so each process takes two chunks
 of the sequence, one from each end (:func:`shard`): all then do the same work.
@@ -36,15 +36,15 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _order(size: int) -> list[int]:
-    """The chunks of the sequence in the order in which the processes hold them, two each."""
+    """The order of chunks over the processes, two for each."""
     return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
 
 
 def shard(x: Tensor, group: dist.ProcessGroup | None = None, *, dim: int = 1) -> Tensor:
-    """This process's part of ``x``, which is the same on all of ``group``: two chunks, one from each end.
+    """This process's part of ``x``: two chunks, one from each end. ``x`` is the same on all processes of ``group``.
 
     Of 2 P chunks along ``dim`` the process of rank r gets number r and number 2 P - 1 - r. Shard token numbers and
-    positions the same way. ValueError where the size does not divide into 2 P chunks: pad the sequence at its end.
+    positions the same way. Raises ValueError if the size does not divide into 2 P chunks: pad the sequence at its end.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     if x.shape[dim] % (2 * size):
@@ -57,11 +57,11 @@ def shard(x: Tensor, group: dist.ProcessGroup | None = None, *, dim: int = 1) ->
 
 
 def unshard(x: Tensor, group: dist.ProcessGroup | None = None, *, dim: int = 1) -> Tensor:
-    """The whole of what :func:`shard` split, on every process of ``group``; differentiable."""
+    """The inverse of :func:`shard`, on every process of ``group``; differentiable."""
     size = dist.get_world_size(group)
     mesh = DeviceMesh.from_group(_group(group), x.device.type)
     parts = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False).redistribute(placements=[Replicate()])
-    # Every process has a gradient of its own for the whole: the owner's is their sum.
+    # Every process has a gradient for the whole. The owner's gradient is their sum.
     chunks = parts.to_local(grad_placements=[Partial()]).chunk(2 * size, dim)
     places = {chunk: place for place, chunk in enumerate(_order(size))}
     return torch.cat([chunks[places[chunk]] for chunk in range(2 * size)], dim)
@@ -97,13 +97,14 @@ def gather_attention(
         k, v: ``[B, S / P, Hkv, D]`` and ``[..., Dv]``, likewise.
         group: of P processes; None for all.
         causal, window_left, scale, softcap, sinks, alibi_slopes: as in :func:`kvops.flash_attention`; without
-            ``causal`` a window has no meaning here and is refused.
+            ``causal`` a window is refused.
 
     Returns:
         out ``[B, S / P, Hq, Dv]`` and lse ``[B, Hq, S / P]`` of this process's tokens. The gradients of k and v are
         summed over the processes; that of sinks is this process's part.
 
-    Memory for keys and values is that of one process (Llama 3 was trained so: Grattafiori et al. 2024, section 3.3).
+    Each process needs the memory of all keys and values (as in the training of Llama 3: Grattafiori et al. 2024,
+    section 3.3).
     """
     _check(q, k, v)
     if window_left >= 0 and not causal:
@@ -150,8 +151,8 @@ def ring_attention(
         out ``[B, S / P, Hq, Dv]`` and lse ``[B, Hq, S / P]`` of this process's tokens. The gradients of k and v are
         complete; that of sinks is this process's part.
 
-    No process ever holds more than two shards of keys and values, and the next is on its way while one is attended to.
-    Parts are merged in float32 (:func:`kvops.merge_attention`).
+    No process holds more than two shards of keys and values. The next shard travels during attention to the current
+    one. Parts are merged in float32 (:func:`kvops.merge_attention`).
 
     Liu et al. 2023, "Ring Attention with Blockwise Transformers" (arXiv:2310.01889); balanced as in Brandon et al.
     2023, "Striped Attention" (arXiv:2311.09431), by chunks instead of stripes.
@@ -162,7 +163,7 @@ def ring_attention(
 
 
 def _visible(step: int, rank: int, causal: bool, half: int) -> tuple[slice, slice, bool]:
-    """What there is to do with the shard that arrives at ``step``: rows of q, columns of k and v, whether causal.
+    """The work for the shard that arrives at ``step``: rows of q, columns of k and v, and whether it is causal.
 
     A shard from an earlier rank holds a first chunk that all of this process's tokens see and a second one that none
     sees; of a later rank's shard, this process's second chunk sees everything and its first nothing.
@@ -239,7 +240,7 @@ class _Ring(torch.autograd.Function):
         dout, dlse = dout.contiguous(), dlse.contiguous()
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         held = [k, v]
-        # The gradients of the shard held here: they travel with it, and one step further, home.
+        # The gradients of the shard held here. They travel with it, and one more step to its owner.
         gradients = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in held]
         dsinks = None
         for step in range(size):

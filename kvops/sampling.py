@@ -1,4 +1,4 @@
-"""Logit processing: one function for the drafter and for the target, so that both sides see the same filters."""
+"""Logit processing: one function for the drafter and for the target, so that both have the same filters."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ def process_logits(
     parents: Tensor | None = None,
     bad_words: Sequence[Sequence[int]] = (),
 ) -> Tensor:
-    """Logits whose softmax is the distribution to draw from, with -inf where nothing may be drawn.
+    """Apply penalties and filters to logits. The softmax of the result is the distribution to sample from.
 
-    In this order: penalties, bad words, temperature, top-k, top-p, min-p. Applied to the drafter's logits, the softmax
-    is what a draft is drawn from and goes to ``verify_draft`` as ``draft_probs``; applied to the target's logits with
-    the same arguments, the result goes to ``verify_draft`` with a temperature of 1 (0 for greedy requests), for the
-    temperature is in it. Row t is processed as behind the context and the first t drafts.
+    The order is penalties, bad words, temperature, top-k, top-p, min-p. Excluded tokens get -inf. Process the drafter's
+    logits, sample the draft from their softmax, and pass this softmax to ``verify_draft`` as ``draft_probs``. Process
+    the target's logits with the same arguments and pass the result to ``verify_draft`` with a temperature of 1 (0 for
+    greedy requests), because the temperature has been applied. Row t follows the context and the first t drafts.
 
     Args:
         logits: float16, bfloat16 or float32 ``[B, T, V]``.
         temperature: at least 0, a number or ``[B]``; a request at 0 is greedy and its logits are not divided.
-        top_k: keeps the k largest; ties fall to the lower index; 0 keeps all.
-        top_p: keeps the largest until their probabilities reach p, at least one; 1 keeps all (Holtzman et al.,
-            arXiv 1904.09751). Measured on what top-k left.
-        min_p: keeps what has at least this share of the largest probability (Nguyen et al., arXiv 2407.01082).
+        top_k: keeps the k largest, of equal ones those of lower index; 0 keeps all.
+        top_p: keeps the largest until their probabilities sum to p, at least one token; 1 keeps all (Holtzman et al.,
+            arXiv 1904.09751). Applies to what top-k kept.
+        min_p: keeps tokens of at least this share of the largest probability (Nguyen et al., arXiv 2407.01082).
         repetition_penalty: divides the positive and multiplies the negative logits of every token of the context
-            (Keskar et al., arXiv 1909.05858); 1 is none.
+            (Keskar et al., arXiv 1909.05858); 1 changes nothing.
         presence_penalty, frequency_penalty: subtracted once, and once for each occurrence, from the logits of the
-            tokens of the context behind ``prompt_lens``.
-        context: int64 ``[B, L]``: the tokens so far, padded with -1 on the right. None: empty.
-        prompt_lens: int32 or int64 ``[B]``: how many tokens of the context are prompt. None: 0.
-        draft_tokens: int64 ``[B, T - 1]`` or wider: the drafts that row t stands behind are the first t; -1 pads.
-        parents: int32 ``[B, T]``, for trees of drafts as :func:`verify_tree` takes them: ``draft_tokens`` is then
-            ``[B, T]``, node 0 the root (the context's last token), and row t stands behind node t and its ancestors.
+            tokens of the context after ``prompt_lens``.
+        context: int64 ``[B, L]``, the tokens so far, padded with -1 on the right. None for an empty context.
+        prompt_lens: int32 or int64 ``[B]``, the length of the prompt within the context. None for 0.
+        draft_tokens: int64 ``[B, T - 1]`` or wider, padded with -1: row t follows the first t drafts.
+        parents: int32 ``[B, T]``, for trees of drafts, as in :func:`verify_tree`: ``draft_tokens`` is then ``[B, T]``,
+            node 0 is the root (the context's last token), and row t follows node t and its ancestors.
         bad_words: token sequences that may not be completed, for all requests.
 
     Returns:
-        float32 ``[B, T, V]``. A row in which everything is forbidden, or with a NaN, has no finite logit or a NaN:
-        ``verify_draft`` refuses it.
+        float32 ``[B, T, V]``. A row without an allowed token has no finite logit, and a row with a NaN keeps it:
+        ``verify_draft`` refuses both.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or of the wrong shape or dtype, by its name. Numbers in tensors
-            are looked at with ``KVOPS_DEBUG=1``.
+        ValueError, TypeError: an argument is out of range, or of the wrong shape or dtype. Numbers in tensors are
+            checked with ``KVOPS_DEBUG=1``.
     """
     checks.expect_tensor("logits", logits)
     checks.expect_rank("logits", logits, "[batch, rows, vocab]")
@@ -191,7 +191,7 @@ class _Prefixes:
         return count
 
     def endings(self, length: int) -> Tensor:
-        """int64 [B, T, length]: the last tokens before each row, the nearest first; -1 where there is none."""
+        """int64 [B, T, length]: the last tokens before each row, the nearest first, padded with -1."""
         B, T = self.drafts.shape[0], self.drafts.shape[1] + 1
         device = self.text.device
         end = (self.text >= 0).sum(1, keepdim=True)

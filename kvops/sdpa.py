@@ -1,4 +1,4 @@
-"""torch's own attention signature on top of the operators."""
+"""torch's attention signature on top of the operators."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def scaled_dot_product_attention(
         query: ``[B, Hq, Sq, D]``, or ``[B, Sq, D]`` for one head.
         key: ``[B, Hkv, Sk, D]``.
         value: ``[B, Hkv, Sk, Dv]``.
-        attn_mask: what can be said without a matrix: padding of keys, bool ``[B or 1, 1, 1, Sk]`` (without heads
-            ``[B or 1, 1, Sk]``; True takes part), at the ends of each row, which the host looks at; or
-            ``torch.nn.attention.bias`` 's ``causal_upper_left`` and ``causal_lower_right``.
+        attn_mask: a mask that needs no matrix: padding of keys at the ends of each row, bool ``[B or 1, 1, 1, Sk]``
+            (without heads ``[B or 1, 1, Sk]``; True takes part), which the host reads; or ``causal_upper_left`` and
+            ``causal_lower_right`` of ``torch.nn.attention.bias``.
         dropout_p: 0.
-        is_causal: aligned to the **top left** where lengths differ, as torch does: query i sees keys 0 to i.
+        is_causal: aligned to the **top left** if lengths differ, as in torch: query i sees keys 0 to i.
             (:func:`kvops.flash_attention` aligns to the bottom right.)
         scale: None for ``D ** -0.5``.
         enable_gqa: allow fewer heads of keys and values than of queries.
@@ -56,9 +56,9 @@ def scaled_dot_product_attention(
         if attn_mask is not None and attn_mask.dim() == 3 and not hasattr(attn_mask, "variant"):
             attn_mask = attn_mask.unsqueeze(1)
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale).squeeze(1)
-    # Under the caller's names: the operators have others for the same tensors.
+    # With the caller's names, which differ from those of the operators.
     kind = query.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # which makes dtypes fit
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # which casts to one dtype
         checks.expect_dtype("query", query, *checks.FLOAT_DTYPES)
         checks.expect_same_dtype("key", key, "query", query)
         checks.expect_same_dtype("value", value, "query", query)
@@ -97,7 +97,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 def _top_left(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     Sq, Sk = q.shape[1], k.shape[1]
-    if Sk >= Sq:  # nobody sees the keys from Sq on
+    if Sk >= Sq:  # no query sees the keys from Sq on
         return flash_attention(q, k[:, :Sq], v[:, :Sq], causal=True, scale=scale)[0]
     return flash_attention(q, k, v, window_right=Sq - Sk, scale=scale)[0]
 
@@ -114,7 +114,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) 
             f"{list(mask.shape)}: padding [batch, seqlen] is mask[:, None, None], a full matrix is what "
             "kvops never holds, use torch.nn.functional.scaled_dot_product_attention with it"
         )
-    if Sk == 0:  # a mask of nothing
+    if Sk == 0:  # an empty mask
         return flash_attention(q, k, v, scale=scale)[0]
     real = mask.reshape(-1, Sk).expand(B, Sk)
     place = torch.arange(Sk, device=mask.device)

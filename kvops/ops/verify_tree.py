@@ -118,17 +118,17 @@ def verify_tree(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Verify a tree of drafts for each request, losslessly.
 
-    At each node the children are offered one after another in the order of their numbers: a child is accepted with
-    probability min(1, r / q), r being what its refused siblings have left of the target's distribution: after each
-    refusal r becomes max(r - q, 0), renormalised (multi-round speculative sampling: Miao et al., SpecInfer,
-    arXiv 2305.09781; Chen et al., Sequoia, arXiv 2402.12374). Where no child is accepted the token is drawn from r.
+    At each node the children are tested in the order of their numbers. A child is accepted with probability
+    min(1, r / q). r is the target's distribution at first; after each refusal it becomes max(r - q, 0), renormalised
+    (multi-round speculative sampling: Miao et al., SpecInfer, arXiv 2305.09781; Chen et al., Sequoia,
+    arXiv 2402.12374). If no child is accepted, the token is sampled from r.
     Greedy requests follow the target's argmax. A tree that is a chain emits the tokens of ``verify_draft``.
 
     Args:
         target_logits: float16, bfloat16 or float32 ``[B, N, V]``, the last dimension contiguous: row n is the
-            target's prediction behind node n, computed under :func:`tree_mask`.
+            target's prediction after node n, computed under :func:`tree_mask`.
         draft_tokens: int64 ``[B, N]``: the nodes' tokens; node 0 is the root, the last token accepted before, and
-            its token is not looked at. A node whose token lies outside the vocabulary is refused.
+            its token is not read. A node whose token is outside the vocabulary is refused.
         parents: int32 ``[B, N]``: each node's parent, a node of a smaller number; -1 for the root and for padding.
         draft_probs: float32 ``[B, N, V]``: row n is the distribution that node n's token was drawn from (row 0 is
             not looked at). Siblings drawn independently share one row; siblings drawn without replacement have the
