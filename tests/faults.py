@@ -29,7 +29,9 @@ SCORES_EAGER = named("scores", "eager", "reduction or queries_that_count or wind
 MERGE = named("merge", "triton", "whole or float64")
 MERGE_EAGER = named("merge", "eager", "whole or float64")
 VERIFY = "tests/test_verify.py tests/test_verify_block.py tests/test_verify_distribution.py -k 'triton'"
-VERIFY_EAGER = "tests/test_verify.py tests/test_verify_block.py tests/test_verify_distribution.py -k 'not triton'"
+VERIFY_EAGER = (
+    "tests/test_verify.py tests/test_verify_block.py tests/test_verify_distribution.py -k 'not triton and not numba'"
+)
 EVICTION = "tests/test_eviction.py tests/test_compaction.py -k triton"
 EVICTION_EAGER = "tests/test_eviction.py tests/test_compaction.py -k eager"
 

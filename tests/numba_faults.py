@@ -4,6 +4,8 @@ from faults import Mutation, named
 
 PAGED_NUMBA = named("paged", "numba", "decoding_reads or drafts or windows or float8 or softcap or long_list")
 APPEND_NUMBA = named("paged_operators", "numba", "append")
+MERGE_NUMBA = named("merge", "numba", "whole or float64")
+VERIFY_NUMBA = named("verify", "numba", "one_at_a_time or bad_row")
 EVICTION_NUMBA = "tests/test_eviction.py tests/test_compaction.py -k numba"
 
 NUMBA_FAULTS = [
@@ -113,5 +115,54 @@ NUMBA_FAULTS = [
         "if call.target[i] >= 0:",
         "if call.target[i] > 2:",
         named("blocks", "numba"),
+    ),
+    Mutation(
+        "numba: the second part is weighted as the first",
+        "kernels/cpu/merge_attention.py",
+        "a[d] * weight_a + b[d] * weight_b",
+        "a[d] * weight_a + b[d] * weight_a",
+        MERGE_NUMBA,
+    ),
+    Mutation(
+        "numba: bfloat16 is cut off instead of rounded",
+        "kernels/cpu/vector.py",
+        "builder.add(odd, _every(0x7FFF))",
+        "builder.and_(odd, _every(0))",
+        MERGE_NUMBA,
+    ),
+    Mutation(
+        "numba: a later match that the draft does not fit behind wins",
+        "kernels/cpu/prompt_lookup.py",
+        "start + num_draft <= length",
+        "start + num_draft <= length + 1",
+        named("prompt_lookup", "numba", "small_texts"),
+    ),
+    Mutation(
+        "numba: the last round of Philox is missing",
+        "kernels/cpu/verification.py",
+        "for _ in range(10):",
+        "for _ in range(9):",
+        VERIFY_NUMBA,
+    ),
+    Mutation(
+        "numba: a refused draft can be drawn again",
+        "kernels/cpu/verify_draft.py",
+        "row[call.drafts[b, accepted]] = 0",
+        "row[call.drafts[b, accepted]] *= 1",
+        VERIFY_NUMBA,
+    ),
+    Mutation(
+        "numba: a row with a NaN is used",
+        "kernels/cpu/verification.py",
+        "magnitude <= 0x7F800000 and",
+        "magnitude <= 0x7FFFFFFF and",
+        VERIFY_NUMBA,
+    ),
+    Mutation(
+        "numba: refused children keep their share of the node",
+        "kernels/cpu/verify_tree.py",
+        "    mass -= weights[token]\n",
+        "    mass -= 0 * weights[token]\n",
+        named("verify_tree", "numba", "walks"),
     ),
 ]

@@ -80,7 +80,27 @@ def copied():
     return k_cache, v_cache
 
 
-@pytest.mark.parametrize("results", [appended, evicted, competed, copied])
+def verified():
+    logits, temperature = torch.randn(5, 4, 20_000) * 3, torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0])
+    drafts, seed = logits[:, :3].argmax(-1), torch.arange(5)
+    parents = torch.tensor([-1, 0, 0, 1], dtype=torch.int32).expand(5, 4)
+    nodes = torch.cat((drafts[:, :1], drafts), 1)
+    return (
+        *kvops.verify_draft(logits, drafts, temperature=temperature, seed=seed),
+        *kvops.verify_tree(logits, nodes, parents, temperature=temperature, seed=seed),
+    )
+
+
+def looked_up():
+    return kvops.prompt_lookup(torch.randint(40, (9, 4000)), torch.arange(9) * 490, num_draft=6)
+
+
+def merged():
+    out_a, out_b = torch.randn(2, 1, 300, 9, 64)
+    return kvops.merge_attention(out_a, torch.randn(1, 9, 300), out_b, torch.randn(1, 9, 300))
+
+
+@pytest.mark.parametrize("results", [appended, evicted, competed, copied, verified, looked_up, merged])
 def test_the_shares_of_several_threads_make_the_whole(results, two_threads, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
@@ -90,8 +110,10 @@ def test_the_shares_of_several_threads_make_the_whole(results, two_threads, monk
         torch.manual_seed(0)
         return results()
 
-    expected = run(1, "eager")
-    for count in (1, 2, 5):
+    expected = run(1, "")
+    for result, eager in zip(expected, run(1, "eager"), strict=True):
+        torch.testing.assert_close(result, eager, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for count in (2, 5):
         assert_same_bits(run(count, ""), expected)
 
 

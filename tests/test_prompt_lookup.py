@@ -5,6 +5,8 @@ import torch
 
 import kvops
 
+NUMBA = True
+
 
 def lookup(text, num_draft, max_ngram, min_ngram):
     """One text, a list of tokens -> its draft."""

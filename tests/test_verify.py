@@ -6,6 +6,7 @@ import torch
 
 import kvops
 
+NUMBA = True
 V_SIZES = [1, 2, 37, 257, 1024, 1030, 5000]
 
 
@@ -64,7 +65,7 @@ def test_tokens_equal_one_at_a_time_verification(backend, device, V, with_probs)
 @pytest.mark.parametrize(
     ("dtype", "with_probs"), [(torch.float16, False), (torch.bfloat16, True), (torch.float32, True)]
 )
-def test_eager_and_triton_emit_the_same_tokens(monkeypatch, dtype, with_probs):
+def test_every_implementation_emits_the_same_tokens(monkeypatch, dtype, with_probs):
     """Many seeds, also where low precision makes many ties."""
     B, T = 40, 2
     logits, drafts, probs, seeds, steps = request_batch(B, T, 67, dtype=dtype, seed=1)
@@ -76,11 +77,13 @@ def test_eager_and_triton_emit_the_same_tokens(monkeypatch, dtype, with_probs):
         "step": steps,
     }
     results = []
-    for interpret in ("0", "1"):
+    for interpret, cpu in (("0", "eager"), ("0", ""), ("1", "")):
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        monkeypatch.setenv("KVOPS_CPU", cpu)
         results.append(kvops.verify_draft(logits, drafts, **arguments))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        assert torch.equal(results[0][1], other[1])
     assert 0 < results[0][1].float().mean() < T
 
 

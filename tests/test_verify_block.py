@@ -7,6 +7,8 @@ from test_verify import request_batch
 
 import kvops
 
+NUMBA = True
+
 
 @pytest.mark.parametrize(("B", "V"), [(4, 1), (40, 5), (8, 1030)])
 @pytest.mark.parametrize("with_probs", [False, True])

@@ -28,6 +28,12 @@ TARGET = TARGET.to(DEVICE)
 inside_eager = pytest.mark.skipif(DEVICE != "cpu", reason="the fault is put into the eager implementation")
 
 
+@pytest.fixture(autouse=True)
+def _faults_are_put_into_the_eager_code(request, monkeypatch):
+    if request.node.name.startswith("test_fault"):
+        monkeypatch.setenv("KVOPS_CPU", "eager")
+
+
 def context(*tokens):
     """The row of TARGET and DRAFTER behind these tokens (none, one or two)."""
     if not tokens:
@@ -89,7 +95,9 @@ def expected():
 
 @pytest.mark.parametrize("num_drafts", [0, 1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_two_tokens_are_distributed_as_the_target_s(mode, num_drafts):
+@pytest.mark.parametrize("cpu", ["eager", ""])
+def test_two_tokens_are_distributed_as_the_target_s(mode, num_drafts, cpu, monkeypatch):
+    monkeypatch.setenv("KVOPS_CPU", cpu)
     assert chi_square(decode_two(mode, num_drafts), expected()) > PASS
 
 

@@ -10,6 +10,7 @@ import kvops
 from kvops.eager import philox
 from kvops.eager import verify_tree as eager
 
+NUMBA = True
 SHAPES = [
     [-1, 0, 0, 0, 1, 1, 2],
     [-1, 0, 1, 2, 3, 4, 5],
@@ -18,6 +19,12 @@ SHAPES = [
     [-1, -1, -1, -1, -1, -1, -1],
     [-1, 0, 0, 1, 2, 3, 4],
 ]
+
+
+@pytest.fixture(autouse=True)
+def _faults_are_put_into_the_eager_code(request, monkeypatch):
+    if request.node.name.startswith("test_fault"):
+        monkeypatch.setenv("KVOPS_CPU", "eager")
 
 
 def tree_batch(V, *, dtype=torch.float32, repeat=1):
@@ -74,13 +81,15 @@ def test_many_siblings_of_many_requests(monkeypatch, with_probs):
     drafts = torch.multinomial(probs.reshape(-1, 5), 1, generator=torch.Generator().manual_seed(3)).view(trees, 6)
     sampling = {"temperature": torch.full((trees,), 1.5), "seed": seeds, "step": steps}
     results = []
-    for interpret in ("0", "1"):
+    for interpret, cpu in (("0", "eager"), ("0", ""), ("1", "")):
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        monkeypatch.setenv("KVOPS_CPU", cpu)
         results.append(
             kvops.verify_tree(logits, drafts, parents, draft_probs=probs if with_probs else None, **sampling)
         )
-    for eager_result, triton_result in zip(*results, strict=True):
-        assert torch.equal(eager_result, triton_result)
+    for eager_result, *others in zip(*results, strict=True):
+        for other in others:
+            assert torch.equal(eager_result, other)
     assert len(results[0][0][:, 1].unique()) >= 4
 
 
@@ -249,7 +258,9 @@ def expected():
 
 
 @pytest.mark.parametrize("siblings", ["point mass", "independent", "without replacement"])
-def test_two_tokens_are_distributed_as_the_target_s(siblings):
+@pytest.mark.parametrize("cpu", ["eager", ""])
+def test_two_tokens_are_distributed_as_the_target_s(siblings, cpu, monkeypatch):
+    monkeypatch.setenv("KVOPS_CPU", cpu)
     assert chi_square(decode_two(siblings), expected()) > PASS
 
 

@@ -11,7 +11,18 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvops.kernels.cpu.jit import jit
-from kvops.kernels.cpu.vector import LANES, load_bfloat16, load_float8, load_float16, load_float32, store
+from kvops.kernels.cpu.vector import (
+    LANES,
+    copy,
+    load,
+    load_bfloat16,
+    load_float8,
+    load_float16,
+    load_float32,
+    store,
+    store_bfloat16,
+    store_float16,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -88,6 +99,26 @@ def widen(address, element, count, out):
             store(out, load_float8(address, count))
             address += LANES
         out += step
+        count -= LANES
+
+
+@jit
+def narrow(address, element, count, out, spare):
+    """Write ``count`` float32 numbers from ``address`` on, rounded to ``element``, to the address ``out``. The memory
+    at ``spare`` has room for a vector."""
+    if element == FLOAT32:
+        copy(out, address, 4 * count)
+        return
+    while count > 0:
+        target = out if count >= LANES else spare
+        if element == BFLOAT16:
+            store_bfloat16(target, load(address))
+        else:
+            store_float16(target, load(address))
+        if count < LANES:
+            copy(out, spare, 2 * count)
+        address += 4 * LANES
+        out += 2 * LANES
         count -= LANES
 
 

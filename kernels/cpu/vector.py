@@ -125,6 +125,41 @@ def store(typing_context: Any, address: Any, x: Any) -> tuple[Any, _Generate]:
     return types.void(types.intp, vector), generate
 
 
+def _storer(bits: int, narrow: Callable[[Any, Any], Any]) -> Any:
+    """A function ``(address, x)`` that stores the numbers of a vector in so many bits each."""
+    target = ir.VectorType(ir.IntType(bits), LANES)
+
+    @intrinsic
+    def store_narrowed(typing_context: Any, address: Any, x: Any) -> tuple[Any, _Generate]:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], target.as_pointer())
+            builder.store(narrow(builder, arguments[1]), pointer, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, vector), generate
+
+    return store_narrowed
+
+
+def _to_bfloat16(builder: Any, x: Any) -> Any:
+    """Rounded to even by the 16 bits that go; NaN keeps a bit of its fraction."""
+    bits = builder.bitcast(x, _every(0).type)
+    odd = builder.and_(builder.lshr(bits, _every(16)), _every(1))
+    rounded = builder.add(bits, builder.add(odd, _every(0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", x, x)
+    bits = builder.select(is_nan, builder.or_(bits, _every(0x400000)), rounded)
+    return builder.trunc(builder.lshr(bits, _every(16)), ir.VectorType(ir.IntType(16), LANES))
+
+
+store_bfloat16 = _storer(16, _to_bfloat16)
+store_float16 = _storer(
+    16,
+    lambda builder, x: builder.bitcast(
+        builder.fptrunc(x, ir.VectorType(ir.HalfType(), LANES)), ir.VectorType(ir.IntType(16), LANES)
+    ),
+)
+
+
 @intrinsic
 def copy(typing_context: Any, target: Any, source: Any, count: Any) -> tuple[Any, _Generate]:
     """Copy ``count`` bytes from one address to another; the two do not overlap."""

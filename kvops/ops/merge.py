@@ -70,6 +70,7 @@ _forward_op = register(
     fake=_fake_forward,
     eager=eager.merge_attention,
     kernel="kvops.kernels.merge_attention:merge_attention",
+    cpu="kvops.kernels.cpu.merge_attention:merge_attention",
     differentiable=True,
     autocast=("out_a", "out_b"),
 )

@@ -78,6 +78,7 @@ _schedule = register(
     fake=_fake_schedule,
     eager=eager.paged_schedule,
     kernel="kvops.kernels.paged_schedule:paged_schedule",
+    cpu="kvops.kernels.cpu.paged_schedule:paged_schedule",
 )
 
 

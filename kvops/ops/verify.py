@@ -130,6 +130,7 @@ _verify_draft = register(
     fake=_fake_verify_draft,
     eager=eager.verify_draft,
     kernel="kvops.kernels.verify_draft:verify_draft",
+    cpu="kvops.kernels.cpu.verify_draft:verify_draft",
 )
 
 
@@ -221,6 +222,7 @@ _prompt_lookup = register(
     fake=_fake_prompt_lookup,
     eager=eager.prompt_lookup,
     kernel="kvops.kernels.prompt_lookup:prompt_lookup",
+    cpu="kvops.kernels.cpu.prompt_lookup:prompt_lookup",
 )
 
 

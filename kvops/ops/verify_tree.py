@@ -103,6 +103,7 @@ _verify_tree = register(
     fake=_fake_verify_tree,
     eager=eager.verify_tree,
     kernel="kvops.kernels.verify_tree:verify_tree",
+    cpu="kvops.kernels.cpu.verify_tree:verify_tree",
 )
 
 

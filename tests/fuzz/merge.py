@@ -51,7 +51,7 @@ def draw(r: Random) -> Case:
     on_triton = r.random() < 0.2
     return Case(
         seed=r.randrange(2**31),
-        backend="triton" if on_triton else "eager",
+        backend="triton" if on_triton else r.choice(("eager", "numba")),
         dtype=r.choice(tuple(DTYPES)),
         batch=r.choice((-1, -1, 0, 1, 1, 2)),
         tokens=r.choice((0, 1, 3, r.randint(0, 60))),

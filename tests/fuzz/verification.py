@@ -52,7 +52,7 @@ def draw(r: Random) -> Case:
     distribution = r.random() < 0.2
     return Case(
         seed=r.randrange(2**31),
-        backend="eager" if distribution else often(r, "eager", "triton", p=0.85),
+        backend=r.choice(("eager", "numba")) if distribution or r.random() < 0.85 else "triton",
         dtype=r.choice(tuple(DTYPES)),
         batch=r.choice((0, 1, 2, 3, 8)),
         drafts=r.randint(0, 3 if distribution else 6),

@@ -1,0 +1,238 @@
+"""Draft verification on the CPU: every row of logits is read once, and the row of the emitted token once more."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import boolean, float32, int32, int64, uint8
+
+from kvops.kernels.cpu.arguments import Binding, unpack
+from kvops.kernels.cpu.elements import FORMATS, padded
+from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.threads import run_shares, worth
+from kvops.kernels.cpu.verification import ACCEPT, exponent_scale, philox, race, read_row, soften, subtract, uniform
+from kvops.prepared import prepared
+
+
+class Call(NamedTuple):
+    """The arguments of one call; what is not given has size 0."""
+
+    logits: uint8[:, :, :]  # [B, T + 1, V] bytes
+    drafts: int64[:, :]  # [B, T]
+    lens: int64[:]  # [B]
+    probs: float32[:, :, :]  # [B, T, V]
+    temperature: float32[:]  # [B]
+    seed: int64[:]
+    step: int64[:]
+    tokens: int64[:, :]  # [B, T + 1]
+    num_accepted: int32[:]
+    element: int64
+    vocabulary: int64
+    block: int64  # whether drafts are tested together
+
+
+class Rows(NamedTuple):
+    """What is known of each row of logits, [B, T + 1]; the last two of sampled requests."""
+
+    largest: float32[:, ::1]
+    argmax: int64[:, ::1]
+    usable: boolean[:, ::1]
+    total: float32[:, ::1]  # of the weights
+    drafted: float32[:, ::1]  # weight of the draft
+
+
+class Randoms(NamedTuple):
+    seed: int64
+    step: int64
+
+
+@jit
+def _sampled(call, b):
+    return call.temperature.size > 0 and call.temperature[b] > 0
+
+
+@jit
+def _num_drafts(call, b):
+    T = call.drafts.shape[1]
+    return min(max(call.lens[b], 0), T) if call.lens.size else T
+
+
+@jit
+def _is_token(call, token):
+    return 0 <= token < call.vocabulary
+
+
+@jit
+def _read_share(share, shares, call, rows):
+    """The facts about a share of the rows."""
+    B, R, _ = call.logits.shape
+    row = np.empty(padded(call.vocabulary), np.float32)[: call.vocabulary]
+    for i in range(share, B * R, shares):
+        b, t = i // R, i % R
+        count = _num_drafts(call, b)
+        if t > count:
+            continue
+        address = call.logits[b, t].ctypes.data
+        largest, argmax, usable = read_row(address, call.element, row)
+        rows.largest[b, t], rows.argmax[b, t], rows.usable[b, t] = largest, argmax, usable
+        if usable and _sampled(call, b):
+            rows.total[b, t] = soften(row, largest, exponent_scale(call.temperature[b]))
+            rows.drafted[b, t] = row[call.drafts[b, t]] if t < count and _is_token(call, call.drafts[b, t]) else 0
+
+
+@jit
+def _weights(call, rows, b, t, row):
+    """The weights of a row that was read before."""
+    read_row(call.logits[b, t].ctypes.data, call.element, row)
+    soften(row, rows.largest[b, t], exponent_scale(call.temperature[b]))
+
+
+@jit
+def _accept_tokens(call, rows, b, count, randoms):
+    """How many drafts pass one after another, u < p / q."""
+    for t in range(count):
+        threshold = uniform(philox(0, t, ACCEPT, randoms.seed, randoms.step)[0])
+        if call.probs.size:
+            threshold *= call.probs[b, t, call.drafts[b, t]]
+        if not threshold * rows.total[b, t] < rows.drafted[b, t]:
+            return t
+    return count
+
+
+@jit
+def _accept_block(call, rows, b, count, randoms, row):
+    """Algorithm 2 of arXiv 2403.10444: how many drafts stand, and the factor of p in the residual behind them."""
+    stop, ratio, path = 0, np.float32(1), np.float32(1)
+    for t in range(count):
+        p = rows.drafted[b, t] / rows.total[b, t]
+        if not call.probs.size:
+            path *= p
+        else:
+            path = min(path * p / call.probs[b, t, call.drafts[b, t]], np.float32(1)) if p > 0 else np.float32(0)
+        i = t + 1
+        u = uniform(philox(0, t, ACCEPT, randoms.seed, randoms.step)[0])
+        if i == count:
+            passes = u < path
+        else:
+            if call.probs.size:
+                _weights(call, rows, b, i, row)
+                left = subtract(row, path / rows.total[b, i], call.probs[b, i])
+            else:
+                left = path * (1 - rows.drafted[b, i] / rows.total[b, i])
+            passes = u * (left + (1 - path)) < left
+        if passes:
+            stop, ratio = i, path
+    return stop, ratio
+
+
+@jit
+def _sample(call, rows, b, row):
+    """The number of drafts that a sampled request accepts, and the token behind them."""
+    randoms = Randoms(call.seed[b], call.step[b] if call.step.size else 0)
+    count = 0
+    while count < _num_drafts(call, b) and rows.usable[b, count] and _is_token(call, call.drafts[b, count]):
+        count += 1
+    if call.block:
+        accepted, ratio = _accept_block(call, rows, b, count, randoms, row)
+    else:
+        accepted, ratio = _accept_tokens(call, rows, b, count, randoms), np.float32(1)
+    if not rows.usable[b, accepted]:
+        return accepted, np.int64(-1)
+    _weights(call, rows, b, accepted, row)
+    if accepted < count:  # the draft was refused: its residual is left to draw from
+        if call.probs.size:
+            subtract(row, ratio / rows.total[b, accepted], call.probs[b, accepted])
+        else:
+            row[call.drafts[b, accepted]] = 0
+    return accepted, race(row, accepted, randoms.seed, randoms.step, rows.argmax[b, accepted])
+
+
+@jit
+def _emit_share(share, shares, call, rows):
+    row = np.empty(padded(call.vocabulary), np.float32)[: call.vocabulary]
+    for b in range(share, len(call.tokens), shares):
+        if _sampled(call, b):
+            accepted, following = _sample(call, rows, b, row)
+        else:
+            accepted, count = 0, _num_drafts(call, b)
+            while (
+                accepted < count and rows.usable[b, accepted] and call.drafts[b, accepted] == rows.argmax[b, accepted]
+            ):
+                accepted += 1
+            following = rows.argmax[b, accepted] if rows.usable[b, accepted] else np.int64(-1)
+        call.tokens[b] = -1
+        for t in range(accepted):
+            call.tokens[b, t] = call.drafts[b, t]
+        call.tokens[b, accepted] = following
+        call.num_accepted[b] = accepted
+
+
+@jit
+def _verify_draft(addresses, table, threads):
+    call = unpack(Call, addresses, table)
+    shape = call.tokens.shape
+    rows = Rows(
+        np.empty(shape, np.float32),
+        np.empty(shape, np.int64),
+        np.empty(shape, np.bool_),
+        np.empty(shape, np.float32),
+        np.empty(shape, np.float32),
+    )
+    threads = worth(threads, 4 * call.logits.size)
+    succeeded = run_shares(_read_share, (call, rows), threads)
+    return run_shares(_emit_share, (call, rows), min(threads, len(call.tokens))) and succeeded
+
+
+def _bind(
+    target_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    *,
+    draft_lens: torch.Tensor | None = None,
+    draft_probs: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    method: str = "token",
+) -> Binding:
+    tokens, num_accepted = _results(target_logits)
+    return Binding(
+        _verify_draft,
+        Call,
+        logits=target_logits,
+        drafts=draft_tokens,
+        lens=None if draft_lens is None else draft_lens.long(),
+        probs=draft_probs,
+        temperature=temperature,
+        seed=seed,
+        step=step,
+        tokens=tokens,
+        num_accepted=num_accepted,
+        element=FORMATS[target_logits.dtype],
+        vocabulary=target_logits.shape[2],
+        block=method == "block",
+    )
+
+
+def _results(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, rows, _ = logits.shape
+    return torch.empty(batch, rows, dtype=torch.int64), torch.empty(batch, dtype=torch.int32)
+
+
+@prepared(_bind)
+def verify_draft(
+    binding: Binding,
+    target_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    *,
+    draft_lens: torch.Tensor | None = None,
+    draft_probs: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    method: str = "token",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvops.verify_draft`."""
+    tokens, num_accepted = _results(target_logits)
+    lens = None if draft_lens is None else draft_lens.long()
+    binding(target_logits, draft_tokens, lens, draft_probs, temperature, seed, step, tokens, num_accepted)
+    return tokens, num_accepted
