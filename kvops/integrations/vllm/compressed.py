@@ -1,0 +1,118 @@
+"""The worker's side of compression: what is compacted before a step, and how its layers write, attend and score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvops
+from kvops.integrations.vllm.cells import Cells
+from kvops.integrations.vllm.check import Check
+from kvops.integrations.vllm.judge import Judge
+from kvops.integrations.vllm.options import Options
+from kvops.integrations.vllm.rule import Rule
+from kvops.integrations.vllm.step import Group, Request, Slots, Step, rectangles
+
+
+class CompressedLayers:
+    """The layers of a group, whose heads compete for the pages that stay.
+
+    Args:
+        layers: vLLM's attention layers in the order of their caches, by name.
+        rule: which pages stay.
+        options: the policy, and what is protected.
+
+    Attributes:
+        cells: where the slots of each head are.
+        judge: what is scored.
+        check: holds every attention to the truth, or None.
+    """
+
+    def __init__(self, layers: dict[str, Any], rule: Rule, options: Options) -> None:
+        first = next(iter(layers.values()))
+        self.judge = Judge(options.make_policy(), first.impl.num_heads // first.impl.num_kv_heads)
+        caches = [layer.kv_cache for layer in layers.values()]
+        self.cells = Cells(caches, first.impl.head_size, rule, self.judge, options.protect_first)
+        self.number = {name: number for number, name in enumerate(layers)}
+        self.check = Check(self.cells, options) if options.check else None
+
+    def build(self, num_tokens: int, starts: Sequence[int], tokens: Sequence[int], table: Tensor, slots: Slots) -> Step:
+        """Compact what is due, and give the step its lists.
+
+        Pages that are emptied now may belong to another request of this very step. They are read here, before any layer
+        of the step runs.
+
+        Args:
+            num_tokens: real tokens of the step.
+            starts: where the query tokens of each request begin, and where those of the last one end.
+            tokens: of each request, with those of this step.
+            table: int32 ``[B, columns]``, vLLM's pages.
+            slots: where the new tokens go.
+        """
+        pages, cells, rule = table.long(), self.cells, self.cells.rule
+        requests, chunks = [], []
+        for row, (first, total) in enumerate(zip(pages[:, 0].tolist(), tokens, strict=True)):
+            computed = total - (starts[row + 1] - starts[row])
+            requests.append(Request(first, computed, total))
+            if first == 0:  # vLLM's null page: the row is padding, or a step that vLLM makes up to warm up
+                chunks.append(0)
+                continue
+            if computed == 0:
+                cells.begin(first)
+            # Never back: an optimistic count of accepted drafts may have been taken back.
+            wanted = max(rule.done(computed), cells.done(first))
+            if wanted > cells.done(first):
+                cells.compact(first, pages[row], wanted)
+            chunks.append(wanted)
+        lists = cells.lists(pages, tokens, chunks)
+        device = table.device
+        counts = torch.tensor([request.tokens - request.computed for request in requests])
+        ends = torch.tensor(tokens, dtype=torch.int32) - torch.tensor(starts[1:], dtype=torch.int32)
+        positions = torch.repeat_interleave(ends, counts) + torch.arange(int(counts.sum()), dtype=torch.int32)
+        groups = [Group.of(each, lists.tables, lists.lens, 1) for each in rectangles(starts, device)]
+        return Step(num_tokens, slots, groups, self, positions[:num_tokens, None].to(device), tuple(requests))
+
+    def forward(
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        caches: tuple[Tensor, Tensor],
+        step: Step,
+        output: Tensor,
+        options: Any,
+    ) -> None:
+        """One layer: as :meth:`.backend.KVOpsAttention.forward`, of a cache that is compressed."""
+        layer, cells, judge, n = self.number[name], self.cells, self.judge, step.num_tokens
+        kvops.paged_append(
+            k[:n, None],
+            v[:n, None],
+            *caches,
+            step.slots.pages,
+            step.slots.lens,
+            positions=cells.positions_of(layer),
+            token_positions=step.positions,
+            scores=cells.scores_of(layer),
+        )
+        for group in step.groups:
+            rectangle, lists = group.rectangle, (cells.k, cells.v, group.tables[layer], group.lens[layer])
+            queries, T = rectangle.pack(q), rectangle.shape[1]
+            observe = T if judge.observe is None else judge.observe
+            scored: dict[str, Any] = {}
+            if judge.reduce is not None:
+                scored = {"scores": cells.scores, "score_reduce": judge.reduce}
+            if scored and observe < T:  # of a chunk, only the last queries score, from 0
+                got, _ = kvops.paged_attention(queries, *lists, q_lens=rectangle.q_lens, **options)
+                last, q_lens = rectangle.last(queries, observe)
+                kvops.paged_attention(last, *lists, q_lens=q_lens, **scored, score_decay=0.0, **options)
+            else:
+                if scored:
+                    scored["score_decay"] = judge.decay(T)
+                got, _ = kvops.paged_attention(queries, *lists, q_lens=rectangle.q_lens, **scored, **options)
+            rectangle.unpack(got, output)
+            if self.check is not None:
+                self.check.look(layer, step, group, queries, k, v, got, options)

@@ -1,0 +1,180 @@
+"""Which slots survive: kvops' policies, by what an engine can know of a request without reading it again.
+
+While an engine runs, each layer adds to the scores of the slots what its newest queries paid to them. When a chunk is
+compacted the policy is shown the keys, the values, the positions and these scores. Earlier queries are gone by then,
+and a prompt is read once: policies that need either cannot serve.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+import kvops
+from kvops.policies import POLICIES, Policy, Seen, share_out
+
+if TYPE_CHECKING:
+    from kvops.integrations.vllm.cells import Cells
+
+Reduce = Literal["sum", "sumsq", "max"]
+
+
+class UnseenError(Exception):
+    """A policy asked for something that an engine does not have."""
+
+
+class _EngineSeen(Seen):
+    """What a policy sees of a layer. What an engine does not keep raises :class:`UnseenError`."""
+
+    window_left, scale, softcap, recited = -1, None, 0.0, None
+    layer: int
+    num_layers: int
+
+    @property
+    def q(self) -> Tensor:  # type: ignore[override]
+        raise UnseenError("the queries")
+
+    @property
+    def rope(self) -> Tensor | None:  # type: ignore[override]
+        raise UnseenError("the frequencies of the rotary embedding")
+
+
+class _Question(_EngineSeen):
+    """Keys of no layer, shown to a policy once to learn what attention it will ask for."""
+
+    def __init__(self) -> None:
+        self.layer, self.num_layers = 0, 1
+        self.k = self.v = torch.zeros(1, 64, 1, 8)
+        self.positions = torch.arange(64).view(1, 1, 64)
+        self.end = torch.tensor([64])
+        self.earlier = torch.zeros(1, 1, 64)
+        self.asked: list[tuple[int | None, Reduce, str]] = []
+
+    def attention(self, *, last: int | None = None, reduce: Reduce = "sum", group: str = "sum") -> Tensor:
+        self.asked.append((last, reduce, group))
+        return torch.zeros(1, 1, 64)
+
+
+class _Layer(_EngineSeen):
+    """The lists of one layer, as a policy wants them: ``[1, S, Hkv, ...]``, padded in front."""
+
+    def __init__(self, cells: Cells, tables: Tensor, lens: Tensor, layer: int, group: int) -> None:
+        size = cells.page_size
+        self._cells, self._group = cells, group
+        self.layer, self.num_layers = layer, cells.num_layers
+        width = tables.shape[1] * size
+        slot = torch.arange(width, device=tables.device) - (width - lens.long()[:, None])  # [Hkv, S]
+        self._padded = slot < 0
+        slot = slot.clamp(min=0)
+        self._slots = tables.long().gather(1, slot // size) * size + slot % size
+        self.positions = cells.positions.flatten()[self._slots].masked_fill_(self._padded, -1)[None]
+        self.end = self.positions.amax((1, 2)) + 1
+        self.earlier = torch.zeros(1, *slot.shape, device=tables.device)
+
+    def _vectors(self, side: Tensor) -> Tensor:
+        return side.flatten(0, 1)[self._slots].masked_fill_(self._padded[..., None], 0).transpose(0, 1)[None]
+
+    @cached_property
+    def k(self) -> Tensor:  # type: ignore[override]
+        return self._vectors(self._cells.k)
+
+    @cached_property
+    def v(self) -> Tensor:  # type: ignore[override]
+        return self._vectors(self._cells.v)
+
+    def attention(self, *, last: int | None = None, reduce: Reduce = "sum", group: str = "sum") -> Tensor:
+        paid = self._cells.scores.flatten()[self._slots].masked_fill_(self._padded, 0)[None]
+        return paid / self._group if group == "mean" else paid
+
+
+class Judge:
+    """A policy in an engine.
+
+    Args:
+        policy: what slots are worth.
+        group: query heads of a KV head.
+
+    Attributes:
+        reduce: what layers add to the scores of slots, None where the policy asks for no attention.
+        observe: by how many of the newest queries; None: by all.
+
+    Raises ValueError for a policy that asks for what an engine does not have.
+    """
+
+    def __init__(self, policy: Policy, group: int) -> None:
+        self.policy, self._group = policy, group
+        question = _Question()
+        try:
+            if policy.recital is not None:
+                raise UnseenError("a prompt that is read twice")
+            policy.score(question)
+        except UnseenError as lacks:
+            raise ValueError(
+                f"policy: {type(policy).__name__} needs {lacks}, which vLLM does not keep; expected one of "
+                f"{', '.join(served())}"
+            ) from None
+        asked = set(question.asked)
+        if len(asked) > 1:
+            raise ValueError(f"policy: expected one kind of attention, got {asked} of {type(policy).__name__}")
+        self.observe: int | None = None
+        self.reduce: Reduce | None = None
+        if asked:
+            self.observe, self.reduce, _ = asked.pop()
+
+    def decay(self, queries: int) -> float:
+        """What remains of a score when ``queries`` further ones are added: about the last ``observe`` count."""
+        return 1.0 if self.observe is None else (1 - 1 / self.observe) ** queries
+
+    def keep(self, cells: Cells, tables: Tensor, lens: Tensor, pages: int, protect_first: int) -> Tensor:
+        """bool ``[lists, W * page_size]``: the slots that survive in ``pages`` pages.
+
+        ``tables`` int32 ``[lists, W]`` of full blocks, ``lens`` int32 ``[lists]``: the lists of all layers.
+        """
+        policy, (L, H) = self.policy, (cells.num_layers, cells.num_heads)
+        (lists, width), size = tables.shape, cells.page_size
+        scores = torch.empty(lists, width * size, device=tables.device)
+        for layer in range(L):
+            rows = slice(layer * H, (layer + 1) * H)
+            seen = _Layer(cells, tables[rows], lens[rows], layer, self._group)
+            padded = policy.checked_score(seen)[0]  # the last slots of each list stand last
+            place = torch.arange(width * size, device=tables.device) + (width * size - lens[rows].long()[:, None])
+            scores[rows] = padded.gather(1, place.clamp(max=width * size - 1))
+        # Numbered from 0, so that only the scores and positions of these lists are read.
+        local = torch.arange(lists * width, dtype=torch.int32, device=tables.device).view(lists, width)
+        positions = cells.positions[tables.long()].flatten(0, 1)
+        weights = policy.layer_weights(L)
+        apart = weights is not None or policy.scope != "sequence"  # each layer has its share
+        rows_of = (L, H) if apart else (1, lists)
+        shares = [pages * lists // rows_of[0]] * rows_of[0]
+        if weights is not None:
+            shares = share_out(pages * lists, weights, least=-(-protect_first // size) * H, most=width * H)
+        _, keep = kvops.select_blocks(
+            scores.view(lists * width, size),
+            local.view(*rows_of, width),
+            lens.view(rows_of),
+            torch.tensor(shares, dtype=torch.int32, device=tables.device),
+            positions=positions,
+            protect_first=protect_first,
+            min_per_head=int(policy.floor * pages) * size,
+            scope="head" if policy.scope == "head" else "sequence",
+        )
+        return keep.view(lists, width * size)
+
+
+def served() -> list[str]:
+    """The names of policies that an engine can serve."""
+
+    def fits(kind: Any) -> bool:
+        try:
+            policy = kind()
+            if policy.recital is not None:
+                return False
+            policy.score(_Question())
+        except UnseenError:
+            return False
+        return True
+
+    return [name for name, kind in POLICIES.items() if fits(kind)]

