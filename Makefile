@@ -36,7 +36,7 @@ MINUTES ?= 10
 AREAS ?=
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-oldest test-vllm release-check margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
+.PHONY: help setup test test-machine test-oldest test-vllm release-check margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
   format clean
 
 help:  ## this list
@@ -67,6 +67,15 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 test: $(SETUP)  ## every test; PYTEST="..." for a part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+# Hours: MACHINES="sm_90" SEEDS="0" PYTEST="tests/test_paged.py" for a part.
+MACHINES ?= sm_80 sm_90
+SEEDS ?= 0 1 2
+test-machine: $(SETUP)  ## every kernel test on the compiled code, without a GPU: races, bounds, results; MACHINES="sm_90"
+	@for machine in $(MACHINES); do for seed in $(SEEDS); do \
+	  echo "== the kernel tests on $$machine, seed $$seed"; \
+	  KVOPS_TEST_MACHINE=$$machine KVOPS_TEST_SEED=$$seed OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -k triton || exit 1; \
+	done; done
 
 test-oldest: $(OLDEST).txt  ## every test with the oldest torch and Triton that are supported, in 5 GB of their own
 	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$<

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvops.autotune import commands, feasibility, store_commands
+from kvops.autotune import checking, commands, feasibility, store_commands
 
 
 def add(parsers: Any) -> None:
     """Add the parser of every command to argparse's ``parsers``."""
     _add_tune(parsers)
     _add_prune(parsers)
+    checking.add(parsers)
     _add_readers(parsers)
     _add_writers(parsers)
 

@@ -24,7 +24,7 @@ from kvops.autotune.spec import Config, Workload
 _FLUSH_BYTES = 1 << 30
 _WARM_UP_SECONDS = 0.5
 # A default further off than this has not the error of rounding: the reference or the kernel is broken.
-_HOPELESS = 0.05
+HOPELESS = 0.05
 
 
 def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
@@ -84,7 +84,7 @@ class _Trial:
         self.exact = outputs if self.small.exact is None else tuple(self.small.exact())
         rounding = max((torch.finfo(out.dtype).eps for out in outputs if out.is_floating_point()), default=0.0)
         error = relative_error(outputs, self.exact)
-        if error > _HOPELESS:
+        if error > HOPELESS:
             raise ValueError(f"{op}: the default configuration {default} is off by {error:.3g} from the reference")
         # The same arithmetic in another order: as large again as the default's own error, or one rounding.
         self.limit = 2 * max(error, rounding)

@@ -4,6 +4,7 @@ In this folder::
 
     TRITON_INTERPRET=1 python tune_your_kernel.py      # run it here; on a GPU without the variable
     python -m kvops.autotune prune --import tune_your_kernel --ops scale_add --output proofs   # compile, no GPU needed
+    python -m kvops.autotune check scale_add --import tune_your_kernel         # run what was compiled, no GPU needed
     python -m kvops.autotune explain scale_add --import tune_your_kernel --device "NVIDIA H100 80GB HBM3"
     python -m kvops.autotune tune --import tune_your_kernel --ops scale_add    # on the GPU; launches take what it finds
 

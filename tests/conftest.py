@@ -1,7 +1,9 @@
 """Fixtures that every family shares.
 
 ``backend`` runs a test twice: once on the eager implementation and once on the Triton kernels, which run in Triton's
-interpreter on a machine without a GPU and as compiled kernels where ``KVOPS_TEST_DEVICE=cuda``.
+interpreter on a machine without a GPU and as compiled kernels where ``KVOPS_TEST_DEVICE=cuda``. With
+``KVOPS_TEST_MACHINE=sm_90`` (or sm_80) their PTX runs on the machine of ``kvops.autotune.machine``, and a fault fails
+the test; ``KVOPS_TEST_SEED`` draws another order of the warps.
 """
 
 import contextlib
@@ -64,7 +66,8 @@ def _round_bfloat16_to_nearest() -> None:
 
 
 DEVICE = os.environ.get("KVOPS_TEST_DEVICE", "cpu")
-if DEVICE == "cpu":
+MACHINE = os.environ.get("KVOPS_TEST_MACHINE", "")
+if DEVICE == "cpu" and not MACHINE:
     # Triton reads this when a kernel is decorated: import every kernel while it is set.
     os.environ["TRITON_INTERPRET"] = "1"
     for _path in sorted((pathlib.Path(__file__).parent.parent / "kernels").glob("[!_]*.py")):
@@ -72,7 +75,7 @@ if DEVICE == "cpu":
     del os.environ["TRITON_INTERPRET"]
     _patch_once_a_launch()
     _round_bfloat16_to_nearest()
-else:
+elif DEVICE != "cpu":
     # Tests that ask for deterministic algorithms multiply matrices, too: cuBLAS wants this by then.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -87,6 +90,10 @@ def backend(request, monkeypatch) -> Iterator[str]:
     """The implementation under test; on a GPU only the kernels exist. Where a test names no ``device``, tensors are
     made on the one under test."""
     where = contextlib.nullcontext()
+    if MACHINE and request.param != "triton":
+        pytest.skip("runs no kernel")
+    if MACHINE:
+        where = _on_machine(request.node)
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1" if request.param == "triton" else "0")
         monkeypatch.setenv("KVOPS_CPU", "eager" if request.param == "eager" else "")
@@ -96,6 +103,33 @@ def backend(request, monkeypatch) -> Iterator[str]:
         where = torch.device(DEVICE)
     with where:
         yield request.param
+
+
+@contextlib.contextmanager
+def _on_machine(item: pytest.Item) -> Iterator[None]:
+    from kvops.autotune.machine import Options, on_machine
+
+    options = Options(seed=int(os.environ.get("KVOPS_TEST_SEED", "0")))
+    with on_machine(MACHINE, options=options, track_empty=False) as machine:
+        item.stash[_EXECUTIONS] = machine.executions
+        yield
+
+
+_EXECUTIONS = pytest.StashKey[list]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test whose launches had a fault on the machine fails, whatever their results."""
+    outcome = yield
+    executions = item.stash.get(_EXECUTIONS, [])
+    if executions and outcome.excinfo is None:
+        from kvops.autotune.machine import MachineFaultError, raise_faults
+
+        try:
+            raise_faults(executions)
+        except MachineFaultError as error:
+            outcome.force_exception(error)
 
 
 @pytest.fixture(autouse=True)

@@ -242,7 +242,7 @@ def test_a_forbidden_import_is_found(name, source):
 
 
 # What stands behind a check that Triton is there: kernels by the registry, these by the commands that need them.
-BEHIND_TRITON = ("kvops.kernels", "kvops.autotune.inspect")
+BEHIND_TRITON = ("kvops.kernels", "kvops.autotune.inspect", "kvops.autotune.machine")
 # The registry imports kvops.kernels.cpu where numba is installed.
 # Imported after `require("transformers")`, by the package's __getattr__.
 BEHIND_TRANSFORMERS = ("kvops.integrations.transformers.cache",)

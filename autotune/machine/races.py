@@ -1,0 +1,337 @@
+"""Who touched a piece of memory last, and whether that is ordered before who touches it now: vector clocks.
+
+Every warp has a clock for each warp of its program and for each mbarrier: what it knows to have happened. Barriers and
+mbarriers hand that knowledge on. A write remembers the writer and the writer's clock; an access by a warp that does not
+know of that clock yet may come before or after it on a GPU: that is a race, in whatever order they ran here.
+
+Shadow memory has one cell for each granule, the size of the smallest access of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from kvops.autotune.machine.report import Execution
+    from kvops.autotune.machine.team import Team
+
+# mbarriers of one program that a vector clock has room for.
+MAX_MBARRIERS = 32
+_WARP_BITS = 6
+
+
+class Clocks:
+    """``table[slot * num_warps + warp]`` is what a warp knows: the clocks of all warps, then phases of mbarriers."""
+
+    def __init__(self, slots: int, num_warps: int) -> None:
+        self.num_warps = num_warps
+        self.width = num_warps + MAX_MBARRIERS
+        self.table = np.zeros((slots * num_warps, self.width), np.int32)
+        # By slot and warp: for each fence between the proxies, the warp's own clock and what it knew.
+        self.fences: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+
+    def clear(self, slot: int) -> None:
+        rows = slice(slot * self.num_warps, (slot + 1) * self.num_warps)
+        self.table[rows] = 0
+        self.table[rows, : self.num_warps] = np.eye(self.num_warps, dtype=np.int32)
+        for key in [key for key in self.fences if key[0] == slot]:
+            del self.fences[key]
+
+    def join(self, slot: int, warps: list[int]) -> None:
+        """What one of these warps knows, all know from here on: a barrier."""
+        rows = slot * self.num_warps + np.array(warps)
+        self.table[rows] = self.table[rows].max(0)
+        self.table[rows, warps] += 1
+
+    def row(self, slot: int, warp: int) -> np.ndarray:
+        return self.table[slot * self.num_warps + warp]
+
+    def tick(self, slot: int, warp: int) -> None:
+        self.table[slot * self.num_warps + warp, warp] += 1
+
+    def fence(self, slot: int, warp: int) -> None:
+        """What this warp knows to be written may be read through the asynchronous proxy by whoever knows of it."""
+        self.tick(slot, warp)
+        row = self.row(slot, warp)
+        self.fences.setdefault((slot, warp), []).append((int(row[warp]), row.copy()))
+
+    def fenced(self, slot: int, warp: int) -> np.ndarray:
+        """The clocks of all warps up to which a fence stands between their writes and what ``warp`` does now."""
+        known = self.row(slot, warp)
+        bound = np.zeros(self.width, np.int32)
+        for other in range(self.num_warps):
+            for clock, snapshot in reversed(self.fences.get((slot, other), ())):
+                if clock <= known[other]:
+                    np.maximum(bound, snapshot, out=bound)
+                    break
+        return bound
+
+
+class _Shadow:
+    def __init__(self, execution: Execution, size: int, num_warps: int) -> None:
+        self.execution, self.num_warps = execution, num_warps
+        self.writer = np.zeros(size, np.int64)
+        self.write_clock = np.zeros(size, np.int32)
+        self.write_at = np.full(size, -1, np.int32)
+        self.read_at = np.full(size, -1, np.int32)
+        self.atomic = np.zeros(size, bool)
+
+    def _race(
+        self, what: str, team: Team, lanes: np.ndarray, bad: np.ndarray, at: int, others: np.ndarray, benign: bool
+    ) -> None:
+        """``bad`` is [lanes, cells]; ``others`` has the instruction that each of them clashes with."""
+        lane = int(lanes[np.flatnonzero(bad.any(1))[0]])
+        other = int(others[bad][0])
+        detail = f"warp {int(team.warp[lane])} of program {int(team.program[lane])}"
+        self.execution.fault(what, at, detail, other=other, lanes=int(bad.any(1).sum()), benign=benign)
+
+
+class SharedShadow(_Shadow):
+    """Shared memory: ``writer`` is a warp, or ``num_warps`` + an mbarrier for a copy that this mbarrier announced."""
+
+    def __init__(self, execution: Execution, size: int, num_warps: int) -> None:
+        super().__init__(execution, size, num_warps)
+        self.initialised = np.zeros(size, bool)
+        self.reads = np.zeros((size, num_warps), np.int32)  # clock of each warp's last read
+        self.copies = np.zeros(size, np.int16)  # asynchronous writes under way
+        self.async_reads = np.zeros(size, np.int16)  # asynchronous reads under way
+        self.generic = np.zeros(size, bool)  # last written by ordinary stores
+
+    def clear(self, start: int, end: int) -> None:
+        part = slice(start, end)
+        for array in (self.writer, self.write_clock, self.initialised, self.reads, self.copies, self.async_reads):
+            array[part] = 0
+        self.atomic[part] = self.generic[part] = False
+
+    def read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
+        rows = team.row[lanes][:, None]
+        known = team.clocks.table[rows, self.writer[cells]]
+        bad = known < self.write_clock[cells]
+        if bad.any():
+            self._race(
+                "race in shared memory, read after write", team, lanes, bad, at, self.write_at[cells], benign=False
+            )
+        self._must_hold_data(lanes, cells, at)
+        warps = team.warp[lanes][:, None]
+        self.reads[cells, warps] = team.clocks.table[rows, warps]
+        self.read_at[cells] = at
+
+    def _must_hold_data(self, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
+        bad = ~self.initialised[cells]
+        if bad.any():
+            self.execution.fault("shared memory is read before it is written", at, lanes=int(bad.any(-1).sum()))
+        bad = self.copies[cells] > 0
+        if bad.any():
+            self.execution.fault("shared memory is read while a copy to it is under way", at, lanes=int(bad.sum()))
+
+    def write(
+        self,
+        team: Team,
+        lanes: np.ndarray,
+        cells: np.ndarray,
+        at: int,
+        same: Callable[[], np.ndarray] | None = None,
+        atomic: bool = False,
+        generic: bool = True,
+    ) -> None:
+        """``same`` tells, lane by lane, whether memory holds the very value already."""
+        rows, warps = team.row[lanes][:, None], team.warp[lanes][:, None]
+        table = team.clocks.table
+        ordered = self.atomic[cells] if atomic else np.zeros(1, bool)
+        bad = (table[rows, self.writer[cells]] < self.write_clock[cells]) & ~ordered
+        if bad.any():
+            benign = same is not None and bool(same()[bad.any(1)].all())
+            kind = "race in shared memory, write after write" + (" of the same value" if benign else "")
+            self._race(kind, team, lanes, bad, at, self.write_at[cells], benign)
+        late = self.reads[cells] > table[team.row[lanes], : self.num_warps][:, None, :]
+        bad = late.any(2) & ~ordered
+        if bad.any():
+            self._race("race in shared memory, write after read", team, lanes, bad, at, self.read_at[cells], False)
+        bad = self.async_reads[cells] > 0
+        if bad.any():
+            self.execution.fault("shared memory is written while a wgmma or a TMA store reads it", at)
+        self.writer[cells] = warps
+        self.write_clock[cells] = table[rows, warps]
+        self.write_at[cells] = at
+        self.initialised[cells] = True
+        self.atomic[cells] = atomic
+        self.generic[cells] = generic
+
+    def meet(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int, same: Callable[[], np.ndarray]) -> None:
+        """Two warps that run in step have stored in one cell by one instruction; ``same`` tells whether memory holds
+        each lane's value now."""
+        bad = self.writer[cells] != team.warp[lanes][:, None]
+        if bad.any():
+            benign = bool(same()[bad.any(1)].all())
+            kind = "race in shared memory, write after write" + (" of the same value" if benign else "")
+            self._race(kind, team, lanes, bad, at, self.write_at[cells], benign)
+
+    def read_asynchronously(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int, what: str) -> None:
+        """wgmma, or a TMA store, by the warps of ``lanes``: until :meth:`finish_reading` nobody may write to these
+        cells (each of them once)."""
+        rows = team.row[lanes]
+        bad = team.clocks.table[rows].min(0)[self.writer[cells]] < self.write_clock[cells]
+        if bad.any():
+            kind = f"race in shared memory, {what} after write"
+            self._race(kind, team, lanes[:1], bad[None], at, self.write_at[cells][None], False)
+        self._must_hold_data(lanes[:1], cells[None], at)
+        generic = self.generic[cells]
+        if generic.any():
+            bound = np.min([team.clocks.fenced(int(team.slot[x]), int(team.warp[x])) for x in lanes.tolist()], axis=0)
+            bad = generic & (bound[self.writer[cells]] < self.write_clock[cells])
+            if bad.any():
+                other = int(self.write_at[cells][bad][0])
+                kind = f"{what} of what ordinary stores have written, without fence.proxy.async between"
+                self.execution.fault(kind, at, other=other)
+        self.async_reads[cells] += 1
+        self.read_at[cells] = at
+
+    def finish_reading(self, team: Team, lanes: np.ndarray, cells: np.ndarray) -> None:
+        """The read is over, and the warps of ``lanes`` know that."""
+        self.async_reads[cells] -= 1
+        for lane in lanes.tolist():
+            warp = int(team.warp[lane])
+            self.reads[cells, warp] = team.clocks.row(int(team.slot[lane]), warp)[warp]
+
+    def copy_asynchronously(self, team: Team, lane: int, cells: np.ndarray, at: int) -> None:
+        """A TMA load begins: from now until its mbarrier says so, nobody may touch these cells."""
+        lanes, row = np.array([lane]), team.clocks.table[team.row[lane]]
+        bad = row[self.writer[cells]] < self.write_clock[cells]
+        if bad.any():
+            self._race(
+                "race in shared memory, TMA load after write",
+                team,
+                lanes,
+                bad[None],
+                at,
+                self.write_at[cells][None],
+                False,
+            )
+        late = (self.reads[cells] > row[: self.num_warps]).any(1)
+        if late.any():
+            self._race(
+                "race in shared memory, TMA load after read",
+                team,
+                lanes,
+                late[None],
+                at,
+                self.read_at[cells][None],
+                False,
+            )
+        if (self.async_reads[cells] > 0).any():
+            kind = "shared memory is overwritten by a TMA load while a wgmma or a TMA store reads it"
+            self.execution.fault(kind, at)
+        if (self.copies[cells] > 0).any():
+            self.execution.fault("two copies to the same shared memory are under way", at)
+        self.copies[cells] += 1
+
+    def finish_copy(self, cells: np.ndarray, writer: int, clock: int, at: int) -> None:
+        self.copies[cells] -= 1
+        self.writer[cells] = writer
+        self.write_clock[cells] = clock
+        self.write_at[cells] = at
+        self.initialised[cells] = True
+        self.atomic[cells] = self.generic[cells] = False
+
+
+class GlobalShadow(_Shadow):
+    """Global memory: ``writer`` and ``reader`` are program * 64 + warp + 1, and 0 for nobody. Programs of one launch
+    are never ordered."""
+
+    def __init__(self, execution: Execution, size: int, num_warps: int) -> None:
+        super().__init__(execution, size, num_warps)
+        self.initialised = np.ones(size, bool)
+        self.reader = np.zeros(size, np.int64)
+        self.read_clock = np.zeros(size, np.int32)
+        self.many_warps = np.zeros(size, bool)  # several warps have read since they were last in step
+        self.many_programs = np.zeros(size, bool)
+
+    @staticmethod
+    def _unordered(team: Team, lanes: np.ndarray, other: np.ndarray, clock: np.ndarray) -> np.ndarray:
+        """Whether the other's access, at ``clock`` of its own, may still come after one of these lanes."""
+        program, warp = (other - 1) >> _WARP_BITS, (other - 1) & ((1 << _WARP_BITS) - 1)
+        elsewhere = program != team.program[lanes][:, None]
+        known = team.clocks.table[team.row[lanes][:, None], np.where(elsewhere, 0, warp)]
+        return (other > 0) & (elsewhere | (known < clock))
+
+    def _where(self, team: Team, lanes: np.ndarray, bad: np.ndarray, other: np.ndarray) -> str:
+        mine = team.program[lanes][np.nonzero(bad)[0][0]]
+        between = ((other[bad][0] - 1) >> _WARP_BITS) != mine
+        return "global memory between programs" if between else "global memory within a program"
+
+    def read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
+        me = team.identity[lanes][:, None]
+        writer = self.writer[cells]
+        if writer.any():
+            bad = (writer != me) & self._unordered(team, lanes, writer, self.write_clock[cells])
+            if bad.any():
+                kind = f"race in {self._where(team, lanes, bad, writer)}, read after write"
+                self._race(kind, team, lanes, bad, at, self.write_at[cells], False)
+        bad = ~self.initialised[cells]
+        if bad.any():
+            self.execution.fault("global memory is read before it is written", at, lanes=int(bad.any(1).sum()))
+        before = self.reader[cells]
+        if before.any():
+            same_program = ((before - 1) >> _WARP_BITS) == team.program[lanes][:, None]
+            again = (before > 0) & same_program & (self.many_warps[cells] | (before != me))
+            self.many_warps[cells] = again & self._unordered(team, lanes, before, self.read_clock[cells])
+            self.many_programs[cells] |= (before > 0) & ~same_program
+        self.reader[cells] = me
+        self.read_clock[cells] = team.clocks.table[team.row[lanes], team.warp[lanes]][:, None]
+        self.read_at[cells] = at
+        if team.wide:
+            other = self.reader[cells] != me
+            if other.any():
+                self.many_warps[cells[other]] = True
+                elsewhere = other & ((self.reader[cells] - 1) >> _WARP_BITS != team.program[lanes][:, None])
+                self.many_programs[cells[elsewhere]] = True
+
+    def write(
+        self,
+        team: Team,
+        lanes: np.ndarray,
+        cells: np.ndarray,
+        at: int,
+        same: Callable[[], np.ndarray] | None = None,
+        atomic: bool = False,
+        generic: bool = True,
+    ) -> None:
+        me = team.identity[lanes][:, None]
+        ordered = self.atomic[cells] if atomic else np.zeros(1, bool)
+        writer = self.writer[cells]
+        if writer.any():
+            bad = (writer != me) & ~ordered & self._unordered(team, lanes, writer, self.write_clock[cells])
+            if bad.any():
+                benign = same is not None and bool(same()[bad.any(1)].all())
+                kind = f"race in {self._where(team, lanes, bad, writer)}, write after write"
+                self._race(
+                    kind + (" of the same value" if benign else ""), team, lanes, bad, at, self.write_at[cells], benign
+                )
+        reader = self.reader[cells]
+        if reader.any():
+            elsewhere = ((reader - 1) >> _WARP_BITS) != team.program[lanes][:, None]
+            unordered = self._unordered(team, lanes, reader, self.read_clock[cells])
+            bad = elsewhere | self.many_programs[cells] | (((reader != me) | self.many_warps[cells]) & unordered)
+            bad &= (reader > 0) & ~ordered
+            if bad.any():
+                between = bool((elsewhere | self.many_programs[cells])[bad][0])
+                where = "between programs" if between else "within a program"
+                kind = f"race in global memory {where}, write after read"
+                self._race(kind, team, lanes, bad, at, self.read_at[cells], False)
+        self.writer[cells] = me
+        self.write_clock[cells] = team.clocks.table[team.row[lanes], team.warp[lanes]][:, None]
+        self.write_at[cells] = at
+        self.initialised[cells] = True
+        self.atomic[cells] = atomic
+
+    def meet(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int, same: Callable[[], np.ndarray]) -> None:
+        """See :meth:`SharedShadow.meet`."""
+        bad = self.writer[cells] != team.identity[lanes][:, None]
+        if bad.any():
+            benign = bool(same()[bad.any(1)].all())
+            kind = f"race in {self._where(team, lanes, bad, self.writer[cells])}, write after write"
+            kind += " of the same value" if benign else ""
+            self._race(kind, team, lanes, bad, at, self.write_at[cells], benign)

@@ -1,0 +1,92 @@
+"""The mutation table of the machine: each barrier, wait, arrival and fence of every kernel is left out in turn.
+
+    python tests/machine_mutations.py --target sm_90      # make it again: a quarter of an hour for each target
+
+bench/results/machine/mutations-TARGET.json says what noticed: a race or another fault, a wrong result, or nothing. What
+no thread executed in any case is "not run": leaving it out shows nothing. A row of "nothing" is a barrier that the
+compiler put in and that these shapes do not need, or a gap of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import machine_cases
+
+from kvops.autotune.machine import Execution, Options
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "bench/results/machine"
+NOTHING, NOT_RUN, WRONG = "nothing", "not run", "wrong result"
+
+
+def sites(execution: Execution) -> list[dict[str, Any]]:
+    """What can be left out of a kernel, each with its place: source line, instruction and number among its equals."""
+    found, seen = [], Counter()
+    for entry in execution.program.synchronisation:
+        place = f"{entry.place.file.rsplit('/', 1)[-1]}:{entry.place.line}", entry.opcode
+        seen[place] += 1
+        covered = bool(execution.covered[entry.index])
+        found.append(
+            {"line": place[0], "instruction": place[1], "number": seen[place], "index": entry.index, "covered": covered}
+        )
+    return found
+
+
+def mutate(case: str, target: str, kernel: str, index: int, limit: int, seed: int = 0) -> str:
+    """What notices that instruction ``index`` of ``kernel`` is left out in this case."""
+    options = Options(seed=seed, limit=limit, first_fault_ends=True)
+    machine, error = machine_cases.run(case, target, options, without={kernel: frozenset({index})})
+    faults = [fault for execution in machine.executions if execution.kernel == kernel for fault in execution.faults]
+    if faults:
+        return faults[0].kind
+    return WRONG if error else NOTHING
+
+
+def table(target: str, only: str = "", stop: float = float("inf")) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    done: set[str] = set()
+    for case in machine_cases.names_for(target, only):
+        machine, error = machine_cases.run(case, target, Options())
+        if error or machine.faults:
+            raise RuntimeError(f"{case} on {target} is not right to begin with: {error or machine.faults[0]}")
+        first = {execution.kernel: execution for execution in reversed(machine.executions)}
+        for kernel, execution in sorted(first.items()):
+            if kernel in done:
+                continue
+            done.add(kernel)
+            limit = 20 * max(e.instructions for e in machine.executions) + 100_000
+            for site in sites(execution):
+                if time.monotonic() > stop:
+                    return rows
+                index, covered = site.pop("index"), site.pop("covered")
+                caught = mutate(case, target, kernel, index, limit) if covered else NOT_RUN
+                rows.append({"target": target, "kernel": kernel, "case": case, **site, "caught": caught})
+            print(kernel, dict(Counter(row["caught"] for row in rows if row["kernel"] == kernel)), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_80")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows = table(arguments.target, arguments.only, time.monotonic() + arguments.seconds)
+    path = arguments.output or FOLDER / f"mutations-{arguments.target}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    print(len(rows), dict(Counter(row["caught"] for row in rows)))
+
+
+if __name__ == "__main__":
+    main()
