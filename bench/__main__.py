@@ -185,6 +185,13 @@ def _measuring(parser: argparse.ArgumentParser, *, rounds: int, seconds: float, 
     parser.add_argument("--json", type=Path, metavar="PATH", help=f"write the results here, {each} by {each}")
 
 
+def counted(arguments: argparse.Namespace) -> int:
+    from bench import counted as counting
+
+    counting.run(arguments.target, arguments.json)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of every operator and its peers.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -236,6 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--results", type=Path, default=results.RESULTS, metavar="FOLDER")
     page.add_argument("--page", type=Path, default=results.RESULTS.parent.parent / "BENCHMARKS.md", metavar="PATH")
     page.set_defaults(function=report)
+
+    counts = commands.add_parser(
+        "counted", help="what compiled kernels do, counted on this CPU for a GPU: bytes, conflicts, instructions"
+    )
+    counts.add_argument("--target", default="sm_80", help="sm_80 or sm_90 (default: %(default)s)")
+    counts.add_argument("--json", type=Path, metavar="PATH", help="write the counts here")
+    counts.set_defaults(function=counted)
 
     names = commands.add_parser("list", help="the names of the cases")
     _selection(names)

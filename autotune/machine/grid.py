@@ -203,7 +203,11 @@ class Grid:
 
     # --- one block ---
 
-    def _function(self, block: int, masked: bool) -> Callable[..., Outcome]:
+    def _function(self, block: int, mask: np.ndarray | None, team: Team) -> Callable[..., Outcome]:
+        masked = mask is not None
+        if self.options.counter is not None:
+            warps = team.size // 32 if mask is None else int(mask.reshape(-1, 32).any(1).sum())
+            self.options.counter.block(self.program, block, warps)
         function = self.program.functions.get((block, masked))
         if function is None:
             function = BlockWriter(self.program, block, masked, self.watched).function()
@@ -213,7 +217,7 @@ class Grid:
     def _together(self, team: Team) -> int:
         """All threads of the team are in one block."""
         block = team.block
-        kind, *rest = self._function(block, False)(team, None)
+        kind, *rest = self._function(block, None, team)(team, None)
         if kind == FALL:
             team.block = block + 1
         elif kind == GOTO:
@@ -257,7 +261,7 @@ class Grid:
         if mask.all():
             team.block, team.blocks = block, None
             return 0
-        kind, *rest = self._function(block, True)(team, mask)
+        kind, *rest = self._function(block, mask, team)(team, mask)
         if kind == FALL:
             blocks[mask] = block + 1
         elif kind == GOTO:
