@@ -2,7 +2,7 @@
 
 The machine of ``kvops.autotune.machine`` runs the PTX of each case, at model shapes scaled down, and counts: bytes of
 global memory over the bytes that the operator must move, the bytes of the 32-byte sectors that its warps touch, bank
-conflicts of shared memory, instructions by pipe, and floating-point operations of matrix instructions over those needed.
+conflicts of shared memory, instructions by pipe, and the work of matrix instructions over the work needed.
 """
 
 from __future__ import annotations
