@@ -36,6 +36,7 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from kvops.autotune.register_operands import overwritten_operands
 from kvops.autotune.source_hash import SourceError, source_hash
 
 # Raise it when `_facts` changes: the facts cached beside Triton's binaries carry this number in their name.
@@ -347,6 +348,12 @@ def _nvidia_facts(cubin: bytes) -> dict[str, Any]:
         usage, sass = (
             subprocess.run([_cuobjdump(), flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
+        )
+    overwritten = overwritten_operands(sass)
+    if overwritten:
+        raise RuntimeError(
+            f"ptxas overwrites registers that a wgmma still reads ({len(overwritten)} places, {overwritten[0]}): the "
+            "results would be wrong; assemble with the ptxas of CUDA 13.3 or later (TRITON_PTXAS_PATH)"
         )
     functions = [(int(registers), int(stack)) for registers, stack in _RESOURCES.findall(usage)]
     opcodes = Counter(_OPCODE.findall(sass))

@@ -19,6 +19,7 @@ _ACCUMULATORS = re.compile(r"HGMMA\.64x(\d+)x")
 _BEHIND_A_PREDICATE = ("SHFL", "LOP3", "VOTE", "MATCH")
 _NO_RESULT = ("ST", "RED", "BAR", "WARP", "SYNCS", "UTMA", "BRA", "EXIT", "R2UR", "CCTL", "MEMBAR", "ERRBAR", "DEPBAR")
 _MOST_GROUPS = 8
+_READS_REGISTERS = re.compile(r"\bHGMMA\S* R\d+, R\d+,")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ def overwritten_operands(sass: str) -> list[str]:
 
     ``sass`` is what ``cuobjdump -sass`` prints of one kernel.
     """
+    if not _READS_REGISTERS.search(sass):
+        return []
     lines = [
         _Line(int(address, 16), opcode, tuple(part.strip() for part in operands.split(",")), bool(guard))
         for address, _, guard, opcode, operands in _LINE.findall(sass)

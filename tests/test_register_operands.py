@@ -1,7 +1,10 @@
 """Registers that ptxas gives away while a product of Hopper reads them, in SASS written by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from kvops.autotune import inspect
 from kvops.autotune.register_operands import overwritten_operands
 
 
@@ -53,3 +56,13 @@ def test_a_write_on_the_way_around_a_loop_is_found():
     assert overwritten_operands(sass("MOV R120, RZ", PRODUCT, WAIT, "@P0 BRA 0x0", "EXIT")) == []
     # Behind an unconditional branch nothing follows.
     assert overwritten_operands(sass(PRODUCT, "BRA 0x30", "MOV R120, RZ", WAIT, "EXIT")) == []
+
+
+def test_such_a_binary_is_refused_when_it_is_compiled(monkeypatch):
+    def listing(text):
+        monkeypatch.setattr(inspect.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=text + " REG:9 STACK:0"))
+        return inspect._nvidia_facts(b"")
+
+    assert listing(sass(PRODUCT, WAIT, "MOV R120, RZ", "EXIT"))["registers"] == 9
+    with pytest.raises(RuntimeError, match="TRITON_PTXAS_PATH"):
+        listing(sass(PRODUCT, "MOV R120, RZ", WAIT, "EXIT"))
