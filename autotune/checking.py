@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvops.autotune import lookup
 from kvops.autotune.devices import by_name
@@ -13,9 +13,6 @@ from kvops.autotune.options import parse_problem
 from kvops.autotune.spec import Config, OpSpec, Problem, config_to_json, words
 from kvops.cli.console import suggestion, table
 from kvops.extras import require
-
-if TYPE_CHECKING:
-    from kvops.autotune.machine.check import Verdict
 
 
 def add(parsers: Any) -> None:
@@ -61,6 +58,7 @@ def check(arguments: argparse.Namespace) -> int:
     """Exit code 1 where a candidate is wrong, has a fault or does not compile."""
     require("triton")
     from kvops.autotune.machine import MACHINES
+    from kvops.autotune.machine.check import Verdict, check_candidate
     from kvops.autotune.worker import CandidateError, Worker
 
     for module in arguments.imports or []:
@@ -74,15 +72,14 @@ def check(arguments: argparse.Namespace) -> int:
         named = suggestion(arguments.op, known)
         raise ValueError(f"op: expected one of {', '.join(known)} with a workload, got {arguments.op!r}{named}")
     rows, told = [], []
+    called = f"{check_candidate.__module__}:{check_candidate.__name__}"
     with Worker(arguments.imports or ()) as worker:
         for spec in chosen:
             problem = _problem(spec, arguments.problem)
             for config in candidates(spec, problem, arguments.target, arguments.configs):
                 values = spec.name, dict(problem), config_to_json(config), arguments.target, arguments.seed
                 try:
-                    verdict: Verdict = worker.call(
-                        "kvops.autotune.machine.check:check_candidate", *values, limit=arguments.time_limit
-                    )
+                    verdict: Verdict = worker.call(called, *values, limit=arguments.time_limit)
                 except CandidateError as error:
                     state, figures = "failed", ("", "")
                     told.append(f"{spec.name} {words(config_to_json(config))}: {str(error).splitlines()[-1]}")

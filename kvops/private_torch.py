@@ -12,10 +12,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "DispatchMode",
     "FakeTensor",
     "below_autograd",
     "call_below_autograd",
@@ -24,9 +28,20 @@ __all__ = [
     "leads_straight_to_cpu",
     "schema_of",
     "tangents_exist",
+    "tensors_in",
     "transforms_are_active",
     "without_autocast",
 ]
+
+# Sees every operation of torch: the machine for PTX learns from it which tensors nobody has written. Torch documents it
+# in its notes on extending torch, under this private name.
+DispatchMode = TorchDispatchMode
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and dictionaries, as the dispatcher returns them."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
 
 # torch's CPU attention: the documented scaled_dot_product_attention returns no lse. The forward by this name takes 3.8
 # µs less than the same operator below torch.ops.aten.

@@ -40,6 +40,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "triton", "numpy", "kvops.autotune", "kvops.cli.console", "kvops.extras"},
         {"tqdm", "kvops.autotune.workloads", "kvops.kernels.device"},
     ),
+    "kvops.autotune.machine": ({"torch", "triton", "numpy", "kvops.autotune", "kvops.private_torch"}, set()),
     "kvops.autotune.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
         {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup", "kvops.prepared"},

@@ -59,6 +59,8 @@ def test_a_write_on_the_way_around_a_loop_is_found():
 
 
 def test_such_a_binary_is_refused_when_it_is_compiled(monkeypatch):
+    monkeypatch.setattr(inspect, "_cuobjdump", lambda: "cuobjdump")
+
     def listing(text):
         monkeypatch.setattr(inspect.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=text + " REG:9 STACK:0"))
         return inspect._nvidia_facts(b"")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvops.autotune.machine.counts import Counter
 from kvops.autotune.machine.instructions.asynchronous import Descriptor, MBarrier, finish_store
 from kvops.autotune.machine.memory import Allocation, GlobalMemory, SharedMemory, Space
 from kvops.autotune.machine.ptx import Program
@@ -51,7 +52,7 @@ class Options:
     seed: int = 0
     check: bool = True
     limit: int = 1 << 60
-    counter: Any = None
+    counter: Counter | None = None
     first_fault_ends: bool = False
 
 

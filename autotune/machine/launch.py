@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
@@ -27,6 +25,7 @@ from kvops.autotune.machine.instructions.asynchronous import Descriptor
 from kvops.autotune.machine.memory import DESCRIPTORS, Allocation
 from kvops.autotune.machine.ptx import Program, Unsupported
 from kvops.autotune.machine.report import Execution
+from kvops.private_torch import DispatchMode, schema_of, tensors_in
 
 # What the machine can run; its instructions are those of Ampere and Hopper.
 MACHINES = ("sm_80", "sm_86", "sm_89", "sm_90")
@@ -106,7 +105,7 @@ def _cache_folder() -> Path:
     return Path(knobs.cache.dir).parent / "kvops-machine"
 
 
-class _Written(TorchDispatchMode):
+class _Written(DispatchMode):
     """Flags for the bytes of tensors made by ``torch.empty`` and its like: written or not. They are filled with NaN."""
 
     _EMPTY = (
@@ -123,15 +122,16 @@ class _Written(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for place, argument in enumerate(function._schema.arguments):
+        schema = schema_of(function)
+        for place, argument in enumerate(schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             alias = argument.alias_info
             if alias is not None and alias.is_write and isinstance(value, Tensor):
                 self.flags.pop(value.untyped_storage().data_ptr(), None)
         result = function(*args, **kwargs)
-        if not any(returned.alias_info is not None for returned in function._schema.returns):
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu":
+        if not any(returned.alias_info is not None for returned in schema.returns):
+            for tensor in tensors_in(result):
+                if tensor.layout == torch.strided and tensor.device.type == "cpu":
                     self._made(tensor, function in self._EMPTY)
         return result
 
