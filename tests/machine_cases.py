@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,59 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from machine_call import Call
 from paged_lists import make_lists
 
 import kvops  # noqa: F401 - registers the operators
 from kvops.autotune.machine import Machine, Options, on_machine
 
 OPS = torch.ops.kvops
-
-
-@dataclass(frozen=True)
-class Call:
-    """``launch`` on the machine and ``operator`` in eager get equal arguments; results and what both write to must
-    agree to ``tolerance`` (0: bit by bit)."""
-
-    launch: Callable[..., Any]
-    operator: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tolerance: float = 0.0
-    compare: Callable[[Any], Any] = lambda results: results
-
-    def run(self) -> None:
-        """Raises AssertionError where they differ."""
-        copies: dict[int, torch.Tensor] = {}
-
-        def copied(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return copies.setdefault(id(value), value.clone())
-
-        args, kwargs = [copied(value) for value in self.args], {name: copied(v) for name, v in self.kwargs.items()}
-        got = self.launch(*self.args, **self.kwargs)
-        want = self.operator(*args, **kwargs)
-        pairs = list(zip(_tuple(self.compare(got)), _tuple(self.compare(want)), strict=True))
-        pairs += [
-            (value, copies[id(value)])
-            for value in (*self.args, *self.kwargs.values())
-            if isinstance(value, torch.Tensor)
-        ]
-        for place, (a, b) in enumerate(pairs):
-            if not isinstance(a, torch.Tensor):
-                continue
-            torch.testing.assert_close(
-                a.double(),
-                b.double(),
-                rtol=0,
-                atol=self.tolerance,
-                equal_nan=True,
-                msg=lambda text, place=place: f"result {place}: {text}",
-            )
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 CASES: dict[str, Callable[[], Call]] = {}

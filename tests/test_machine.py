@@ -34,7 +34,7 @@ def words(count=64):
 
 @pytest.fixture(params=["warp", "program"])
 def lockstep(request):
-    """Whichever warps run in step, the same is found."""
+    """The same is found, whichever warps run in step."""
     return request.param
 
 

@@ -220,7 +220,7 @@ def begin_load(
     team: Team, mask: Array | None, at: int, tensor: Array, target: Array, barrier: Array, *coordinates: Array
 ) -> None:
     """A box of a tensor to shared memory; what is outside of the tensor becomes zeros. It arrives at once or when
-    somebody waits for it, as the seed has it."""
+    a warp waits for it, as the seed has it."""
     grid = team.grid
     for lane in team.select(mask, at).tolist():
         descriptor = grid.descriptors[int(team.full(tensor)[lane])]

@@ -1,0 +1,56 @@
+"""One call of a launch function on the machine for PTX, beside the same call of the eager operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """``launch`` on the machine and ``operator`` in eager get equal arguments; results and what both write to must
+    agree to ``tolerance`` (0: bit by bit)."""
+
+    launch: Callable[..., Any]
+    operator: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tolerance: float = 0.0
+    compare: Callable[[Any], Any] = lambda results: results
+
+    def run(self) -> None:
+        """Raises AssertionError where they differ."""
+        copies: dict[int, torch.Tensor] = {}
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return copies.setdefault(id(value), value.clone())
+
+        args, kwargs = [copied(value) for value in self.args], {name: copied(v) for name, v in self.kwargs.items()}
+        got = self.launch(*self.args, **self.kwargs)
+        want = self.operator(*args, **kwargs)
+        pairs = list(zip(_tuple(self.compare(got)), _tuple(self.compare(want)), strict=True))
+        pairs += [
+            (value, copies[id(value)])
+            for value in (*self.args, *self.kwargs.values())
+            if isinstance(value, torch.Tensor)
+        ]
+        for place, (a, b) in enumerate(pairs):
+            if not isinstance(a, torch.Tensor):
+                continue
+            torch.testing.assert_close(
+                a.double(),
+                b.double(),
+                rtol=0,
+                atol=self.tolerance,
+                equal_nan=True,
+                msg=lambda text, place=place: f"result {place}: {text}",
+            )
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
