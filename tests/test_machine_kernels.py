@@ -26,9 +26,8 @@ pytestmark = pytest.mark.compile
 def _sources() -> str:
     digest = hashlib.sha256(version("triton").encode())
     files = [path for folder in ("kernels", "autotune", "kvops/eager") for path in (ROOT / folder).rglob("*.py")]
-    for path in sorted(
-        [*files, *(ROOT / "tests" / f"{name}.py" for name in ("machine_cases", "machine_call", "paged_lists"))]
-    ):
+    files += [ROOT / "tests" / f"{name}.py" for name in ("machine_cases", "machine_call", "paged_lists")]
+    for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -61,7 +61,7 @@ def _limit(op: str, values: tuple[int, ...], target: str) -> float:
 def check_candidate(op: str, problem: dict[str, int], config: dict[str, Any], target: str, seed: int) -> Verdict:
     """Runs a small problem of this key with one configuration; the default configuration sets the limit of the error.
 
-    A default that is off by more than 5% is wrong itself, and so is whoever is as far off.
+    A default that is off by more than 5% is wrong itself: the limit is never above 10%.
     """
     spec = specs()[op]
     limit = _limit(op, tuple(problem[name] for name in spec.fields), target)

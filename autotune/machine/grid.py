@@ -29,8 +29,8 @@ from kvops.autotune.machine.translate import (
     watched_registers,
 )
 
-# What may run in step. The results and the races found are the same: vector clocks know what a barrier orders, whoever
-# ran first. Single warps meet in orders drawn from the seed; whole programs are 5 to 20 times as fast.
+# What may run in step. The results and the races found are the same: vector clocks know what a barrier orders, in
+# whatever order warps ran. Single warps meet in orders drawn from the seed; whole programs are 5 to 20 times as fast.
 LOCKSTEP = ("warp", "warpgroup", "program")
 # Threads that a team of several programs should have: NumPy costs the same for 32 and for 500.
 _THREADS = {True: 512, False: 2048}

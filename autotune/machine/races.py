@@ -53,7 +53,7 @@ class Clocks:
         self.table[slot * self.num_warps + warp, warp] += 1
 
     def fence(self, slot: int, warp: int) -> None:
-        """What this warp knows to be written may be read through the asynchronous proxy by whoever knows of it."""
+        """The writes that this warp knows of may be read through the asynchronous proxy, by warps that know of it."""
         self.tick(slot, warp)
         row = self.row(slot, warp)
         self.fences.setdefault((slot, warp), []).append((int(row[warp]), row.copy()))
