@@ -1,6 +1,7 @@
 """The mutation table of the machine: each barrier, wait, arrival and fence of every kernel is left out in turn.
 
     python tests/machine_mutations.py --target sm_90      # make it again: a quarter of an hour for each target
+    python tests/machine_mutations.py --target sm_90 --replay 5     # are rows of the table still true
 
 bench/results/machine/mutations-TARGET.json says what noticed: a race or another fault, a wrong result, or nothing. What
 no thread executed in any case is "not run": leaving it out shows nothing. A row of "nothing" is a barrier that the
@@ -10,6 +11,7 @@ compiler put in and that these shapes do not need, or a gap of the machine.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -41,6 +43,12 @@ def sites(execution: Execution) -> list[dict[str, Any]]:
     return found
 
 
+def identity(execution: Execution) -> str:
+    """Changes with the instructions of a kernel: a row of the table holds for this very code."""
+    opcodes = " ".join(entry.opcode for entry in execution.program.instructions)
+    return hashlib.sha256(opcodes.encode()).hexdigest()[:12]
+
+
 def mutate(case: str, target: str, kernel: str, index: int, limit: int, seed: int = 0) -> str:
     """What notices that instruction ``index`` of ``kernel`` is left out in this case."""
     options = Options(seed=seed, limit=limit, first_fault_ends=True)
@@ -69,9 +77,36 @@ def table(target: str, only: str = "", stop: float = float("inf")) -> list[dict[
                     return rows
                 index, covered = site.pop("index"), site.pop("covered")
                 caught = mutate(case, target, kernel, index, limit) if covered else NOT_RUN
-                rows.append({"target": target, "kernel": kernel, "case": case, **site, "caught": caught})
+                where = {"target": target, "kernel": kernel, "code": identity(execution), "case": case}
+                rows.append({**where, **site, "caught": caught})
             print(kernel, dict(Counter(row["caught"] for row in rows if row["kernel"] == kernel)), flush=True)
     return rows
+
+
+def replay(target: str, count: int) -> tuple[int, list[str]]:
+    """Leave out ``count`` instructions again that the table calls necessary, each of another kernel.
+
+    Returns how many still stand in the same code, and those of them that nothing noticed.
+    """
+    necessary: dict[str, dict[str, Any]] = {}
+    for row in json.loads((FOLDER / f"mutations-{target}.json").read_text()):
+        if row["caught"] not in (NOTHING, NOT_RUN):
+            necessary.setdefault(row["kernel"], row)
+    chosen = list(necessary.values())
+    played, missed = 0, []
+    for row in chosen[:: max(1, len(chosen) // count)][:count]:
+        machine, _ = machine_cases.run(row["case"], target, Options())
+        execution = next(e for e in machine.executions if e.kernel == row["kernel"])
+        if identity(execution) != row["code"]:
+            continue
+        site = next(
+            s for s in sites(execution) if all(s[name] == row[name] for name in ("instruction", "number", "line"))
+        )
+        played += 1
+        limit = 20 * max(e.instructions for e in machine.executions) + 100_000
+        if mutate(row["case"], target, row["kernel"], site["index"], limit) == NOTHING:
+            missed.append(f"{row['kernel']} {row['line']} {row['instruction']}: {row['caught']} before, nothing now")
+    return played, missed
 
 
 def main() -> None:
@@ -80,7 +115,12 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--replay", type=int, metavar="N", help="try N rows of the table again")
     arguments = parser.parse_args()
+    if arguments.replay:
+        played, missed = replay(arguments.target, arguments.replay)
+        print(f"{played} rows tried again, {len(missed)} not noticed", *missed, sep="\n")
+        sys.exit(bool(missed))
     rows = table(arguments.target, arguments.only, time.monotonic() + arguments.seconds)
     path = arguments.output or FOLDER / f"mutations-{arguments.target}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

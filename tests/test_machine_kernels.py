@@ -42,14 +42,18 @@ def rows(target: str, seed: int = 0) -> dict[str, dict]:
         command = [sys.executable, machine_cases.__file__, "--target", target, "--seed", str(seed), "--json", str(made)]
         if target != TARGETS[0]:
             command += ["--skip", ",".join(ALIKE)]
-        variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), variables.get("PYTHONPATH", "")])
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        done = _run(command)
         assert done.returncode == 0, done.stderr
         for old in folder.glob(f"{target}-{seed}-*.json"):
             old.unlink(missing_ok=True)
         made.rename(kept)
     return {row["case"]: row for row in json.loads(kept.read_text())}
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), variables.get("PYTHONPATH", "")])
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,12 @@ def test_every_kernel_runs(found):
         pytest.skip("not all cases ran")
     recorded = json.loads((ROOT / "tests/compiled.json").read_text())
     assert {kernel for _, kernel, *_ in recorded} == launched
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_barriers_that_the_mutation_table_calls_necessary_are_noticed_when_they_are_left_out(target):
+    """A few rows, for code that is still the same; ``tests/machine_mutations.py`` makes the table again."""
+    done = _run([sys.executable, str(ROOT / "tests/machine_mutations.py"), "--target", target, "--replay", "3"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    if done.stdout.startswith("0 rows"):
+        pytest.skip("the kernels have changed since the table was made")
