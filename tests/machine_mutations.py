@@ -89,7 +89,8 @@ def replay(target: str, count: int) -> tuple[int, list[str]]:
     Returns how many still stand in the same code, and those of them that nothing noticed.
     """
     necessary: dict[str, dict[str, Any]] = {}
-    for row in json.loads((FOLDER / f"mutations-{target}.json").read_text()):
+    path = FOLDER / f"mutations-{target}.json"
+    for row in json.loads(path.read_text()) if path.exists() else ():
         if row["caught"] not in (NOTHING, NOT_RUN):
             necessary.setdefault(row["kernel"], row)
     chosen = list(necessary.values())
