@@ -90,7 +90,7 @@ def _backward_arguments(dtype=torch.float16, head_dim=64, length=96, **options):
 
 @case
 def flash_backward_causal():
-    from kvops.kernels.flash_backward import flash_backward
+    from kvops.kernels.flash_backward_launch import flash_backward
 
     args = _backward_arguments(causal=True)
     return Call(flash_backward, OPS.flash_attention_backward, args, {"causal": True}, 3e-2)
@@ -98,7 +98,7 @@ def flash_backward_causal():
 
 @case
 def flash_backward_window():
-    from kvops.kernels.flash_backward import flash_backward
+    from kvops.kernels.flash_backward_launch import flash_backward
 
     options = {"causal": True, "window_left": 30}
     args = _backward_arguments(torch.bfloat16, 64, 80, **options)

@@ -140,7 +140,7 @@ class _Written(DispatchMode):
         self.flags.pop(storage.data_ptr(), None)
         if empty and storage.nbytes():
             self.flags[storage.data_ptr()] = np.zeros(storage.nbytes(), bool)
-            storage.fill_(0xFF)
+            storage.fill_(0xFF)  # type: ignore[attr-defined]
 
 
 def _flatten(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:

@@ -132,7 +132,8 @@ class GlobalMemory(Space):
         self.ends = np.array([0, *(a.start + a.size for a in self.allocations)], np.int64)
         counts = [0, *((a.start % granule + a.size + granule - 1) // granule for a in self.allocations)]
         self.first_cell = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-        self.views = {width: np.frombuffer(_EVERYTHING, kind) for width, kind in UNSIGNED.items()}
+        whole = memoryview(_EVERYTHING)
+        self.views = {width: np.frombuffer(whole, kind) for width, kind in UNSIGNED.items()}
         self.shadow = GlobalShadow(execution, sum(counts), num_warps) if check else None
         if self.shadow is not None:
             for number, allocation in enumerate(self.allocations, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvops.autotune.machine.instructions.table import Operation, instruction
-from kvops.autotune.machine.ptx import Address, Immediate, Instruction
+from kvops.autotune.machine.ptx import Address, Immediate, Instruction, Operand
 from kvops.autotune.machine.team import Team
 
 Array = Any
@@ -146,8 +147,16 @@ def wait(count: int, team: Team, mask: Array | None, at: int) -> None:
             _finish(team, under_way, finished)
         if not finished.all():
             keep = ~finished
-            fields = (under_way.lanes, under_way.index, under_way.cells, under_way.data, under_way.group)
-            left.append(Copy(*(part[keep] for part in fields), under_way.at))
+            left.append(
+                Copy(
+                    under_way.lanes[keep],
+                    under_way.index[keep],
+                    under_way.cells[keep],
+                    under_way.data[keep],
+                    under_way.group[keep],
+                    under_way.at,
+                )
+            )
     team.copies = left
 
 
@@ -172,6 +181,8 @@ def _bulk(found: Instruction) -> Operation:
         return Operation(partial(wait_for_stores, _count(found)), (), (), machine=True)
     if rest[0] != "tensor" or not isinstance(found.operands[0], Address):
         raise found.unsupported()
+    function: Callable[..., None]
+    ends: tuple[Operand, ...]
     if rest[2:4] == ("shared::cta", "global"):
         target, tensor, barrier = found.operands
         function, ends = begin_load, (target, barrier)
