@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kvops.autotune.architectures import family, has_tma
+
 # Kinds of masks of dense attention by the loops that they need. A bound on the left, or on both sides, is a window.
 FULL, CAUSAL, WINDOW = 0, 1, 2
-
-# Targets whose tensor memory accelerator copies tiles by descriptor. On others Triton expands descriptors to pointers.
-HAVE_TMA = ("sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ def verify_config(vocab: int, itemsize: int, arch: str) -> VerifyConfig:
 
     One tile per program, with at least 16 bytes per thread in flight: 4096 entries over 8 warps.
     """
+    arch = family(arch)
     block = min(4096, max(64, 1 << (vocab - 1).bit_length()))
     # With 8 warps on sm_120 a thread has 80 registers, and the kernel for trees spills one.
     wide = 16 if arch == "sm_120" else 8
@@ -84,6 +84,7 @@ def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: s
 
     Here and below: the largest tiles that compile without spills by Triton 3.7.1. They are not timed yet.
     """
+    arch = family(arch)
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
@@ -107,7 +108,7 @@ def flash_forward_config(head_dim: int, itemsize: int, num_queries: int, arch: s
         config = AttentionConfig(64, 32, 8, 1) if head_dim <= 256 else AttentionConfig(32, 16, 8, 1)
     # sm_90, 128 x 128: 490 instructions per tile through descriptors, 538 through pointers, and no spills with a
     # window.
-    return replace(_clip_tile(config, num_queries), descriptors=itemsize == 2 and arch in HAVE_TMA)
+    return replace(_clip_tile(config, num_queries), descriptors=itemsize == 2 and has_tma(arch))
 
 
 def _narrow_tile(arch: str) -> AttentionConfig:
@@ -117,6 +118,7 @@ def _narrow_tile(arch: str) -> AttentionConfig:
 
 def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:
     """For the gradients of K and V: a program owns BLOCK_N keys and loops over the queries."""
+    arch = family(arch)
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
@@ -136,11 +138,12 @@ def flash_backward_keys_config(head_dim: int, itemsize: int, arch: str) -> Atten
         config = AttentionConfig(16, 64, 8, 1)  # 32 x 64 spills 10 registers with a window; this uses 128
     else:
         config = AttentionConfig(64 if arch.startswith("sm_") and head_dim > 64 else 32, 64, 8, 1)
-    return replace(config, descriptors=arch in HAVE_TMA)
+    return replace(config, descriptors=has_tma(arch))
 
 
 def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int, arch: str) -> AttentionConfig:
     """For the gradient of Q: a program owns BLOCK_M queries and loops over the keys."""
+    arch = family(arch)
     if arch == "interpreter":
         config = AttentionConfig(32, 32, 4, 1)
     elif itemsize == 4:
@@ -155,11 +158,12 @@ def flash_backward_queries_config(head_dim: int, itemsize: int, num_queries: int
     else:
         config = AttentionConfig(128, 64, 8, 2) if arch in ("sm_90", "sm_100") else AttentionConfig(64, 32, 8, 1)
     # sm_90, 128 x 64: 201 registers at 128 and 130 at 64; through pointers 226 and 174.
-    return replace(_clip_tile(config, num_queries), descriptors=itemsize == 2 and arch in HAVE_TMA)
+    return replace(_clip_tile(config, num_queries), descriptors=itemsize == 2 and has_tma(arch))
 
 
 def attention_scores_config(head_dim: int, itemsize: int, arch: str) -> AttentionConfig:
     """A program owns BLOCK_N keys and loops over the queries. One product per tile leaves room for large tiles."""
+    arch = family(arch)
     if arch == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4 or head_dim > 256:
@@ -301,8 +305,11 @@ def paged_attention_config(
     dtype (16 KiB where a program has 64 KiB of shared memory). The pipeline reads the table first and then the slots:
     five stages keep two tiles of slots in flight, three keep one.
     """
+    arch = family(arch)
+    # Wider heads leave registers and shared memory for 32 rows.
+    most = 64 if head_dim <= 128 else 32
     block_m = 16
-    while block_m < min(rows, 64):
+    while block_m < min(rows, most):
         block_m *= 2
     if arch == "interpreter":
         return PagedAttentionConfig(block_m, 32, 4, 1)
@@ -322,9 +329,9 @@ def paged_attention_config(
     num_stages = 2
     if nvidia:
         num_stages = 5 if block_n * slot_bytes <= stage else 3
-    # On sm_8x, 8 warps have too few registers per thread for 64 x 128 sums.
-    few = 8192 if arch.startswith("sm_8") else 8191
-    return PagedAttentionConfig(block_m, block_n, 4 if block_m * max(block_n, head_dim) <= few else 8, num_stages)
+    # 64 x 128 sums spill with 4 warps where masks and scores come on top, and 32 x 128 products of float32.
+    many = 4096 if itemsize == 4 and block_m > 16 else 8192
+    return PagedAttentionConfig(block_m, block_n, 8 if block_m * max(block_n, head_dim) >= many else 4, num_stages)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from kvops.autotune.architectures import has_tma
 from kvops.autotune.config import (
     CAUSAL,
     FULL,
-    HAVE_TMA,
     WINDOW,
     AttentionConfig,
     attention_scores_config,
@@ -93,7 +93,7 @@ def _dense_space(tiles: _Tiles, descriptors: bool, problem: Problem, device: Dev
     for block_m, block_n, warps, stages in chosen:
         # On AMD the tile in flight is in registers, not in shared memory: one stage less does the same.
         config = AttentionConfig(block_m, block_n, warps, stages if device.nvidia else max(1, stages - 1))
-        yield replace(config, descriptors=descriptors and problem["itemsize"] == 2 and device.arch in HAVE_TMA)
+        yield replace(config, descriptors=descriptors and problem["itemsize"] == 2 and has_tma(device.arch))
 
 
 def with_window(problem: Problem) -> Problem:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from kvops.autotune.architectures import family
+
 # The farthest GPU that a configuration is borrowed from: H100 to H200 is 0.5, H100 to H20 is 1.0, A100 to A10 is 2.6.
 MAX_DEVICE_DISTANCE = 1.5
 
@@ -101,8 +103,10 @@ KNOWN_DEVICES: dict[str, DeviceFacts] = {
         _gpu("NVIDIA GH200 480GB", "sm_90", 132, _SM_90, 50, 4000, 989, 96, 900),
         _gpu("NVIDIA H20", "sm_90", 78, _SM_90, 60, 4000, 148, 96, 500),
         _gpu("NVIDIA B200", "sm_100", 148, _SM_90, 126, 8000, 2250, 180, 1000),
+        _gpu("NVIDIA B300", "sm_103", 148, _SM_90, 126, 8000, 2250, 270, 1100),
         _gpu("NVIDIA GeForce RTX 5090", "sm_120", 170, _SM_86, 96, 1792, 209, 32, 575),
         _gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "sm_120", 188, _SM_86, 128, 1597, 252, 96, 600),
+        _gpu("NVIDIA GB10", "sm_121", 48, _SM_86, 24, 273, 0, 128, 140),
         _gpu("AMD Instinct MI300X", "gfx942", 304, 65_536, 32, 5300, 1307, 192, 750),
         _gpu("AMD Instinct MI325X", "gfx942", 304, 65_536, 32, 6000, 1307, 256, 1000),
         _gpu("AMD Instinct MI355X", "gfx950", 256, 163_840, 32, 8000, 2516, 288, 1400),
@@ -205,5 +209,5 @@ def distance(ours: DeviceFacts, theirs: DeviceFacts) -> float:
 
 
 def _instructions(arch: str) -> str:
-    """The matrix instructions of an architecture, which sm_80, sm_86 and sm_89 share."""
-    return "sm_8x" if arch in ("sm_80", "sm_86", "sm_89") else arch
+    """The matrix instructions of an architecture, which sm_80, sm_86 and sm_89 share, and the members of a family."""
+    return "sm_8x" if arch.startswith("sm_8") else family(arch)

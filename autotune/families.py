@@ -40,7 +40,11 @@ def _refuse_paged(config: PagedAttentionConfig, problem: Problem, device: Device
         return f"wastes most of its {config.block_m} rows on {problem['rows']}"
     # The block table takes stages of the pipeline as well: five stages hold two tiles of slots.
     tiles = (config.num_stages - 1) // 2 if device.nvidia else config.num_stages - 1
-    return refuse_shared(2 * tiles * config.block_n * problem["width"] * problem["cache_itemsize"], device)
+    needed = 2 * tiles * config.block_n * problem["width"] * problem["cache_itemsize"]
+    if device.nvidia:
+        # Queries and probabilities reach the matrix units through shared memory.
+        needed += config.block_m * (problem["width"] + config.block_n) * problem["itemsize"]
+    return refuse_shared(needed, device)
 
 
 def _why_paged(problem: Problem, device: DeviceFacts, config: PagedAttentionConfig) -> str:
@@ -56,7 +60,7 @@ def _why_streaming(what: str, problem: Problem, device: DeviceFacts, config: Con
 
 def _paged_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAttentionConfig]:
     rows = 16
-    while rows < min(problem["rows"], 64):
+    while rows < min(problem["rows"], 64 if problem["width"] <= 128 else 32):
         rows *= 2
     stages = ((5, 4), (3, 4), (5, 8)) if device.nvidia else ((2, 4), (1, 4), (2, 8))
     slot_bytes = 2 * problem["width"] * max(2, problem["cache_itemsize"])
@@ -93,7 +97,12 @@ _PAGED_PROBLEMS = (
     _paged_problem(64, 2, 16, 3, 64, 8192),
     _paged_problem(64, 1, 16, 3, 64, 8192),
     _paged_problem(256, 2, 16, 4, 64, 8192),
+    _paged_problem(256, 2, 16, 64, 64, 8192),
+    _paged_problem(512, 2, 16, 4, 64, 8192),
+    _paged_problem(512, 2, 16, 64, 64, 8192),
     {**_paged_problem(64, 4, 16, 3, 64, 2048), "itemsize": 4},
+    {**_paged_problem(128, 4, 16, 4, 64, 2048), "itemsize": 4},
+    {**_paged_problem(128, 4, 16, 64, 64, 2048), "itemsize": 4},
 )
 
 
@@ -179,7 +188,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         refuse=_refuse_paged,
         numerics=all_fields_but("num_stages"),
         kernels=(
-            "kvops.kernels.paged_attention:paged_attention_kernel",
+            "kvops.kernels.paged_attention_kernel:paged_attention_kernel",
             "kvops.kernels.paged_scores:paged_scores_kernel",
         ),
         workload="kvops.autotune.workloads:paged_attention",

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kvops.autotune.architectures import family
 from kvops.autotune.devices import DeviceFacts
 from kvops.autotune.records import FORMAT, read_text
 from kvops.autotune.source_hash import SourceError, source_hash
@@ -130,11 +131,15 @@ def judge(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, t
     refusal = spec.refuse(config, problem, device)
     if refusal is not None:
         return Verdict("impossible", refusal)
-    group = (load_table(spec) if table is None else table).group(device.arch, spec.proof_of(problem))
-    if group is None or config not in group.rows:
+    table = load_table(spec) if table is None else table
+    for arch in (device.arch, family(device.arch)):
+        group = table.group(arch, spec.proof_of(problem))
+        if group is not None and config in group.rows:
+            break
+    else:
         return Verdict("unproven", f"never compiled for {device.arch}")
     if group.source != current_source(spec):
-        return Verdict("unproven", f"compiled for {device.arch} from other sources ({group.source})")
+        return Verdict("unproven", f"compiled for {arch} from other sources ({group.source})")
     proof = group.rows[config]
     if proof.problem:
         return Verdict("impossible", proof.problem, proof)
@@ -142,6 +147,8 @@ def judge(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, t
         reason = f"takes {proof.shared_memory} bytes of shared memory, {device.name} has {device.shared_memory}"
         return Verdict("impossible", reason, proof)
     facts = f"{proof.registers} registers, {proof.shared_memory} bytes of shared memory by Triton {group.triton}"
+    if arch != device.arch:
+        facts += f" for {arch}, whose family has {device.arch}"
     if proof.spills:
         return Verdict("spills", f"{proof.spills} spill instructions, {facts}", proof)
     return Verdict("proven", facts, proof)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvops.autotune.config import HAVE_TMA
+from kvops.autotune.architectures import has_tma
 from kvops.autotune.inspect import TARGETS, CompileCase, CompiledLaunch, compile_only
 
 # Each serialised product has its own wait. Otherwise one wait follows the products of a tile.
@@ -67,7 +67,7 @@ def check_launches(case: CompileCase, target: str, launches: Sequence[CompiledLa
             problems.append(f"{where}: {spills}, {launch.stack} bytes of stack")
         if not launch.matrix_instructions and (launch.dots_16bit or launch.kernel in case.matrix):
             problems.append(f"{where}: no matrix instructions")
-        if launch.descriptor_loads and target in HAVE_TMA and not launch.tma_loads:
+        if launch.descriptor_loads and has_tma(target) and not launch.tma_loads:
             problems.append(f"{where}: no TMA load for {launch.descriptor_loads} loads through descriptors")
         if target == "sm_90" and launch.kernel in case.warpgroup and launch.matrix_instructions:
             warpgroup, others = launch.matrix_instructions.get("HGMMA", 0), launch.matrix_instructions.get("HMMA", 0)

@@ -70,7 +70,9 @@ TARGETS: dict[str, Target] = {
         Target("sm_89", "cuda", 89, 32, shared_memory=101_376, num_sms=142),  # L40S, RTX 4090
         Target("sm_90", "cuda", 90, 32, shared_memory=232_448, num_sms=132),  # H100, H200
         Target("sm_100", "cuda", 100, 32, shared_memory=232_448, num_sms=148),  # B200
+        Target("sm_103", "cuda", 103, 32, shared_memory=232_448, num_sms=148),  # B300
         Target("sm_120", "cuda", 120, 32, shared_memory=101_376, num_sms=188),  # RTX PRO 6000, RTX 5090
+        Target("sm_121", "cuda", 121, 32, shared_memory=101_376, num_sms=48),  # GB10
         Target("gfx942", "hip", "gfx942", 64, shared_memory=65_536, num_sms=304),  # MI300X
         Target("gfx950", "hip", "gfx950", 64, shared_memory=163_840, num_sms=256),  # MI355X
     )

@@ -70,7 +70,12 @@ def _reduce_queries(
 
 
 # Over 80 lines: 38 are the signature; the loop over the queries of a group keeps its tile of keys in registers.
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "query_start", "window_left", "window_right"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_lb", "stride_lh", "stride_sb", "stride_sh"),
+        *("seqlen_q", "seqlen_k", "query_start", "window_left", "window_right"),
+    ]
+)
 def attention_scores_kernel(
     q_ptr,
     k_ptr,

@@ -12,7 +12,10 @@ from kvops.kernels.device import current_device
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_tb", "stride_th", "stride_lb", "stride_lh", "heads", "slots"],
+    do_not_specialize_on_alignment=["tables_ptr", "lens_ptr"],
+)
 def move_slots_kernel(
     side_ptr,
     tables_ptr,

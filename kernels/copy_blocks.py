@@ -8,7 +8,10 @@ from kvops.autotune.config import compact_config
 from kvops.kernels.compact import INTEGERS
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_source", "stride_target"],
+    do_not_specialize_on_alignment=["source_ptr", "target_ptr"],
+)
 def copy_blocks_kernel(
     side_ptr,
     source_ptr,

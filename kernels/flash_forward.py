@@ -40,6 +40,7 @@ from kvops.kernels.flash_tiles import (
     sequence_tokens,
 )
 from kvops.kernels.primitives import (
+    LARGEST,
     LN_2,
     LOG2_E,
     dot,
@@ -126,7 +127,7 @@ def _attend(
 
 
 # Over 80 lines: 46 are the signature; the loops with and without a mask share all accumulators.
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "seqlen_q", "seqlen_k", "window_left", "window_right"])
 def flash_forward_kernel(
     q_ptr,
     k_ptr,
@@ -196,7 +197,9 @@ def flash_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if sinks_ptr is not None:
         # The sink is a key whose value is 0: the softmax starts with it.
-        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        # +inf cannot be subtracted from itself: the largest number beside any score is as good.
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.where(sink > LARGEST, LARGEST, sink)
         l = tl.full([BLOCK_M], 1.0, tl.float32)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -223,7 +226,7 @@ def flash_forward_kernel(
         sees_a_key = seqlen_k > 0
         if HAS_RIGHT:
             sees_a_key = (position + window_right >= 0) & sees_a_key
-        lse = tl.where(sees_a_key, lse, float("-inf"))
+        lse = tl.where(sees_a_key, tl.where(sink > LARGEST, sink, lse), float("-inf"))
     tl.store(lse_ptr + rows, lse, mask=start_m + rows < seqlen_q)
     acc = acc / total[:, None]
     store_rows(out_ptr, rows, stride_om, seqlen_q - start_m, acc, HEAD_DIM_V, BLOCK_DV)

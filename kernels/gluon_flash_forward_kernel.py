@@ -55,7 +55,7 @@ from kvops.kernels.gluon_tiles import (
     tma_store,
     work_item,
 )
-from kvops.kernels.primitives import LN_2, LOG2_E
+from kvops.kernels.primitives import LARGEST, LN_2, LOG2_E
 
 
 @gluon.jit
@@ -242,11 +242,10 @@ def _consumer(
             if HAS_HIGH:
                 end_key = gl.minimum(end_key, row + high + offset + rows)
             if sinks_ptr is not None:
-                # The sink is a key whose value is 0: the softmax starts with it.
-                m = (
-                    gl.full([BLOCK_ROWS], 0.0, gl.float32, ROW_LAYOUT)
-                    + gl.load(sinks_ptr + head).to(gl.float32) * LOG2_E
-                )
+                # The sink is a key whose value is 0: the softmax starts with it. +inf cannot be subtracted from itself:
+                # the largest number beside any score is as good.
+                sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2_E
+                m = gl.full([BLOCK_ROWS], 0.0, gl.float32, ROW_LAYOUT) + gl.where(sink > LARGEST, LARGEST, sink)
                 l = gl.full([BLOCK_ROWS], 1.0, gl.float32, ROW_LAYOUT)
             else:
                 m = gl.full([BLOCK_ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
@@ -291,7 +290,10 @@ def _consumer(
                 _skip(loaded, block_last + shift, k_full, k_empty, v_full, v_empty, STAGES)
 
             sees_a_key = end_key > first_key
-            lse = gl.where(sees_a_key, (m + gl.log2(l)) * LN_2, float("-inf"))
+            lse = (m + gl.log2(l)) * LN_2
+            if sinks_ptr is not None:
+                lse = gl.where(sink > LARGEST, sink, lse)
+            lse = gl.where(sees_a_key, lse, float("-inf"))
             lse_row = head * seqlen_q + first_q + row if PACKED else batch_head * seqlen_q + row
             gl.store(lse_ptr + lse_row + rows, lse, mask=row + rows < length_q)
             inverse = 1.0 / gl.where(sees_a_key, l, 1.0)

@@ -1,5 +1,8 @@
 """Helpers of the launch functions of the paged cache: strides by slot and by list."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import triton
 
@@ -24,3 +27,20 @@ def slot_strides(side: torch.Tensor | None) -> tuple[int, int, int]:
 def list_strides(per_list: torch.Tensor, k_cache: torch.Tensor) -> tuple[int, int]:
     """Sequence and head strides of tables or lengths; the heads of a 4-D cache share them."""
     return per_list.stride(0), 0 if k_cache.dim() == 4 else per_list.stride(1)
+
+
+def scale_stride(scale: torch.Tensor | None) -> int:
+    """The head stride of the scales of a float8 cache: 0 for one that all heads share."""
+    return 0 if scale is None or scale.dim() == 0 else scale.stride(0)
+
+
+def strides(name: str, axes: str, values: Sequence[int]) -> dict[str, int]:
+    """Strides by the names of parameters: ``stride_qb``, ``stride_qt``, ``stride_qh`` for ``"stride_q", "bth"``."""
+    return {name + axis: value for axis, value in zip(axes, values, strict=True)}
+
+
+def positional(kernel: Any, first: str, numbers: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a launch passes from the parameter ``first`` on: each number by its name, in the order of the kernel's
+    parameters. ``numbers`` may have more. Raises KeyError for a parameter without a number."""
+    names = kernel.arg_names
+    return tuple(numbers[name] for name in names[names.index(first) :])

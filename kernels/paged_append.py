@@ -1,13 +1,18 @@
 """Write new keys and values into the last slots of each head's list of blocks."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from kvops.autotune.config import PagedAppendConfig
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
-from kvops.kernels.paged import as_bytes, list_strides, padded, slot_strides
+from kvops.kernels.paged import as_bytes, list_strides, padded, positional, scale_stride, slot_strides, strides
+from kvops.kernels.paged_tiles import READ_AS_SCALARS, UNSPECIALISED
 from kvops.kernels.primitives import float32_to_e4m3, page_address
+from kvops.prepared import prepared
 
 
 @triton.jit
@@ -28,7 +33,7 @@ def _copy_rows(
 
 
 # Over 80 lines: 52 are the signature.
-@triton.jit(do_not_specialize=["num_tokens", "max_blocks"])
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "heads"], do_not_specialize_on_alignment=READ_AS_SCALARS)
 def paged_append_kernel(
     k_ptr,
     v_ptr,
@@ -112,7 +117,68 @@ def paged_append_kernel(
         tl.store(scores_ptr + cell, tl.zeros([BLOCK_T], tl.float32), mask=written)
 
 
+class AppendKind:
+    """What the launch follows from besides data: shapes, strides, dtypes and which tensors are given."""
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        q_lens: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        token_positions: torch.Tensor | None = None,
+        scores: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> None:
+        batch, self.num_tokens, heads, head_dim = k.shape
+        value_dim = v.shape[-1]
+        block_d, block_dv = padded(head_dim), padded(value_dim)
+        self.lists = batch * heads
+        self.problem = max(block_d, block_dv), k.element_size(), self.num_tokens, self.lists
+        self.float8 = k_cache.dtype == torch.float8_e4m3fn
+        self.numbers: dict[str, Any] = {  # by the kernel's parameter names
+            **strides("stride_k", "bth", k.stride()[:3]),
+            **strides("stride_v", "bth", v.stride()[:3]),
+            **strides("stride_kc", "bsh", slot_strides(k_cache[..., 0])),
+            **strides("stride_vc", "bsh", slot_strides(v_cache[..., 0])),
+            **strides("stride_t", "bhn", (*list_strides(block_tables, k_cache), block_tables.stride(-1))),
+            **strides("stride_l", "bh", list_strides(seq_lens, k_cache)),
+            "stride_nb": 0 if q_lens is None else q_lens.stride(0),
+            **strides("stride_p", "bsh", slot_strides(positions)),
+            **strides("stride_qp", "bt", (0, 0) if token_positions is None else token_positions.stride()),
+            **strides("stride_s", "bsh", slot_strides(scores)),
+            "stride_k_scale": scale_stride(k_scale),
+            "stride_v_scale": scale_stride(v_scale),
+            "heads": heads,
+            "num_tokens": self.num_tokens,
+            "max_blocks": block_tables.shape[-1],
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_SIZE": k_cache.shape[1],
+            "FLOAT8": self.float8,
+            "BLOCK_D": block_d,
+            "BLOCK_DV": block_dv,
+        }
+        self._plan: tuple[PagedAppendConfig | None, int, tuple[Any, ...]] = None, 0, ()
+
+    def plan(self, config: PagedAppendConfig) -> tuple[int, tuple[Any, ...]]:
+        """The number of programs, and what follows the tensors of a launch."""
+        if self._plan[0] is not config:
+            programs = triton.cdiv(self.num_tokens, config.block_t) * self.lists
+            numbers = positional(paged_append_kernel, "stride_kb", self.numbers | {"BLOCK_T": config.block_t})
+            self._plan = config, programs, numbers
+        return self._plan[1:]
+
+
+@prepared(AppendKind)
 def paged_append(
+    kind: AppendKind,
     k: torch.Tensor,
     v: torch.Tensor,
     k_cache: torch.Tensor,
@@ -127,21 +193,18 @@ def paged_append(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """Launch the kernel; see ``kvops.paged_append``."""
-    batch, num_tokens, heads, head_dim = k.shape
-    value_dim = v.shape[-1]
-    block_d, block_dv = padded(head_dim), padded(value_dim)
-    config = choose(
-        "paged_append", current_device(), max(block_d, block_dv), k.element_size(), num_tokens, batch * heads
-    )
-    programs = triton.cdiv(num_tokens, config.block_t) * batch * heads
+    """Launch the kernel; see ``kvops.paged_append``. ``kind`` has the arguments that are not data."""
+    config = choose("paged_append", current_device(), *kind.problem)
+    programs, numbers = kind.plan(config)
     if programs == 0:
         return
+    if kind.float8:
+        k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     paged_append_kernel[(programs,)](
         k,
         v,
-        as_bytes(k_cache),
-        as_bytes(v_cache),
+        k_cache,
+        v_cache,
         block_tables,
         seq_lens,
         q_lens,
@@ -150,28 +213,6 @@ def paged_append(
         scores,
         k_scale,
         v_scale,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *slot_strides(k_cache[..., 0]),
-        *slot_strides(v_cache[..., 0]),
-        *list_strides(block_tables, k_cache)[:2],
-        block_tables.stride(-1),
-        *list_strides(seq_lens, k_cache)[:2],
-        0 if q_lens is None else q_lens.stride(0),
-        *slot_strides(positions),
-        *((0, 0) if token_positions is None else token_positions.stride()),
-        *slot_strides(scores),
-        0 if k_scale is None or k_scale.dim() == 0 else k_scale.stride(0),
-        0 if v_scale is None or v_scale.dim() == 0 else v_scale.stride(0),
-        heads,
-        num_tokens,
-        block_tables.shape[-1],
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_SIZE=k_cache.shape[1],
-        FLOAT8=k_cache.dtype == torch.float8_e4m3fn,
-        BLOCK_T=config.block_t,
-        BLOCK_D=block_d,
-        BLOCK_DV=block_dv,
+        *numbers,
         num_warps=config.num_warps,
     )

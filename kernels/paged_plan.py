@@ -2,13 +2,22 @@
 dtypes and options (see ``kvops.prepared``)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from kvops.autotune.config import PagedAttentionConfig
-from kvops.kernels.paged import list_strides, padded, slot_strides
+from kvops.kernels.paged import list_strides, padded, positional, scale_stride, slot_strides, strides
+from kvops.kernels.paged_attention_kernel import paged_attention_kernel, paged_merge_kernel
 from kvops.kernels.paged_schedule import schedule_unit
+from kvops.kernels.paged_scores import paged_scores_kernel
+
+# The largest buffer of scores between the first and the third launch, in bytes. Beyond it the third launch computes the
+# scores again from Q and K.
+MAX_STASH = 256 << 20
+# Partial results that paged_merge_kernel loads at once.
+_MERGED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -16,7 +25,7 @@ class PagedPlan:
     """The launches for one configuration and number of shares.
 
     ``partial`` and ``stash`` are sizes of buffers in float32 elements; 0 means none. ``*numbers`` are the arguments of
-    a kernel after its tensors, constexprs included, by position: a keyword adds 0.1 µs to a launch.
+    a kernel after its tensors, constexprs included, in the order of its parameters: a keyword adds 0.1 µs to a launch.
     """
 
     config: PagedAttentionConfig
@@ -26,27 +35,10 @@ class PagedPlan:
     scores_grid: tuple[int, int]
     partial: int
     stash: int
-    numbers: tuple[float, ...]
-    merge_numbers: tuple[int, ...]
-    scores_numbers: tuple[float | str, ...]
+    numbers: tuple[Any, ...]
+    merge_numbers: tuple[Any, ...]
+    scores_numbers: tuple[Any, ...]
     merge_warps: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """How programs divide the work.
-
-    With ``split`` a program takes ``coarse`` shares of the schedule and writes partial results into ``places``;
-    otherwise it takes one list. The slots of all lists, padded to units, form a line of ``line`` slots.
-    """
-
-    split: bool
-    row_tiles: int
-    coarse: int
-    scores_coarse: int
-    programs: int
-    line: int
-    places: int
 
 
 class PagedKind:
@@ -55,6 +47,7 @@ class PagedKind:
     The heads of a uniform cache share the schedule of their sequence; they are an axis of the grid (``axis_heads``).
     """
 
+    # Over 80 lines: 24 are the signature, 47 the table of the kernels' numbers.
     def __init__(
         self,
         q: torch.Tensor,
@@ -105,28 +98,57 @@ class PagedKind:
         if window_left >= 2**31 - 1 - self.num_tokens:  # it hides nothing, and places less it leave int32
             window_left = -1
         self.window_left = window_left
-        self.causal = causal and tree_mask is None
         self.scored = scores is not None
-        self.score_decay, self.score_reduce = score_decay, score_reduce
-        self.scale = self.head_dim**-0.5 if scale is None else scale
-        self.softcap = softcap
         if tree_mask is not None:
             tree_mask = tree_mask.expand(batch, -1, -1)
-        self.q_strides = q.stride()[:3]
-        self.k_strides, self.v_strides = slot_strides(k_cache[..., 0]), slot_strides(v_cache[..., 0])
-        lists = *list_strides(block_tables, k_cache), block_tables.stride(-1), *list_strides(seq_lens, k_cache)
-        self.list_strides = (
-            *lists,
-            0 if q_lens is None else q_lens.stride(0),
-            *slot_strides(positions if window_left >= 0 else None),
-            *((0, 0) if window_left < 0 or query_positions is None else query_positions.stride()),
-            *((0, 0, 0) if tree_mask is None else tree_mask.stride()),
-        )
-        self.k_scale_stride, self.v_scale_stride = (
-            0 if value is None or value.dim() == 0 else value.stride(0) for value in (k_scale, v_scale)
-        )
-        self.sinks_stride = 0 if sinks is None else sinks.stride(0)
-        self.scores_strides = slot_strides(scores)
+        windowed = window_left >= 0
+        self.numbers: dict[str, Any] = {  # by the kernels' parameter names
+            **strides("stride_q", "bth", q.stride()[:3]),
+            **strides("stride_k", "bsh", slot_strides(k_cache[..., 0])),
+            **strides("stride_v", "bsh", slot_strides(v_cache[..., 0])),
+            **strides("stride_t", "bhn", (*list_strides(block_tables, k_cache), block_tables.stride(-1))),
+            **strides("stride_l", "bh", list_strides(seq_lens, k_cache)),
+            "stride_nb": 0 if q_lens is None else q_lens.stride(0),
+            **strides("stride_p", "bsh", slot_strides(positions if windowed else None)),
+            **strides(
+                "stride_qp", "bt", query_positions.stride() if windowed and query_positions is not None else (0, 0)
+            ),
+            **strides("stride_m", "btj", (0, 0, 0) if tree_mask is None else tree_mask.stride()),
+            **strides("stride_s", "bsh", slot_strides(scores)),
+            "stride_k_scale": scale_stride(k_scale),
+            "stride_v_scale": scale_stride(v_scale),
+            "stride_sinks": 0 if sinks is None else sinks.stride(0),
+            # out and lse are contiguous
+            **strides(
+                "stride_o",
+                "bth",
+                (self.num_tokens * query_heads * self.value_dim, query_heads * self.value_dim, self.value_dim),
+            ),
+            **strides("stride_lse_", "bh", (query_heads * self.num_tokens, self.num_tokens)),
+            "num_tokens": self.num_tokens,
+            "max_blocks": self.max_blocks,
+            "lists": self.lists,
+            "window_left": window_left,
+            "scale": self.head_dim**-0.5 if scale is None else scale,
+            "softcap": softcap,
+            "decay": score_decay,
+            "HEADS": self.heads,
+            "LIST_HEADS": self.list_heads,
+            "AXIS_HEADS": self.axis_heads,
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "VALUE_DIM": self.value_dim,
+            "BLOCK_SIZE": self.block_size,
+            "UNIT": self.unit,
+            "CAUSAL": causal and tree_mask is None,
+            "HAS_WINDOW": windowed,
+            "HAS_SOFTCAP": softcap > 0,
+            "INVARIANT": batch_invariant,
+            "REDUCE": score_reduce,
+            "BLOCK_D": self.block_d,
+            "BLOCK_DV": self.block_dv,
+            "BLOCK_P": _MERGED_AT_ONCE,
+        }
         self._plan: PagedPlan | None = None
 
     def plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
@@ -136,135 +158,40 @@ class PagedKind:
         return plan
 
     def _new_plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
-        parts = self._divide(config, shares)
+        row_tiles = triton.cdiv(self.rows, config.block_m)
         all_heads = self.lists * self.axis_heads
+        split = row_tiles == 1 or (row_tiles * all_heads < shares and not self.invariant)
+        # Row tiles and heads multiply the number of programs, so each program takes that many shares.
+        coarse = min(shares, row_tiles * self.axis_heads)
+        programs = triton.cdiv(shares, coarse) if split else all_heads
+        # One pass over the slots serves all row tiles of the scores: only heads multiply the programs there.
+        scores_coarse = min(shares, self.axis_heads)
+        # The slots of all lists, padded to units, form a line. The most units that it can have: by the tables, and for
+        # scores by the pool, as lists with scores own their blocks.
+        units = self.lists * triton.cdiv(self.max_blocks * self.block_size, self.unit)
+        line = min(units, triton.cdiv(self.num_blocks * self.block_size, self.unit) + self.lists) * self.unit
+        stash = self.axis_heads * self.rows * line if self.scored and row_tiles == 1 else 0
+        places = max(units, 1) if self.invariant else programs + self.lists  # a kernel cannot take an empty buffer
         sums = self.value_dim + 2  # a row's weighted sum of V, its maximum and its sum of exponentials
+        numbers = self.numbers | {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "SPLIT": split,
+            "coarse": coarse,
+            "programs": programs,
+            "line": line,
+            "places": places,
+        }
         return PagedPlan(
             config,
             shares,
-            grid=(parts.programs, parts.row_tiles, self.axis_heads) if parts.split else (all_heads, parts.row_tiles),
-            merge_grid=(all_heads * self.rows,) if parts.split else None,
-            scores_grid=(triton.cdiv(shares, parts.scores_coarse), self.axis_heads),
-            partial=self.axis_heads * parts.places * self.rows * sums if parts.split else 0,
-            stash=self.axis_heads * self.rows * parts.line if self.scored and parts.row_tiles == 1 else 0,
-            numbers=self._attention_numbers(config, parts),
-            merge_numbers=self._merge_numbers(parts),
-            scores_numbers=self._scores_numbers(config, parts),
+            grid=(programs * row_tiles, self.axis_heads) if split else (programs * row_tiles,),
+            merge_grid=(all_heads * self.rows,) if split else None,
+            scores_grid=(triton.cdiv(shares, scores_coarse), self.axis_heads),
+            partial=self.axis_heads * places * self.rows * sums if split else 0,
+            stash=stash if 4 * stash <= MAX_STASH else 0,
+            numbers=positional(paged_attention_kernel, "stride_qb", numbers),
+            merge_numbers=positional(paged_merge_kernel, "stride_sinks", numbers),
+            scores_numbers=positional(paged_scores_kernel, "stride_qb", numbers | {"coarse": scores_coarse}),
             merge_warps=4 if self.block_dv >= 64 else 1,
-        )
-
-    def _divide(self, config: PagedAttentionConfig, shares: int) -> _Parts:
-        row_tiles = triton.cdiv(self.rows, config.block_m)
-        # Row tiles and heads multiply the number of programs, so each program takes that many shares.
-        coarse = min(shares, row_tiles * self.axis_heads)
-        programs = triton.cdiv(shares, coarse)
-        # The most units that all lists can have: by their tables, and by the pool where the lists own their blocks.
-        units = self.lists * triton.cdiv(self.max_blocks * self.block_size, self.unit)
-        if self.scored:
-            units = min(units, triton.cdiv(self.num_blocks * self.block_size, self.unit) + self.lists)
-        return _Parts(
-            split=row_tiles == 1 or (row_tiles * self.lists * self.axis_heads < shares and not self.invariant),
-            row_tiles=row_tiles,
-            coarse=coarse,
-            # One pass over the slots serves all row tiles of the scores: only heads multiply the programs there.
-            scores_coarse=min(shares, self.axis_heads),
-            programs=programs,
-            line=units * self.unit,
-            places=max(units, 1) if self.invariant else programs + self.lists,  # a kernel cannot take an empty buffer
-        )
-
-    @property
-    def _lse_strides(self) -> tuple[int, int]:
-        _, query_heads, num_tokens = self.lse_shape
-        return query_heads * num_tokens, num_tokens
-
-    @property
-    def _out_strides(self) -> tuple[int, ...]:
-        """Strides of ``out`` and of ``lse``, both contiguous."""
-        _, num_tokens, query_heads, value_dim = self.out_shape
-        return num_tokens * query_heads * value_dim, query_heads * value_dim, value_dim, *self._lse_strides
-
-    @property
-    def _masks(self) -> tuple[bool, bool, bool]:
-        return self.causal, self.window_left >= 0, self.softcap > 0
-
-    def _attention_numbers(self, config: PagedAttentionConfig, parts: _Parts) -> tuple[float, ...]:
-        return (
-            *self.q_strides,
-            *self.k_strides,
-            *self.v_strides,
-            *self.list_strides,
-            self.k_scale_stride,
-            self.v_scale_stride,
-            self.sinks_stride,
-            *self._out_strides,
-            self.num_tokens,
-            self.max_blocks,
-            self.lists,
-            parts.coarse,
-            parts.line,
-            parts.places,
-            self.window_left,
-            self.scale,
-            self.softcap,
-            self.heads,
-            self.list_heads,
-            self.group,
-            self.head_dim,
-            self.value_dim,
-            self.block_size,
-            self.unit,
-            *self._masks,
-            parts.split,
-            self.invariant,
-            config.block_m,
-            config.block_n,
-            self.block_d,
-            self.block_dv,
-        )
-
-    def _merge_numbers(self, parts: _Parts) -> tuple[int, ...]:
-        return (
-            self.sinks_stride,
-            self.v_scale_stride,
-            *self._out_strides,
-            self.num_tokens,
-            parts.coarse,
-            parts.places,
-            self.list_heads,
-            self.axis_heads,
-            self.group,
-            self.value_dim,
-            self.invariant,
-            16,
-            self.block_dv,
-        )
-
-    def _scores_numbers(self, config: PagedAttentionConfig, parts: _Parts) -> tuple[float | str, ...]:
-        return (
-            *self.q_strides,
-            *self.k_strides,
-            *self.list_strides,
-            self.k_scale_stride,
-            *self._lse_strides,
-            *self.scores_strides,
-            self.num_tokens,
-            self.max_blocks,
-            self.lists,
-            parts.scores_coarse,
-            parts.line,
-            self.window_left,
-            self.scale,
-            self.softcap,
-            self.score_decay,
-            self.list_heads,
-            self.group,
-            self.head_dim,
-            self.block_size,
-            self.unit,
-            *self._masks,
-            self.score_reduce,
-            config.block_m,
-            config.block_n,
-            self.block_d,
         )

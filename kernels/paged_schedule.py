@@ -26,7 +26,10 @@ def schedule_unit(block_size: int, batch_invariant: bool) -> int:
     return _INVARIANT_UNIT if batch_invariant else min(max(block_size, 16), 64)
 
 
-@triton.jit(do_not_specialize=["heads", "lists", "programs"])
+@triton.jit(
+    do_not_specialize=["stride_ll", "stride_lb", "stride_lh", "heads", "lists", "programs"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "schedule_ptr"],
+)
 def paged_schedule_kernel(
     seq_lens_ptr,
     schedule_ptr,
@@ -94,7 +97,8 @@ def paged_schedule(
             num_programs,
             UNIT=unit,
             MIN_UNITS=triton.cdiv(_MIN_SHARE, unit),
-            SEARCH_STEPS=lists.bit_length(),
+            SEARCH_STEPS=triton.cdiv(lists.bit_length(), 4)
+            * 4,  # more steps change nothing, and few values few kernels
             BLOCK=1024,
             num_warps=4,
         )

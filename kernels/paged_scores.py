@@ -3,12 +3,22 @@
 import triton
 import triton.language as tl
 
-from kvops.kernels.paged_tiles import cache_scale, load_slots, row_limits, visible_slots
+from kvops.kernels.paged_tiles import (
+    READ_AS_SCALARS,
+    UNSPECIALISED,
+    cache_scale,
+    load_slots,
+    row_limits,
+    visible_slots,
+)
 from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
 
 
 # Over 80 lines: 62 are the signature; one loop over lists, as in paged_attention_kernel.
-@triton.jit(do_not_specialize=["num_tokens", "max_blocks", "lists", "coarse", "window_left"])
+@triton.jit(
+    do_not_specialize=[*UNSPECIALISED, "lists", "coarse", "window_left"],
+    do_not_specialize_on_alignment=READ_AS_SCALARS,
+)
 def paged_scores_kernel(
     q_ptr,
     k_ptr,

@@ -5,6 +5,41 @@ import triton.language as tl
 
 from kvops.kernels.primitives import e4m3_to_float16
 
+# Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers that are aligned to 16
+# bytes. Nothing gets faster where a pointer is read one number at a time, or a stride leads to such a number: an engine
+# would only meet new variants, each a second or two, as batches and slices of layers change.
+READ_AS_SCALARS = (
+    "table_ptr",
+    "seq_lens_ptr",
+    "q_lens_ptr",
+    "query_positions_ptr",
+    "token_positions_ptr",
+    "tree_ptr",
+    "k_scale_ptr",
+    "v_scale_ptr",
+    "sinks_ptr",
+    "schedule_ptr",
+)
+UNSPECIALISED = (
+    "num_tokens",
+    "max_blocks",
+    "stride_tb",
+    "stride_th",
+    "stride_lb",
+    "stride_lh",
+    "stride_nb",
+    "stride_qpb",
+    "stride_qpt",
+    "stride_mb",
+    "stride_mt",
+    "stride_mj",
+    "stride_k_scale",
+    "stride_v_scale",
+    "stride_sinks",
+    "stride_lse_b",
+    "stride_lse_h",
+)
+
 
 @triton.jit
 def load_slots(cache_ptr, cell, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):

@@ -7,6 +7,8 @@ from triton import knobs
 # exp2 is one instruction on a GPU. Scores are scaled by log2(e) once, so that exp2 replaces exp.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# The largest float32.
+LARGEST = tl.constexpr(3.4028234663852886e38)
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 

@@ -7,8 +7,11 @@ import triton.language as tl
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 
+_UNSPECIALISED = ("stride_tb", "L", "num_draft", "num_splits")
+_POINTERS = ("tokens_ptr", "lens_ptr", "best_ptr", "draft_ptr", "draft_lens_ptr")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_POINTERS)
 def match_kernel(
     tokens_ptr,
     lens_ptr,
@@ -42,7 +45,7 @@ def match_kernel(
     tl.store(best_ptr + batch * tl.num_programs(1) + split, tl.max(key, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_POINTERS)
 def draft_kernel(
     tokens_ptr,
     lens_ptr,

@@ -21,8 +21,26 @@ from kvops.kernels.radix import (
     radix_sort_descending,
 )
 
+# Integers and pointers that Triton need not compile again for: see kvops.kernels.paged_tiles.
+_INTEGERS = (
+    "stride_tb",
+    "stride_th",
+    "stride_lb",
+    "stride_lh",
+    "stride_budget",
+    "heads",
+    "slots",
+    "blocks",
+    "candidates",
+    "bits",
+    "protect_first",
+    "protect_last",
+    "min_per_head",
+)
+_POINTERS = ("tables_ptr", "lens_ptr", "least_ptr", "most_ptr", "budget_ptr", "shares_ptr", "new_lens_ptr", "cut_ptr")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def slot_keys_kernel(
     scores_ptr,
     positions_ptr,
@@ -76,7 +94,7 @@ def slot_keys_kernel(
     tl.store(most_ptr + list_number, tl.cdiv(length, SIZE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def even_shares_kernel(least_ptr, most_ptr, budget_ptr, shares_ptr, stride_budget, heads, bits, HEADS: tl.constexpr):
     """The same share for all heads of one sequence, within what each must and can keep."""
     b = tl.program_id(0).to(tl.int64)
@@ -97,7 +115,7 @@ def even_shares_kernel(least_ptr, most_ptr, budget_ptr, shares_ptr, stride_budge
     tl.store(shares_ptr + b * heads + h, shares, mask=head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def sort_keys_kernel(keys_ptr, lens_ptr, stride_buffer, stride_lb, stride_lh, heads, slots, BLOCK: tl.constexpr):
     """The keys of one list in descending order, from buffer 0 to buffer 2."""
     list_number = tl.program_id(0).to(tl.int64)
@@ -105,7 +123,7 @@ def sort_keys_kernel(keys_ptr, lens_ptr, stride_buffer, stride_lb, stride_lh, he
     radix_sort_descending(keys_ptr + list_number * slots, stride_buffer, length, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def block_worth_kernel(
     sorted_ptr,
     lens_ptr,
@@ -145,7 +163,7 @@ def block_worth_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def compete_kernel(
     worth_ptr,
     least_ptr,
@@ -180,7 +198,7 @@ def compete_kernel(
     tl.store(cut_ptr + 2 * b + 1, final)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def competed_shares_kernel(
     worth_ptr, least_ptr, cut_ptr, shares_ptr, heads, blocks, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
 ):
@@ -202,7 +220,7 @@ def competed_shares_kernel(
     tl.store(shares_ptr + b * heads + h, shares, mask=head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
 def keep_best_kernel(
     keys_ptr,
     lens_ptr,

@@ -16,6 +16,38 @@ from kvops.kernels.primitives import LOG2_E, exponential_from_uniform, philox_wo
 ACCEPT = tl.constexpr(0)
 RESAMPLE = tl.constexpr(1)
 NO_INDEX = tl.constexpr(2147483647)
+# What the kernels read one number at a time, and what leads there: not worth a variant (see kvops.kernels.paged_tiles).
+UNSPECIALISED = (
+    "T",
+    "N",
+    "num_splits",
+    "num_left",
+    "stride_db",
+    "stride_dn",
+    "stride_dt",
+    "stride_nb",
+    "stride_nn",
+)
+READ_AS_SCALARS = (
+    "draft_lens_ptr",
+    "drafts_ptr",
+    "parents_ptr",
+    "temperature_ptr",
+    "seed_ptr",
+    "step_ptr",
+    "tokens_ptr",
+    "accepted_ptr",
+    "count_ptr",
+    "path_ptr",
+    "node_ptr",
+    "row_max_ptr",
+    "row_sum_ptr",
+    "max_ptr",
+    "sum_ptr",
+    "argmax_ptr",
+    "accept_ptr",
+    "mass_ptr",
+)
 
 # Logits, draft tokens, draft lengths (or parents), draft probabilities, temperature, seed, step: the tensors that most
 # kernels of verification take first, in their order.
@@ -74,7 +106,7 @@ def row_weights(row_ptr, index, mask, row_max, scale):
     return tl.exp2((x - row_max) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def softmax_stats_kernel(
     logits_ptr,
     draft_lens_ptr,
@@ -214,7 +246,7 @@ def finish_request(
         tl.store(tokens_ptr + batch * (T + 1) + t, emitted, mask=t <= T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def emit_kernel(score_ptr, index_ptr, row_sum_ptr, accepted_ptr, tokens_ptr, T, num_splits, BLOCK_S: tl.constexpr):
     """The winner of the race; where the residual vanished in rounding, the argmax that stands there stays."""
     batch = tl.program_id(0).to(tl.int64)

@@ -16,6 +16,8 @@ import triton.language as tl
 
 from kvops.autotune.config import VerifyConfig
 from kvops.kernels.verification import (
+    READ_AS_SCALARS,
+    UNSPECIALISED,
     DraftInputs,
     acceptance_threshold,
     draft_length,
@@ -27,7 +29,7 @@ from kvops.kernels.verification import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def path_kernel(
     logits_ptr,
     drafts_ptr,
@@ -84,7 +86,7 @@ def path_kernel(
     tl.store(count_ptr + batch, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def left_kernel(
     logits_ptr,
     probs_ptr,
@@ -117,7 +119,7 @@ def left_kernel(
     tl.store(left_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(p > q, p - q, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def stop_kernel(
     drafts_ptr,
     temperature_ptr,

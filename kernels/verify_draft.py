@@ -15,6 +15,8 @@ import triton.language as tl
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.verification import (
+    READ_AS_SCALARS,
+    UNSPECIALISED,
     acceptance_threshold,
     draft_length,
     draw_by_race,
@@ -32,7 +34,7 @@ from kvops.kernels.verification import (
 from kvops.kernels.verify_block import accept_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def accept_kernel(
     logits_ptr,
     drafts_ptr,
@@ -96,7 +98,7 @@ def accept_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def race_kernel(
     logits_ptr,
     drafts_ptr,

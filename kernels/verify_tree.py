@@ -19,6 +19,8 @@ from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.verification import (
     NO_INDEX,
+    READ_AS_SCALARS,
+    UNSPECIALISED,
     acceptance_threshold,
     draw_by_race,
     exponent_scale,
@@ -67,7 +69,7 @@ def residual_weight(
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def offer_kernel(
     logits_ptr,
     drafts_ptr,
@@ -148,7 +150,7 @@ def offer_kernel(
             tl.store(accept_ptr + child, (inside & accept).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def walk_kernel(
     drafts_ptr,
     parents_ptr,
@@ -204,7 +206,7 @@ def walk_kernel(
     tl.store(tokens_ptr + batch * N + nodes, -1 + nodes.to(tl.int64) * 0, mask=(nodes == N - 1) & (nodes != depth))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
 def tree_race_kernel(
     logits_ptr,
     drafts_ptr,

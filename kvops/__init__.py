@@ -1,15 +1,15 @@
 """kvops: attention over a KV cache as PyTorch operators with Triton kernels.
 
 Importing this package registers ``torch.ops.kvops.*``. It needs torch alone; Triton comes in at the first launch. The
-packages ``kvops.policies``, ``models``, ``generation``, ``autotune``, ``parallel``, ``tables`` and ``integrations`` are
-imported when they are first named.
+packages ``kvops.policies``, ``models``, ``generation``, ``autotune``, ``parallel``, ``tables`` and ``integrations`` and
+the function ``kvops.warm_up`` are imported when they are first named.
 """
 
 from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvops import nn
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
@@ -27,8 +27,6 @@ from kvops.sampling import process_logits
 from kvops.sdpa import scaled_dot_product_attention
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from kvops import autotune as autotune
     from kvops import generation as generation
     from kvops import integrations as integrations
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
     from kvops import parallel as parallel
     from kvops import policies as policies
     from kvops.cache import tables as tables
+    from kvops.generation.warm_up import warm_up as warm_up
 
 try:
     __version__ = version("kvops")
@@ -74,14 +73,17 @@ __all__ = [
 _ON_DEMAND = {
     **{name: f"kvops.{name}" for name in ("autotune", "generation", "integrations", "models", "parallel", "policies")},
     "tables": "kvops.cache.tables",
+    "warm_up": "kvops.generation.warm_up:warm_up",
 }
 
 if not TYPE_CHECKING:  # type checkers shall find a name that does not exist
 
-    def __getattr__(name: str) -> ModuleType:
+    def __getattr__(name: str) -> Any:
         if name not in _ON_DEMAND:
             raise AttributeError(f"module 'kvops' has no attribute {name!r}")
-        return importlib.import_module(_ON_DEMAND[name])
+        module, _, attribute = _ON_DEMAND[name].partition(":")
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

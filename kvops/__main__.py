@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvops demo | generate | chat | evaluate | doctor``."""
+"""The command line: ``python -m kvops demo | generate | chat | evaluate | warm-up | doctor``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvops.cli.console import Parser, quiet_without_reader
 
 
 def _parser() -> argparse.ArgumentParser:
-    from kvops.cli import chat, evaluate, generate
+    from kvops.cli import chat, evaluate, generate, warm_up
 
     parser = Parser(prog="kvops", description=kvops.__doc__)
     parser.add_argument("--version", action="version", version=f"kvops {kvops.__version__}")
@@ -28,6 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_arguments(commands.add_parser("chat", help="talk with a model; the cache is kept between turns"))
     evaluate.add_arguments(
         commands.add_parser("evaluate", help="measure policies on your own model, text and questions")
+    )
+    warm_up.add_arguments(
+        commands.add_parser("warm-up", help="compile ahead what generate launches for a model and these options")
     )
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
     return parser
@@ -59,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
             from kvops.cli import evaluate
 
             evaluate.run(arguments)
+        elif arguments.command == "warm-up":
+            from kvops.cli import warm_up
+
+            warm_up.run(arguments)
         else:
             from kvops.cli.doctor import report
 

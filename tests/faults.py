@@ -204,21 +204,21 @@ FAULTS = [
     # The paged cache
     Mutation(
         "paged: the accumulator is not rescaled when the maximum rises",
-        "kernels/paged_attention.py",
+        "kernels/paged_attention_kernel.py",
         "acc = dot(p.to(v.dtype), v, acc * rescale[:, None])",
         "acc = dot(p.to(v.dtype), v, acc)",
         PAGED,
     ),
     Mutation(
         "paged: partial results are joined without their maxima",
-        "kernels/paged_attention.py",
+        "kernels/paged_attention_kernel.py",
         "weight = tl.exp2(part_m - shift)",
         "weight = tl.exp2(part_m - part_m)",
         named("paged", "triton", "long or schedule or split"),
     ),
     Mutation(
         "paged: the last slot of each list is not read",
-        "kernels/paged_attention.py",
+        "kernels/paged_attention_kernel.py",
         "            inside = slots < stop\n            block, offset = page_address",
         "            inside = slots < stop - 1\n            block, offset = page_address",
         PAGED,

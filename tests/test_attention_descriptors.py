@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvops.autotune.architectures import has_tma
 from kvops.autotune.config import (
-    HAVE_TMA,
     flash_backward_keys_config,
     flash_backward_queries_config,
     flash_forward_config,
@@ -160,9 +160,9 @@ def test_what_tma_cannot_read_comes_through_pointers(descriptors, device):
 
 def test_are_chosen_where_there_is_tma_and_16_bits():
     for arch in (*TARGETS, "interpreter"):
-        assert flash_forward_config(128, 2, 4096, arch).descriptors == (arch in HAVE_TMA)
+        assert flash_forward_config(128, 2, 4096, arch).descriptors == has_tma(arch)
         assert not flash_forward_config(128, 4, 4096, arch).descriptors
         for width in (64, 128):
-            assert flash_backward_queries_config(width, 2, 4096, arch).descriptors == (arch in HAVE_TMA)
-            assert flash_backward_keys_config(width, 2, arch).descriptors == (arch in HAVE_TMA)
+            assert flash_backward_queries_config(width, 2, 4096, arch).descriptors == has_tma(arch)
+            assert flash_backward_keys_config(width, 2, arch).descriptors == has_tma(arch)
             assert not flash_backward_keys_config(width, 4, arch).descriptors

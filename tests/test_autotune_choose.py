@@ -1,7 +1,10 @@
 """What a launch gets: the order of look-up, its limits, and its reasons."""
 
+import itertools
+import math
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from autotune_fakes import H100, H200, record, triton_version
 
 import kvops
 from kvops.autotune import choose, explain, feasibility, invariant, lookup, override, register, specs, watch
+from kvops.autotune.architectures import family, has_tma
 from kvops.autotune.config import PagedAppendConfig
 from kvops.autotune.devices import KNOWN_DEVICES, by_name, distance, facts_of
 from kvops.autotune.feasibility import Group, Proof, Table, current_source, dump_table, judge, parse_table
@@ -255,6 +259,39 @@ def test_near_gpus_are_near_and_others_infinitely_far():
     assert facts_of(unknown).bandwidth == 0
     assert facts_of(DEVICE) == H100
     assert {device.arch for device in KNOWN_DEVICES.values()} == set(TARGETS)
+
+
+def test_no_default_of_paged_attention_asks_for_more_shared_memory_than_a_gpu_has():
+    """Heads wider than 128 with drafts asked for 102,656 to 133,248 bytes on GPUs that have 101,376."""
+    spec = specs()["paged_attention"]
+    for device in KNOWN_DEVICES.values():
+        for width, rows, dtypes in itertools.product(
+            (16, 64, 128, 256, 512), (1, 16, 17, 64, 256), ((2, 2), (2, 1), (4, 4))
+        ):
+            problem = dict(zip(spec.fields, (width, *dtypes, 16, rows, 64, 8192), strict=True))
+            assert spec.refuse(spec.heuristic(problem, device), problem, device) is None
+
+
+@pytest.mark.parametrize(("arch", "other"), [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("gfx940", "gfx942")])
+def test_an_architecture_starts_from_what_is_known_of_its_family(arch, other, store, monkeypatch):
+    """It was taken for unknown: no descriptors, nothing proven, nothing borrowed."""
+    assert (family(arch), has_tma(arch)) == (other, has_tma(other))
+    known = by_name(other)
+    ours = replace(known, name="new", arch=arch)
+    for spec in specs().values():
+        for problem in spec.problems:
+            assert spec.heuristic(problem, ours) == spec.heuristic(problem, known)
+    assert distance(ours, known) < math.inf
+    proved(monkeypatch, known, [FIRST], Proof(registers=50))
+    verdict = judge(SPEC, FIRST, PROBLEM, ours)
+    assert verdict.status == "proven"
+    assert f"for {other}, whose family has {arch}" in verdict.reason
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_130", "gfx90a", "gfx1100", "interpreter"])
+def test_other_architectures_are_their_own_family(arch):
+    assert family(arch) == arch
+    assert not has_tma(arch)
 
 
 OPERATORS = sorted({operator for spec in specs().values() for operator in spec.operators})

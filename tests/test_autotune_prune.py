@@ -95,12 +95,12 @@ def test_how_the_source_is_written_does_not_change_its_hash(hash_of, old, new):
 
 
 def test_a_hash_follows_kernels_into_the_functions_that_they_share():
-    names = {name for _, name in reached("kvops.kernels.paged_attention", "paged_attention_kernel")}
+    names = {name for _, name in reached("kvops.kernels.paged_attention_kernel", "paged_attention_kernel")}
     assert {"paged_attention_kernel", "online_softmax_step", "page_address", "load_slots", "dot", "LOG2_E"} <= names
     assert "paged_attention" not in names  # the launch function
     assert len({current_source(spec) for spec in specs().values()}) == len({spec.kernels for spec in specs().values()})
     with pytest.raises(SourceError, match="expected 'no_kernel' to be defined in"):
-        source_hash(["kvops.kernels.paged_attention:no_kernel"])
+        source_hash(["kvops.kernels.paged_attention_kernel:no_kernel"])
     with pytest.raises(SourceError, match="expected a module with a Python file"):
         source_hash(["kvops.no_module:kernel"])
 

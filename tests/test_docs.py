@@ -92,7 +92,7 @@ def test_command_lines_of_the_manual_are_accepted(command, monkeypatch):
 def test_the_page_of_the_command_line_names_options_that_exist(capsys):
     page = (DOCS / "command-line.md").read_text(encoding="utf-8")
     main = importlib.import_module("kvops.__main__").main
-    commands = re.findall(r"^## (\w+)$", page, re.M)
+    commands = re.findall(r"^## ([\w-]+)$", page, re.M)
     helps = []
     for command in commands:
         with pytest.raises(SystemExit):
@@ -100,7 +100,7 @@ def test_the_page_of_the_command_line_names_options_that_exist(capsys):
         helps.append(capsys.readouterr().out)
     with pytest.raises(SystemExit):
         main(["--help"])
-    listed = re.search(r"\{([\w,]+)\}", capsys.readouterr().out)[1]
+    listed = re.search(r"\{([\w,-]+)\}", capsys.readouterr().out)[1]
     assert sorted(commands) == sorted(listed.split(","))
     named, known = (set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) for text in (page, "".join(helps)))
     assert named <= known

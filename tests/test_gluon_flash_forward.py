@@ -168,6 +168,15 @@ def test_sinks_join_the_denominator_only(run, causal):
     assert_correct(out, lse, q, k, v, causal=causal, sinks=sinks)
 
 
+def test_an_infinite_sink_leaves_nothing_to_the_keys(run):
+    q, k, v = inputs(1, 60, 20, 2, 2, 16, torch.float16)
+    out, lse, _ = run(q, k, v, config=small(), causal=True, sinks=torch.tensor([float("inf"), float("-inf")]))
+    assert (out[:, :, 0] == 0).all()
+    assert (lse[:, 0, 40:] == float("inf")).all()
+    assert (lse[:, 0, :40] == float("-inf")).all()
+    assert_correct(out[:, :, 1:], lse[:, 1:], q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], causal=True)
+
+
 def test_rows_without_a_key_give_zero_and_minus_infinity(run):
     q, k, v = inputs(1, 60, 20, 2, 2, 16, torch.float16)
     out, lse, _ = run(q, k, v, config=small(), causal=True, sinks=torch.zeros(2))

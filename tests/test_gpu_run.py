@@ -20,6 +20,8 @@ from bench.gpu.phases import PHASES, Setup, Step
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import FAILED, PASSED, SKIPPED, Outcome, Unit, read_rows, report, run_unit, run_units
 from kvops.autotune.arguments import add as add_autotune_commands
+from kvops.autotune.devices import by_name
+from kvops.autotune.inspect import TARGETS
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -281,11 +283,20 @@ def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
     assert "got dance" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["B300", "GB10", "MI300X"])
+def test_the_tuning_phase_compiles_for_the_architecture_of_the_gpu(name, tmp_path, monkeypatch):
+    """AMD's gfx942 was taken for sm_94, and sm_103 was no target."""
+    monkeypatch.setattr(phases, "this_gpu", lambda: by_name(name))
+    compiling = next(iter(PHASES["tune"](Setup("cuda", tmp_path, 480, 8)))).units[0].command
+    assert compiling[compiling.index("--targets") + 1] == by_name(name).arch
+    assert by_name(name).arch in TARGETS
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_unit_of_every_phase_is_started_with_words_that_it_takes(phase, device, tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "find_sanitizer", lambda: "/opt/compute-sanitizer")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(phases, "this_gpu", lambda: by_name("sm_90"))
     units = [unit for step in PHASES[phase](Setup(device, tmp_path, 480, 8)) for unit in step.units]
     assert len({unit.name for unit in units}) == len(units)
     assert all(0 < unit.seconds <= 480 for unit in units)

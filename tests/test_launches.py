@@ -1,11 +1,16 @@
 """Checks and preparation are shared by calls alike, and by no others."""
 
+import math
+
 import pytest
 import torch
 
 import kvops
 from kvops.autotune import override, specs, watch
+from kvops.autotune.config import paged_attention_config
 from kvops.kernels import paged_plan
+from kvops.kernels.paged import positional
+from kvops.kernels.paged_attention_kernel import paged_attention_kernel
 from kvops.ops import registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's launches")
@@ -125,3 +130,61 @@ def test_what_is_remembered_is_bounded(monkeypatch, prepared):
         kvops.paged_attention(**inputs(q=torch.randn(2, tokens, 4, 16)))
     assert all(len(launches) <= 4 for x in registry._operators.values() for launches in (x.served, x.interpreted))
     assert prepared.count("paged_attention") == 10
+
+
+def test_no_grid_is_larger_than_a_gpu_takes():
+    """Row tiles were the second axis, which ends at 65,535: a prompt of a million tokens has more of them."""
+    q = torch.empty(1, 1 << 20, 32, 64, dtype=torch.bfloat16, device="meta")
+    cache = torch.empty(1 << 16, 16, 64, dtype=torch.bfloat16, device="meta")
+    tables = torch.empty(1, 1, 1 << 16, dtype=torch.int32, device="meta")
+    kind = paged_plan.PagedKind(q, cache, cache, tables, torch.empty(1, 1, dtype=torch.int32, device="meta"))
+    config = paged_attention_config(64, 2, kind.rows, "sm_90")
+    for shares in (264, 1 << 22):  # row tiles alone fill the GPU, and do not
+        plan = kind.plan(config, shares)
+        assert plan.grid[0] >= kind.rows // 64 > 65_535
+        for grid in (plan.grid, plan.merge_grid, plan.scores_grid):
+            assert grid is None or (grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535)
+
+
+def test_arguments_that_follow_the_tensors_stand_under_their_own_names():
+    """One swapped stride would be silent: each number is looked up by the name of its parameter."""
+    given = inputs()
+    kind = paged_plan.PagedKind(*given.values(), scores=torch.zeros(6, 4), window_left=3, softcap=2.0, score_decay=0.5)
+    plan = kind.plan(paged_attention_config(16, 4, kind.rows, "sm_90"), 8)
+    names = paged_attention_kernel.arg_names[-len(plan.numbers) :]
+    values = dict(zip(names, plan.numbers, strict=True))
+    assert names[0] == "stride_qb"
+    assert (values["stride_kb"], values["stride_ks"], values["stride_tb"]) == (64, 16, 2)
+    assert (values["window_left"], values["softcap"], values["HAS_WINDOW"], values["CAUSAL"]) == (3, 2.0, True, True)
+    with pytest.raises(KeyError, match="stride_th"):
+        positional(paged_attention_kernel, "stride_qb", {k: v for k, v in kind.numbers.items() if k != "stride_th"})
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_scores_beyond_the_largest_buffer_are_computed_again(num_tokens, monkeypatch, prepared):
+    given = inputs(q=torch.randn(2, num_tokens, 4, 16))
+    results = []
+    for limit in (paged_plan.MAX_STASH, 0):
+        monkeypatch.setattr(paged_plan, "MAX_STASH", limit)
+        registry.forget_launches()
+        scores = torch.zeros(6, 4)
+        out, lse = kvops.paged_attention(**given, scores=scores)
+        results.append((out, lse, scores))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert results[0][2].any()
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_temporaries_are_as_large_as_documented(invariant):
+    """kvops.paged_attention has the formula."""
+    q, cache = torch.empty(3, 2, 8, 16, device="meta"), torch.empty(1000, 16, 24, device="meta")
+    tables = torch.empty(3, 2, 300, dtype=torch.int32, device="meta")
+    lens, scores = torch.empty(3, 2, dtype=torch.int32, device="meta"), torch.empty(1000, 16, device="meta")
+    kind = paged_plan.PagedKind(q, cache, cache, tables, lens, scores=scores, batch_invariant=invariant)
+    plan = kind.plan(paged_attention_config(32, 4, kind.rows, "sm_90"), 40)
+    lists, rows, sums = 6, 2 * 4, 24 + 2
+    places = lists * math.ceil(300 * 16 / 256) if invariant else 40 + lists
+    assert plan.partial == places * rows * sums
+    unit = 256 if invariant else 16
+    assert plan.stash == rows * unit * (math.ceil(1000 * 16 / unit) + lists)  # the pool has fewer slots than the tables

@@ -133,6 +133,22 @@ def test_probabilities_sum_to_one_however_large_scores_are(backend, device, leng
         torch.testing.assert_close(out, torch.full_like(out, 0.5), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("num_tokens", "options"), [(1, {}), (1, {"softcap": 2.0}), (3, {}), (40, {})])
+def test_an_infinite_sink_leaves_nothing_to_the_keys(backend, device, num_tokens, options):
+    """On the CPU a softcap and many tokens gave NaN, and NaN scores with them; the kernels always did."""
+    lists = make_lists([[50, 61]], block_size=8, head_dim=16, device=device)
+    q = queries(lists, 2, num_tokens)
+    scores = lists.scores.clone()
+    sinks = torch.tensor([float("inf"), float("inf"), 0.0, 0.0], device=device)
+    out, lse = kvops.paged_attention(q, *lists.arguments, sinks=sinks, scores=scores, **options)
+    expected, expected_lse = kvops.paged_attention(q, *lists.arguments, sinks=torch.zeros(4, device=device), **options)
+    assert (out[:, :, :2] == 0).all()
+    assert (lse[:, :2] == float("inf")).all()
+    torch.testing.assert_close(out[:, :, 2:], expected[:, :, 2:])
+    torch.testing.assert_close(lse[:, 2:], expected_lse[:, 2:])
+    assert torch.equal(scores.isnan(), lists.scores.isnan())
+
+
 @pytest.mark.parametrize("options", [{}, {"window_left": 20}], ids=str)
 @pytest.mark.parametrize("lengths", [[[40, 33]], [[600, 550]], [[40, 33]] * 8, [[9, 300], [520, 70], [5, 6]]], ids=str)
 @pytest.mark.parametrize("num_tokens", [3, 40])
@@ -163,6 +179,19 @@ def test_the_widest_window_is_none_in_lists_shorter_than_the_new_tokens(backend,
             bounded = kvops.paged_attention(q, *lists.arguments, window_left=far, **options)
             for one, other in zip(bounded, free, strict=True):
                 torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("level", [float("-inf"), float("inf")])
+def test_an_infinite_sink_beside_an_empty_list_gives_zeros(backend, device, level):
+    """The kernels subtracted -inf from -inf: NaN."""
+    lists = make_lists([[0, 30]], block_size=16, head_dim=16, device=device)
+    for options in ({}, {"schedule": kvops.paged_schedule(lists.seq_lens, 16, num_programs=3)}):
+        out, lse = kvops.paged_attention(
+            queries(lists, 2), *lists.arguments, sinks=torch.full((4,), level, device=device), **options
+        )
+        assert (out[:, :, :2] == 0).all()
+        assert (lse[:, :2] == float("-inf")).all()
+        assert not out.isnan().any()
 
 
 def test_sinks_do_not_join_rows_that_a_window_empties(backend, device):

@@ -14,23 +14,6 @@ def _eager(monkeypatch):
     monkeypatch.setenv("KVOPS_CPU", "eager")
 
 
-@pytest.mark.parametrize(("num_tokens", "options"), [(1, {}), (1, {"softcap": 2.0}), (3, {}), (40, {})])
-def test_eager_leaves_nothing_to_the_keys_beside_an_infinite_sink(num_tokens, options, monkeypatch):
-    """A softcap and many tokens gave NaN, and NaN scores with them."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    lists = make_lists([[50, 61]], block_size=8, head_dim=16)
-    q = queries(lists, 2, num_tokens)
-    scores = lists.scores.clone()
-    sinks = torch.tensor([float("inf"), float("inf"), 0.0, 0.0])
-    out, lse = kvops.paged_attention(q, *lists.arguments, sinks=sinks, scores=scores, **options)
-    expected, expected_lse = kvops.paged_attention(q, *lists.arguments, sinks=torch.zeros(4), **options)
-    assert (out[:, :, :2] == 0).all()
-    assert (lse[:, :2] == float("inf")).all()
-    torch.testing.assert_close(out[:, :, 2:], expected[:, :, 2:])
-    torch.testing.assert_close(lse[:, 2:], expected_lse[:, 2:])
-    assert torch.equal(scores.isnan(), lists.scores.isnan())
-
-
 @pytest.mark.parametrize("bound", [1, 7000, 1 << 20])
 @pytest.mark.parametrize(("block_size", "dtype"), [(1, torch.float32), (16, torch.float16), (24, torch.float32)])
 def test_eager_holds_a_bounded_number_of_scores_at_once(block_size, dtype, bound, monkeypatch):

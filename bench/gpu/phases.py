@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from bench.case import SCALES
 from bench.cases import all_cases
 from bench.gpu.units import Unit
+from kvops.autotune.devices import this_gpu
 
 # The longest that one test may take, compiling included, before its process is ended.
 _TEST_SECONDS = 120
@@ -145,9 +144,8 @@ def tune(setup: Setup) -> Iterator[Step]:
 
 
 def device_target() -> str:
-    """``sm_90``: what kernels are compiled for here."""
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{10 * major + minor}"
+    """``sm_90`` or ``gfx942``: what kernels are compiled for here."""
+    return this_gpu().arch
 
 
 def bench(setup: Setup) -> Iterator[Step]:

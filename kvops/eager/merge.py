@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvops.eager.attention import cast, compute_dtype, merge, union_weights
@@ -16,7 +17,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     dtype = compute_dtype(out_a.dtype)
     lse_a, lse_b = _empty_as_minus_inf(lse_a), _empty_as_minus_inf(lse_b)
     out, lse = merge(cast(out_a, dtype), lse_a.mT, cast(out_b, dtype), lse_b.mT)  # lse [..., S, H]
-    return cast(out, out_a.dtype).contiguous(), lse.mT.contiguous()
+    # Not contiguous(), which returns a view for one token or head: autograd refuses changes of one in place.
+    return cast(out, out_a.dtype).contiguous(), lse.mT.clone(memory_format=torch.contiguous_format)
 
 
 def merge_attention_backward(

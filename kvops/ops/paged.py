@@ -250,7 +250,7 @@ def paged_attention(
             They do not depend on other sequences and heads, the places of blocks, the width of the tables, or the
             number of programs. The ``schedule`` must be batch invariant too. On a GPU each 256 slots of a list have a
             separate partial result, in a buffer that is as long as the tables allow. If T x group is more than a tile
-            of rows (64, in float32 32), each tile reads its list separately.
+            of rows (64; 32 in float32 and for D above 128), each tile reads its list separately.
 
     Returns:
         out ``[B, T, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]``, natural logarithm.
@@ -261,6 +261,11 @@ def paged_attention(
             and lengths out of range.
         TypeError: wrong dtype.
         RuntimeError: an input requires a gradient.
+
+    Temporary memory of a call on a GPU, in bytes: with ``R = T * Hq / Hkv`` rows to a list and ``N`` lists, the partial
+    results of ``P`` programs take ``4 * (P + N) * R * (Dv + 2)``; batch invariant, ``P + N`` is ``N * ceil(max_blocks *
+    block_size / 256)``. ``scores`` of a tile of rows keep ``4 * R`` for each slot of the tables or of the pool,
+    whichever is less. Above 256 MiB (``kvops.kernels.paged_plan.MAX_STASH``) they keep nothing and are computed twice.
 
     Scores: H2O (Zhang et al., 2023) sums p, KV-Compress (Rehg, 2024) p squared.
     """

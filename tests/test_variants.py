@@ -1,0 +1,79 @@
+"""A process compiles its kernels when it warms up and none later, whatever comes in."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_generate import prompts_of, tiny_model
+from variants import recorded_variants
+
+from kvops.__main__ import main
+from kvops.generation.generate import generate
+from kvops.generation.options import GenerationOptions
+from kvops.generation.warm_up import warm_up
+from kvops.policies import Compression
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the interpreter's launches")
+
+OPTIONS = {
+    "whole": GenerationOptions(),
+    "compressed, with drafts": GenerationOptions(
+        compression=Compression(ratio=2, every=3), draft="prompt_lookup", num_draft=3, temperature=0.8
+    ),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nothing_is_left_to_compile_after_a_warm_up(options, monkeypatch):
+    """Lengths and slices of layers that were 1, or aligned to 16, made two or three variants of most kernels."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, said = tiny_model(num_layers=2), []
+    with recorded_variants() as warm:
+        warm_up(model, options, lengths=(20, 40), progress=said.append)
+    settings = {**vars(options), "max_new_tokens": 5}
+    with recorded_variants() as later:
+        for lengths in ([19], [24, 36, 32]):
+            generate(model, prompts_of(*lengths), **settings)
+    assert "paged_attention_kernel" in later
+    new = {name: variants - warm.get(name, set()) for name, variants in later.items()}
+    assert not {name: _differing(variants, warm[name]) for name, variants in new.items() if variants}
+    assert [line.partition(",")[0] for line in said] == [
+        "1 of 2: prompts of 20 tokens",
+        "2 of 2: prompts of 40 tokens",
+    ]
+
+
+def _differing(variants, known):
+    """The parts that no known variant has, or a whole variant where only their combination is new."""
+    parts = {part for variant in known for part in variant}
+    return [[part for part in variant if part not in parts] or variant for variant in variants]
+
+
+def test_a_warm_up_names_what_the_model_cannot_read():
+    model = tiny_model(num_layers=1, max_positions=16)
+    with pytest.raises(
+        ValueError, match=r"lengths: expected at least one from 1 to 12, as the model reads, got \[40\]"
+    ):
+        warm_up(model, lengths=[40])
+
+
+def test_a_warm_up_takes_the_options_of_the_first_request_of_a_batch(monkeypatch):
+    seen = []
+    monkeypatch.setattr("kvops.generation.warm_up.generate", lambda model, prompts, **options: seen.append(options))
+    options = GenerationOptions(temperature=[0.5, 0.7, 0.9], top_k=[4, 5, 6], stop_tokens=[3], bad_words=[[1]])
+    warm_up(tiny_model(num_layers=1), options, lengths=[5])
+    assert [(call["temperature"], call["top_k"], call["stop_tokens"]) for call in seen] == [(0.5, 4, ())] * 2
+    assert set(seen[0]) == {field.name for field in dataclasses.fields(GenerationOptions)}
+
+
+def test_the_command_warms_up_for_its_options(monkeypatch, capsys):
+    asked = []
+    tokenizer = SimpleNamespace(eos_token_ids=[2])
+    monkeypatch.setattr("kvops.cli.models.load_model", lambda path, device: (tiny_model(num_layers=1), tokenizer, None))
+    monkeypatch.setattr("kvops.generation.warm_up.generate", lambda model, prompts, **options: asked.append(options))
+    assert main(["warm-up", "--compression", "4", "--draft", "lookup", "--device", "cpu"]) == 0
+    assert (asked[0]["draft"], asked[0]["compression"].ratio) == ("prompt_lookup", 4)
+    said = capsys.readouterr()
+    assert "kept on disk (" in said.out
+    assert said.err.count("prompts of") == 9
