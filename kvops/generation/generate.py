@@ -69,7 +69,7 @@ def stream(
             their compression.
         stats: updated after each step. At the end ``stats.unmet`` has a sentence for each option that was not met.
 
-    The other arguments are the attributes of :class:`GenerationOptions`.
+    The other arguments are the attributes of :class:`~kvops.generation.options.GenerationOptions`.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type. The message begins with its name.
