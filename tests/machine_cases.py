@@ -398,6 +398,15 @@ def gluon_forward_causal():
 
 
 @case
+def gluon_forward_more_keys_than_stages():
+    """Shared memory is used a second time: only then must the consumers release it."""
+    from kvops.kernels.gluon_flash_forward import gluon_flash_forward
+
+    q, k, v = torch.randn(1, 100, 1, 64).half(), *torch.randn(2, 1, 640, 1, 64).half()
+    return Call(gluon_flash_forward, OPS.flash_attention, (q, k, v), {}, 4e-3)
+
+
+@case
 def gluon_forward_window():
     from kvops.kernels.gluon_flash_forward import gluon_flash_forward
 
