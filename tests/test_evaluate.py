@@ -1,5 +1,6 @@
 """Evaluation of your own model, text, questions and policies: units, rows, summaries and the command."""
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -278,6 +279,17 @@ def test_a_picture_has_a_panel_for_each_figure_that_there_is():
     lines = [Summary("full", "", 1, 1.0, 10.0, 1.0, None, None)]
     lines += [Summary(name, "", ratio, ratio, 10.0 + ratio, 0.9, None, None) for name in "ab" for ratio in (2, 4)]
     assert [axes.get_title(loc="left")[:10] for axes in draw(lines, "tiny").axes] == ["Perplexity", "Most likel"]
+
+
+def test_shares_begin_at_zero_and_names_stand_apart_above_the_axis():
+    lines = [Summary("full", "", 1, 1.0, 10.0, 1.0, 6, 8)]
+    lines += [Summary(name, "", ratio, ratio, 11.0, 0.1 / ratio, 0, 6) for name in "abc" for ratio in (2, 4)]
+    for axes in draw(lines, "tiny").axes:
+        low, high = axes.get_ylim()
+        assert low == 0 or axes.get_title(loc="left").startswith("Perplexity")
+        places = sorted(text.xyann[1] for text in axes.texts if text.get_text() in "abc")
+        assert places[0] >= low + 0.03 * (high - low)
+        assert all(upper - lower >= 0.05 * (high - low) for lower, upper in itertools.pairwise(places))
 
 
 def test_a_press_needs_a_model_of_transformers():

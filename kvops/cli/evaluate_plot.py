@@ -53,8 +53,10 @@ def _panel(axes: Any, lines: Sequence[Summary], value: Callable[[Summary], float
     axes.set_xlabel("compression asked for")
     axes.set_xlim(ratios[0] / 1.2, ratios[-1] * 4)
     axes.spines[["top", "right"]].set_visible(False)
+    if value is not _perplexity:
+        axes.set_ylim(0, 104)  # shares: the distance from 0 is part of the picture
     low, high = axes.get_ylim()
-    label_ends(axes, ratios[-1], ends, apart=0.06 * (high - low), least=low)
+    label_ends(axes, ratios[-1], ends, apart=0.06 * (high - low), least=low + 0.04 * (high - low))
 
 
 def label_ends(
