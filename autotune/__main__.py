@@ -24,8 +24,8 @@ DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def table(results: Sequence[CaseResult]) -> str:
-    """The compiled launches as text, one line for each different binary."""
-    rows = {}  # by binary: a case may launch the same one again
+    """The compiled launches as a table, one line for each binary."""
+    rows = {}  # by binary, since a case may launch one several times
     for result in results:
         for launch in result.launches:
             instructions = " ".join(f"{name} {count}" for name, count in launch.matrix_instructions.items())
@@ -119,14 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--triton",
         metavar="VERSION",
-        help="use this Triton, or the newest: installed once, below .cache/triton",
+        help="use this version of Triton, or the newest; it is installed once below .cache/triton",
     )
     command.add_argument("--json", type=Path, metavar="PATH", help="also write everything as JSON")
     command.add_argument(
         "--known",
         type=Path,
         metavar="PATH",
-        help="JSON: the facts of launches by their identity, both as --json writes them; these are not compiled",
+        help="facts of launches by identity, as JSON like that of --json; these launches are not compiled",
     )
     command.set_defaults(run=inspect)
     add_commands(commands)

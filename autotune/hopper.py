@@ -1,7 +1,7 @@
-"""Families of warp-specialised kernels for Hopper (Gluon), each the twin of one that runs everywhere.
+"""Families of warp-specialised kernels for Hopper (Gluon), each the twin of a family for all GPUs.
 
-Elsewhere than on sm_90 they have no candidates, and nothing asks for any. On it, a launch takes one only where a record
-measured on that very GPU says that it is faster than its twin (``kvops.autotune.lookup.choose_proven``).
+They have candidates on sm_90 only. A launch uses one only if a record of that GPU shows that it is faster than its twin
+(``kvops.autotune.lookup.choose_proven``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from kvops.autotune.devices import DeviceFacts
 from kvops.autotune.family_parts import refuse_shared
 from kvops.autotune.spec import OpSpec, Problem
 
-# A thread of each consumer and of the producer together: a multiprocessor's 65,536 in allocations of 8 for 128 threads.
+# Registers for one thread of each consumer and of the producer: 65,536 per multiprocessor, in units of 8 for 128
+# threads.
 _REGISTERS = 504
 # (block_n, stages, consumer registers, producer registers) by padded head size.
 _FORWARD_TILES = {
@@ -39,17 +40,17 @@ _QUERIES_TILES = {
     64: ((64, 128, 3), (64, 128, 2), (64, 64, 4)),
     128: ((64, 128, 2), (64, 64, 3), (64, 64, 4)),
 }
-# Bytes of what is walked through that are kept in the L2 cache of 50 MiB, beside the default's.
+# Bytes of the loop's tensors to keep in the L2 cache of 50 MiB, besides the default.
 _SECTIONS = (4 << 20, 40 << 20)
 
 
 def hopper_dense_problems() -> tuple[Problem, ...]:
-    """Those of dense attention that Hopper's asynchronous products take: 16 bits."""
+    """The problems of dense attention in 16 bits, which Hopper's asynchronous products need."""
     return tuple(problem for problem in dense_problems() if problem["itemsize"] == 2)
 
 
 def refuse_hopper(problem: Problem, device: DeviceFacts) -> str | None:
-    """Why no configuration of a kernel here can run ``problem``, if so."""
+    """The reason why no configuration of these kernels can run ``problem``, or None."""
     if device.arch != "sm_90":
         return f"needs a Hopper GPU (sm_90), {device.name} is {device.arch}"
     if problem["itemsize"] != 2:
@@ -60,12 +61,12 @@ def refuse_hopper(problem: Problem, device: DeviceFacts) -> str | None:
 
 
 def _width(problem: Problem) -> int:
-    """A tile's columns: 128 bytes at least."""
+    """The columns of a tile: at least 128 bytes."""
     return max(64, problem["width"])
 
 
 def _forward_space(problem: Problem, device: DeviceFacts) -> Iterable[GluonFlashForwardConfig]:
-    """Tiles that compile apart, then what changes the order of works only and compiles to the same."""
+    """Tiles first, which compile differently; then options that only change the order of work items, not the binary."""
     for place, (block_n, stages, consumer, producer) in enumerate(_FORWARD_TILES.get(_width(problem), ())):
         config = GluonFlashForwardConfig(64, block_n, stages, consumer, producer)
         yield config
@@ -82,7 +83,9 @@ def _refuse_tiles(
     problem: Problem,
     device: DeviceFacts,
 ) -> str | None:
-    """``owned`` and ``walked`` name the rows of a consumer and of a tile; the former have ``kept`` matrices."""
+    """``owned`` and ``walked`` name the rows of a consumer and of a tile of the loop; ``kept`` is the number of
+    matrices
+    of the owned rows."""
     for name, least in ((owned, 64), (walked, 16)):
         rows = getattr(config, name)
         if rows < least or rows & (rows - 1):
@@ -119,7 +122,7 @@ def _forward(name: str, operator: str) -> OpSpec:
         reason=_why_forward,
         space=_forward_space,
         refuse=_refuse_forward,
-        # The order of works, the depth of the ring and who holds which registers change no sum.
+        # The order of work items, the depth of the ring and the split of registers do not change a sum.
         numerics=lambda config: (config.block_rows, config.block_n),
         kernels=("kvops.kernels.gluon_flash_forward_kernel:gluon_flash_forward_kernel",),
         workload=f"kvops.autotune.workloads:{name}",
@@ -143,10 +146,10 @@ def _refuse_backward(
     owned: str, walked: str, config: GluonFlashBackwardConfig, problem: Problem, device: DeviceFacts
 ) -> str | None:
     if problem["width"] > 128:
-        # dK and dV of 64 keys at 256 would take all 255 registers of a thread.
+        # At 256, dK and dV of 64 keys would take all 255 registers of a thread.
         return f"needs head sizes up to 128, got {problem['width']}"
     if config.block_m < 32:
-        # Less than the 128 bytes to which TMA aligns a tile's rows of lse and of delta.
+        # Rows of lse and delta of a tile would take less than the 128 bytes of TMA's alignment.
         return f"needs block_m to be at least 32, it is {config.block_m}"
     return refuse_hopper(problem, device) or _refuse_tiles(config, owned, walked, 2, problem, device)
 
@@ -176,7 +179,7 @@ def _backward(
         reason=partial(_why_backward, products),
         space=partial(_backward_space, tiles),
         refuse=partial(_refuse_backward, owned, walked),
-        # As in the forward.
+        # As in the forward pass.
         numerics=lambda config: (config.block_m, config.block_n),
         kernels=(f"kvops.kernels.gluon_{name}:gluon_{name}_kernel",),
         workload=f"kvops.autotune.workloads:{name}",
@@ -188,7 +191,7 @@ def _backward(
 
 HOPPER_FAMILIES: tuple[OpSpec, ...] = (
     _forward("gluon_flash_forward", "flash_attention"),
-    # The same source compiled for packed sequences: what a GPU has proved of the one, it has not of the other.
+    # The same source, compiled for packed sequences: the two need separate measurements.
     _forward("gluon_flash_forward_varlen", "flash_attention_varlen"),
     _backward("flash_backward_keys", gluon_flash_backward_keys_config, _KEYS_TILES, 4, "block_n", "block_m"),
     _backward("flash_backward_queries", gluon_flash_backward_queries_config, _QUERIES_TILES, 3, "block_m", "block_n"),

@@ -1,14 +1,14 @@
-"""Compile exactly what a launch would run, for any GPU, on a machine without one.
+"""Compile the kernels of a launch for any GPU, on a machine without one.
 
-A stub driver names the target and every JIT function compiles instead of launching, so a kernel family's real launch
-function can be called with CPU tensors::
+A stub driver reports the target, and every JIT function compiles instead of launching. The launch functions of kernels
+can then be called with CPU tensors::
 
     with compile_only("sm_90") as launches:
         flash_forward(q, k, v, ...)
     launches[0].registers, launches[0].spills, launches[0].matrix_instructions
 
-The specialisation (dtypes, strides of 1, divisibility by 16), the chosen configuration and the binary are those of a
-launch. NVIDIA facts are read with the ``cuobjdump`` that Triton bundles, AMD facts from the assembly text.
+Specialisation (dtypes, strides of 1, divisibility by 16), configuration and binary are those of a real launch. NVIDIA
+facts are read with the ``cuobjdump`` that Triton bundles, AMD facts from the assembly text.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ class CompiledLaunch:
     ``registers`` are per thread (AMD: vector registers, accumulation registers included), ``stack`` bytes per thread,
     ``spill_stores`` and ``spill_loads`` the instructions that move registers to and from that stack, ``shared_memory``
     bytes per program. ``matrix_instructions`` counts by family: HGMMA (Hopper), HMMA (Ampere's), UTCHMMA (Blackwell),
-    v_mfma (AMD) ... ``waits`` counts Hopper's waits for them (``WARPGROUP.DEPBAR``; where there is one for each HGMMA
-    they run one after the other), ``overlaps`` the exponentials that run after each wait that leaves a product pending
-    and before the next wait, ``tma_loads`` and ``tma_stores`` what goes through tensor descriptors; 0 on other GPUs.
-    ``instructions`` are all that the binary has. ``dots_16bit`` and ``descriptor_loads`` count what the source asks
-    for: matrix products of float16 or bfloat16 operands, and loads through tensor descriptors. ``identity`` is a hash
-    of everything that the binary depends on: the sources as ``source_hash`` sees them, specialisation, options, target
-    and the version of Triton; empty, and equal to nothing, where the sources are not there to read.
+    v_mfma (AMD) ... ``waits`` counts Hopper's waits for them (``WARPGROUP.DEPBAR``; with one wait for each HGMMA the
+    products are serialised), ``overlaps`` the exponentials between a wait that leaves a product pending and the next
+    wait, ``tma_loads`` and ``tma_stores`` the copies through tensor descriptors; 0 on other GPUs. ``instructions``
+    counts all instructions of the binary. ``dots_16bit`` and ``descriptor_loads`` count operations of the source:
+    matrix products of float16 or bfloat16 operands, and loads through tensor descriptors. ``identity`` is a hash of
+    everything that the binary depends on: ``source_hash``, specialisation, options, target and the version of Triton.
+    It is empty, and equal to no other, if the sources cannot be read.
     """
 
     kernel: str
@@ -125,7 +125,7 @@ class CompiledLaunch:
         return asdict(self)
 
 
-# What the binary shows, the same whenever it is compiled: the fields that ``known`` must have.
+# Facts that every compilation of the same launch gives: the fields that ``known`` must have.
 FACTS = tuple(
     f.name
     for f in fields(CompiledLaunch)
@@ -135,11 +135,11 @@ FACTS = tuple(
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A call whose launches are compiled for every target, or for ``targets`` alone.
+    """A call whose launches are compiled for every target, or for ``targets`` only.
 
-    ``function`` takes nothing and calls a launch function from ``kvops.kernels`` with CPU tensors. ``matrix`` names the
-    kernels that must use matrix instructions, ``warpgroup`` those that must use Hopper's (HGMMA, asynchronous) for all
-    their products on Hopper, ``may_spill`` the targets where spills are known and accepted.
+    ``function`` takes no arguments and calls a launch function from ``kvops.kernels`` with CPU tensors. ``matrix``
+    names the kernels that must use matrix instructions, ``warpgroup`` those that must use HGMMA (asynchronous) for all
+    their products on Hopper, and ``may_spill`` the targets on which spills are accepted.
     """
 
     name: str
@@ -151,7 +151,7 @@ class CompileCase:
 
 
 class _Utilities:
-    """What launch functions may ask of ``driver.active.utils``."""
+    """The part of ``driver.active.utils`` that launch functions use."""
 
     def __init__(self, target: Target) -> None:
         self._properties = {
@@ -184,7 +184,7 @@ class CompileOnlyDriver:
         return self.target.gpu
 
     def get_current_device(self) -> str:
-        # The key of each JIT function's table of compiled kernels: never that of a real device.
+        # The key of each JIT function's table of compiled kernels must not be that of a real device.
         return f"compile-only {self.target.name}"
 
     def get_current_stream(self, device: object) -> int:
@@ -195,13 +195,13 @@ class CompileOnlyDriver:
 def compile_only(
     target: str | Target, known: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[list[CompiledLaunch]]:
-    """Inside this context launches compile for ``target`` and are recorded in the list it yields; nothing runs.
+    """Compile launches for ``target`` inside this context, and record them in the list that it yields. Nothing runs.
 
-    ``known`` has the facts (``FACTS``) of launches by their identity, from an earlier compilation: those are taken
-    from there and not compiled.
+    ``known`` has facts (``FACTS``) of launches by their identity, from an earlier compilation. Those launches are not
+    compiled again.
 
-    Not thread-safe: it replaces methods of ``JITFunction`` for the whole process while it is entered. The kernels must
-    have been imported without ``TRITON_INTERPRET=1``. Raises ValueError for an unknown target and RuntimeError for
+    It is not thread-safe: it replaces methods of ``JITFunction`` for the whole process. The kernels must have been
+    imported without ``TRITON_INTERPRET=1``. Raises ValueError for an unknown target and RuntimeError for
     kernels that were decorated for the interpreter.
     """
     if isinstance(target, str):
@@ -224,7 +224,7 @@ def compile_only(
         identity = _identity(self, gpu, signature, constants, options, attributes)
         facts = known.get(identity) if known and identity else None
         if facts is not None:
-            kernel: Any = SimpleNamespace()  # Triton does not keep it: another context may not know it
+            kernel: Any = SimpleNamespace()  # Triton must not cache it: another context may not have these facts
             facts = {**facts, "compile_seconds": 0.0}
         else:
             start = time.perf_counter()
@@ -265,7 +265,7 @@ def _resolve_grid(function: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _plain(function: Any, constants: Mapping[tuple[int, ...], Any]) -> dict[str, Any]:
-    """The constexprs that are numbers or words, by name."""
+    """The constexprs that are numbers or strings, by name."""
     return {
         function.arg_names[path[0]]: value
         for path, value in constants.items()
@@ -283,7 +283,7 @@ def _identity(
         values = {path: _source_of(v) if isinstance(v, JITFunction) else repr(v) for path, v in constants.items()}
     except (SourceError, OSError, SyntaxError):
         return ""
-    # The libraries that an option names come with Triton; their places differ between machines.
+    # Libraries named by an option are part of Triton; their paths differ between machines.
     chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}
     everything = (
         triton_version,
@@ -305,7 +305,7 @@ def _source_of(function: Any) -> str:
 
 
 def _facts(kernel: Any, target: Target, seconds: float) -> dict[str, Any]:
-    """What the binary says about itself, kept beside it in Triton's cache: disassembling costs 0.1 to 1 s."""
+    """The facts of a binary, cached beside it in Triton's cache: disassembling takes 0.1 to 1 s."""
     manager = get_cache_manager(kernel.hash)
     name = f"kvops_facts_{_FACTS_VERSION}.json"
     path = manager.get_file(name)
@@ -314,7 +314,7 @@ def _facts(kernel: Any, target: Target, seconds: float) -> dict[str, Any]:
             with open(path) as file:
                 return json.load(file)
         except ValueError:
-            pass  # a damaged entry is a miss
+            pass  # a damaged entry counts as a miss
     facts = _nvidia_facts(kernel.asm["cubin"]) if target.backend == "cuda" else _amd_facts(kernel.asm["amdgcn"])
     source = kernel.asm.get("ttir", "")
     facts["dots_16bit"] = len(_DOT_16BIT.findall(source))
@@ -374,16 +374,16 @@ def _nvidia_facts(cubin: bytes) -> dict[str, Any]:
 
 
 def _overlaps(sass: str) -> list[int]:
-    found: list[int] = []
+    counts: list[int] = []
     exponentials: int | None = None  # since a wait that left one product pending
     for operands in _WAIT_OR_EXPONENTIAL.findall(sass):
         if not operands:
             exponentials = None if exponentials is None else exponentials + 1
             continue
         if exponentials is not None:
-            found.append(exponentials)
+            counts.append(exponentials)
         exponentials = 0 if "0x1" in operands else None
-    return found
+    return counts
 
 
 def _amd_facts(assembly: str) -> dict[str, Any]:

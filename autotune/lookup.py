@@ -1,11 +1,11 @@
-"""Choosing a launch configuration: a dictionary look-up at every launch, and what stands behind its first time.
+"""The choice of a launch configuration: a dictionary look-up at every launch, and the search behind its first call.
 
-Nothing is ever tuned here. The order: an override, then records of this device (exact, same bucket, nearest shape), of
-this device under another Triton or older sources, of the nearest GPU, then the heuristic, then the first candidate that
-can run. Whatever is borrowed has been checked against this device's limits.
+A launch never tunes. The search tries in this order: an override; records of this device (exact, same bucket, nearest
+shape); records of this device with another Triton or older sources; records of the nearest GPU; the heuristic; the
+first candidate that can run. A borrowed configuration is checked against the limits of this device first.
 
-Where two kernels compute the same (``OpSpec.twin``), the one that needs a proof runs only if a record of this very
-device has it faster (``choose_proven``).
+Of two kernels with the same results (``OpSpec.twin``), the one for some GPUs runs only if a record of this device shows
+that it is faster (``choose_proven``).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from kvops.cli.console import suggestion
 from kvops.extras import require
 
 _OURS = (*FAMILIES, *HOPPER_FAMILIES)
-# Shapes that are remembered; a service that never sees the same shape twice starts over now and then.
+# The most shapes to remember. Beyond that the table is cleared, for a service that never repeats a shape.
 _MAX_CHOSEN = 16_384
-# Origins of what ran right on the very device, with the sources and the Triton of today.
+# Origins of records that were measured on this device with the current sources and Triton.
 _PROVEN = ("override", "exact", "bucket", "nearest")
-# The sizes that stand for all others where a choice may not depend on them.
+# The size that represents all others where a choice must not depend on sizes.
 _CANONICAL = 4096
 
 
@@ -41,9 +41,9 @@ class Choice:
     """A configuration and where it comes from.
 
     ``origin`` is one of override, exact, bucket, nearest, other-version, other-device, heuristic, safe; ``distance`` is
-    in doublings; ``refused`` says of every nearer record why it was not taken. Of a family that has a twin, ``runs``
-    says which of the two a launch takes and why. A launch that could not take a proven one is shown with the origin
-    refused and the reason, before the choice that it took instead.
+    in doublings; ``refused`` has the reason why each nearer record was not used. For a family with a twin, ``runs``
+    says which of the two a launch uses and why. If a launch cannot use a proven configuration, a choice with the origin
+    refused and the reason comes before the choice that it uses.
     """
 
     spec: OpSpec
@@ -63,7 +63,7 @@ class Choice:
 
     @property
     def verdict(self) -> Verdict:
-        """What compiling without a GPU has proved of it."""
+        """The verdict of the feasibility table on it."""
         return judge(self.spec, self.config, self.problem, self.device)
 
 
@@ -74,14 +74,15 @@ _store: Store | None = None
 _journal: Journal | None = None
 _invariant = False
 _chosen: dict[tuple[str, LaunchDevice, tuple[int, ...]], Config] = {}
-# Of families with a twin: None where the twin runs.
+# For families with a twin; None where the twin runs.
 _proven: dict[tuple[str, LaunchDevice, tuple[int, ...]], Config | None] = {}
 _UNKNOWN = object()
 
 
 def choose(op: str, device: LaunchDevice, *problem: int) -> Any:
-    """The configuration of ``op`` for ``problem``, its key and sizes in the order of its spec. Never blocks, never
-    tunes.
+    """The configuration of ``op`` for ``problem``: the key, then the sizes, in the order of its spec.
+
+    It neither blocks nor tunes.
 
     Raises KeyError for an operator that is not registered.
     """
@@ -104,17 +105,17 @@ def _choose_first(op: str, device: LaunchDevice, values: tuple[int, ...]) -> Con
 
 def _note_miss(choice: Choice, device: LaunchDevice) -> None:
     if choice.origin in ("other-version", "other-device", "heuristic", "safe") and device.name != device.arch:
-        # Where nothing runs (compiling for a GPU, the interpreter) a device has its architecture's name.
+        # Without a real GPU (compiling only, the interpreter) the device has the name of its architecture.
         journal = _open_journal()
         if journal is not None:
             journal.add(choice.spec.name, choice.problem, choice.device.name)
 
 
 def choose_proven(op: str, device: LaunchDevice, *problem: int, refusal: Callable[[], str | None]) -> Any:
-    """The configuration of ``op``, a family with a twin, where a measurement on this very device has it faster; else
-    None, and the launch takes its twin.
+    """The configuration of ``op``, a family with a twin, if a measurement on this device found it faster; else None.
 
-    ``refusal`` says why ``op`` cannot run the call at hand, or returns None; it is asked only where it matters.
+    With None the launch uses the twin. ``refusal`` returns the reason why ``op`` cannot run this call, or None; it is
+    called only if the answer matters.
     Raises KeyError for an operator that is not registered.
     """
     config = _proven.get((op, device, problem), _UNKNOWN)
@@ -127,7 +128,7 @@ def _choose_proven_first(
     op: str, device: LaunchDevice, values: tuple[int, ...], refusal: Callable[[], str | None]
 ) -> Config | None:
     spec, config, reason = _specs[op], None, None
-    # Where nothing runs, nothing has been proven either: the records are those of the GPU that stands for this one.
+    # Without a real GPU there is no proof: the records would be those of the GPU that represents the architecture.
     if device.name != device.arch or op in _overrides:
         problem, facts = dict(zip(spec.fields, values, strict=True)), facts_of(device)
         runs, choice = contest(spec, problem, facts)
@@ -160,67 +161,69 @@ def _open_journal() -> Journal | None:
 
 
 def resolve(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Choice:
-    """The whole order, without remembering anything."""
+    """Search in the full order, without caching the result."""
     if spec.name in _overrides:
         return Choice(spec, problem, device, _overrides[spec.name], "override", "an override is active")
-    must: Callable[[Config], bool]
+    allowed: Callable[[Config], bool]
     if _is_invariant():
         default = spec.heuristic({**problem, **dict.fromkeys(spec.sizes, _CANONICAL)}, device)
         numerics = spec.numerics(default)
         why = "batch-invariant: one numerics class for all sizes"
 
-        def must(config: Config) -> bool:
+        def allowed(config: Config) -> bool:
             return spec.numerics(config) == numerics
 
     else:
         default = spec.heuristic(problem, device)
         why = ""
 
-        def must(config: Config) -> bool:
+        def allowed(config: Config) -> bool:
             return True
 
     refused: list[str] = []
     if device.arch != "interpreter":
         for origin, apart, record in _ranked(spec, problem, device):
             config = spec.config(**record.config)
-            reason = _refusal(spec, config, problem, device, origin) if must(config) else "another numerics class"
+            reason = _refusal(spec, config, problem, device, origin) if allowed(config) else "another numerics class"
             if reason is None:
                 place = (
                     f"{record.time.p50:.1f} µs for {words(record.shape)} on {record.device.name}, {record.date[:10]}"
                 )
                 return Choice(spec, problem, device, config, origin, place, apart, record, tuple(refused))
             refused.append(f"{origin} {words(record.shape)} on {record.device.name}: {words(record.config)}: {reason}")
-    told = tuple(refused)
+    refusals = tuple(refused)
     refusal = spec.refuse(default, problem, device)
     if refusal is None:
-        config, spills = _without_spills(spec, default, problem, device, must)
+        config, spills = _without_spills(spec, default, problem, device, allowed)
         reason = (why or spec.reason(problem, device, config)) + spills
-        return Choice(spec, problem, device, config, "heuristic", reason, refused=told)
+        return Choice(spec, problem, device, config, "heuristic", reason, refused=refusals)
     for config in spec.candidates(problem, device):
-        if must(config):
-            return Choice(spec, problem, device, config, "safe", f"the heuristic's choice {refusal}", refused=told)
+        if allowed(config):
+            return Choice(spec, problem, device, config, "safe", f"the heuristic's choice {refusal}", refused=refusals)
     return Choice(
-        spec, problem, device, default, "heuristic", f"nothing else fits either, and this {refusal}", refused=told
+        spec, problem, device, default, "heuristic", f"no candidate fits, and this one {refusal}", refused=refusals
     )
 
 
 def _without_spills(
-    spec: OpSpec, default: Config, problem: Problem, device: DeviceFacts, must: Callable[[Config], bool]
+    spec: OpSpec, default: Config, problem: Problem, device: DeviceFacts, allowed: Callable[[Config], bool]
 ) -> tuple[Config, str]:
-    """The first candidate that compiled without spills, where the heuristic's choice is known to spill; and a word on
-    that. Where all do, the heuristic's; and of a family with a twin, of which nothing unmeasured runs."""
+    """The first candidate that compiles without spills if the heuristic's choice spills, and a note about it.
+
+    If all candidates spill, and for a family with a twin (which runs measured configurations only), the heuristic's.
+    """
     if not spec.twin and judge(spec, default, problem, device).status == "spills":
         for config in spec.candidates(problem, device):
-            if must(config) and judge(spec, config, problem, device).status == "proven":
+            if allowed(config) and judge(spec, config, problem, device).status == "proven":
                 return config, f"; {words(config_to_json(default))} spills"
     return default, ""
 
 
 def contest(spec: OpSpec, problem: Problem, device: DeviceFacts) -> tuple[bool, Choice]:
-    """Whether a family with a twin runs in its place, and its own choice, whose ``runs`` says why or why not.
+    """Whether a family runs in place of its twin, and its choice, whose ``runs`` gives the reason.
 
-    It takes a record measured on this device from the sources as they are, and less time in it than the twin takes in
-    one for the same problem, if there is one; or an override, which holds for whichever of the two it names.
+    It runs if it has a record of this device and the current sources with less time than the twin's record of the same
+    problem, if any. An override decides for the family that it names.
     """
     choice, twin = resolve(spec, problem, device), _specs[spec.twin]
 
@@ -239,19 +242,19 @@ def contest(spec: OpSpec, problem: Problem, device: DeviceFacts) -> tuple[bool, 
     if record is None or choice.origin not in _PROVEN or record.origin != "measured":
         there = f"but {choice.origin}: {choice.reason}" if record is not None else "no record"
         return decided(False, f"{spec.name} has not been measured on {device.name} as it is now ({there})")
-    told = f"{spec.name} takes {record.time.p50:.1f} µs for {words(record.shape)}"
+    measured = f"{spec.name} takes {record.time.p50:.1f} µs for {words(record.shape)}"
     overruled = resolve(twin, problem, device).origin == "override"
     if overruled != (choice.origin == "override"):
         return decided(not overruled, "the override folder has a record of it")
-    for _, _, other in _ranked(twin, record.problem, device):
-        if other.problem == record.problem and other.device.name == device.name:
-            compared = f"{told}, {twin.name} {other.time.p50:.1f}"
-            return decided(record.time.p50 < other.time.p50, compared)
-    return decided(True, f"{told}, {twin.name} has no record of that")
+    for _, _, rival in _ranked(twin, record.problem, device):
+        if rival.problem == record.problem and rival.device.name == device.name:
+            compared = f"{measured}, {twin.name} {rival.time.p50:.1f}"
+            return decided(record.time.p50 < rival.time.p50, compared)
+    return decided(True, f"{measured}, {twin.name} has no record of that")
 
 
 def _ranked(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Iterator[tuple[str, float, Record]]:
-    """(origin, distance, record) of all that may be borrowed, best first, in an order that no tie leaves open."""
+    """(origin, distance, record) of all records that may be used, best first, in an order without ties."""
     store = _open_store()
     records = store.records(spec)
     if not records:
@@ -287,8 +290,10 @@ def _ranked(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Iterator[tup
 
 
 def _refusal(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, origin: str) -> str | None:
-    """Why a record's configuration cannot be used here. What ran on this very device may spill; what is borrowed from
-    another must have been proved for this one."""
+    """The reason why a record's configuration cannot be used here, or None.
+
+    A configuration that was measured on this device may spill. One of another device must be proven for this one.
+    """
     verdict = judge(spec, config, problem, device)
     if verdict.status == "impossible" or (origin == "other-device" and verdict.status != "proven"):
         return verdict.reason
@@ -301,19 +306,19 @@ def specs() -> Mapping[str, OpSpec]:
 
 
 def register(spec: OpSpec) -> OpSpec:
-    """Bring a kernel under the store: ``choose(spec.name, device, *numbers)`` answers from then on.
+    """Register a kernel family, for ``choose(spec.name, device, *numbers)``.
 
-    Registered again, the last one holds. Raises ValueError for a name of kvops' own families.
+    A second registration replaces the first. Raises ValueError for a name of kvops' own families.
     """
     if spec.name in {family.name for family in _OURS}:
-        raise ValueError(f"name: expected one that kvops does not use itself, got {spec.name!r}")
+        raise ValueError(f"name: expected a name other than those of kvops, got {spec.name!r}")
     _specs[spec.name] = spec
     _forget_choices()
     return spec
 
 
 def forget() -> None:
-    """Drop what was chosen and read: files are read again at the next look-up, the environment too."""
+    """Drop all choices and records. The next look-up reads files and environment variables again."""
     global _store, _journal
     if _journal is not None:
         _journal.flush()
@@ -334,7 +339,7 @@ def forget_records() -> None:
 
 @contextmanager
 def override(op: str, config: Config) -> Iterator[None]:
-    """Every launch of ``op`` in this process takes ``config``, whatever its shape; entered again, the innermost holds.
+    """Use ``config`` for every launch of ``op`` in this process, for any shape. The innermost override holds.
 
     Raises TypeError for a configuration of another family.
     """
@@ -343,7 +348,7 @@ def override(op: str, config: Config) -> Iterator[None]:
         raise TypeError(f"config: expected {spec.config.__name__}, got {type(config).__name__}")
     before = dict(_overrides)
     _overrides.pop(op, None)
-    _overrides[op] = config  # the last entered is the last
+    _overrides[op] = config  # last in the order, as the innermost
     _forget_choices()
     try:
         yield
@@ -355,9 +360,9 @@ def override(op: str, config: Config) -> Iterator[None]:
 
 @contextmanager
 def invariant() -> Iterator[None]:
-    """Choices of one numerics class, whatever the sizes: a row gets the same bits in any batch.
+    """Choose within one numerics class for all sizes, so that a row gets the same bits in every batch.
 
-    ``KVOPS_BATCH_INVARIANT=1`` does so for a whole process.
+    ``KVOPS_BATCH_INVARIANT=1`` does this for a whole process.
     """
     global _invariant
     before, _invariant = _invariant, True
@@ -388,7 +393,7 @@ def watch() -> Iterator[list[Choice]]:
 
 @contextmanager
 def using(store: Store) -> Iterator[None]:
-    """Look-ups answer from ``store`` alone; misses go to its writable layer, if it has one."""
+    """Use only ``store`` for look-ups; misses go to its writable layer, if it has one."""
     global _store, _journal
     before = _store, _journal
     _store, _journal = store, None
@@ -401,7 +406,7 @@ def using(store: Store) -> Iterator[None]:
 
 
 def use(store: Store) -> None:
-    """From now on look-ups answer from ``store`` alone, whose layers are then never read again."""
+    """Use only ``store`` for look-ups from now on."""
     global _store, _journal
     _store, _journal = store, None
     _forget_choices()
@@ -410,9 +415,10 @@ def use(store: Store) -> None:
 def explain(
     op: str, problem: Problem | None = None, device: str | DeviceFacts | LaunchDevice | None = None
 ) -> list[Choice]:
-    """What each family behind ``op`` (a family, or an operator of ``torch.ops.kvops``) would be launched with, and why.
+    """The configuration of each family behind ``op`` (a family, or an operator of ``torch.ops.kvops``), with its
+    reason.
 
-    Without a problem: for the family's realistic ones, but not those that a family with a twin cannot take. ``device``
+    Without a problem, the typical problems of each family; for a family with a twin, those that it can run. ``device``
     is a name from the built-in table or an architecture; no GPU is needed. Raises ValueError for an unknown operator or
     device, or a problem of other fields.
     """
@@ -430,13 +436,11 @@ def explain(
     choices = []
     for spec in families:
         problems: Sequence[Problem] = spec.problems if problem is None else [spec.check_problem(problem)]
-        for each in problems:
+        for own in problems:
             if not spec.twin:
-                others = [
-                    other for other in _specs.values() if other.twin == spec.name and other.candidates(each, facts)
-                ]
-                runs = "; ".join(contest(other, each, facts)[1].runs for other in others)
-                choices.append(replace(resolve(spec, each, facts), runs=runs))
-            elif spec.candidates(each, facts):
-                choices.append(contest(spec, each, facts)[1])
+                twins = [twin for twin in _specs.values() if twin.twin == spec.name and twin.candidates(own, facts)]
+                runs = "; ".join(contest(twin, own, facts)[1].runs for twin in twins)
+                choices.append(replace(resolve(spec, own, facts), runs=runs))
+            elif spec.candidates(own, facts):
+                choices.append(contest(spec, own, facts)[1])
     return choices

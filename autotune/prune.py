@@ -1,4 +1,4 @@
-"""Prove spaces without a GPU: compile every candidate for every target and write down what the binaries use."""
+"""Compile every candidate for every target, without a GPU, and record the facts of the binaries."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from kvops.autotune.store import Layer
 from kvops.autotune.worker import CandidateError, Worker, resolve_function
 from kvops.extras import require
 
-# Of compiling one candidate; the slowest known takes 40 s on a busy core.
+# The limit for compiling one candidate. The slowest known one takes 40 s on a busy core.
 TIME_LIMIT = 300.0
-# In the order in which they are proved: what most people have comes first.
+# The order of compilation: the most common GPUs come first.
 TARGET_ORDER = ("sm_90", "sm_80", "sm_100", "sm_89", "sm_120", "gfx942", "gfx950", "sm_86")
 _SAVE_EVERY = 30.0
 
@@ -39,26 +39,25 @@ class Task:
 
 
 def build_workload(spec: OpSpec, problem: Problem, device: str, small: bool) -> Workload:
-    """Raises ValueError for a spec without one."""
+    """The workload of a problem. Raises ValueError for a spec without one."""
     if spec.workload is None:
-        raise ValueError(f"workload: expected {spec.name} to have one: it cannot be compiled or tuned without")
+        raise ValueError(f"workload: expected {spec.name} to have one, which compiling and tuning need")
     build = resolve_function(spec.workload) if isinstance(spec.workload, str) else spec.workload
     return build(problem, device, small)
 
 
 def proof_problems(spec: OpSpec) -> list[Problem]:
-    """One realistic problem for each key that needs a proof of its own, in order; and where the candidates depend on
-    the sizes, the others, too."""
-    found: dict[str, Problem] = {}
+    """One typical problem for each key of the table, and others whose sizes give other candidates."""
+    problems: dict[str, Problem] = {}
     for problem in spec.problems:
         proof = {**problem, **spec.proof_of(problem)}
         candidates = spec.candidates(proof, by_name("sm_90"))
-        found.setdefault(f"{spec.proof_of(problem)} {candidates}", proof)
-    return list(found.values())
+        problems.setdefault(f"{spec.proof_of(problem)} {candidates}", proof)
+    return list(problems.values())
 
 
 def tasks(chosen: Iterable[OpSpec], targets: Sequence[str]) -> list[Task]:
-    """Everything that is to be proved: defaults before candidates, targets in order."""
+    """All tasks: default configurations before others, targets in order."""
     work: list[tuple[tuple[bool, int], Task]] = []
     for spec in chosen:
         for target in targets:
@@ -76,7 +75,7 @@ def tasks(chosen: Iterable[OpSpec], targets: Sequence[str]) -> list[Task]:
 
 
 def missing(work: Sequence[Task], table_of: Callable[[OpSpec], Table], triton: str) -> list[Task]:
-    """The tasks that no table proves for the sources as they are and this Triton."""
+    """The tasks without an entry for the current sources and this Triton."""
     left = []
     for task in work:
         group = table_of(task.spec).group(task.target, task.spec.proof_of(task.problem))
@@ -93,7 +92,7 @@ def _workload(op: str, values: tuple[int, ...]) -> Workload:
 
 
 def compile_candidate(op: str, problem: dict[str, int], config: dict[str, Any], target: str) -> Proof:
-    """Compile what a launch with this configuration would run; a failure to compile is a proof, too."""
+    """Compile the launches with this configuration. A failure to compile is a result as well."""
     spec = specs()[op]
     workload = _workload(op, tuple(problem[name] for name in spec.fields))
     try:
@@ -127,7 +126,7 @@ def run(
     imports: Sequence[str] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[Task, Proof]]:
-    """Compile tasks in ``jobs`` processes; results as they come, until ``limit_seconds`` are over."""
+    """Compile tasks in ``jobs`` processes, and yield results as they complete, for up to ``limit_seconds``."""
     deadline = None if limit_seconds is None else clock() + limit_seconds
     results: SimpleQueue[tuple[Task, Proof] | None] = SimpleQueue()
     waiting = iter(work)
@@ -173,10 +172,10 @@ def prune(
     imports: Sequence[str] = (),
     progress: Callable[[Task, Proof, int, int], None] | None = None,
 ) -> tuple[int, int]:
-    """Compile what the tables in ``folder`` do not prove yet and write them, again and again, so that nothing is lost.
+    """Compile what the tables in ``folder`` lack. The tables are written from time to time, so that no result is lost.
 
-    Returns how many candidates were compiled and how many are still missing. Raises OSError where ``folder`` cannot be
-    written, ValueError for an unknown target.
+    Returns the number of candidates that were compiled and that are still missing. Raises OSError if ``folder`` cannot
+    be written, and ValueError for an unknown target.
     """
     triton = require("triton").__version__
     unknown = sorted(set(targets) - set(TARGETS))
@@ -202,7 +201,7 @@ def prune(
 
 
 def _drop_leftovers(table: Table, spec: OpSpec, work: Sequence[Task], targets: Sequence[str]) -> bool:
-    """Proofs for ``targets`` of what the space does not hold any more; True where there were any."""
+    """Drop entries for ``targets`` that are no longer in the space. Returns whether there were any."""
     wanted: dict[tuple[str, tuple[tuple[str, int], ...]], set[Config]] = {}
     for task in work:
         if task.spec is spec:

@@ -1,4 +1,4 @@
-"""Records of measurements, and reading them from files that anyone may have written."""
+"""Records of measurements, and reading them from files that are not trusted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kvops.autotune.devices import DeviceFacts, slug
 from kvops.autotune.spec import OpSpec
 
 FORMAT = 1
-# A record is under 2 KiB; a shipped file of every shape that anyone tuned is far below this.
+# A record takes less than 2 KiB, so even a file of very many shapes is below this.
 MAX_BYTES = 8 << 20
 _ORIGINS = ("measured", "borrowed", "heuristic")
 
 
 class ForeignFileError(ValueError):
-    """A file of another format: another version's, to be left alone."""
+    """A file in the format of another version, which must not be changed."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Record:
     """A configuration for one problem on one device, and how it was found.
 
     Attributes:
-        source: hash of the kernel's sources when it was measured.
-        runner_up: the next best, ``{"config", "p50"}``; None where nothing else was left.
+        source: hash of the measured kernel's sources.
+        runner_up: the second best, ``{"config", "p50"}``; None without one.
         heuristic_us: the heuristic's p50 in the same rounds.
-        static: registers, spills and shared memory of the compiled kernel; empty where it was not looked at.
-        check: largest error against the reference, and the limit it was held to.
+        static: registers, spills and shared memory of the compiled kernel; empty if unknown.
+        check: largest error against the reference, and its limit.
         environment: driver, CUDA, torch and Triton.
     """
 
@@ -82,13 +82,13 @@ class Record:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What a newer record of replaces: the same problem on the same device, sources and Triton."""
+        """A newer record of equal identity replaces this one: problem, device, sources and Triton."""
         key, shape = tuple(sorted(self.key.items())), tuple(sorted(self.shape.items()))
         return self.op, self.device.name, key, shape, self.source, self.triton
 
     @property
     def filename(self) -> str:
-        """One file for each identity, so that writers of different records never meet."""
+        """One file for each identity, so that writers of different records use different files."""
         digest = hashlib.sha256(repr(self.identity).encode()).hexdigest()[:16]
         return f"{self.op}.{slug(self.device.name)}.{digest}.json"
 
@@ -97,7 +97,7 @@ class Record:
 
     @classmethod
     def from_json(cls, value: object, spec: OpSpec) -> Record:
-        """Raises ValueError unless every field is there, of its type, finite, and of ``spec``'s own fields."""
+        """Raises ValueError unless every field is present, of its type and finite, and fits ``spec``."""
         if not isinstance(value, Mapping) or set(value) != set(cls.__dataclass_fields__):
             raise ValueError(f"record: expected the fields {', '.join(cls.__dataclass_fields__)}, got {value!r:.200}")
         if value["op"] != spec.name:
@@ -139,7 +139,7 @@ def _finite(name: str, value: object) -> None:
 
 
 def dump(records: list[Record]) -> str:
-    """The text of a file: sorted and indented, so that a diff shows what changed."""
+    """The text of a file, sorted and indented for readable diffs."""
     ordered = sorted(records, key=lambda record: repr(record.identity))
     return (
         json.dumps({"format": FORMAT, "records": [record.as_json() for record in ordered]}, indent=1, sort_keys=True)
@@ -148,7 +148,7 @@ def dump(records: list[Record]) -> str:
 
 
 def load(text: str, spec: OpSpec) -> list[Record]:
-    """Raises ForeignFileError for another format, ValueError for anything that is not a file of records of ``spec``."""
+    """Raises ForeignFileError for another format, and ValueError unless the file has records of ``spec``."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except RecursionError as error:
@@ -167,7 +167,7 @@ def _no_constant(name: str) -> float:
 
 
 def read_text(path: str) -> str:
-    """A regular file of sane size as text. Raises OSError or ValueError; a pipe or a device does not make it wait."""
+    """The text of a regular file of limited size. Raises OSError or ValueError, at once also for a pipe or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)

@@ -1,7 +1,7 @@
-"""A hash of what a kernel computes: its syntax tree and those of the functions and constants that it names.
+"""A hash of a kernel's source: its syntax tree, and those of the functions and constants that it names.
 
-Comments, docstrings, line numbers and formatting do not count, nor does the version of Python that parses them. Nothing
-is imported: the sources are read as files.
+Comments, docstrings, line numbers, formatting and the version of Python do not change the hash. Sources are read as
+files; nothing is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SourceError(ValueError):
 
 @cache
 def _module(name: str) -> tuple[dict[str, list[ast.stmt]], dict[str, tuple[str, str]]]:
-    """The statements that define each name of a module, and where each imported name comes from."""
+    """The statements that define each name of a module, and the origin of each imported name."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -51,7 +51,7 @@ def _read(source: str) -> tuple[dict[str, list[ast.stmt]], dict[str, tuple[str, 
 
 
 def _text(node: Any) -> Iterator[str]:
-    """A tree in words that no version of Python spells differently: empty fields and docstrings are left out."""
+    """A syntax tree as text that is the same in all versions of Python: without empty fields and docstrings."""
     if isinstance(node, ast.AST):
         yield f"({type(node).__name__}"
         for name, value in ast.iter_fields(node):
@@ -78,16 +78,16 @@ def _text(node: Any) -> Iterator[str]:
 
 
 def reached(module: str, name: str) -> dict[tuple[str, str], str]:
-    """Everything in this top-level package that ``name`` depends on: (module, name) to its tree in words.
+    """All definitions in this top-level package that ``name`` depends on: (module, name) to its tree as text.
 
-    Raises SourceError where ``module`` has no ``name``.
+    Raises SourceError if ``module`` has no ``name``.
     """
     package = module.partition(".")[0]
-    found: dict[tuple[str, str], str] = {}
+    trees: dict[tuple[str, str], str] = {}
     waiting = [(module, name)]
     while waiting:
         where, what = waiting.pop()
-        if (where, what) in found:
+        if (where, what) in trees:
             continue
         definitions, imported = _module(where)
         if what not in definitions:
@@ -95,7 +95,7 @@ def reached(module: str, name: str) -> dict[tuple[str, str], str]:
                 waiting.append(imported[what])
                 continue
             raise SourceError(f"source: expected {what!r} to be defined in {where}")
-        found[where, what] = "".join(text for statement in definitions[what] for text in _text(statement))
+        trees[where, what] = "".join(text for statement in definitions[what] for text in _text(statement))
         for statement in definitions[what]:
             for node in ast.walk(statement):
                 if not isinstance(node, ast.Name) or node.id == what:
@@ -106,11 +106,11 @@ def reached(module: str, name: str) -> dict[tuple[str, str], str]:
                     source, original = imported[node.id]
                     if original in _module(source)[0]:
                         waiting.append((source, original))
-    return found
+    return trees
 
 
 def source_hash(kernels: Iterable[Any]) -> str:
-    """12 hexadecimal digits for JIT functions given as ``"module:name"`` or as themselves; their order is no matter."""
+    """12 hexadecimal digits for JIT functions, given as ``"module:name"`` or as functions, in any order."""
     trees: dict[tuple[str, str], str] = {}
     for kernel in kernels:
         if isinstance(kernel, str):
@@ -125,7 +125,7 @@ def source_hash(kernels: Iterable[Any]) -> str:
 
 
 def _from_function(kernel: Any) -> dict[tuple[str, str], str]:
-    """A JIT function from anywhere: by its module where that is a file, by its own source in a notebook or a script."""
+    """The trees of a JIT function: by its module where that is a file, else by the source of its script or notebook."""
     function = getattr(kernel, "fn", kernel)
     module, name = function.__module__, function.__name__
     if module != "__main__":

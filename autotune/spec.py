@@ -1,4 +1,4 @@
-"""What a kernel family is to the store: its configurations, the problems it is launched for, and how to try one."""
+"""The description of a kernel family for the store: configurations, problems, and a workload to try them with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Problem = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Workload:
-    """One call to try configurations with.
+    """A call to try configurations with.
 
-    ``run`` takes nothing, launches what the operator launches and returns its outputs (tensors, in-place results
-    included), the same for every call. ``exact`` returns what they should be, or None where only the default
-    configuration's outputs are there to compare with.
+    ``run`` takes no arguments, launches the kernels of the operator and returns its outputs (tensors, in-place results
+    included), which are the same at every call. ``exact`` returns the correct outputs. If it is None, the outputs of
+    the default configuration are the reference.
     """
 
     run: Callable[[], tuple[Any, ...]]
@@ -29,34 +29,34 @@ class Workload:
 
 @dataclass(frozen=True, eq=False)
 class OpSpec:
-    """A kernel family under the store.
+    """A kernel family of the store.
 
     Attributes:
-        name: letters, digits and underscores; files are named by it.
+        name: letters, digits and underscores; part of file names.
         config: the frozen dataclass of its configurations; every field an int or a bool.
-        key: names of the numbers that must be equal for a configuration to be borrowed (dtype widths, head sizes,
-        masks).
+        key: names of the numbers that must be equal for a configuration to be reused (dtype widths, head sizes,
+            masks).
         sizes: names of the numbers that may differ by a bounded factor (lengths, batches). ``choose`` takes both, in
             this order.
-        heuristic: (problem, device) -> config, at once and without looking anywhere.
-        reason: (problem, device, config) -> one line: why the heuristic chooses what it chooses.
-        space: (problem, device) -> the candidates, in the order in which ties are decided. The heuristic's choice is
-            always one.
-        refuse: the one validity predicate, (config, problem, device) -> None, or why it cannot run. Pruner, tuner
-            and look-up share it.
-        numerics: config -> its class: configurations of one class give the same bits. The default sets every
-            configuration apart.
-        kernels: JIT functions whose sources (and what they call) a measurement depends on: ``"module:name"``, or the
-            functions.
+        heuristic: (problem, device) -> config, fast and without I/O.
+        reason: (problem, device, config) -> the reason of the heuristic's choice, in one line.
+        space: (problem, device) -> the candidates, in the order that decides ties. The heuristic's choice is always
+            added.
+        refuse: the validity predicate, (config, problem, device) -> None, or the reason why it cannot run. Pruner,
+            tuner and look-up share it.
+        numerics: config -> its class. Configurations of one class give the same bits. By default every configuration
+            has its own class.
+        kernels: JIT functions, as ``"module:name"`` or the functions themselves. Records depend on their sources and on
+            those of the functions that they call.
         workload: (problem, device string, small) -> Workload, or ``"module:name"`` of one. ``small`` asks for sizes
             that a reference can afford, with the same key.
-        problems: realistic problems: what ``tune`` and ``prune`` cover when nothing else is asked for.
-        proof_key: problem -> the key whose compiled kernel proves it, where it is not its own.
+        problems: typical problems, the default of ``tune`` and ``prune``.
+        proof_key: problem -> the key whose compiled kernel proves it, if not its own.
         operators: names in ``torch.ops.kvops`` that launch this family.
-        twin: the family, of the same key and sizes, whose results this one computes in another way that only some GPUs
-            have. Its launches run this one only where a record measured on that very GPU says that it is faster
-            (``lookup.choose_proven``); where ``refuse`` leaves no candidate, nothing asks for it.
-        max_distance: how far, in doublings summed over the sizes, a shape may be to lend its configuration.
+        twin: a family of the same key and sizes with the same results. This one computes them with features of some
+            GPUs only. It runs in place of the twin only if a record of that GPU shows that it is faster
+            (``lookup.choose_proven``).
+        max_distance: the largest distance, in doublings summed over the sizes, of a shape whose record is reused.
     """
 
     name: str
@@ -89,7 +89,7 @@ class OpSpec:
             self.check_problem(problem)
 
     def check_problem(self, problem: Mapping[str, Any]) -> Problem:
-        """The problem with its fields in order. Raises ValueError for a missing, unknown or negative one."""
+        """The problem with its fields in order. Raises ValueError for a missing, unknown or negative field."""
         if set(problem) != set(self.fields):
             raise ValueError(
                 f"problem: expected the fields {', '.join(self.fields)} of {self.name}, "
@@ -107,24 +107,24 @@ class OpSpec:
         return {name: problem[name] for name in self.sizes}
 
     def bucket_of(self, problem: Problem) -> tuple[int, ...]:
-        """Sizes by doublings: 1, 2, 3..4, 5..8, ..."""
+        """Sizes rounded up to powers of two: 1, 2, 3..4, 5..8, ..."""
         return tuple(max(problem[name] - 1, 0).bit_length() for name in self.sizes)
 
     def distance(self, problem: Problem, other: Problem) -> float:
-        """Between the sizes of two problems, in doublings."""
+        """The distance between the sizes of two problems, in doublings."""
         return sum(abs(math.log2(max(problem[name], 1) / max(other[name], 1))) for name in self.sizes)
 
     def proof_of(self, problem: Problem) -> dict[str, int]:
-        """The key under which the feasibility table has the proof for this problem."""
+        """The key of this problem in the feasibility table."""
         return self.key_of(self.proof_key(problem) if self.proof_key else problem)
 
     def candidates(self, problem: Problem, device: DeviceFacts) -> list[Config]:
-        """The heuristic's choice and the space behind it, each once, without what ``refuse`` rules out."""
+        """The heuristic's choice, then the space, without duplicates and without those that ``refuse`` excludes."""
         ordered = dict.fromkeys([self.heuristic(problem, device), *self.space(problem, device)])
         return [config for config in ordered if self.refuse(config, problem, device) is None]
 
     def config_from_json(self, value: object) -> Config:
-        """Raises ValueError for anything but a dictionary with exactly the fields, each of its own type and sane."""
+        """Raises ValueError unless ``value`` is a dictionary with exactly the fields, of their types and in range."""
         fields = {field.name: field for field in dataclasses.fields(self.config)}
         if not isinstance(value, Mapping) or set(value) != set(fields):
             raise ValueError(f"config: expected the fields {', '.join(fields)}, got {value!r:.200}")
@@ -143,5 +143,5 @@ def config_to_json(config: Config) -> dict[str, int | bool]:
 
 
 def words(values: Mapping[str, Any]) -> str:
-    """``width=128 itemsize=2``: how problems and configurations are written for people."""
+    """``width=128 itemsize=2``: a problem or a configuration as text."""
     return " ".join(f"{name}={value}" for name, value in values.items())

@@ -1,9 +1,9 @@
-"""Where records live: layers of folders, each file replaced whole, so that any number of processes may share them.
+"""The store of records: layers of folders that any number of processes may share.
 
-Later layers win: shipped in the wheel, then the site's, then the user's, then what ``KVOPS_AUTOTUNE_OVERRIDE`` names. A
-record has a file of its own, written beside it and renamed over it: no writer can tear or lose another's, and no lock
-is needed (8 processes that insert 40 records each leave 320 files). A file that cannot be read as records is a miss: it
-is set aside where the folder is ours to change, and told once.
+Later layers win: the wheel's, the site's, the user's, then the folder that ``KVOPS_AUTOTUNE_OVERRIDE`` names. Each
+record has its own file. A writer writes a temporary file and renames it, so no lock is needed and no record is lost (8
+processes that insert 40 records each leave 320 files). A damaged file counts as a miss: it is logged once, and moved to
+a quarantine folder if the layer is writable.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LOGGER = logging.getLogger("kvops.autotune")
 SHIPPED = Path(__file__).parent / "configs" / "tuned"
 QUARANTINE = "quarantine"
 JOURNAL = "misses.jsonl"
-# A folder with more files than this is not a store, and a journal longer than this says nothing new.
+# The most files of a folder that are read, and the length at which a journal stops growing.
 _MAX_FILES = 20_000
 _MAX_JOURNAL = 1 << 20
-# Misses of a burst (the first pass through a model) are written together, after the burst.
+# Misses of a burst, such as the first pass of a model, are written together after it.
 _JOURNAL_DELAY = 2.0
 
 _told: set[str] = set()
@@ -46,14 +46,14 @@ def tell_once(message: str) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A folder of record files. ``name`` is what people are told; only a ``writable`` one is ever changed."""
+    """A folder of record files. ``name`` appears in messages. Only a ``writable`` folder is changed."""
 
     name: str
     folder: Path
     writable: bool = False
 
     def paths(self, op: str) -> list[str]:
-        """Files of one operator, sorted; none where the folder is missing or cannot be read."""
+        """Files of one operator, sorted; none if the folder is missing or cannot be read."""
         try:
             with os.scandir(self.folder) as entries:
                 names = [entry.name for entry, _ in zip(entries, range(_MAX_FILES), strict=False)]
@@ -70,20 +70,20 @@ class Layer:
         ]
 
     def read(self, spec: OpSpec) -> list[Record]:
-        """Every valid record of an operator. Never raises: what is damaged is a miss."""
-        found = []
+        """Every valid record of an operator. It never raises: a damaged file counts as a miss."""
+        records: list[Record] = []
         for path in self.paths(spec.name):
             try:
-                found += load(read_text(path), spec)
+                records += load(read_text(path), spec)
             except FileNotFoundError:
-                continue  # replaced or collected since the folder was listed
+                continue  # replaced or removed since the folder was listed
             except ForeignFileError as error:
-                tell_once(f"{path} is another version's and left alone: {error}")
+                tell_once(f"{path} is of another version and is not changed: {error}")
             except OSError as error:
                 tell_once(f"{path} cannot be read ({error.strerror}) and counts as missing")
             except ValueError as error:
                 self._set_aside(path, str(error))
-        return found
+        return records
 
     def _set_aside(self, path: str, reason: str) -> None:
         moved = ""
@@ -93,15 +93,15 @@ class Layer:
                 os.replace(path, self.folder / QUARANTINE / os.path.basename(path))
                 moved = f" and was moved to {self.folder / QUARANTINE}"
             except OSError:
-                pass  # it stays where it is and is skipped again next time
+                pass  # it stays there and is skipped again next time
         tell_once(f"{path} is damaged{moved}: {reason}")
 
     def insert(self, record: Record) -> bool:
-        """Write one record; False, with the reason told once, where the folder cannot take it."""
+        """Write one record. Returns False, and logs the reason once, if the folder cannot be written."""
         return self.write(record.filename, dump([record]))
 
     def write(self, name: str, text: str) -> bool:
-        """Replace a file whole, on disk before it has its name; False, with the reason told once, where that fails."""
+        """Replace a file atomically. Returns False, and logs the reason once, if the folder cannot be written."""
         temporary = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,13 +120,13 @@ class Layer:
             more = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
             tell_once(
                 f"the {self.name} store {self.folder} cannot be written ({error.strerror}){more}, or name another with "
-                "KVOPS_CACHE_DIR: nothing is kept meanwhile"
+                "KVOPS_CACHE_DIR; until then no records are kept"
             )
             return False
 
 
 def user_folder() -> Path | None:
-    """``KVOPS_CACHE_DIR``, or kvops below the XDG cache; None for a user without a home."""
+    """The user's layer: in ``KVOPS_CACHE_DIR``, or in the XDG cache; None for a user without a home directory."""
     named = os.environ.get("KVOPS_CACHE_DIR")
     if named:
         return Path(named) / "autotune"
@@ -135,9 +135,9 @@ def user_folder() -> Path | None:
 
 
 def default_layers() -> list[Layer]:
-    """The layers that the environment names, weakest first.
+    """The layers of this environment, weakest first.
 
-    ``KVOPS_SITE_DIR`` is a folder that a fleet shares, ``KVOPS_AUTOTUNE_OVERRIDE`` one whose records beat all others.
+    ``KVOPS_SITE_DIR`` is a folder shared by many machines. Records in ``KVOPS_AUTOTUNE_OVERRIDE`` win over all others.
     """
     layers = [Layer("shipped", SHIPPED)]
     site, override = os.environ.get("KVOPS_SITE_DIR"), os.environ.get("KVOPS_AUTOTUNE_OVERRIDE")
@@ -152,22 +152,22 @@ def default_layers() -> list[Layer]:
 
 
 class Store:
-    """Layers read together. Records of an operator are read once, at its first look-up, and kept."""
+    """Layers that are read together. The records of an operator are read at its first look-up and cached."""
 
     def __init__(self, layers: Sequence[Layer] | None = None) -> None:
         self.layers = default_layers() if layers is None else list(layers)
         self._records: dict[str, list[tuple[int, Record]]] = {}
 
     def records(self, spec: OpSpec) -> list[tuple[int, Record]]:
-        """(layer number, record); of the same identity only the last layer's newest."""
-        found = self._records.get(spec.name)
-        if found is None:
+        """(layer number, record). Of equal identity only the newest of the last layer."""
+        records = self._records.get(spec.name)
+        if records is None:
             best: dict[tuple[Any, ...], tuple[int, Record]] = {}
             for number, layer in enumerate(self.layers):
                 for record in sorted(layer.read(spec), key=lambda record: record.date):
                     best[record.identity] = (number, record)
-            found = self._records[spec.name] = list(best.values())
-        return found
+            records = self._records[spec.name] = list(best.values())
+        return records
 
     def forget(self) -> None:
         """Read the files again at the next look-up."""
@@ -178,20 +178,20 @@ class Store:
         return next((layer for layer in reversed(self.layers) if layer.writable), None)
 
     def insert(self, record: Record) -> bool:
-        """Into the writable layer; False where there is none or it cannot be written."""
+        """Write to the writable layer. Returns False if there is none or it cannot be written."""
         layer = self.writable
         self._records.pop(record.op, None)
         if layer is None:
-            tell_once("there is no folder to keep configurations in: set KVOPS_CACHE_DIR")
+            tell_once("configurations are not kept, because there is no folder for them: set KVOPS_CACHE_DIR")
             return False
         return layer.insert(record)
 
 
 class Journal:
-    """Problems that no record answered, one JSON line each: what ``tune --from-misses`` tunes.
+    """Problems without a record, one JSON line each, for ``tune --from-misses``.
 
-    A launch only adds to a set; a thread writes the lines together a little later, and the end of the process what is
-    left. Nothing is written twice, and nothing once the file is long.
+    A launch only adds to a set. A thread writes the lines together a little later, and the end of the process writes
+    the others. No line is written twice, and a long file does not grow further.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -219,7 +219,7 @@ class Journal:
         self.flush()
 
     def flush(self) -> None:
-        """Append what waits; one write of whole lines, so that processes do not tear each other's."""
+        """Append the waiting lines in one write, so that lines of different processes do not mix."""
         with self._lock:
             lines, self._waiting = self._waiting, []
         if not lines:
@@ -238,26 +238,30 @@ class Journal:
 
 
 def read_problems(path: Path, specs: dict[str, OpSpec]) -> list[tuple[OpSpec, Problem]]:
-    """Problems of a file of JSON lines, the journal's own form, each once; other lines are reported and skipped.
+    """Problems of a file of JSON lines in the journal's format, without duplicates. Invalid lines are logged and
+    skipped.
 
     Raises FileNotFoundError without the file.
     """
-    found: dict[str, tuple[OpSpec, Problem]] = {}
+    problems: dict[str, tuple[OpSpec, Problem]] = {}
     for number, line in enumerate(read_text(str(path)).splitlines(), 1):
         try:
             value = json.loads(line)
             spec = specs[value["op"]]
             problem = spec.check_problem(value["problem"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            tell_once(f"{path}:{number} is no problem and is skipped: {error}")
+            tell_once(f"{path}:{number} is not a valid problem and is skipped: {error}")
             continue
-        found[json.dumps([spec.name, problem])] = (spec, problem)
-    return list(found.values())
+        problems[json.dumps([spec.name, problem])] = (spec, problem)
+    return list(problems.values())
 
 
 def collect_garbage(layer: Layer, specs: Iterable[OpSpec], current: dict[str, str], *, dry_run: bool) -> list[str]:
-    """Remove what no look-up needs from a writable layer: damaged files set aside, temporary files of dead writers (an
-    hour old), and records of older sources that a record of the current ones replaces. Returns the paths."""
+    """Remove files that no look-up needs from a writable layer, and return their paths.
+
+    These are quarantined files, temporary files older than an hour, and records of older sources that have a record of
+    the current ones.
+    """
     doomed = [str(path) for path in sorted((layer.folder / QUARANTINE).glob("*"))]
     for temporary in sorted(layer.folder.glob(".tmp-*")):
         with contextlib.suppress(FileNotFoundError):

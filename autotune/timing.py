@@ -1,7 +1,7 @@
-"""Trying one candidate on this GPU: is it right, and how long does it take. Runs in a worker's process.
+"""Check and time one candidate on this GPU, in the process of a worker.
 
-What counts is told apart from what does not: clocks are warmed up, the L2 cache is cold at every launch, candidates
-take turns, and every output is filled with NaN before a kernel may write it.
+For comparable times the clocks are warmed up, the L2 cache is cold at every launch, and candidates take turns. Every
+output is filled with NaN before a kernel writes it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from kvops.autotune.lookup import override, specs
 from kvops.autotune.prune import build_workload
 from kvops.autotune.spec import Config, Workload
 
-# Far more than any L2 cache; writing it takes 0.3 ms at 3 TB/s, in which the host queues the launch that follows: what
-# is timed is the GPU's work and not the host's.
+# Far more than any L2 cache. Writing it takes 0.3 ms at 3 TB/s; meanwhile the host queues the next launch, so that the
+# GPU's time is measured and not the host's.
 _FLUSH_BYTES = 1 << 30
 _WARM_UP_SECONDS = 0.5
-# A default further off than this has not the error of rounding: the reference or the kernel is broken.
+# A larger error of the default configuration is not rounding: the reference or the kernel is wrong.
 HOPELESS = 0.05
 
 
 def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest over the outputs of |actual - expected| / |expected|, in float64; infinite for a NaN, for a shape
-    that differs and for any wrong integer."""
+    """The largest |actual - expected| / |expected| of the outputs, in float64.
+
+    It is infinite for a NaN, for a shape that differs and for any wrong integer.
+    """
     if len(actual) != len(expected):
         return float("inf")
     worst = 0.0
@@ -41,7 +43,7 @@ def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
                 return float("inf")
             continue
         a, e = ours.double(), theirs.to(ours.device).double()
-        same = a == e  # infinities that agree, the lse of empty rows
+        same = a == e  # equal infinities: the lse of empty rows
         difference = torch.where(same, 0.0, a - e)
         size = torch.where(e.isfinite(), e, 0.0).norm()
         error = (difference.norm() / size if size > 0 else difference.norm()).item()
@@ -51,7 +53,7 @@ def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated inside holds NaN (integers: their largest number) until it is written."""
+    """Fill memory that is allocated inside with NaN (integers: their largest value)."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
@@ -72,7 +74,7 @@ def _outputs(op: str, config: Config, workload: Workload) -> tuple[Any, ...]:
 
 
 class _Trial:
-    """A problem on the GPU, and what its default configuration gives."""
+    """A problem on the GPU, with the outputs of its default configuration."""
 
     def __init__(self, op: str, values: tuple[int, ...]) -> None:
         self.op, self.spec = op, specs()[op]
@@ -86,14 +88,14 @@ class _Trial:
         error = relative_error(outputs, self.exact)
         if error > HOPELESS:
             raise ValueError(f"{op}: the default configuration {default} is off by {error:.3g} from the reference")
-        # The same arithmetic in another order: as large again as the default's own error, or one rounding.
+        # Another order of the same arithmetic may double the default's error, or add one rounding.
         self.limit = 2 * max(error, rounding)
         self.expected = _outputs(op, default, self.large)
 
     def check(self, config: Config) -> dict[str, float]:
         error = relative_error(_outputs(self.op, config, self.small), self.exact)
         if error <= self.limit:
-            # Neither is exact here, so their errors add up.
+            # Both have errors here, which add up.
             error = max(error, relative_error(_outputs(self.op, config, self.large), self.expected) / 2)
         return {"error": error, "limit": self.limit}
 
@@ -108,14 +110,14 @@ def _trial_of(op: str, problem: dict[str, int]) -> _Trial:
 
 
 def check(op: str, problem: dict[str, int], config: dict[str, Any]) -> dict[str, float]:
-    """``{"error", "limit"}`` of one configuration: it is right where the error is within the limit."""
+    """``{"error", "limit"}`` of one configuration, which is correct if the error is within the limit."""
     trial = _trial_of(op, problem)
     return trial.check(trial.spec.config_from_json(config))
 
 
 @cache
 def _scratch() -> torch.Tensor:
-    """Also warms up the clocks, once for each process."""
+    """The buffer that flushes the L2 cache. Making it warms up the clocks, once per process."""
     scratch = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     until = time.perf_counter() + _WARM_UP_SECONDS
     while time.perf_counter() < until:
@@ -125,7 +127,7 @@ def _scratch() -> torch.Tensor:
 
 
 def measure(op: str, problem: dict[str, int], configs: Sequence[dict[str, Any]], rounds: int) -> list[list[float]]:
-    """Microseconds of every configuration, once a round, each round beginning with another one."""
+    """Microseconds of every configuration, once per round. Each round begins with another configuration."""
     trial = _trial_of(op, problem)
     chosen = [trial.spec.config_from_json(config) for config in configs]
     scratch = _scratch()

@@ -1,9 +1,9 @@
-"""Finding the fastest right configuration by successive halving.
+"""The search for the fastest correct configuration, by successive halving.
 
-Every candidate is checked against the reference first. Those that are right are timed in turns; the slower half goes,
-the rest is timed twice as often, until a few are left, which are timed afresh beside the heuristic's choice: what won
-by luck loses there. Differences within the noise are ties, and a tie goes to the earlier candidate, the heuristic's
-first of all: ranks and runs agree.
+Every candidate is checked against the reference first. Correct candidates are timed in turns. The slower half is
+dropped and the others are timed twice as often, until a few are left. Those are timed again beside the heuristic's
+choice, so that a lucky timing does not win. Differences within the noise are ties. The earlier candidate wins a tie,
+and the heuristic's choice is the first, so that ranks and runs agree.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _FINALISTS = 4
 _FIRST_ROUNDS = 4
 _FINAL_ROUNDS = 30
 _FINAL_STAGE = 1000
-# Two medians whose difference is below so many of its standard errors, or this part of them, are the same.
+# Two medians are equal if they differ by less than this many standard errors, or less than this part of them.
 _NOISE = 3.0
 _RELATIVE_NOISE = 0.005
 
 
 class Bench(Protocol):
-    """Where candidates run. Both raise CandidateError for one that fails."""
+    """Runs candidates. Both methods raise CandidateError for a candidate that fails."""
 
     def check(self, config: Config) -> dict[str, float]:
-        """``{"error", "limit"}`` against the reference."""
+        """``{"error", "limit"}`` of a candidate against the reference."""
 
     def measure(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:
-        """Microseconds for each configuration, ``rounds`` of them, taken in turns."""
+        """``rounds`` times in microseconds for each configuration, measured in turns."""
 
 
 class WorkerBench:
-    """Candidates on this machine's GPU, in a process with a time limit."""
+    """Runs candidates on this machine's GPU, in a process with a time limit."""
 
     def __init__(self, worker: Worker, spec: OpSpec, problem: Problem, time_limit: float) -> None:
         self._worker, self._name, self._problem, self._limit = worker, spec.name, dict(problem), time_limit
@@ -57,7 +57,7 @@ class WorkerBench:
 
 @dataclass(frozen=True)
 class Result:
-    """What one problem's tuning found. ``rejected`` are (configuration, reason)."""
+    """The result of tuning one problem. ``rejected`` has pairs (configuration, reason)."""
 
     winner: Config
     time: Times
@@ -67,8 +67,8 @@ class Result:
     rejected: tuple[tuple[Config, str], ...]
 
 
-class BudgetSpent(Exception):  # noqa: N818 - not an error: the run goes on another time
-    """The time is over; the ledger has what was found."""
+class BudgetSpent(Exception):  # noqa: N818 - not an error: the next run resumes
+    """The time limit has passed; the ledger has the results so far."""
 
 
 def quantile(samples: Sequence[float], part: float) -> float:
@@ -85,7 +85,7 @@ def summary(samples: Sequence[float]) -> Times:
 
 
 def _standard_error(times: Times) -> float:
-    """Of the median, as for normal samples: robust, for it looks at the quantiles only."""
+    """Standard error of the median for normal samples, from quantiles, which outliers do not change."""
     return 1.2533 * (times.p80 - times.p20) / 1.6832 / math.sqrt(times.count)
 
 
@@ -96,9 +96,9 @@ def same_speed(a: Times, b: Times) -> bool:
 
 
 def decide(times: Sequence[Times]) -> int:
-    """The first of those that are as fast as the fastest."""
-    best = min(times, key=lambda each: each.p50)
-    return next(place for place, each in enumerate(times) if same_speed(each, best))
+    """The index of the first candidate that is as fast as the fastest."""
+    best = min(times, key=lambda time: time.p50)
+    return next(place for place, time in enumerate(times) if same_speed(time, best))
 
 
 def tune(
@@ -110,10 +110,10 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
-    """The winner among ``candidates``, in the order in which ties are decided: the first is the heuristic's choice.
+    """Tune one problem. ``candidates`` are in the order that decides ties; the first is the heuristic's choice.
 
-    ``progress`` is told (what, done, of how many) after every step. Raises BudgetSpent when ``clock`` passes
-    ``deadline``, RuntimeError when every candidate was rejected or where tuning must not happen.
+    ``progress`` is called with (step, done, total) after every step. Raises BudgetSpent when ``clock`` passes
+    ``deadline``, and RuntimeError if every candidate is rejected or tuning is not possible (``refuse_to_tune``).
     """
     refuse_to_tune()
 
@@ -125,61 +125,63 @@ def tune(
 
     checks: dict[Config, dict[str, float]] = {}
     for place, config in enumerate(candidates):
-        found = _check(config, bench, ledger)
-        if found is not None:
-            checks[config] = found
+        result = _check(config, bench, ledger)
+        if result is not None:
+            checks[config] = result
         step("check", place + 1, len(candidates))
     survivors = list(checks)
     stage, rounds = 0, _FIRST_ROUNDS
     while len(survivors) > _FINALISTS:
         times = _measure(stage, survivors, rounds, bench, ledger)
         fastest = sorted(times, key=lambda config: times[config].p50)[: max(_FINALISTS, (len(times) + 1) // 2)]
-        kept = {*fastest, candidates[0]}  # the heuristic's choice is what the winner has to beat
+        kept = {*fastest, candidates[0]}  # the winner must beat the heuristic's choice
         survivors = [config for config in times if config in kept]
         step("halve", len(candidates) - len(survivors), len(candidates))
         stage, rounds = stage + 1, 2 * rounds
         if len(survivors) == len(times):
-            break  # the heuristic's choice and the finalists
+            break  # only the heuristic's choice and the finalists are left
     times = _measure(_FINAL_STAGE, survivors, _FINAL_ROUNDS, bench, ledger)
     if not times:
         raise RuntimeError(f"all {len(candidates)} candidates were rejected: {ledger.rejection_of(candidates[0])}")
     finalists = list(times)
     winner = finalists[decide([times[config] for config in finalists])]
-    others = sorted((config for config in finalists if config != winner), key=lambda config: times[config].p50)
+    losers = sorted((config for config in finalists if config != winner), key=lambda config: times[config].p50)
     rejected = [(config, ledger.rejection_of(config)) for config in candidates]
     step("final", len(candidates), len(candidates))
     return Result(
         winner=winner,
         time=times[winner],
         check=checks[winner],
-        runner_up=(others[0], times[others[0]].p50) if others else None,
+        runner_up=(losers[0], times[losers[0]].p50) if losers else None,
         heuristic_us=times[candidates[0]].p50 if candidates[0] in times else None,
         rejected=tuple((config, reason) for config, reason in rejected if reason is not None),
     )
 
 
 def _check(config: Config, bench: Bench, ledger: Ledger) -> dict[str, float] | None:
-    """None, and the reason in the ledger, for a candidate that is wrong or fails."""
+    """Error and limit of a candidate. One that is wrong or fails gives None, with the reason in the ledger."""
     if ledger.rejection_of(config) is not None:
         return None
-    found = ledger.check_of(config)
-    if found is None:
+    result = ledger.check_of(config)
+    if result is None:
         ledger.start(config)
         try:
-            found = bench.check(config)
+            result = bench.check(config)
         except CandidateError as error:
             ledger.reject(config, _last_line(error))
             return None
-        if not found["error"] <= found["limit"]:
-            ledger.reject(config, f"wrong: off by {found['error']:.3g}, allowed {found['limit']:.3g}")
+        if not result["error"] <= result["limit"]:
+            ledger.reject(config, f"wrong: off by {result['error']:.3g}, allowed {result['limit']:.3g}")
             return None
-        ledger.check(config, found)
-    return found
+        ledger.check(config, result)
+    return result
 
 
 def _measure(stage: int, configs: Sequence[Config], rounds: int, bench: Bench, ledger: Ledger) -> dict[Config, Times]:
-    """Times in the order of ``configs``, without those that fail. A stage is taken from the ledger whole or not at all:
-    what was not timed in turns cannot be compared."""
+    """Times in the order of ``configs``, without candidates that fail.
+
+    A stage comes from the ledger as a whole or not at all: times that were not taken in turns cannot be compared.
+    """
     known = [ledger.samples_of(stage, config) for config in configs]
     if all(samples is not None for samples in known):
         return {config: summary(samples) for config, samples in zip(configs, known, strict=True) if samples}
@@ -192,13 +194,13 @@ def _measure(stage: int, configs: Sequence[Config], rounds: int, bench: Bench, l
             alive = _without_culprits(alive, error, bench, ledger)
     else:
         return {}
-    for config, found in zip(alive, samples, strict=True):
-        ledger.measured(stage, config, found)
-    return {config: summary(found) for config, found in zip(alive, samples, strict=True)}
+    for config, own in zip(alive, samples, strict=True):
+        ledger.measured(stage, config, own)
+    return {config: summary(own) for config, own in zip(alive, samples, strict=True)}
 
 
 def _without_culprits(configs: Sequence[Config], error: CandidateError, bench: Bench, ledger: Ledger) -> list[Config]:
-    """Each alone, to see which one it was; if none fails alone, the first goes: the search must end."""
+    """Run each candidate alone to find the one that fails. If none does, drop the last, so that the search ends."""
     alive = []
     for config in configs:
         try:
@@ -218,29 +220,31 @@ def _last_line(error: Exception) -> str:
 
 
 def refuse_to_tune() -> None:
-    """Raises RuntimeError while a CUDA graph is captured, while torch.compile traces, and in deterministic mode: what
-    is timed then is not what runs, or must not change."""
+    """Raises RuntimeError while a CUDA graph is captured, while torch.compile traces, and in deterministic mode.
+
+    A measurement there would not time the kernel as it runs, or would change results that must not change.
+    """
     import torch
 
     if torch.compiler.is_compiling():
-        raise RuntimeError("tune: torch.compile is tracing; tune before")
+        raise RuntimeError("tune: torch.compile is tracing; tune before that")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tune: a CUDA graph is being captured; tune before")
+        raise RuntimeError("tune: a CUDA graph is being captured; tune before that")
     if torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError("tune: deterministic algorithms are asked for; tune without them and keep the records")
+        raise RuntimeError("tune: deterministic algorithms are enabled; tune without them and keep the records")
 
 
 def environment() -> dict[str, str]:
-    """Driver, CUDA, torch and Triton, as records keep them."""
+    """Versions of driver, CUDA, torch and Triton, for records."""
     import torch
 
     triton = require("triton")
 
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
-    found["cuda"] = torch.version.cuda or torch.version.hip
+    versions: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    versions["cuda"] = torch.version.cuda or torch.version.hip
     if torch.cuda.is_available():
-        found["driver"] = _driver_version()
-    return {name: str(value) for name, value in found.items() if value}
+        versions["driver"] = _driver_version()
+    return {name: str(value) for name, value in versions.items() if value}
 
 
 def _driver_version() -> str | None:

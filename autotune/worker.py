@@ -1,6 +1,6 @@
-"""A process of its own for what may crash or hang: compiling a candidate, running it on a GPU.
+"""A separate process for calls that may crash or hang: compiling a candidate, or running it on a GPU.
 
-What kills it or takes too long costs one call; the next one gets a fresh process.
+After a crash or a time-out the next call gets a new process.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 
 class CandidateError(RuntimeError):
-    """A call raised in the worker; the message ends with what it raised."""
+    """A call raised an exception in the worker; the message ends with it."""
 
 
 class CandidateLostError(CandidateError):
-    """A call killed its process, or took too long and was killed with it."""
+    """A call crashed its process, or exceeded its time limit and was killed."""
 
 
 def resolve_function(name: str) -> Any:
-    """``"module:name"``, imported."""
+    """Import ``"module:name"``."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def _serve(connection: Connection, imports: Sequence[str]) -> None:
-    # Kernels are compiled here, whatever the parent does.
+    # Kernels are compiled here, even if the parent interprets them.
     os.environ.pop("TRITON_INTERPRET", None)
     for module in imports:
         importlib.import_module(module)
@@ -48,8 +48,10 @@ def _serve(connection: Connection, imports: Sequence[str]) -> None:
 
 
 class Worker:
-    """Calls functions, named ``"module:name"``, in another process. ``imports`` are modules to import there first, such
-    as those that register kernels."""
+    """Calls functions, named ``"module:name"``, in another process.
+
+    ``imports`` are modules that it imports first, such as those that register kernels.
+    """
 
     def __init__(self, imports: Sequence[str] = ()) -> None:
         self._imports = tuple(imports)
@@ -81,7 +83,7 @@ class Worker:
             self._process = context.Process(target=_serve, args=(theirs, self._imports), daemon=True)
             self._process.start()
             theirs.close()
-            self._connection.send(("builtins:bool", ()))  # answered when its imports are done
+            self._connection.send(("builtins:bool", ()))  # the answer comes after its imports
             try:
                 self._connection.recv()
             except EOFError:
@@ -95,7 +97,7 @@ class Worker:
             self._connection = None
         if process is None:
             return None
-        process.join(0.2)  # one that crashed on its own has a code to tell
+        process.join(0.2)  # a crashed process has an exit code
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -1,4 +1,4 @@
-"""One call of each kernel family, for any problem of its store: what pruner and tuner try configurations with.
+"""One call of each kernel family for any of its problems, with which pruner and tuner try configurations.
 
 ``small`` shrinks the sizes to what a reference on the CPU can afford and what compiling needs; the key stays.
 References are the eager operators on the same inputs in float64.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvops.kernels.flash_backward import Backward
 
 _DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
-_GROUP = 4  # query heads to a KV head, as most models have
+_GROUP = 4  # query heads per KV head, as in most models
 
 
 def _random(*shape: int, itemsize: int, device: str, seed: int) -> Tensor:
@@ -75,8 +75,8 @@ def gluon_flash_forward(problem: Problem, device: str, small: bool) -> Workload:
 
 
 def gluon_flash_forward_varlen(problem: Problem, device: str, small: bool) -> Workload:
-    """What is timed is the dense problem as one sequence, so that its time stands beside the twin's; what is held to
-    the reference is three sequences of different lengths."""
+    """The dense problem as one sequence for timing, comparable with the twin; three sequences of different lengths for
+    the check against the reference."""
     from kvops.kernels.gluon_flash_forward import gluon_flash_forward_varlen as launch
 
     (q, k, v), options = _dense(problem, device, small)
@@ -99,7 +99,7 @@ def gluon_flash_forward_varlen(problem: Problem, device: str, small: bool) -> Wo
 def _backward(
     problem: Problem, device: str, small: bool
 ) -> tuple[Callable[[], Backward], Callable[[], tuple[Tensor, ...]]]:
-    """What both kernels read, prepared by the first call, and the gradients (dq, dk, dv) in float64."""
+    """The inputs of both kernels, prepared by the first call, and the gradients (dq, dk, dv) in float64."""
     (q, k, v), options = _dense(problem, device, small)
     dout = _random(*q.shape, itemsize=problem["itemsize"], device=device, seed=4)
     if device == "cpu":
@@ -121,7 +121,7 @@ def _backward(
 
 
 def flash_backward_keys(problem: Problem, device: str, small: bool) -> Workload:
-    """The kernel for dK and dV, whichever of the two."""
+    """The kernel for dK and dV, or its twin."""
     from kvops.kernels.flash_backward_launch import launch_keys
 
     prepared, exact = _backward(problem, device, small)
@@ -136,7 +136,7 @@ def flash_backward_keys(problem: Problem, device: str, small: bool) -> Workload:
 
 
 def flash_backward_queries(problem: Problem, device: str, small: bool) -> Workload:
-    """The kernel for dQ, whichever of the two."""
+    """The kernel for dQ, or its twin."""
     from kvops.kernels.flash_backward_launch import launch_queries
 
     prepared, exact = _backward(problem, device, small)
@@ -209,7 +209,7 @@ def paged_append(problem: Problem, device: str, small: bool) -> Workload:
         "cache_itemsize": problem["itemsize"],
     }
     k, v, tables, lens, heads = _cache(cache, device, small)
-    lens = lens.fill_(tokens)  # lengths count the new tokens
+    lens = lens.fill_(tokens)  # lengths include the new tokens
     new_k, new_v = (
         _random(lens.shape[0], tokens, heads, problem["width"], itemsize=problem["itemsize"], device=device, seed=seed)
         for seed in (4, 5)
@@ -253,7 +253,7 @@ def compact(problem: Problem, device: str, small: bool) -> Workload:
     keep = _random(*lens.shape, tables.shape[-1] * 16, itemsize=4, device=device, seed=5) > 0.5
 
     def on(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """In place, so on copies: every call must find the same. Copying costs each candidate alike."""
+        """On copies, since the operator works in place and calls must be equal. Every candidate pays for the copies."""
         k, v, tables, lens, keep = (tensor.clone() for tensor in tensors)
         freed = function(k, v, tables, lens, keep)
         slot = torch.arange(keep.shape[-1], device=lens.device)

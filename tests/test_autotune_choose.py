@@ -183,7 +183,7 @@ def test_an_unknown_operator_or_device_is_named():
         explain("paged_append", {"width": 128}, "sm_90")
     with pytest.raises(TypeError, match="config: expected PagedAppendConfig"), override("paged_append", object()):
         pass
-    with pytest.raises(ValueError, match="name: expected one that kvops does not use"):
+    with pytest.raises(ValueError, match="name: expected a name other than those of kvops"):
         register(SPEC)
 
 
