@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         if arguments.json:  # after each case, so that an interrupted run keeps its results
             results.save(arguments.json, "operators", facts, rows)
-    for op, found in table.by_operator(rows):
-        print(f"\n{op}\n{table.operator_table(found, 'simple', times=clock.gpu)}")
+    for op, own_rows in table.by_operator(rows):
+        print(f"\n{op}\n{table.operator_table(own_rows, 'simple', times=clock.gpu)}")
     print(f"\n× PEER: how many times as fast kvops is (± half of p20 to p80)\n{table.setting_text(facts)}")
     failed = [row for row in rows if row["contender"] == KVOPS and row["ms"] is None]
     for row in failed:

@@ -46,20 +46,20 @@ def lost(before: Result, after: Result) -> list[Row]:
 
 def report(before: Result, after: Result, margin: float) -> tuple[str, bool]:
     """(text, whether anything is worse than the margin). Raises ValueError if there is nothing to compare."""
-    found = sorted(changes(before, after), key=lambda change: change.change)
+    ordered = sorted(changes(before, after), key=lambda change: change.change)
     failed = lost(before, after)
-    if not found and not failed:
+    if not ordered and not failed:
         raise ValueError("the two files: expected cases with times in both, got none; same --scale and --dtype?")
-    worse = [change for change in found if change.at_best < 1 - margin]
-    beyond = [change for change in found if change in worse or change.change > 1 + margin]
+    worse = [change for change in ordered if change.at_best < 1 - margin]
+    beyond = [change for change in ordered if change in worse or change.change > 1 + margin]
     cells = []
-    for one in beyond:
-        figures = (table.significant(one.before), table.significant(one.after), f"{one.change:.2f}")
-        cells.append([one.case, one.what, *figures, "worse" if one in worse else ""])
+    for entry in beyond:
+        figures = (table.significant(entry.before), table.significant(entry.after), f"{entry.change:.2f}")
+        cells.append([entry.case, entry.what, *figures, "worse" if entry in worse else ""])
     lines = (
         [table.render(cells, ["case", "figure", "before", "after", "change", ""], "simple", left=2)] if cells else []
     )
     lines += [f"no longer runs: {row['case']}: {row['note']}" for row in failed]
     settings = [f"{name}: {result['setting'].get('runs')}" for name, result in (("before", before), ("after", after))]
-    lines += [*settings, f"{len(found)} figures compared, {len(worse)} worse than {margin:.0%}, {len(failed)} lost"]
+    lines += [*settings, f"{len(ordered)} figures compared, {len(worse)} worse than {margin:.0%}, {len(failed)} lost"]
     return "\n".join(lines), bool(worse or failed)

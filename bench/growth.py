@@ -166,10 +166,10 @@ def by_sweep(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:
-    found = []
+    fitted = []
     for points in by_sweep(rows):
-        one, values = points[0], [row["value"] for row in points]
+        first, values = points[0], [row["value"] for row in points]
         time, memory = (slope(values, [row[name] for row in points]) for name in ("ms", "memory_bytes"))
-        theory = one["time_theory"], one["memory_theory"]
-        found.append(Fit(one["sweep"], one["op"], one["axis"], time, theory[0], memory, theory[1]))
-    return found
+        theory = first["time_theory"], first["memory_theory"]
+        fitted.append(Fit(first["sweep"], first["op"], first["axis"], time, theory[0], memory, theory[1]))
+    return fitted

@@ -222,15 +222,15 @@ def _time(
     ready = {contender.row.contender: contender for contender in contenders if contender.call is not None}
     calls = {name: contender.call for name, contender in ready.items() if contender.call is not None}
     samples = clock.interleaved(calls, rounds, seconds=seconds, reset=lambda name: reset(case, inputs))
-    for name, found in samples.items():
+    for name, times in samples.items():
         row = ready[name].row
-        row.rounds = len(found)
-        row.p20_ms, row.ms, row.p80_ms = quantiles(found)
+        row.rounds = len(times)
+        row.p20_ms, row.ms, row.p80_ms = quantiles(times)
         row.tflops = tflops(row.flops, row.ms) if row.flops else None
         row.gbps = row.bytes / row.ms / 1e6
         row.of_roofline = roofline.bound_ms(row.flops, row.bytes) / row.ms
         if KVOPS in samples:
-            ratios = [theirs / ours for theirs, ours in zip(found, samples[KVOPS], strict=True)]
+            ratios = [theirs / ours for theirs, ours in zip(times, samples[KVOPS], strict=True)]
             row.p20_ratio, row.ratio, row.p80_ratio = quantiles(ratios)
 
 

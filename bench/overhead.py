@@ -131,19 +131,19 @@ def contenders(launches: list[int]) -> dict[str, Contender]:
 
 def measure(rounds: int) -> list[dict[str, Any]]:
     with launches_stubbed() as launches, torch.no_grad():
-        found = contenders(launches)
-        samples: dict[str, list[float]] = {name: [] for name in found}
+        by_name = contenders(launches)
+        samples: dict[str, list[float]] = {name: [] for name in by_name}
         for _ in range(rounds):
-            for name, once in found.items():
+            for name, once in by_name.items():
                 samples[name] += [once() for _ in range(_LAYERS)][1:]
     rows = [
         {
             "part": name,
-            "us_p50": round(statistics.median(found), 3),
-            "us_min": round(min(found), 3),
-            "calls": len(found),
+            "us_p50": round(statistics.median(times), 3),
+            "us_min": round(min(times), 3),
+            "calls": len(times),
         }
-        for name, found in samples.items()
+        for name, times in samples.items()
     ]
     dispatch = {row["part"]: row["us_p50"] for row in rows}
     for row in rows:

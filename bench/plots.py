@@ -44,9 +44,9 @@ def _speed(result: Result) -> Any:
     labels = list(dict.fromkeys((row["op"], row["contender"]) for row in rows))
     figure, axes = plt.subplots(figsize=(9, 0.25 * len(labels) + 1.2), layout="constrained")
     for place, label in enumerate(labels):
-        found = [row["ratio"] for row in rows if (row["op"], row["contender"]) == label]
-        axes.plot(found, [place] * len(found), "o", color=OURS, alpha=0.55, markersize=5, markeredgewidth=0)
-        middle = sorted(found)[len(found) // 2]
+        ratios = [row["ratio"] for row in rows if (row["op"], row["contender"]) == label]
+        axes.plot(ratios, [place] * len(ratios), "o", color=OURS, alpha=0.55, markersize=5, markeredgewidth=0)
+        middle = sorted(ratios)[len(ratios) // 2]
         axes.plot([middle], [place], "|", color=LINE, markersize=11, markeredgewidth=1.6)
         if place and labels[place - 1][0] != label[0]:
             axes.axhline(place - 0.5, color="#e2e8f0", linewidth=0.8)
@@ -80,10 +80,10 @@ def _roofline(result: Result) -> Any:
     ops = list(dict.fromkeys(row["op"] for row in rows))
     markers, colors = "osD^vP*Xph", plt.get_cmap("tab10").colors
     for number, op in enumerate(ops):
-        found = [row for row in rows if row["op"] == op]
+        points = [row for row in rows if row["op"] == op]
         axes.plot(
-            [row["flops"] / row["bytes"] for row in found],
-            [row["tflops"] / peak for row in found],
+            [row["flops"] / row["bytes"] for row in points],
+            [row["tflops"] / peak for row in points],
             markers[number % len(markers)],
             color=colors[number % len(colors)],
             alpha=0.8,
@@ -146,7 +146,7 @@ def _panel(axes: Any, points: Sequence[Row], fit: growth.Fit) -> None:
         ("memory_bytes", THEIRS, "s", fit.memory, f"memory {fit.memory:.2f}"),
     ):
         measured = [max(row[name], 1) if name == "memory_bytes" else row[name] for row in points]
-        relative = [one / measured[0] for one in measured]
+        relative = [figure / measured[0] for figure in measured]
         axes.plot(values, relative, marker, color=color, markersize=4.5, label=text)
         fitted = growth.fitted(values)
         last = relative[-1]

@@ -39,11 +39,11 @@ def render(folder: Path, page: Path) -> list[Path]:
     devices = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     sections, written = [], [page]
     for device in devices:
-        found = list(results.under(device))
-        if not found:
+        files = list(results.under(device))
+        if not files:
             continue
         parts = [f"## {device.name}"]
-        for kind, group in _by_kind(found).items():
+        for kind, group in _by_kind(files).items():
             paths = [path for path, _ in group]
             result = _joined([result for _, result in group])
             pictures = plots.draw(result, device / kind)
@@ -116,12 +116,12 @@ def _operators(result: Result) -> str:
 def _summary(rows: Sequence[Row]) -> str:
     """A line for each operator: how many shapes, and the median ratio to each peer that ran."""
     lines = []
-    for op, found in table.by_operator(rows):
+    for op, own_rows in table.by_operator(rows):
         ratios: dict[str, list[float]] = {}
-        for row in found:
+        for row in own_rows:
             if row["contender"] != KVOPS and row["ratio"]:
                 ratios.setdefault(row["contender"], []).append(row["ratio"])
-        shapes = len({row["case"] for row in found})
+        shapes = len({row["case"] for row in own_rows})
         middle = ", ".join(f"{sorted(many)[len(many) // 2]:.2f} × {peer}" for peer, many in ratios.items())
         lines.append([f"`{op}`", middle, str(shapes)])
     headers = ["operator", "median over the shapes: how many times as fast kvops is", "shapes"]
@@ -162,11 +162,11 @@ def _demo(result: Result) -> str:
 def _serving(result: Result) -> str:
     from bench import throughput
 
-    one = result["rows"][0]
+    first = result["rows"][0]
     text = (
-        f"Simulated: {one['tokens_in']} tokens in and {one['tokens_out']} out for each request, random weights, drafts "
-        "accepted at random; `python -m bench.throughput --help` says what is measured and what is computed. The "
-        "multiples are over the uncompressed cache (1x), drafts off, with the same kind of batch. Published: "
+        f"Simulated: {first['tokens_in']} tokens in and {first['tokens_out']} out for each request, random weights, "
+        "drafts accepted at random; `python -m bench.throughput --help` says what is measured and what is computed. "
+        "The multiples are over the uncompressed cache (1x), drafts off, with the same kind of batch. Published: "
         "KV-Compress (Rehg 2024) over vLLM, Llama-3.1-8B."
     )
     return f"{text}\n\n{throughput.table(result['rows'], 'pipe')}"

@@ -60,8 +60,8 @@ def operator_table(rows: Sequence[Row], style: str, *, times: bool) -> str:
     peers = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != KVOPS))
     shown = [name for name in peers if any(row["ms"] is not None for row in rows if row["contender"] == name)]
     lines = []
-    for _, found in groupby(rows, key=lambda row: row["case"]):
-        contenders = {row["contender"]: row for row in found}
+    for _, own_rows in groupby(rows, key=lambda row: row["case"]):
+        contenders = {row["contender"]: row for row in own_rows}
         ours = contenders[KVOPS]
         line = [shape_text(ours)]
         if times:

@@ -254,8 +254,8 @@ class Server:
 
         def drafted() -> None:
             # Run for its time: random text hardly ever gives a draft.
-            found, _ = prompt_lookup(history, lens, num_draft=self.num_draft)
-            drafts = torch.where(found < 0, history[:, : self.num_draft], found)
+            lookup, _ = prompt_lookup(history, lens, num_draft=self.num_draft)
+            drafts = torch.where(lookup < 0, history[:, : self.num_draft], lookup)
             hidden = decode(self.model, cache, torch.cat((tokens, drafts), 1))
             emitted, _ = verify_draft(self.model.logits(hidden), drafts)
             agreed = (torch.rand(batch, self.num_draft, device=device) < self.accept).cumprod(1).sum(1)

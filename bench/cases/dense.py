@@ -92,18 +92,18 @@ def _sample_backward(inputs: Inputs, outputs: Outputs) -> Outputs:
 
 
 def _truth(inputs: Inputs, dtype: torch.dtype, names: tuple[str, ...]) -> Outputs:
-    found = []
+    parts = []
     for b, h in heads(inputs):
         q, dout = (
             None if x is None else of_group(x[b], h, inputs["k"].shape[2], 1) for x in (inputs["q"], inputs.get("dout"))
         )
         k, v = inputs["k"][b, :, h], inputs["v"][b, :, h]
-        found.append(
+        parts.append(
             truth.attention(
                 q, k, v, dtype, causal=inputs["causal"], window=inputs["window"], softcap=inputs["softcap"], dout=dout
             )
         )
-    return tuple(torch.stack([one[name] for one in found]) for name in names)
+    return tuple(torch.stack([part[name] for part in parts]) for name in names)
 
 
 def _truth_backward(inputs: Inputs, dtype: torch.dtype) -> Outputs:

@@ -34,12 +34,12 @@ def _select_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
         # Best first; of equals the later slot.
         order, worth = [], []
         for h in range(H):
-            found = scores[slots(local, b, h)]
-            best = found.flip(0).argsort(descending=True, stable=True)
-            order.append(len(found) - 1 - best)
-            ranked = found[order[-1]]
+            values = scores[slots(local, b, h)]
+            best = values.flip(0).argsort(descending=True, stable=True)
+            order.append(len(values) - 1 - best)
+            ranked = values[order[-1]]
             worth.append(
-                [ranked[start : start + BLOCK_SIZE].sum().item() for start in range(0, len(found), BLOCK_SIZE)]
+                [ranked[start : start + BLOCK_SIZE].sum().item() for start in range(0, len(values), BLOCK_SIZE)]
             )
         for h, share in enumerate(_shares(worth, budget[b], inputs["scope"])):
             keep[b, h, order[h][: share * BLOCK_SIZE]] = True

@@ -65,16 +65,16 @@ def _sample(inputs: Inputs, outputs: Outputs) -> Outputs:
 
 
 def _truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
-    found = []
+    parts = []
     for b, h in sampled(inputs):
         where = slots(inputs, b, h)
         k, v = (inputs[name].flatten(0, 1)[where] for name in ("k_cache", "v_cache"))
         options = {"causal": True, "window": inputs["window"], "softcap": inputs["softcap"]}
         score_from = 0 if inputs["reduce"] else None
-        one = truth.attention(_queries(inputs, b, h), k, v, dtype, score_from=score_from, **options)
-        found.append(one | {"scores": inputs["scores"].flatten()[where] + one["scores"]})
-    out, lse = (torch.stack([one[name] for one in found]) for name in ("out", "lse"))
-    return (out, lse, torch.cat([one["scores"] for one in found])) if inputs["reduce"] else (out, lse)
+        part = truth.attention(_queries(inputs, b, h), k, v, dtype, score_from=score_from, **options)
+        parts.append(part | {"scores": inputs["scores"].flatten()[where] + part["scores"]})
+    out, lse = (torch.stack([part[name] for part in parts]) for name in ("out", "lse"))
+    return (out, lse, torch.cat([part["scores"] for part in parts])) if inputs["reduce"] else (out, lse)
 
 
 def _seen(inputs: Inputs, length: int) -> Tensor:

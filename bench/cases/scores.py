@@ -37,12 +37,12 @@ def _run(inputs: Inputs) -> Outputs:
 def _truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     start = inputs["query_start"]
     start = start + inputs["q"].shape[1] if start < 0 else start
-    found = []
+    parts = []
     for b, h in dense.heads(inputs):
         q, k = dense.of_group(inputs["q"][b], h, inputs["k"].shape[2], 1), inputs["k"][b, :, h]
         options = {"causal": True, "window": inputs["window"], "softcap": inputs["softcap"]}
-        found.append(truth.attention(q, k, k, dtype, score_from=start, score_reduce=inputs["reduce"], **options))
-    return (torch.stack([one["scores"] for one in found]),)
+        parts.append(truth.attention(q, k, k, dtype, score_from=start, score_reduce=inputs["reduce"], **options))
+    return (torch.stack([part["scores"] for part in parts]),)
 
 
 def _matrix(inputs: Inputs) -> Callable[[], Outputs]:

@@ -79,18 +79,18 @@ def _truth(names: tuple[str, ...]) -> Callable[[Inputs, torch.dtype], Outputs]:
     """Flat, in the order of the samples."""
 
     def oracle(inputs: Inputs, dtype: torch.dtype) -> Outputs:
-        kv_heads, found = inputs["k"].shape[1], []
+        kv_heads, parts = inputs["k"].shape[1], []
         for tokens, h in _compared(inputs):
             rows = {
                 name: dense.of_group(inputs[name][tokens], h, kv_heads, 1) for name in ("q", "dout") if name in inputs
             }
             k, v = inputs["k"][tokens, h], inputs["v"][tokens, h]
             options = {"causal": True, "window": inputs["window"], "softcap": inputs["softcap"]}
-            one = truth.attention(
+            part = truth.attention(
                 rows["q"], k, v, dtype, dout=rows.get("dout"), score_from=0 if "scores" in names else None, **options
             )
-            found.append(one | {"lse": one["lse"].mT})
-        return tuple(torch.cat([one[name].flatten() for one in found]) for name in names)
+            parts.append(part | {"lse": part["lse"].mT})
+        return tuple(torch.cat([part[name].flatten() for part in parts]) for name in names)
 
     return oracle
 
@@ -121,12 +121,12 @@ def _one_by_one(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         masks = [truth.visible(row, len(row), len(row), True, inputs["window"]) for row in rows]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = []
+        outputs = []
         for mask, *part in zip(masks, q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-            one = (x[None].transpose(1, 2) for x in part)
-            out = F.scaled_dot_product_attention(*one, mask, is_causal=mask is None, enable_gqa=True)
-            found.append(out[0].transpose(0, 1))
-        return torch.cat(found)
+            sequence = (x[None].transpose(1, 2) for x in part)
+            out = F.scaled_dot_product_attention(*sequence, mask, is_causal=mask is None, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
 
     return attend
 
@@ -201,14 +201,14 @@ def _scores_one_by_one(inputs: Inputs) -> Callable[[], Outputs]:
     group = q.shape[1] // k.shape[1]
 
     def call() -> Outputs:
-        found = []
+        outputs = []
         for tokens in _sequences(inputs):
             rows, keys = q[tokens].unflatten(1, (-1, group)), k[tokens]
             s = torch.einsum("qhgd,khd->hgqk", rows, keys).float() * q.shape[2] ** -0.5
             position = torch.arange(len(keys), device=q.device)
             seen = truth.visible(position, len(keys), len(keys), True, inputs["window"])
-            found.append(s.masked_fill(~seen, float("-inf")).softmax(-1).sum((1, 2)))
-        return (torch.cat(found, 1),)
+            outputs.append(s.masked_fill(~seen, float("-inf")).softmax(-1).sum((1, 2)))
+        return (torch.cat(outputs, 1),)
 
     return call
 

@@ -71,8 +71,8 @@ def _walk(inputs: Inputs, b: int, parents: list[int]) -> tuple[list[int], list[i
 def _draw(inputs: Inputs, b: int, node: int, weights: Tensor) -> int:
     groups = weights.split(GROUP_WIDTH)
     position = torch.tensor([node], device=weights.device)
-    one = inputs["seed"][b : b + 1], inputs["step"][b : b + 1]
-    group_race, race = race_exponentials(position, *one, len(groups), len(groups[0]))
+    state = inputs["seed"][b : b + 1], inputs["step"][b : b + 1]
+    group_race, race = race_exponentials(position, *state, len(groups), len(groups[0]))
     best = 0
     if len(groups) > 1:
         best = int((torch.stack([group.sum() for group in groups]) / group_race[0].double()).argmax())
@@ -111,9 +111,9 @@ def _random(
 
 def _guesses(best: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
     """Three of four guesses are right."""
-    other = torch.randint(vocab, best.shape, device=best.device, generator=generator)
+    replacement = torch.randint(vocab, best.shape, device=best.device, generator=generator)
     right = torch.rand(best.shape, device=best.device, generator=generator) < 0.75
-    return torch.where(right, best, other)
+    return torch.where(right, best, replacement)
 
 
 def _sampling(batch: int, device: torch.device) -> dict[str, Tensor]:

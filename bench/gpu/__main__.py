@@ -76,9 +76,12 @@ def run_phase(phase: str, setup: Setup, facts: dict[str, Any], fresh: bool) -> l
 
     def save() -> None:
         rows = [
-            {"phase": phase, "unit": one.unit, "status": one.status, "seconds": round(one.seconds, 1), "log": one.log}
-            | {name: one.counts()[name] for name in ("passed", "failed", "skipped")}
-            for one in outcomes.values()
+            {
+                **{"phase": phase, "unit": outcome.unit, "status": outcome.status},
+                **{"seconds": round(outcome.seconds, 1), "log": outcome.log},
+                **{name: outcome.counts()[name] for name in ("passed", "failed", "skipped")},
+            }
+            for outcome in outcomes.values()
         ]
         results.save(path, "gpu-units", facts, rows)
 
@@ -121,7 +124,9 @@ def _write(phase: str, setup: Setup, facts: dict[str, Any], outcomes: Sequence[O
     results.save(setup.out / f"{phase}.json", f"gpu-{phase}", facts, rows)
     if phase in MERGED:
         name, kind = MERGED[phase]
-        parts = [results.load(setup.part(phase, one.unit)) for one in outcomes if setup.part(phase, one.unit).exists()]
+        parts = [
+            results.load(setup.part(phase, unit.unit)) for unit in outcomes if setup.part(phase, unit.unit).exists()
+        ]
         if parts:
             merged = [row for part in parts for row in part["rows"]]
             results.save(setup.out / name, kind, parts[0]["setting"] | {"commit": facts["commit"]}, merged)
@@ -137,10 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = setting(device)
     setup = Setup(device.type, arguments.out.absolute(), 60 * arguments.minutes, os.cpu_count() or 1)
     print(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None), flush=True)
-    found = {phase: run_phase(phase, setup, facts, arguments.fresh) for phase in arguments.phases}
-    for phase, outcomes in found.items():
+    by_phase = {phase: run_phase(phase, setup, facts, arguments.fresh) for phase in arguments.phases}
+    for phase, outcomes in by_phase.items():
         print(phase_summary(phase, outcomes, setup.out))
-    bad = [outcome for outcomes in found.values() for outcome in outcomes if not outcome.good]
+    bad = [outcome for outcomes in by_phase.values() for outcome in outcomes if not outcome.good]
     print(f"\n{'rehearsed on a CPU, no figure counts; ' if arguments.rehearse else ''}results: {arguments.out}")
     return 1 if bad else 0
 

@@ -194,9 +194,9 @@ def check_step(device: torch.device, dtype: torch.dtype, steps: int) -> str:
             replayed.between(number)
             with no_synchronisation(device):
                 expected = launched.step()
-            found = replay()
+            result = replay()
             accepted += int(expected[1].sum())
-            pairs = {"tokens": (expected[0], found[0]), "accepted": (expected[1], found[1])}
+            pairs = {"tokens": (expected[0], result[0]), "accepted": (expected[1], result[1])}
             pairs |= {name: (tensor, replayed.state()[name]) for name, tensor in launched.state().items()}
             wrong = [name for name, pair in pairs.items() if not same_bits(*pair)]
             if wrong:

@@ -118,8 +118,8 @@ def _sanitized(setup: Setup) -> Iterator[Unit]:
 def find_sanitizer() -> str | None:
     """compute-sanitizer, on the path or where the CUDA toolkit installs it."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
-    return found or shutil.which("compute-sanitizer", path=f"{home}/compute-sanitizer")
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
+    return program or shutil.which("compute-sanitizer", path=f"{home}/compute-sanitizer")
 
 
 def tune(setup: Setup) -> Iterator[Step]:

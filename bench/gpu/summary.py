@@ -53,17 +53,17 @@ def operators(out: Path) -> str:
             shares[row["op"]].append(row["of_roofline"])
         elif row["ratio"] is not None:
             peers[row["case"]].append(row["ratio"])
-    for case, found in peers.items():
-        ratios[operator[case]].append(min(found))
+    for case, peer_ratios in peers.items():
+        ratios[operator[case]].append(min(peer_ratios))
     cells = [
         [
             op,
-            str(len(found)),
-            f"{statistics.median(found):.0%}",
-            f"{min(found):.0%}",
+            str(len(of_roofline)),
+            f"{statistics.median(of_roofline):.0%}",
+            f"{min(of_roofline):.0%}",
             *([f"{statistics.median(ratios[op]):.2f}", f"{min(ratios[op]):.2f}"] if ratios[op] else ["", ""]),
         ]
-        for op, found in shares.items()
+        for op, of_roofline in shares.items()
     ]
     headers = ["operator", "cases", "of roofline", "least", "x fastest peer", "least"]
     return f"{render(cells, headers, 'simple')}\n  {path}"

@@ -103,7 +103,7 @@ def kept(result: Result) -> Kept:
     rows = result["rows"]
     full = {row["unit"]: row for row in rows if row["policy"] == "full"}
     compressed = [row for row in rows if row["policy"] != "full"]
-    found = Kept(
+    study = Kept(
         forms=list(dict.fromkeys(map(form_of, sorted(compressed, key=lambda row: row["policy"])))),
         default={form_of(row) for row in compressed if row["default"]},
         ratios=sorted({row["ratio"] for row in compressed}),
@@ -114,54 +114,54 @@ def kept(result: Result) -> Kept:
     whole = [
         {form for form, _ in those}
         for those in measured.values()
-        if any(all((form, ratio) in those for ratio in found.ratios) for form in found.forms)
+        if any(all((form, ratio) in those for ratio in study.ratios) for form in study.forms)
     ]
-    behind = [form for form in found.forms if any(form not in there for there in whole)]
-    found.forms = [form for form in found.forms if form not in behind]
-    found.default -= set(behind)
-    found.left_out = list(dict.fromkeys(form.policy for form in behind))
-    everything = {(form, ratio) for form in found.forms for ratio in found.ratios}
+    behind = [form for form in study.forms if any(form not in there for there in whole)]
+    study.forms = [form for form in study.forms if form not in behind]
+    study.default -= set(behind)
+    study.left_out = list(dict.fromkeys(form.policy for form in behind))
+    everything = {(form, ratio) for form in study.forms for ratio in study.ratios}
     for unit, members in by_unit.items():
         if measured[unit] >= everything:
-            found.rows += [row for row in members if form_of(row) in found.forms]
+            study.rows += [row for row in members if form_of(row) in study.forms]
         elif members:
-            found.left_out.append(unit)
-    if not found.rows or not found.forms:
+            study.left_out.append(unit)
+    if not study.rows or not study.forms:
         raise ValueError("quality: expected units measured for every policy and ratio, got none; next step: go on")
-    texts = [row for row in found.rows if row["setting"] == TEXT]
-    found.main = label_of(texts[0]) if texts else ""
-    _add_texts(found, texts, full)
-    _add_answers(found, [row for row in found.rows if row["setting"] != TEXT], full)
+    texts = [row for row in study.rows if row["setting"] == TEXT]
+    study.main = label_of(texts[0]) if texts else ""
+    _add_texts(study, texts, full)
+    _add_answers(study, [row for row in study.rows if row["setting"] != TEXT], full)
     order = {setting: place for place, setting in enumerate(SETTINGS)}
-    found.tasks = sorted(dict.fromkeys(task for _, _, task in found.shares), key=lambda task: order[task.setting])
-    return found
+    study.tasks = sorted(dict.fromkeys(task for _, _, task in study.shares), key=lambda task: order[task.setting])
+    return study
 
 
-def _add_texts(found: Kept, rows: Iterable[Row], full: dict[str, Row]) -> None:
+def _add_texts(study: Kept, rows: Iterable[Row], full: dict[str, Row]) -> None:
     perplexity: dict[tuple[str, Form, int], list[float]] = {}
     agreement: dict[tuple[Form, int], list[float]] = {}
     for row in rows:
         form, ratio, label = form_of(row), row["ratio"], label_of(row)
         perplexity.setdefault((label, form, ratio), []).append(math.exp(full[row["unit"]]["nll"] - row["nll"]))
-        if label == found.main:
+        if label == study.main:
             agreement.setdefault((form, ratio), []).append(row["top1"])
     for (label, form, ratio), shares in perplexity.items():
-        found.texts.setdefault(label, {})[form, ratio] = mean(shares)
-        if label == found.main:
-            found.shares[form, ratio, Task(TEXT, PERPLEXITY)] = mean(shares)
+        study.texts.setdefault(label, {})[form, ratio] = mean(shares)
+        if label == study.main:
+            study.shares[form, ratio, Task(TEXT, PERPLEXITY)] = mean(shares)
     for (form, ratio), shares in agreement.items():
-        found.shares[form, ratio, Task(TEXT, AGREEMENT)] = mean(shares)
+        study.shares[form, ratio, Task(TEXT, AGREEMENT)] = mean(shares)
 
 
-def _add_answers(found: Kept, rows: Iterable[Row], full: dict[str, Row]) -> None:
+def _add_answers(study: Kept, rows: Iterable[Row], full: dict[str, Row]) -> None:
     answers: dict[tuple[Form, int, Task], list[int]] = {}
     for row in rows:
         for name, right in row["right"].items():
             answers.setdefault((form_of(row), row["ratio"], Task(row["setting"], name)), []).extend(right)
-    found.shares |= {key: mean(right) for key, right in answers.items()}
+    study.shares |= {key: mean(right) for key, right in answers.items()}
     counted: dict[Task, list[int]] = {}
     for row in full.values():
         for name, right in row.get("right", {}).items():
-            if row["unit"] not in found.left_out:
+            if row["unit"] not in study.left_out:
                 counted.setdefault(Task(row["setting"], name), []).extend(right)
-    found.answered = {task: (sum(right), len(right)) for task, right in counted.items()}
+    study.answered = {task: (sum(right), len(right)) for task, right in counted.items()}

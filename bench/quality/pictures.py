@@ -19,26 +19,26 @@ TITLES = {TEXT: "Text that follows", BEFORE: "Questions read before eviction", A
 
 def curves(result: Result) -> Any:
     """A panel overall and one for each setting. The best policies overall are named and coloured, the others grey."""
-    found, plt = kept(result), pyplot()
-    shown = (None, *found.settings)
+    answers, plt = kept(result), pyplot()
+    shown = (None, *answers.settings)
     figure, grid = _panels(plt, len(shown), sharey=True)
-    forms = [form for form in found.forms if form in found.default]
-    forms.sort(key=lambda form: mean(found.overall(form, ratio) for ratio in found.ratios), reverse=True)
+    forms = [form for form in answers.forms if form in answers.default]
+    forms.sort(key=lambda form: mean(answers.overall(form, ratio) for ratio in answers.ratios), reverse=True)
     named, others = forms[: len(PALETTE)], forms[len(PALETTE) :]
     for axes, setting in zip(grid, shown, strict=True):
         for form in others:
-            axes.plot(found.ratios, _percent(found, form, setting), color=FAINT, linewidth=1)
+            axes.plot(answers.ratios, _percent(answers, form, setting), color=FAINT, linewidth=1)
         ends = []
         for form, color in zip(named, PALETTE, strict=False):
-            shares = _percent(found, form, setting)
+            shares = _percent(answers, form, setting)
             style = "o-" if form.ragged else "s--"
-            axes.plot(found.ratios, shares, style, color=color, markersize=4, linewidth=1.5)
+            axes.plot(answers.ratios, shares, style, color=color, markersize=4, linewidth=1.5)
             ends.append((shares[-1], form.policy + ("" if form.ragged else ", equal heads"), color))
-        label_ends(axes, found.ratios[-1], ends)
+        label_ends(axes, answers.ratios[-1], ends)
         axes.axhline(100, color=LINE, linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(found.ratios, [f"{ratio}x" for ratio in found.ratios])
-        axes.set_xlim(found.ratios[0] / 1.15, found.ratios[-1] * 3.8)
+        axes.set_xticks(answers.ratios, [f"{ratio}x" for ratio in answers.ratios])
+        axes.set_xlim(answers.ratios[0] / 1.15, answers.ratios[-1] * 3.8)
         axes.set_ylim(0, 107)
         axes.minorticks_off()
         axes.set_title(TITLES.get(setting or "", "Overall: the mean of the others"), loc="left")
@@ -54,15 +54,15 @@ def curves(result: Result) -> Any:
 
 def ragged(result: Result) -> Any:
     """Equal heads to the right, ragged ones upwards: a point above the diagonal is a gain."""
-    found, plt = kept(result), pyplot()
-    shown = (None, *found.settings)
+    study, plt = kept(result), pyplot()
+    shown = (None, *study.settings)
     figure, grid = _panels(plt, len(shown), sharey=True, sharex=True)
-    colors = plt.get_cmap("viridis")(numpy.linspace(0, 0.92, len(found.ratios)))
+    colors = plt.get_cmap("viridis")(numpy.linspace(0, 0.92, len(study.ratios)))
     for axes, setting in zip(grid, shown, strict=True):
-        for color, ratio in zip(colors, found.ratios, strict=True):
+        for color, ratio in zip(colors, study.ratios, strict=True):
             points = [
-                [100 * found.of(Form(policy, kind), ratio, setting) for kind in (False, True)]
-                for policy in found.pairs()
+                [100 * study.of(Form(policy, kind), ratio, setting) for kind in (False, True)]
+                for policy in study.pairs()
             ]
             axes.plot(*zip(*points, strict=True), "o", color=color, label=f"{ratio}x", alpha=0.8, markeredgewidth=0)
         axes.axline((0, 0), slope=1, color=LINE, linewidth=0.8)
@@ -77,11 +77,11 @@ def ragged(result: Result) -> Any:
 
 def heads(result: Result) -> Any:
     """The length of every head's list on the first text that counts, for every policy with ragged heads."""
-    found = kept(result)
+    study = kept(result)
     maps = {
         form_of(row).policy: row["lengths"]
-        for row in reversed(found.rows)
-        if "lengths" in row and form_of(row).ragged and label_of(row) == found.main
+        for row in reversed(study.rows)
+        if "lengths" in row and form_of(row).ragged and label_of(row) == study.main
     }
     if not maps:
         return None
@@ -118,5 +118,5 @@ def _panels(plt: Any, count: int, **options: Any) -> tuple[Any, list[Any]]:
     return figure, list(grid.flat[:count])
 
 
-def _percent(found: Kept, form: Form, setting: str | None) -> list[float]:
-    return [100 * found.of(form, ratio, setting) for ratio in found.ratios]
+def _percent(study: Kept, form: Form, setting: str | None) -> list[float]:
+    return [100 * study.of(form, ratio, setting) for ratio in study.ratios]

@@ -46,7 +46,7 @@ What by-heart adds to it was chosen on other contexts of the same kind, with oth
 
 def render(result: Result, source: Path, page: Path, pictures: Sequence[Path]) -> None:
     """Writes the page; ``source`` is the result's file."""
-    found = kept(result)
+    study = kept(result)
     size = SIZES[result["setting"]["size"]]
     link = Path(os.path.relpath(source, page.parent)).as_posix()
     shown = {path.stem.rpartition("-")[2]: Path(os.path.relpath(path, page.parent)).as_posix() for path in pictures}
@@ -60,118 +60,118 @@ def render(result: Result, source: Path, page: Path, pictures: Sequence[Path]) -
         "FILE` measures; a run that was stopped continues. [Compression](compression.md) is the guide.",
         table.setting_text(result["setting"]),
         "## In short",
-        "\n".join(f"- {line}" for line in summary(found)),
+        "\n".join(f"- {line}" for line in summary(study)),
         how,
         "## What is kept, by policy",
         _picture(shown, "curves", "What is kept against compression"),
         "Overall, in % of the full cache. Bold: the best of a column; *: the form that a policy has by default.\n\n"
-        f"{overall_table(found, 'pipe')}",
-        *(_by_task(found, ratio) for ratio in (4, 8, 64) if ratio in found.ratios),
+        f"{overall_table(study, 'pipe')}",
+        *(_by_task(study, ratio) for ratio in (4, 8, 64) if ratio in study.ratios),
         "## What ragged heads gain",
         _picture(shown, "ragged", "Ragged against equal heads at the same number of blocks"),
-        f"Percentage points that ragged heads keep beyond equal ones, at the same budget of blocks.\n\n{_gains(found)}",
+        f"Percentage points that ragged heads keep beyond equal ones, at the same budget of blocks.\n\n{_gains(study)}",
         _picture(shown, "heads", "Tokens that every head keeps"),
         "## Longer and shorter contexts",
-        f"Perplexity of the text that follows: the share kept, in %, default forms.\n\n{_contexts(found)}",
+        f"Perplexity of the text that follows: the share kept, in %, default forms.\n\n{_contexts(study)}",
         "## Blocks and time",
-        _memory(found),
+        _memory(study),
         "## What the full cache knows",
-        _answered(found),
+        _answered(study),
     ]
-    if found.left_out:
-        parts.append(f"Not measured to the end, and left out of everything above: {', '.join(found.left_out)}.")
+    if study.left_out:
+        parts.append(f"Not measured to the end, and left out of everything above: {', '.join(study.left_out)}.")
     page.parent.mkdir(parents=True, exist_ok=True)
     partial = page.with_name(page.name + ".partial")
     partial.write_text("\n\n".join(part for part in parts if part) + "\n")
     os.replace(partial, page)
 
 
-def overall_table(found: Kept, style: str = "simple") -> str:
+def overall_table(study: Kept, style: str = "simple") -> str:
     """Overall, in % of the full cache; bold is the best of a column, * the form that a policy has by default."""
-    best = {ratio: max(found.overall(form, ratio) for form in found.forms) for ratio in found.ratios}
+    best = {ratio: max(study.overall(form, ratio) for form in study.forms) for ratio in study.ratios}
     cells = []
-    for form in sorted(found.forms):
-        shares = [found.overall(form, ratio) for ratio in found.ratios]
+    for form in sorted(study.forms):
+        shares = [study.overall(form, ratio) for ratio in study.ratios]
         marked = [
             f"**{100 * share:.1f}**" if share == best[ratio] else f"{100 * share:.1f}"
-            for ratio, share in zip(found.ratios, shares, strict=True)
+            for ratio, share in zip(study.ratios, shares, strict=True)
         ]
-        cells.append([form.policy, form.heads + ("*" if form in found.default else ""), *marked])
-    return table.render(cells, ["policy", "heads", *(f"{ratio}x" for ratio in found.ratios)], style, left=2)
+        cells.append([form.policy, form.heads + ("*" if form in study.default else ""), *marked])
+    return table.render(cells, ["policy", "heads", *(f"{ratio}x" for ratio in study.ratios)], style, left=2)
 
 
-def summary(found: Kept) -> list[str]:
+def summary(study: Kept) -> list[str]:
     """The verdicts: goals, winners, what ragged heads gain, where it breaks."""
     lines = []
     for ratio, goal in GOALS:
-        if ratio in found.ratios:
-            form, share = found.best(ratio)
+        if ratio in study.ratios:
+            form, share = study.best(ratio)
             verdict = "met" if share >= goal else "**missed**"
             lines.append(f"{ratio}x smaller, {_name(form)} keeps {share:.1%}: the goal of {goal:.0%} is {verdict}.")
-    for setting in found.settings:
+    for setting in study.settings:
         winners = ", ".join(
             f"{_name(form)} at {ratio}x ({share:.0%})"
-            for ratio in found.ratios
-            for form, share in [found.best(ratio, setting)]
+            for ratio in study.ratios
+            for form, share in [study.best(ratio, setting)]
         )
         lines.append(f"Best for {_NAMES[setting]}: {winners}.")
-    return [*lines, *_reading(found), *_ragged_verdict(found), *_breaks(found)]
+    return [*lines, *_reading(study), *_ragged_verdict(study), *_breaks(study)]
 
 
-def _reading(found: Kept) -> list[str]:
+def _reading(study: Kept) -> list[str]:
     """What a recital costs: it is a second reading, of longer rows."""
     taken: dict[str, list[float]] = {}
-    for row in found.rows:
+    for row in study.rows:
         if row["setting"] == TEXT and "reading" in row:
             taken.setdefault(row["policy"], []).append(row["reading"])
-    each = "; ".join(
+    settings = "; ".join(
         f"{policy} {median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
         for policy, times in sorted(taken.items())
     )
-    return [f"What a recital costs, reading a prompt with it as a multiple of reading it: {each}."] if taken else []
+    return [f"What a recital costs, reading a prompt with it as a multiple of reading it: {settings}."] if taken else []
 
 
-def _ragged_verdict(found: Kept) -> list[str]:
-    pairs = found.pairs()
+def _ragged_verdict(study: Kept) -> list[str]:
+    pairs = study.pairs()
     if not pairs:
         return []
-    gains = {(policy, ratio): found.gain(policy, ratio) for policy in pairs for ratio in found.ratios}
+    gains = {(policy, ratio): study.gain(policy, ratio) for policy in pairs for ratio in study.ratios}
     better = sum(gain > 0.005 for gain in gains.values())
     worse = sum(gain < -0.005 for gain in gains.values())
     average = mean(gains.values())
     verb = "gain" if average >= 0 else "lose"
     by_setting = ", ".join(
-        f"{_NAMES[setting]} {_points(mean(found.gain(policy, ratio, setting) for policy, ratio in gains))}"
-        for setting in found.settings
+        f"{_NAMES[setting]} {_points(mean(study.gain(policy, ratio, setting) for policy, ratio in gains))}"
+        for setting in study.settings
     )
     most, least = max(gains, key=lambda key: gains[key]), min(gains, key=lambda key: gains[key])
     beside = ", ".join(
-        f"{found.best(ratio, ragged=True)[1]:.0%} beside {found.best(ratio, ragged=False)[1]:.0%} at {ratio}x"
-        for ratio in found.ratios
+        f"{study.best(ratio, ragged=True)[1]:.0%} beside {study.best(ratio, ragged=False)[1]:.0%} at {ratio}x"
+        for ratio in study.ratios
     )
     return [
         f"The best policy with ragged heads beside the best with equal ones: {beside}.",
         f"At the same number of blocks, ragged heads {verb} {abs(100 * average):.1f} points on average over "
-        f"{len(pairs)} policies and {len(found.ratios)} ratios, {by_setting}: better in {better} of {len(gains)}, "
+        f"{len(pairs)} policies and {len(study.ratios)} ratios, {by_setting}: better in {better} of {len(gains)}, "
         f"worse in {worse}, within half a point in {len(gains) - better - worse}.",
         f"The most they gain is {_points(gains[most])} ({most[0]} at {most[1]}x), the least {_points(gains[least])} "
         f"({least[0]} at {least[1]}x).",
     ]
 
 
-def _breaks(found: Kept) -> list[str]:
+def _breaks(study: Kept) -> list[str]:
     lines = []
-    for setting in found.settings if len(found.ratios) > 1 else ():
-        broken = next((ratio for ratio in found.ratios if found.best(ratio, setting)[1] < BROKEN), None)
-        low, high = found.ratios[0], found.ratios[-1]
-        end = f"from {found.best(low, setting)[1]:.0%} at {low}x to {found.best(high, setting)[1]:.0%} at {high}x"
+    for setting in study.settings if len(study.ratios) > 1 else ():
+        broken = next((ratio for ratio in study.ratios if study.best(ratio, setting)[1] < BROKEN), None)
+        low, high = study.ratios[0], study.ratios[-1]
+        end = f"from {study.best(low, setting)[1]:.0%} at {low}x to {study.best(high, setting)[1]:.0%} at {high}x"
         says = f"the best policy falls {end}"
         says += f" and below {BROKEN:.0%} at {broken}x" if broken else f" and never below {BROKEN:.0%}"
         lines.append(f"Where it breaks, {_NAMES[setting]}: {says}.")
-    ratio = 8 if 8 in found.ratios else found.ratios[-1]
-    form, _ = found.best(ratio)
-    hardest = min(found.tasks, key=lambda task: found.shares[form, ratio, task])
-    share = found.shares[form, ratio, hardest]
+    ratio = 8 if 8 in study.ratios else study.ratios[-1]
+    form, _ = study.best(ratio)
+    hardest = min(study.tasks, key=lambda task: study.shares[form, ratio, task])
+    share = study.shares[form, ratio, hardest]
     lines.append(f"What {_name(form)}, the best overall at {ratio}x, keeps least of: {_task(hardest)} ({share:.0%}).")
     return lines
 
@@ -192,51 +192,59 @@ def _picture(shown: dict[str, str], name: str, title: str) -> str:
     return f"![{title}]({shown[name]})" if name in shown else ""
 
 
-def _by_task(found: Kept, ratio: int) -> str:
-    best = {task: max(found.shares[form, ratio, task] for form in found.default) for task in found.tasks}
+def _by_task(study: Kept, ratio: int) -> str:
+    best = {task: max(study.shares[form, ratio, task] for form in study.default) for task in study.tasks}
     cells = []
-    for form in sorted(found.default):
-        shares = [(found.shares[form, ratio, task], best[task]) for task in found.tasks]
+    for form in sorted(study.default):
+        shares = [(study.shares[form, ratio, task], best[task]) for task in study.tasks]
         cells.append(
-            [form.policy, *(f"**{100 * one:.0f}**" if one == top > 0 else f"{100 * one:.0f}" for one, top in shares)]
+            [
+                form.policy,
+                *(f"**{100 * share:.0f}**" if share == top > 0 else f"{100 * share:.0f}" for share, top in shares),
+            ]
         )
     text = f"### {ratio}x, task by task\n\nDefault forms, in % of the full cache."
-    return f"{text}\n\n{table.render(cells, ['policy', *map(_task, found.tasks)], 'pipe')}"
+    return f"{text}\n\n{table.render(cells, ['policy', *map(_task, study.tasks)], 'pipe')}"
 
 
-def _gains(found: Kept) -> str:
-    pairs = found.pairs()
-    cells = [[policy, *(_points(found.gain(policy, ratio)) for ratio in found.ratios)] for policy in sorted(pairs)]
-    cells.append(["**mean**", *(_points(mean(found.gain(one, ratio) for one in pairs)) for ratio in found.ratios)])
-    for setting in found.settings:
-        means = [mean(found.gain(one, ratio, setting) for one in pairs) for ratio in found.ratios]
+def _gains(study: Kept) -> str:
+    pairs = study.pairs()
+    cells = [[policy, *(_points(study.gain(policy, ratio)) for ratio in study.ratios)] for policy in sorted(pairs)]
+    cells.append(
+        [
+            "**mean**",
+            *(_points(mean(study.gain(pair, ratio) for pair in pairs)) for ratio in study.ratios),
+        ]
+    )
+    for setting in study.settings:
+        means = [mean(study.gain(pair, ratio, setting) for pair in pairs) for ratio in study.ratios]
         cells.append([f"mean, {_NAMES[setting]}", *map(_points, means)])
-    return table.render(cells, ["policy", *(f"{ratio}x" for ratio in found.ratios)], "pipe")
+    return table.render(cells, ["policy", *(f"{ratio}x" for ratio in study.ratios)], "pipe")
 
 
-def _labels(found: Kept) -> list[str]:
+def _labels(study: Kept) -> list[str]:
     """Of the texts, from short to long."""
-    return sorted(found.texts, key=lambda label: next(row["length"] for row in found.rows if label_of(row) == label))
+    return sorted(study.texts, key=lambda label: next(row["length"] for row in study.rows if label_of(row) == label))
 
 
-def _contexts(found: Kept) -> str:
-    ratios = [ratio for ratio in found.ratios if ratio <= 16]
-    columns = [(label, ratio) for label in _labels(found) for ratio in ratios]
+def _contexts(study: Kept) -> str:
+    ratios = [ratio for ratio in study.ratios if ratio <= 16]
+    columns = [(label, ratio) for label in _labels(study) for ratio in ratios]
     cells = [
-        [form.policy, *(f"{100 * found.texts[label][form, ratio]:.0f}" for label, ratio in columns)]
-        for form in sorted(found.default)
+        [form.policy, *(f"{100 * study.texts[label][form, ratio]:.0f}" for label, ratio in columns)]
+        for form in sorted(study.default)
     ]
     headers = ["policy", *(f"{label.removeprefix('text ')}, {ratio}x" for label, ratio in columns)]
     return table.render(cells, headers, "pipe")
 
 
-def _memory(found: Kept) -> str:
+def _memory(study: Kept) -> str:
     """Blocks in use and time of a step, median over policies (those that were timed), for every length of text."""
-    texts = [row for row in found.rows if row["setting"] == TEXT]
+    texts = [row for row in study.rows if row["setting"] == TEXT]
     timed = [row for row in texts if "ms" in row]
     cells = []
-    for label in _labels(found):
-        for ratio in found.ratios:
+    for label in _labels(study):
+        for ratio in study.ratios:
             rows = [row for row in texts if label_of(row) == label and row["ratio"] == ratio]
             line = [label.removeprefix("text "), f"{ratio}x", str(rows[0]["full_blocks"])]
             for kind in (True, False):
@@ -262,9 +270,9 @@ def _memory(found: Kept) -> str:
     return f"{text}\n\n{table.render(cells, headers, 'pipe', left=2)}"
 
 
-def _answered(found: Kept) -> str:
-    failed = [_task(task) for task, (right, _) in found.answered.items() if not right]
-    cells = [[_task(task), str(right), str(asked)] for task, (right, asked) in found.answered.items()]
+def _answered(study: Kept) -> str:
+    failed = [_task(task) for task, (right, _) in study.answered.items() if not right]
+    cells = [[_task(task), str(right), str(asked)] for task, (right, asked) in study.answered.items()]
     body = table.render(cells, ["task", "right", "asked"], "pipe")
     text = "Only answers that the full cache gets right are counted above."
     if failed:

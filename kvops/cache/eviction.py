@@ -167,8 +167,8 @@ class Evictor:
 
     def _grouped(self, per_list: Tensor, groups: int) -> Tensor:
         """``[layers, B', heads, ...]`` as ``[B' * groups, lists of a group, ...]``, lists layer by layer."""
-        layers, batch, heads, *rest = per_list.shape
-        return per_list.transpose(0, 1).reshape(batch * groups, layers * heads // groups, *rest)
+        layers, batch, heads, *trailing = per_list.shape
+        return per_list.transpose(0, 1).reshape(batch * groups, layers * heads // groups, *trailing)
 
     def _by_layer(self, per_list: Tensor) -> Tensor:
         """The inverse of :meth:`_grouped`: ``[layers, B', heads]``."""

@@ -107,9 +107,9 @@ def restore(cache: PagedKVCache, tensors: dict[str, Tensor]) -> None:
     shapes |= dict.fromkeys(("prefix_keys", "prefix_parents"), (prefixes, KEY_BYTES))
     shapes |= {"prefix_blocks": (prefixes, cache.num_layers, cache.num_kv_heads)}
     for name, shape in shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shape:
-            raise ValueError(f"path: expected {name} of shape {list(shape)} in the file, got {found and list(found)}")
+        actual = tuple(tensors[name].shape) if name in tensors else None
+        if actual != shape:
+            raise ValueError(f"path: expected {name} of shape {list(shape)} in the file, got {actual and list(actual)}")
     lens, tables, prefix_blocks = (tensors[name] for name in ("seq_lens", "block_tables", "prefix_blocks"))
     if not bool(((lens >= 0) & (lens <= cache.max_tokens)).all()):
         raise ValueError(f"path: expected lengths from 0 to {cache.max_tokens} in the file, got others")

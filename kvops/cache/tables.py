@@ -204,9 +204,9 @@ class HeadBlocks:
         checks.expect_shape("block_tables", block_tables, "[B, Hkv, max_blocks]", *seq_lens.shape, None)
         ragged = (seq_lens != seq_lens[:, :1]).any(1).nonzero().flatten().tolist()
         if ragged:
-            found = seq_lens[ragged[0]].tolist()
+            lengths = seq_lens[ragged[0]].tolist()
             raise ValueError(
-                f"seq_lens: expected heads of one length, got {min(found)} to {max(found)} slots in sequence "
+                f"seq_lens: expected heads of one length, got {min(lengths)} to {max(lengths)} slots in sequence "
                 f"{ragged[0]}: pages cannot hold ragged heads; attend with kvops.paged_attention, or give every head a "
                 "sequence of its own (to_flashinfer of both arguments flattened, with pages of one head)"
             )

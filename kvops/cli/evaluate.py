@@ -133,8 +133,8 @@ def _imported(name: str) -> Any:
         if module_name == "kvpress":
             require("kvpress")
         raise ValueError(f"--policy: expected module:Class, got {name!r}: {error}") from error
-    found = getattr(module, attribute, None)
-    made = found() if isinstance(found, type) else found
+    named = getattr(module, attribute, None)
+    made = named() if isinstance(named, type) else named
     bases = [kind.__name__ for kind in type(made).__mro__]
     if not isinstance(made, Policy) and "BasePress" not in bases:
         raise ValueError(

@@ -80,7 +80,7 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
 def expect_effect(arguments: argparse.Namespace) -> None:
     """Raise ValueError for an option that has no effect without another one, which is missing."""
     for name, (others, needed) in _NEEDS.items():
-        if getattr(arguments, name, None) is not None and not any(getattr(arguments, other) for other in others):
+        if getattr(arguments, name, None) is not None and not any(getattr(arguments, sibling) for sibling in others):
             raise ValueError(f"--{name.replace('_', '-')}: expected along with {needed}")
 
 

@@ -138,7 +138,7 @@ def recite(
     lens = cache.seq_lens[:, row].tolist()
     width = max(map(max, lens))
     shape = 2, 1, cache.num_kv_heads, width
-    found = [Recited(*torch.zeros(shape, dtype=torch.float32, device=cache.device)) for _ in lens]
+    recited = [Recited(*torch.zeros(shape, dtype=torch.float32, device=cache.device)) for _ in lens]
     for read, chunk in recital.passes(tokens, model.config.max_positions - length, start):
         positions = length + torch.arange(read.shape[1], dtype=torch.int32, device=cache.device)[None]
         judged = slice(width - length + chunk.start, width - length + chunk.stop)
@@ -160,13 +160,13 @@ def recite(
                 )
                 # The whole recital comes after the chunk: there is nothing to mask.
                 pair = q[:, :, heads], keys[:, judged, own], lse
-                largest, total = found[layer]
+                largest, total = recited[layer]
                 largest[:, own, judged] = attention_scores(*pair, reduce="max", group="max", **options)
                 total[:, own, judged] = attention_scores(*pair, **options)
             return out
 
         model(read, positions, attend)
-    return found
+    return recited
 
 
 def _expect_no_window(window_left: int, num_tokens: int) -> None:

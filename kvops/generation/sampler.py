@@ -46,25 +46,25 @@ class Sampler:
     ) -> None:
         heat = one_each("temperature", temperature, batch)
         seeds = checks.ints("seed", one_each("seed", seed, batch, 1))
-        if not all(-(2**63) <= each < 2**63 for each in seeds):
+        if not all(-(2**63) <= number < 2**63 for number in seeds):
             raise ValueError(f"seed: expected int64 numbers, got {seed}")
         if not all(0 <= value < float("inf") for value in heat):
             raise ValueError(f"temperature: expected finite numbers of at least 0, got {temperature}")
         self.temperature = torch.tensor(heat, dtype=torch.float32, device=device) if any(heat) else None
         self.seed = torch.tensor(seeds, dtype=torch.int64, device=device)
         self._filters: dict[str, Any] = {}
-        one = torch.zeros(1, 1, vocab, dtype=torch.float32)
+        logits = torch.zeros(1, 1, vocab, dtype=torch.float32)
         for name, value in (filters or {}).items():
             if value is None:
                 continue
             values = one_each(name, value, batch)
             for number in set(values):
-                process_logits(one[..., :1], **{name: number})  # raises for a value out of range
+                process_logits(logits[..., :1], **{name: number})  # raises for a value out of range
             # One number for all requests stays a number: top-k is cheaper if its largest value is known on the host.
             same, kind = len(set(values)) == 1, torch.int64 if name == "top_k" else torch.float32
             self._filters[name] = values[0] if same else torch.tensor(values, dtype=kind, device=device)
         if bad_words:
-            process_logits(one, bad_words=bad_words)
+            process_logits(logits, bad_words=bad_words)
             self._filters["bad_words"] = bad_words
         self.needs_text = bool(bad_words) or any("penalty" in name for name in self._filters)
         if self.needs_text:
@@ -126,7 +126,7 @@ class Sampler:
 def one_each(name: str, value: object, batch: int, stride: int = 0) -> list:
     """``value`` as one for each request; a single number grows by ``stride`` from one to the next."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if not all(isinstance(each, Real) for each in (value if isinstance(value, Sequence) else (value,))):
+    if not all(isinstance(number, Real) for number in (value if isinstance(value, Sequence) else (value,))):
         raise TypeError(f"{name}: expected a number, or one for each prompt, got {value!r}")
     if isinstance(value, Sequence):
         if len(value) != batch:

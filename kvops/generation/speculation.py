@@ -149,10 +149,10 @@ class LookupDrafter:
     def propose(self, text: Tensor, lens: Tensor, running: Tensor, wanted: Sequence[int]) -> Drafts:
         limit = torch.tensor(wanted, dtype=torch.int32, device=text.device)
         if self.width == 1:
-            tokens, found = prompt_lookup(
+            tokens, draft_lens = prompt_lookup(
                 text, lens, num_draft=self.num_draft, min_ngram=self.min_ngram, max_ngram=self.max_ngram
             )
-            drafts = Drafts(tokens, torch.minimum(found, limit))
+            drafts = Drafts(tokens, torch.minimum(draft_lens, limit))
         else:
             drafts = self._branches(text, lens, limit)
         if text.device.type != "cpu":  # on a GPU every step has the same shape

@@ -94,13 +94,13 @@ def load(
         desc=f"Loading {name}", unit="B", unit_scale=True, leave=False, disable=None if progress else True
     ) as bar:
         if path.is_dir():
-            config, found = hf.read_config(path), hf.find_weights(path)
-            config = hf.tie_as_stored(config, found)
+            config, checkpoint = hf.read_config(path), hf.find_weights(path)
+            config = hf.tie_as_stored(config, checkpoint)
             tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
-            wanted = _expect_weights(config, found.shapes, path)
-            hf.check_frequencies(found, config)
-            stored = hf.read_weights(found, wanted)
-            size = sum(file.stat().st_size for file in set(found.files.values()))
+            wanted = _expect_weights(config, checkpoint.shapes, path)
+            hf.check_frequencies(checkpoint, config)
+            stored = hf.read_weights(checkpoint, wanted)
+            size = sum(file.stat().st_size for file in set(checkpoint.files.values()))
         else:
             file = gguf.GGUFFile(path)
             config, tokenizer = gguf.read_config(file), Tokenizer.from_gguf(file.metadata)
@@ -137,8 +137,8 @@ def find_default_model() -> Path:
 def _only_gguf_in(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "neither"
-        raise FileNotFoundError(f"{folder}: expected config.json or exactly one .gguf file in this folder, got {found}")
+        names = ", ".join(file.name for file in files) or "neither"
+        raise FileNotFoundError(f"{folder}: expected config.json or exactly one .gguf file in this folder, got {names}")
     return files[0]
 
 

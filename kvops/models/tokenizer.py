@@ -211,9 +211,9 @@ class TextStream:
     def finish(self) -> str:
         """The text that is held back at the end. The stream can then decode another text."""
         text = self._tokenizer.decode(self._ids, skip_special=self._skip_special)
-        rest = text[len(self._shown) :]
+        remaining = text[len(self._shown) :]
         self._ids, self._num_shown, self._shown = [], 0, ""
-        return rest
+        return remaining
 
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")

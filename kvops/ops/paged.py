@@ -100,13 +100,13 @@ def _define_with_numbers(overload: object, function: object) -> None:
     The mixed overloads come first: torch would convert a tensor of one element to a number, which reads it back.
     """
     schema = str(schema_of(overload)).removeprefix("kvops::")
-    name, rest = schema.split("(", 1)
+    name, signature = schema.split("(", 1)
     for kind, scales in (
         ("k_scale_number", ("k_scale",)),
         ("v_scale_number", ("v_scale",)),
         ("scale_number", ("k_scale", "v_scale")),
     ):
-        arguments = rest
+        arguments = signature
         for scale in scales:
             arguments = arguments.replace(f"Tensor? {scale}=None", f"float? {scale}=None")
         LIBRARY.define(f"{name}.{kind}({arguments}")

@@ -70,13 +70,13 @@ def _call_key(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     """The key of a call in the cache: shapes, dtypes, devices, strides, numbers and ``requires_grad``, but no data.
     ``args`` begins with the given number of tensors."""
     first = args[:tensors]
-    found = [torch.is_grad_enabled(), *map(_facts, first), *map(_strides, first), *kwargs]
+    facts = [torch.is_grad_enabled(), *map(_facts, first), *map(_strides, first), *kwargs]
     for value in (*args[tensors:], *kwargs.values()):
         if isinstance(value, torch.Tensor):
-            found += _facts(value), value.stride()
+            facts += _facts(value), value.stride()
         else:
-            found.append(value)
-    return tuple(found)
+            facts.append(value)
+    return tuple(facts)
 
 
 class _Operator:
