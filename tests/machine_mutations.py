@@ -89,10 +89,12 @@ def replay(target: str, count: int) -> tuple[int, list[str]]:
     Returns how many still stand in the same code, and those of them that nothing noticed.
     """
     necessary: dict[str, dict[str, Any]] = {}
+    place: Counter[str] = Counter()
     path = FOLDER / f"mutations-{target}.json"
     for row in json.loads(path.read_text()) if path.exists() else ():
         if row["caught"] not in (NOTHING, NOT_RUN):
-            necessary.setdefault(row["kernel"], row)
+            necessary.setdefault(row["kernel"], {**row, "place": place[row["kernel"]]})
+        place[row["kernel"]] += 1
     chosen = list(necessary.values())
     played, missed = 0, []
     for row in chosen[:: max(1, len(chosen) // count)][:count]:
@@ -100,9 +102,8 @@ def replay(target: str, count: int) -> tuple[int, list[str]]:
         execution = next(e for e in machine.executions if e.kernel == row["kernel"])
         if identity(execution) != row["code"]:
             continue
-        site = next(
-            s for s in sites(execution) if all(s[name] == row[name] for name in ("instruction", "number", "line"))
-        )
+        # Lines move with the source; the rows of a kernel stand in the order of its code.
+        site = sites(execution)[row["place"]]
         played += 1
         limit = 20 * max(e.instructions for e in machine.executions) + 100_000
         if mutate(row["case"], target, row["kernel"], site["index"], limit) == NOTHING:
