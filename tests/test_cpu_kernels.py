@@ -15,7 +15,8 @@ from kvops import checks
 
 pytest.importorskip("numba")
 
-from kvops.kernels.cpu import elements, jit, threads
+from kvops.kernels.cpu import elements, jit, linear, threads
+from kvops.models.linear import Linear
 
 
 def call(lists, q):
@@ -196,6 +197,38 @@ def test_powers_of_two_err_by_less_than_two_units_in_the_last_place():
     special = torch.tensor([-math.inf, -200.0, -127.5, math.nan])
     assert [elements.exp2(value) for value in special.numpy()][:3] == [0.0, 0.0, 0.0]
     assert math.isnan(elements.exp2(special.numpy()[3]))
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(40, 32), (4, 16), (2048, 96), (36, 1536)])
+def test_products_of_few_rows_have_the_same_bits_whatever_stands_beside_a_row(out_features, in_features, two_threads):
+    weight, x = torch.randn(out_features, in_features), torch.randn(7, in_features)
+    together = linear.linear(x, weight)
+    exact = x.double() @ weight.double().T
+    error = (x @ weight.T - exact).abs().max()
+    assert (together - exact).abs().max() <= 2 * error + 1e-6
+    torch.set_num_threads(3)
+    for row in range(7):
+        assert torch.equal(linear.linear(x[row : row + 1], weight)[0], together[row])
+
+
+def test_the_models_linear_layer_takes_the_kernel_for_few_rows_alone(monkeypatch):
+    served = []
+    multiply = linear.linear
+    monkeypatch.setattr(linear, "linear", lambda *arguments: served.append(1) or multiply(*arguments))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    layer, x = Linear(32, 40), torch.randn(2, 3, 32)
+    expected = layer(x)  # with a gradient
+    assert not served
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1))
+        assert len(served) == 2
+        layer(torch.randn(40, 32))
+        layer.to(torch.bfloat16)(x.bfloat16())
+        torch.compile(layer.float(), backend="eager", fullgraph=True)(x)
+        monkeypatch.setenv("KVOPS_CPU", "eager")
+        layer(x)
+    assert len(served) == 2
 
 
 def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, monkeypatch):

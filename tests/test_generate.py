@@ -435,9 +435,9 @@ def test_a_missing_or_misshapen_weight_is_named():
         Llama(TINY, weights)
 
 
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.parametrize("shape", [(40, 32), (24, 48), (40, 17), (30, 32)])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("leading", [(1, 1), (1, 2), (3, 2), (2, 4), (0, 5)])
+@pytest.mark.parametrize("leading", [(1, 1), (1, 2), (3, 2), (2, 4), (0, 5), (3, 11)])
 def test_few_rows_are_multiplied_as_many_are(shape, bias, leading):
     layer = Linear(shape[1], shape[0], bias=bias)
     x = torch.randn(*leading, shape[1])
