@@ -146,8 +146,8 @@ FAULTS = [
     Mutation(
         "packed: lse of the wrong rows",
         "kvops/eager/varlen.py",
-        "lse[None, :, rows],\n            dlse",
-        "lse[None, :, rows].flip(2),\n            dlse",
+        "*given, lse[None, :, rows],",
+        "*given, lse[None, :, rows].flip(2),",
         named("varlen", "backward_agrees", "eager", "dtype0"),
     ),
     # Dense attention, backward
@@ -297,15 +297,15 @@ FAULTS = [
     Mutation(
         "scores: the nearest key counts one step too early",
         "kvops/eager/scores.py",
-        "window = window._replace(right=-skip_recent)",
-        "window = window._replace(right=1 - skip_recent)",
+        "visible = visible._replace(right=-skip_recent)",
+        "visible = visible._replace(right=1 - skip_recent)",
         SCORES_EAGER,
     ),
     Mutation(
         "scores: the first query that counts is missed",
         "kvops/eager/scores.py",
-        "first_row = max(query_start, window.first_row)",
-        "first_row = max(query_start + 1, window.first_row)",
+        "first_row = max(query_start, visible.first_row)",
+        "first_row = max(query_start + 1, visible.first_row)",
         SCORES_EAGER,
     ),
     # Eviction
@@ -319,8 +319,8 @@ FAULTS = [
     Mutation(
         "eviction: of equal scores the earlier slot is kept",
         "kvops/eager/eviction.py",
-        "slot = torch.arange(slots)  # of equals the later one",
-        "slot = torch.arange(slots).flip(0)  # of equals the later one",
+        "keys = preferences(x, slot + len(slot)",
+        "keys = preferences(x, slot.flip(0) + len(slot)",
         EVICTION_EAGER,
     ),
     Mutation(

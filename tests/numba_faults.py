@@ -19,21 +19,21 @@ NUMBA_FAULTS = [
     ),
     Mutation(
         "drafts do not see themselves",
-        "kernels/cpu/paged_attention.py",
+        "kernels/cpu/paged_items.py",
         "end = max(own + 1, 0) if causal else length",
         "end = max(own, 0) if causal else length",
         PAGED_NUMBA,
     ),
     Mutation(
         "the window is one slot too wide",
-        "kernels/cpu/paged_attention.py",
+        "kernels/cpu/paged_items.py",
         "begin = max(own - window_left, 0)",
         "begin = max(own - window_left - 1, 0)",
         PAGED_NUMBA,
     ),
     Mutation(
         "the last slot of a piece is left out",
-        "kernels/cpu/paged_attention.py",
+        "kernels/cpu/paged_items.py",
         "return max(first, begin), min(first + PIECE, end)",
         "return max(first, begin), min(first + PIECE - 1, end)",
         PAGED_NUMBA,
@@ -44,6 +44,13 @@ NUMBA_FAULTS = [
         "share_of_all = exp2(partial[largest_score] - largest)",
         "share_of_all = np.float32(1)",
         PAGED_NUMBA,
+    ),
+    Mutation(
+        "the last four outputs of a share are left out",
+        "kernels/cpu/linear.py",
+        "rows, last - first, call.x.shape[1]",
+        "rows, last - first - 4, call.x.shape[1]",
+        named("cpu_kernels", "few_rows"),
     ),
     Mutation(
         "the bias of a float8 exponent is 6",

@@ -17,6 +17,7 @@ pytest.importorskip("numba")
 
 from kvops.kernels.cpu import elements, jit, linear, threads
 from kvops.models.linear import Linear
+from kvops.ops.registry import forget_launches
 
 
 def call(lists, q):
@@ -126,9 +127,11 @@ def test_threads_follow_torch(two_threads):
 
 def test_a_kernel_that_fails_is_an_error(monkeypatch, problem):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr("kvops.kernels.cpu.paged_attention.entry", lambda function, call: lambda arguments: False)
-    with pytest.raises(MemoryError, match="paged_attention"):
+    monkeypatch.setattr("kvops.kernels.cpu.arguments.compiled", lambda *_: lambda *_: False)
+    forget_launches()
+    with pytest.raises(MemoryError, match="memory"):
         call(*problem)
+    forget_launches()
 
 
 def test_python_threads_may_call_at_once(problem, two_threads):
@@ -160,8 +163,7 @@ def test_every_element_is_widened_exactly_and_nothing_behind_a_row_is_read(dtype
     x = (torch.arange(count * 97) * 40503 % (1 << 31)).to(bits).view(dtype)[-count:]  # the memory ends with them
     width = elements.padded(count)
     out = torch.full((width,), math.nan)
-    _, element = elements.as_bytes(x[None])
-    elements.widen(x.data_ptr(), element, count, out.data_ptr())
+    elements.widen(x.data_ptr(), elements.FORMATS[dtype], count, out.data_ptr())
     assert torch.equal(out[:count].nan_to_num(nan=7.0), x.float().nan_to_num(nan=7.0))
     assert out[count : -(-count // 8) * 8].eq(0).all()
 

@@ -31,13 +31,6 @@ FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = range(4)
 FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: FLOAT8}
 
 
-def as_bytes(cache: torch.Tensor) -> tuple[np.ndarray, int]:
-    """A cache as an array of bytes, its last dimension contiguous, and the format of its elements."""
-    if cache.stride(-1) != 1:  # of one element, or none
-        cache = cache.as_strided(cache.shape, (*cache.stride()[:-1], 1))
-    return cache.view(torch.uint8).numpy(), FORMATS[cache.dtype]
-
-
 @intrinsic
 def bits_to_float(typing_context: Any, x: Any) -> Any:
     """The float32 with these 32 bits."""

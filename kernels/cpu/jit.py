@@ -45,13 +45,6 @@ def _njit(function: Callable[..., Any], fast_math: set[str]) -> Any:
 
 
 @functools.cache
-def entry(function: Any, call: type) -> Callable[[Any], Any]:
-    """``function(call)`` compiled for one named tuple, whose fields are annotated with their types in numba. Arrays may
-    have any strides."""
-    return compiled(function, (numba.types.NamedTuple(list(call.__annotations__.values()), call),))
-
-
-@functools.cache
 def compiled(function: Any, signature: tuple[Any, ...]) -> Callable[..., Any]:
     """``function`` compiled for arguments of these types, without the search for the signature of each call."""
     name = function.py_func.__module__.rpartition(".")[2]

@@ -1,134 +1,38 @@
 """Attention over the ragged paged cache on the CPU.
 
-A *list* is the blocks of one (sequence, KV head). Lists of few query rows are cut into pieces of ``PIECE`` slots, the
-rows of tall ones into tiles of ``ROWS``; either is an item of work with a partial result. The items of all lists are
-shared among the threads by the slots that they read. Items follow from a list alone, and the partial results of a list
-are merged in order: the bits depend neither on the number of threads nor on the other lists.
+Items of work (see ``paged_items``) follow from a list alone, and the partial results of a list are merged in order: the
+bits depend neither on the number of threads nor on the other lists.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import boolean, float32, float64, int32, int64, types, uint8
+from numba import float32, int64
 
-from kvops.kernels.cpu.elements import FLOAT32, LOG2_E, as_bytes, exp2, padded, widen
-from kvops.kernels.cpu.jit import entry, jit
-from kvops.kernels.cpu.threads import num_threads, run_shares
+from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
+from kvops.kernels.cpu.elements import FLOAT32, FORMATS, LOG2_E, exp2, padded, widen
+from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.paged_items import (
+    PIECE,
+    ROWS,
+    Call,
+    by_slots,
+    cut,
+    first_item,
+    item_slots,
+    list_of,
+    seen_slots,
+)
+from kvops.kernels.cpu.threads import run_shares
 from kvops.kernels.cpu.vector import multiply_add, multiply_transposed
+from kvops.prepared import prepared
 
 TILE = 64  # slots of K and V that are widened to float32 at once; they stay in the first level of the cache
-PIECE = 256  # slots of a piece
-ROWS = 32  # query rows that walk a list together
 _LEAST_WORK = 1 << 14  # elements of K and V that a thread should have at least
 
 SUM, SUM_OF_SQUARES, MAX = 0, 1, 2
 _REDUCE = {"sum": SUM, "sumsq": SUM_OF_SQUARES, "max": MAX}
-
-
-class Call(NamedTuple):
-    """The arguments of one call, with their numba types; what is not given has size 0."""
-
-    q: float32[:, :, :, :]  # [B, T, Hq, D]
-    # [num_blocks, block_size, Hkv, D] bytes; the stride of Hkv is 0 where a block has the slots of one head
-    k_cache: uint8[:, :, :, :]
-    v_cache: uint8[:, :, :, :]
-    element: int64  # of the caches
-    tables: int32[:, :, :]  # [B, Hkv, max_blocks]
-    lens: int32[:, :]  # [B, Hkv]
-    counts: int32[:]  # [B], real query tokens
-    positions: int32[:, :, :]  # [num_blocks, block_size, Hkv]
-    query_positions: int32[:, :]  # [B, T]
-    tree: boolean[:, :, :]  # [B, T, T]
-    sinks: float32[:]  # [Hq]
-    k_scale: float32[:]  # [Hkv]
-    v_scale: float32[:]
-    scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
-    out: float32[:, :, :, :]  # [B, T, Hq, Dv]
-    lse: float32[:, :, :]  # [B, Hq, T]
-    scale: float64
-    softcap: float64
-    decay: float64
-    window_left: int64
-    causal: boolean
-    reduce: int64
-    threads: int64
-
-
-class Items(NamedTuple):
-    """How the work is cut: the items of all lists in one line."""
-
-    spans: int64[:, ::1]  # [lists, 4]: slots of the list, real query tokens, and the slots [begin, end) that they see
-    starts: int64[::1]  # [lists + 1], the first item of each list
-    costs: int64[::1]  # [lists + 1], slots that the lists before it read
-    row_tiles: int64
-
-
-@jit
-def _seen(length, count, t, causal, window_left):
-    """The slots [begin, end) of a list that token ``t`` of ``count`` sees."""
-    own = length - count + t
-    begin = max(own - window_left, 0) if window_left >= 0 else 0
-    end = max(own + 1, 0) if causal else length
-    return (begin, end) if t < count else (0, 0)
-
-
-@jit
-def _by_slots(call):
-    """Causality and the window as far as slots decide: a tree replaces the one, positions measure the other."""
-    return call.causal and call.tree.size == 0, call.window_left if call.query_positions.size == 0 else -1
-
-
-@jit
-def _cut(call, row_tiles):
-    B, Hkv = call.lens.shape
-    spans = np.zeros((B * Hkv, 4), np.int64)
-    starts, costs = np.zeros(B * Hkv + 1, np.int64), np.zeros(B * Hkv + 1, np.int64)
-    causal, window_left = _by_slots(call)
-    for i in range(B * Hkv):
-        length = min(max(call.lens[i // Hkv, i % Hkv], 0), call.tables.shape[2] * call.k_cache.shape[1])
-        count = min(max(call.counts[i // Hkv], 0), call.q.shape[1])
-        begin, _ = _seen(length, count, 0, causal, window_left)
-        _, end = _seen(length, count, count - 1, causal, window_left)
-        spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = length, count, begin, end
-        pieces = -(-end // PIECE) - begin // PIECE if row_tiles == 1 else row_tiles
-        starts[i + 1] = starts[i] + (pieces if begin < end else 0)
-        costs[i + 1] = costs[i] + max(end - begin, 0) * row_tiles
-    return Items(spans, starts, costs, row_tiles)
-
-
-@jit
-def _first_item(items, share, shares):
-    """Where a share begins, so that all read about the same number of slots."""
-    target = items.costs[-1] * share // shares
-    i = _list_of(items.costs, target)
-    if i >= len(items.costs) - 1:
-        return items.starts[-1]
-    inside, cost = target - items.costs[i], items.costs[i + 1] - items.costs[i]
-    return items.starts[i] + (inside * (items.starts[i + 1] - items.starts[i]) + cost - 1) // cost
-
-
-@jit
-def _list_of(starts, place):
-    """The last list that begins at or before ``place``: binary search."""
-    low, high = 0, len(starts)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if starts[middle] <= place:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@jit
-def _item_slots(items, item, i):
-    """The slots [begin, end) of ``item``, which is one of list ``i``."""
-    begin, end = items.spans[i, 2], items.spans[i, 3]
-    if items.row_tiles > 1:
-        return begin, end
-    first = (begin // PIECE + item - items.starts[i]) * PIECE
-    return max(first, begin), min(first + PIECE, end)
 
 
 @jit
@@ -181,11 +85,11 @@ def _mask(call, span, b, h, first_row, rows, first, count, s):
     """Put -inf where a row does not see a slot."""
     group = call.q.shape[2] // call.lens.shape[1]
     length, tokens = span[0], span[1]
-    causal, window_left = _by_slots(call)
+    causal, window_left = by_slots(call)
     table, size = call.tables[b, h], call.k_cache.shape[1]
     for r in range(rows):
         t = (first_row + r) // group
-        begin, end = _seen(length, tokens, t, causal, window_left)
+        begin, end = seen_slots(length, tokens, t, causal, window_left)
         for j in range(min(max(begin - first, 0), count)):
             s[r, j] = -np.inf
         for j in range(min(max(end - first, 0), count), count):
@@ -289,10 +193,10 @@ def _attend_share(share, shares, call, items, partials, stash):
     Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
     rows = call.q.shape[1] * group
     scratch = _scratch(call.q.shape[3], call.out.shape[3])
-    for item in range(_first_item(items, share, shares), _first_item(items, share + 1, shares)):
-        i = _list_of(items.starts, item)
+    for item in range(first_item(items, share, shares), first_item(items, share + 1, shares)):
+        i = list_of(items.starts, item)
         first_row = (item - items.starts[i]) * ROWS if items.row_tiles > 1 else 0
-        begin, end = _item_slots(items, item, i)
+        begin, end = item_slots(items, item, i)
         _attend(
             call, scratch, items.spans[i], i // Hkv, i % Hkv, first_row, min(ROWS, rows - first_row), begin, end,
             partials[item], stash[min(item, len(stash) - 1)],
@@ -401,10 +305,10 @@ def _score_share(share, shares, call, items, stash):
     scratch = _scratch(call.q.shape[3], 0)
     reduced, seen = np.empty(PIECE, np.float32), np.empty(PIECE, np.bool_)
     size = call.k_cache.shape[1]
-    for item in range(_first_item(items, share, shares), _first_item(items, share + 1, shares)):
-        i = _list_of(items.starts, item)
+    for item in range(first_item(items, share, shares), first_item(items, share + 1, shares)):
+        i = list_of(items.starts, item)
         b, h = i // Hkv, i % Hkv
-        begin, end = _item_slots(items, item, i)
+        begin, end = item_slots(items, item, i)
         reduced[:] = 0
         seen[:] = False
         if stash.size:
@@ -418,41 +322,76 @@ def _score_share(share, shares, call, items, stash):
 
 
 @jit
-def _run(call):
+def _run(addresses, table, threads):
+    call = unpack(Call, addresses, table)
     rows = call.q.shape[1] * (call.q.shape[2] // call.lens.shape[1])
     row_tiles = -(-rows // ROWS)
-    items = _cut(call, row_tiles)
+    items = cut(call, row_tiles)
     count, height = items.starts[-1], -(-min(rows, ROWS) // 4) * 4  # rows are multiplied by fours
     partials = np.empty((count, height, padded(call.out.shape[3]) + 2), np.float32)
-    threads = max(1, min(call.threads, items.costs[-1] * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
+    threads = max(1, min(threads, items.costs[-1] * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
     scored = call.scores.size > 0
     stash = np.empty((max(count, 1), height, PIECE if scored and row_tiles == 1 else 0), np.float32)
     succeeded = run_shares(_attend_share, (call, items, partials, stash), threads)
     succeeded &= run_shares(_merge_share, (call, items, partials), threads)
     if scored:
-        pieces = items if row_tiles == 1 else _cut(call, 1)
+        pieces = items if row_tiles == 1 else cut(call, 1)
         succeeded &= run_shares(_score_share, (call, pieces, stash), threads)
     return succeeded
 
 
-def _per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """A cache or side array with a dimension for the heads behind its slots; its stride is 0 where all share."""
-    return x.unsqueeze(2).expand(-1, -1, heads, *x.shape[2:])
+def _bind(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    causal: bool = True,
+    window_left: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    score_reduce: str = "sum",
+    score_decay: float = 1.0,
+    **given: Any,
+) -> Binding:
+    B, T, Hq, D = q.shape
+    heads = k_cache.shape[2] if k_cache.dim() == 4 else block_tables.shape[1]
+    if k_cache.dim() == 4:
+        block_tables, seq_lens = (x.unsqueeze(1).expand(B, heads, *x.shape[1:]) for x in (block_tables, seq_lens))
+    far = window_left >= 0 and given.get("query_positions") is not None
+    sinks, tree = given.get("sinks"), given.get("tree_mask")
+    return Binding(
+        _run,
+        Call,
+        q=q.float(),
+        k_cache=per_head(k_cache, heads, 4),
+        v_cache=per_head(v_cache, heads, 4),
+        element=FORMATS[k_cache.dtype],
+        tables=block_tables,
+        lens=seq_lens,
+        counts=given.get("q_lens"),
+        positions=per_head(given.get("positions"), heads, 3) if far else None,
+        query_positions=given.get("query_positions") if far else None,
+        tree=None if tree is None else tree.expand(B, T, T),
+        sinks=None if sinks is None else sinks.float(),
+        k_scale=for_heads(given.get("k_scale"), heads),
+        v_scale=for_heads(given.get("v_scale"), heads),
+        scores=per_head(given.get("scores"), heads, 3),
+        out=torch.empty(B, T, Hq, v_cache.shape[-1], device="meta"),
+        lse=torch.empty(B, Hq, T, device="meta"),
+        scale=D**-0.5 if scale is None else scale,
+        softcap=softcap,
+        decay=score_decay,
+        window_left=min(window_left, 1 << 33),  # further than two int32 positions lie apart
+        causal=causal,
+        reduce=_REDUCE[score_reduce],
+    )
 
 
-# What stands for an argument that is not given.
-_NONE = {
-    kind: np.empty((0,) * kind.ndim, kind.dtype.name if kind.dtype != boolean else np.bool_)
-    for kind in Call.__annotations__.values()
-    if isinstance(kind, types.Array)
-}
-
-
-def _or_none(x: torch.Tensor | None, field: str) -> np.ndarray:
-    return _NONE[Call.__annotations__[field]] if x is None else x.numpy()
-
-
+@prepared(_bind)
 def paged_attention(
+    binding: Binding,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -460,61 +399,22 @@ def paged_attention(
     seq_lens: torch.Tensor,
     *,
     q_lens: torch.Tensor | None = None,
-    causal: bool = True,
-    window_left: int = -1,
     positions: torch.Tensor | None = None,
     query_positions: torch.Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
-    score_reduce: str = "sum",
-    score_decay: float = 1.0,
-    schedule: torch.Tensor | None = None,
-    batch_invariant: bool = False,
+    **bound: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvops.paged_attention`. Every call is batch invariant and balanced without a ``schedule``."""
-    B, T, Hq, D = q.shape
-    Dv = v_cache.shape[-1]
-    heads = k_cache.shape[2] if k_cache.dim() == 4 else block_tables.shape[1]
-    if k_cache.dim() == 4:
-        block_tables, seq_lens = (x.unsqueeze(1).expand(B, heads, *x.shape[1:]) for x in (block_tables, seq_lens))
-    else:
-        k_cache, v_cache = _per_head(k_cache, heads), _per_head(v_cache, heads)
-    positions, scores = (x if x is None or x.dim() == 3 else _per_head(x, heads) for x in (positions, scores))
-    out = torch.empty(B, T, Hq, Dv, dtype=torch.float32)
+    B, T, Hq, _ = q.shape
+    out = torch.empty(B, T, Hq, v_cache.shape[-1], dtype=torch.float32)
     lse = torch.empty(B, Hq, T, dtype=torch.float32)
-    counts = torch.full((B,), T, dtype=torch.int32) if q_lens is None else q_lens
-    far = window_left >= 0 and query_positions is not None
-    (k_bytes, element), (v_bytes, _) = as_bytes(k_cache), as_bytes(v_cache)
-    call = Call(
-        q=q.float().numpy(),
-        k_cache=k_bytes,
-        v_cache=v_bytes,
-        element=element,
-        tables=block_tables.numpy(),
-        lens=seq_lens.numpy(),
-        counts=counts.numpy(),
-        positions=_or_none(positions if far else None, "positions"),
-        query_positions=_or_none(query_positions if far else None, "query_positions"),
-        tree=_or_none(None if tree_mask is None else tree_mask.expand(B, T, T), "tree"),
-        sinks=_or_none(None if sinks is None else sinks.float(), "sinks"),
-        k_scale=_or_none(None if k_scale is None else k_scale.expand(heads), "k_scale"),
-        v_scale=_or_none(None if v_scale is None else v_scale.expand(heads), "v_scale"),
-        scores=_or_none(scores, "scores"),
-        out=out.numpy(),
-        lse=lse.numpy(),
-        scale=D**-0.5 if scale is None else scale,
-        softcap=softcap,
-        decay=score_decay,
-        window_left=min(window_left, 1 << 33),  # further than two int32 positions lie apart
-        causal=causal,
-        reduce=_REDUCE[score_reduce],
-        threads=num_threads(),
-    )
-    if not entry(_run, Call)(call):
-        raise MemoryError("paged_attention: not enough memory for the partial results of the lists")
+    sinks = None if sinks is None else sinks.float()
+    binding(
+        q.float(), k_cache, v_cache, block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, sinks,
+        k_scale, v_scale, scores, out, lse,
+    )  # fmt: skip
     return out.to(q.dtype), lse

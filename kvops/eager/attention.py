@@ -56,7 +56,9 @@ class Window(NamedTuple):
     right: int | None
 
     @classmethod
-    def of(cls, num_queries: int, num_keys: int, causal: bool, window_left: int, window_right: int) -> Window:
+    def of(
+        cls, num_queries: int, num_keys: int, causal: bool = False, window_left: int = -1, window_right: int = -1
+    ) -> Window:
         """Causal is a window without keys to the right; limits beyond every distance are none."""
         right = 0 if causal else window_right
         return cls(
@@ -281,9 +283,8 @@ class _Attention:
 
     def fused(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """out [B, Hq, rows, Dv] and lse [B, Hq, rows] of torch's kernel."""
-        q, k, v = self._padded(tile)
-        options = self._mask_and_scale(tile)
-        out, lse = _forward(q, k, v, 0.0, tile.causal, **options)
+        inputs, options = self._for_torch(tile)
+        out, lse = _forward(*inputs, 0.0, tile.causal, **options)
         return out[..., : self.v.shape[3]], lse
 
     def plain(self, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -293,10 +294,9 @@ class _Attention:
 
     def fused_backward(self, tile: Tile, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv of the tile; dout, out [B, Hq, rows, Dv] and lse [B, Hq, rows] of all its rows."""
-        q, k, v = self._padded(tile)
-        dout, out = (widen(x, q.shape[3]) for x in (dout, out))
-        options = self._mask_and_scale(tile)
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, tile.causal, **options)
+        inputs, options = self._for_torch(tile)
+        dout, out = (widen(x, inputs[0].shape[3]) for x in (dout, out))
+        dq, dk, dv = _backward(dout, *inputs, out, lse, 0.0, tile.causal, **options)
         if self.scale <= 0:
             dq = dq * self.scale
         D, Dv = self.q.shape[3], self.v.shape[3]
@@ -321,18 +321,16 @@ class _Attention:
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         return score_tile(self.q, self.k, self.window, tile, self.scale, self.softcap, self.slopes)
 
-    def _padded(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """torch's kernel wants one head size: zeros change neither the scores nor the wanted columns. It also masks
-        before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
+    def _for_torch(self, tile: Tile) -> tuple[list[Tensor], dict[str, Any]]:
+        """q, k, v and options. torch's kernel wants one head size: zeros change neither the scores nor the wanted
+        columns. It masks before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
         q, k, v = self.q[:, :, tile.rows], self.k[:, :, tile.keys], self.v[:, :, tile.keys]
-        if self.scale <= 0:
-            q = torch.mul(q, self.scale, out=q.new_empty(q.shape))
+        scale = self.scale
+        if scale <= 0:
+            q, scale = torch.mul(q, scale, out=q.new_empty(q.shape)), 1.0
         width = max(q.shape[3], v.shape[3])
-        return widen(q, width), widen(k, width), widen(v, width)
-
-    def _mask_and_scale(self, tile: Tile) -> dict[str, Any]:
-        scale = self.scale if self.scale > 0 else 1.0
-        return {"attn_mask": _mask(self.window, tile, self.slopes, self.dtype), "scale": scale}
+        options = {"attn_mask": _mask(self.window, tile, self.slopes, self.dtype), "scale": scale}
+        return [widen(x, width) for x in (q, k, v)], options
 
 
 class _Kind:
@@ -344,17 +342,15 @@ class _Kind:
         k: Tensor,
         v: Tensor,
         *,
-        causal: bool = False,
-        window_left: int = -1,
-        window_right: int = -1,
         scale: float | None = None,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        **window: Any,
     ) -> None:
         B, Sq, Hq, D = q.shape
         self.dtype = compute_dtype(q.dtype)
-        self.window = Window.of(Sq, v.shape[1], causal, window_left, window_right)
+        self.window = Window.of(Sq, v.shape[1], **window)
         self.scale = default_scale(scale, D)
         self.empty = B == 0 or Hq == 0 or self.window.first_row == Sq
         self.tiles = _fused_tiles(self.window, 0 if alibi_slopes is None else alibi_slopes.numel())
@@ -418,19 +414,18 @@ def flash_attention_backward(
     out: Tensor,
     lse: Tensor,
     *,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
+    **window: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kvops.flash_attention_backward`."""
     dtype = compute_dtype(q.dtype)
-    window = Window.of(q.shape[1], v.shape[1], causal, window_left, window_right)
-    call = _Attention(q, k, v, window, default_scale(scale, q.shape[3]), softcap, alibi_slopes)
+    call = _Attention(
+        q, k, v, Window.of(q.shape[1], v.shape[1], **window), default_scale(scale, q.shape[3]), softcap, alibi_slopes
+    )
     dsinks, fused = q.new_empty(0, dtype=dtype), softcap == 0 and dlse is None
     if sinks is not None or not fused:
         delta = _delta(dout, out, lse, dlse, dtype)
@@ -440,7 +435,7 @@ def flash_attention_backward(
     dout, out = (cast(x, dtype).transpose(1, 2) for x in (dout, out))
     if q.shape[0] * q.shape[2] > 0:
         slopes = 0 if alibi_slopes is None else alibi_slopes.numel()
-        for tile in _fused_tiles(window, slopes) if fused else call.small_tiles():
+        for tile in _fused_tiles(call.window, slopes) if fused else call.small_tiles():
             rows = tile.rows
             if fused:
                 parts = call.fused_backward(tile, dout[:, :, rows], out[:, :, rows], lse[:, :, rows])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,6 @@ def attention_scores(
     k: Tensor,
     lse: Tensor,
     *,
-    causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -23,25 +22,26 @@ def attention_scores(
     skip_recent: int = 0,
     reduce: str = "sum",
     group: str = "sum",
+    **window: Any,
 ) -> Tensor:
     """See :func:`kvops.attention_scores`."""
     B, Sq, Hq, D = q.shape
     Sk, Hkv = k.shape[1:3]
     dtype = compute_dtype(q.dtype)
-    window = Window.of(Sq, Sk, causal, window_left, window_right)
+    visible = Window.of(Sq, Sk, **window)
     if skip_recent > 0:
         # A key that must stand so far behind the query is a window that ends before the query.
-        window = window._replace(right=-skip_recent)
+        visible = visible._replace(right=-skip_recent)
     slopes = group_slopes(alibi_slopes, Hkv, dtype)
     # A maximum is taken of log p, and one exponential at the end is enough.
     total = torch.full((B, Hkv, Hq // Hkv, Sk), -torch.inf if reduce == "max" else 0.0, dtype=dtype)
     if query_start < 0:
         query_start = max(0, query_start + Sq)
-    first_row = max(query_start, window.first_row)
+    first_row = max(query_start, visible.first_row)
     q, k = (cast(x, dtype).transpose(1, 2) for x in (q, k))
     lse = grouped(lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf), Hkv)[..., None]  # [B, Hkv, G, Sq, 1]
-    for tile in window.tiles(first_row, B * Hq) if B * Hq > 0 else ():
-        log_p, _ = score_tile(q, k, window, tile, default_scale(scale, D), softcap, slopes)
+    for tile in visible.tiles(first_row, B * Hq) if B * Hq > 0 else ():
+        log_p, _ = score_tile(q, k, visible, tile, default_scale(scale, D), softcap, slopes)
         log_p.sub_(lse[:, :, :, tile.rows])
         part = total[..., tile.keys]
         if reduce == "max":

@@ -57,25 +57,6 @@ def prompt_lookup(
     return draft_tokens, inside.sum(1, dtype=torch.int32)
 
 
-def first_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and its lowest index along the last dimension; a NaN is its row's maximum.
-
-    torch's own max with indices is scalar code: much slower than amax over a long row, but one operation.
-    """
-    width = 128
-    size = x.shape[-1]
-    if size < width or x.numel() <= 1 << 14:
-        return x.max(-1)
-    whole = size // width * width
-    chunk_max = x[..., :whole].unflatten(-1, (-1, width)).amax(-1)
-    if whole < size:
-        chunk_max = torch.cat((chunk_max, x[..., whole:].amax(-1, keepdim=True)), -1)
-    chunk = chunk_max.max(-1, keepdim=True).indices
-    index = torch.add(torch.arange(width, device=x.device), chunk, alpha=width).clamp_(max=size - 1)
-    value, inside = x.gather(-1, index).max(-1)
-    return value, index.gather(-1, inside[..., None])[..., 0]
-
-
 def row_sum(x: Tensor) -> Tensor:
     size = x.shape[-1]
     whole = size // _CHUNK * _CHUNK
@@ -88,13 +69,6 @@ def row_sum(x: Tensor) -> Tensor:
 def excess(p: Tensor, q: Tensor) -> Tensor:
     """max(p - q, 0), and 0 beside a NaN; ``where`` takes several times as long where neither is always larger."""
     return (p - q).clamp_(min=0).nan_to_num_(0.0, posinf=torch.inf)
-
-
-def _rows(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """A copy of ``x[first, second]`` [n, V]; whole rows at once are faster."""
-    if not x.is_contiguous():
-        return x[first, second]
-    return x.flatten(0, 1).index_select(0, torch.add(second, first, alpha=x.shape[1]))
 
 
 def exponent_scale(temperature: Tensor) -> Tensor:
@@ -126,10 +100,10 @@ def race(weights: Tensor, position: Tensor, seed: Tensor, step: Tensor, fallback
         mass = weights[:, :whole].unflatten(1, (-1, GROUP_WIDTH)).sum(-1)
         if whole < V:
             mass = torch.cat((mass, weights[:, whole:].sum(-1, keepdim=True)), 1)
-        start = first_argmax(torch.where(mass > 0, mass / group_exponential, -1.0))[1][:, None] * GROUP_WIDTH
+        start = torch.where(mass > 0, mass / group_exponential, -1.0).argmax(-1, keepdim=True) * GROUP_WIDTH
         index = start + torch.arange(width, device=weights.device)
         weight = weights.gather(1, index.clamp_max(V - 1)).masked_fill_(index >= V, 0.0)
-    score, winner = first_argmax(torch.where(weight > 0, weight / exponential, -1.0))
+    score, winner = torch.where(weight > 0, weight / exponential, -1.0).max(-1)  # of equals the first
     return torch.where(score > 0, start[:, 0] + winner, fallback)
 
 
@@ -219,7 +193,7 @@ def _verify_group(
     B, rows, V = logits.shape
     T = rows - 1
     position = torch.arange(rows, device=logits.device)
-    row_max, row_argmax = first_argmax(logits)
+    row_max, row_argmax = logits.max(-1)  # of equals the first
     usable = row_max.abs() < torch.inf
     offered = usable[:, :T]
     if draft_lens is not None:
@@ -230,25 +204,19 @@ def _verify_group(
     sampled = () if temperature is None else (temperature > 0).nonzero()[:, 0]
     if temperature is not None and len(sampled):
         offered = offered & (draft_tokens >= 0) & (draft_tokens < V)
-        whole = len(sampled) == B
-
-        def of(value: Tensor) -> Tensor:
-            """What belongs to the sampled requests: no copy where all of them are."""
-            return value if whole else value[sampled]
-
         zero = draft_tokens.new_zeros(len(sampled))
-        seed, step = (zero if value is None else of(value) for value in (seed, step))
-        weights, total = softmax_weights(of(logits), of(row_max), exponent_scale(of(temperature)))
-        offered = torch.cat((of(offered), offered.new_zeros(len(sampled), 1)), 1)
-        draft = torch.cat((of(draft_tokens).clamp(0, V - 1), zero[:, None]), 1)
-        probs = None if draft_probs is None else of(draft_probs)
+        seed, step = (zero if value is None else value[sampled] for value in (seed, step))
+        weights, total = softmax_weights(logits[sampled], row_max[sampled], exponent_scale(temperature[sampled]))
+        offered = torch.cat((offered[sampled], offered.new_zeros(len(sampled), 1)), 1)
+        draft = torch.cat((draft_tokens[sampled].clamp(0, V - 1), zero[:, None]), 1)
+        probs = None if draft_probs is None else draft_probs[sampled]
         row, ratio = zero, None
         if T:
             threshold = uniform(ACCEPT, position[:T], seed[:, None], step[:, None])
             accept = _accept_block if method == "block" else _accept_tokens
             row, ratio = accept(weights, total, draft[:, :T], offered[:, :T], probs, threshold)
         each = torch.arange(len(sampled), device=logits.device)
-        weight = _rows(weights, each, row)
+        weight = weights[each, row]
         # A row behind a draft that was offered and refused has its residual left to draw from.
         refused = offered[each, row].nonzero()[:, 0]
         if len(refused):
@@ -259,7 +227,7 @@ def _verify_group(
                 p = weight.index_select(0, refused).div_(total[refused, at, None])
                 if ratio is not None:
                     p *= ratio[refused, None]
-                weight.index_copy_(0, refused, excess(p, _rows(probs, refused, at)))
+                weight.index_copy_(0, refused, excess(p, probs[refused, at]))
         num_accepted[sampled] = row
         following[sampled] = race(weight, row, seed, step, row_argmax[sampled, row])
     following = torch.where(usable.gather(1, num_accepted[:, None])[:, 0], following, -1)

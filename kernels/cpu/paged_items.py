@@ -1,0 +1,122 @@
+"""How attention over the ragged paged cache is cut into work on the CPU, and which slots a query token sees.
+
+A *list* is the blocks of one (sequence, KV head). Lists of few query rows are cut into pieces of ``PIECE`` slots, the
+rows of tall ones into tiles of ``ROWS``; either is an item of work with a partial result. The items of all lists are
+shared among the threads by the slots that they read.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import boolean, float32, float64, int32, int64, uint8
+
+from kvops.kernels.cpu.jit import jit
+
+PIECE = 256  # slots of a piece
+ROWS = 32  # query rows that walk a list together
+
+
+class Call(NamedTuple):
+    """The arguments of one call, with their numba types; what is not given has size 0."""
+
+    q: float32[:, :, :, :]  # [B, T, Hq, D]
+    # [num_blocks, block_size, Hkv, D] bytes; the stride of Hkv is 0 where a block has the slots of one head
+    k_cache: uint8[:, :, :, :]
+    v_cache: uint8[:, :, :, :]
+    element: int64  # of the caches
+    tables: int32[:, :, :]  # [B, Hkv, max_blocks]
+    lens: int32[:, :]  # [B, Hkv]
+    counts: int32[:]  # [B], real query tokens, all of them where it is empty
+    positions: int32[:, :, :]  # [num_blocks, block_size, Hkv]
+    query_positions: int32[:, :]  # [B, T]
+    tree: boolean[:, :, :]  # [B, T, T]
+    sinks: float32[:]  # [Hq]
+    k_scale: float32[:]  # [Hkv]
+    v_scale: float32[:]
+    scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
+    out: float32[:, :, :, :]  # [B, T, Hq, Dv]
+    lse: float32[:, :, :]  # [B, Hq, T]
+    scale: float64
+    softcap: float64
+    decay: float64
+    window_left: int64
+    causal: int64
+    reduce: int64
+
+
+class Items(NamedTuple):
+    """How the work is cut: the items of all lists in one line."""
+
+    spans: int64[:, ::1]  # [lists, 4]: slots of the list, real query tokens, and the slots [begin, end) that they see
+    starts: int64[::1]  # [lists + 1], the first item of each list
+    costs: int64[::1]  # [lists + 1], slots that the lists before it read
+    row_tiles: int64
+
+
+@jit
+def seen_slots(length, count, t, causal, window_left):
+    """The slots [begin, end) of a list that token ``t`` of ``count`` sees."""
+    own = length - count + t
+    begin = max(own - window_left, 0) if window_left >= 0 else 0
+    end = max(own + 1, 0) if causal else length
+    return (begin, end) if t < count else (0, 0)
+
+
+@jit
+def by_slots(call):
+    """Causality and the window as far as slots decide: a tree replaces the one, positions measure the other."""
+    return call.causal != 0 and call.tree.size == 0, call.window_left if call.query_positions.size == 0 else -1
+
+
+@jit
+def cut(call, row_tiles):
+    B, Hkv = call.lens.shape
+    spans = np.zeros((B * Hkv, 4), np.int64)
+    starts, costs = np.zeros(B * Hkv + 1, np.int64), np.zeros(B * Hkv + 1, np.int64)
+    causal, window_left = by_slots(call)
+    for i in range(B * Hkv):
+        length = min(max(call.lens[i // Hkv, i % Hkv], 0), call.tables.shape[2] * call.k_cache.shape[1])
+        count = call.q.shape[1]
+        if call.counts.size:
+            count = min(max(np.int64(call.counts[i // Hkv]), 0), count)
+        begin, _ = seen_slots(length, count, 0, causal, window_left)
+        _, end = seen_slots(length, count, count - 1, causal, window_left)
+        spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = length, count, begin, end
+        pieces = -(-end // PIECE) - begin // PIECE if row_tiles == 1 else row_tiles
+        starts[i + 1] = starts[i] + (pieces if begin < end else 0)
+        costs[i + 1] = costs[i] + max(end - begin, 0) * row_tiles
+    return Items(spans, starts, costs, row_tiles)
+
+
+@jit
+def first_item(items, share, shares):
+    """Where a share begins, so that all read about the same number of slots."""
+    target = items.costs[-1] * share // shares
+    i = list_of(items.costs, target)
+    if i >= len(items.costs) - 1:
+        return items.starts[-1]
+    inside, cost = target - items.costs[i], items.costs[i + 1] - items.costs[i]
+    return items.starts[i] + (inside * (items.starts[i + 1] - items.starts[i]) + cost - 1) // cost
+
+
+@jit
+def list_of(starts, place):
+    """The last list that begins at or before ``place``: binary search."""
+    low, high = 0, len(starts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if starts[middle] <= place:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@jit
+def item_slots(items, item, i):
+    """The slots [begin, end) of ``item``, which is one of list ``i``."""
+    begin, end = items.spans[i, 2], items.spans[i, 3]
+    if items.row_tiles > 1:
+        return begin, end
+    first = (begin // PIECE + item - items.starts[i]) * PIECE
+    return max(first, begin), min(first + PIECE, end)
