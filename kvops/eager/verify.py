@@ -119,7 +119,7 @@ def verify_draft(
     method: str = "token",
 ) -> tuple[Tensor, Tensor]:
     B, rows, V = target_logits.shape
-    per_request = {
+    given = {
         "draft_lens": draft_lens,
         "draft_probs": draft_probs,
         "temperature": temperature,
@@ -128,15 +128,13 @@ def verify_draft(
     }
     group = max(1, GROUP_ELEMENTS // max(1, rows * V))
     if 0 < B <= group:
-        return _verify_group(target_logits, draft_tokens, method=method, **per_request)
+        return _verify_group(target_logits, draft_tokens, method=method, **given)
     tokens = draft_tokens.new_full((B, rows), -1)
     num_accepted = draft_tokens.new_zeros(B, dtype=torch.int32)
     for start in range(0, B, group):
         part = slice(start, start + group)
-        given = {name: None if value is None else value[part] for name, value in per_request.items()}
-        tokens[part], num_accepted[part] = _verify_group(
-            target_logits[part], draft_tokens[part], method=method, **given
-        )
+        own = {name: None if value is None else value[part] for name, value in given.items()}
+        tokens[part], num_accepted[part] = _verify_group(target_logits[part], draft_tokens[part], method=method, **own)
     return tokens, num_accepted
 
 

@@ -30,13 +30,8 @@ def verify_tree(
     for start in range(0, B, group):
         part = slice(start, start + group)
         walk = _Walk(target_logits[part], temperature[part])
-        walk.run(
-            draft_tokens[part],
-            parents[part],
-            None if draft_probs is None else draft_probs[part],
-            seed[part],
-            step[part],
-        )
+        probs = None if draft_probs is None else draft_probs[part]
+        walk.run(draft_tokens[part], parents[part], probs, seed[part], step[part])
         path[part], tokens[part], num_accepted[part] = walk.path, walk.tokens, walk.depth.int()
     return path, tokens, num_accepted
 
