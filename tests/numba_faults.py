@@ -6,6 +6,7 @@ PAGED_NUMBA = named("paged", "numba", "decoding_reads or drafts or windows or fl
 APPEND_NUMBA = named("paged_operators", "numba", "append")
 MERGE_NUMBA = named("merge", "numba", "whole or float64")
 VERIFY_NUMBA = named("verify", "numba", "one_at_a_time or bad_row")
+SCORES_NUMBA = named("scores", "numba", "reduction or queries_that_count or windows")
 EVICTION_NUMBA = "tests/test_eviction.py tests/test_compaction.py -k numba"
 
 NUMBA_FAULTS = [
@@ -171,5 +172,26 @@ NUMBA_FAULTS = [
         "    mass -= weights[token]\n",
         "    mass -= 0 * weights[token]\n",
         named("verify_tree", "numba", "walks"),
+    ),
+    Mutation(
+        "numba: every key but one behind the query counts",
+        "kernels/cpu/attention_scores.py",
+        "min(keys, place + call.right + 1)",
+        "min(keys, place + call.right)",
+        SCORES_NUMBA,
+    ),
+    Mutation(
+        "numba: squares of probabilities are not squared",
+        "kernels/cpu/attention_scores.py",
+        "total[j] += p * p",
+        "total[j] += p",
+        SCORES_NUMBA,
+    ),
+    Mutation(
+        "numba: the mean over a group is its sum",
+        "kernels/cpu/attention_scores.py",
+        "out[j] /= np.float32(members)",
+        "out[j] /= np.float32(1)",
+        SCORES_NUMBA,
     ),
 ]

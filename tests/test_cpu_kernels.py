@@ -97,12 +97,17 @@ def looked_up():
     return kvops.prompt_lookup(torch.randint(40, (9, 4000)), torch.arange(9) * 490, num_draft=6)
 
 
+def scored():
+    q, k = torch.randn(1, 150, 4, 32), torch.randn(1, 300, 2, 32)
+    return (kvops.attention_scores(q, k, torch.rand(1, 4, 150) + 3, causal=True),)
+
+
 def merged():
     out_a, out_b = torch.randn(2, 1, 300, 9, 64)
     return kvops.merge_attention(out_a, torch.randn(1, 9, 300), out_b, torch.randn(1, 9, 300))
 
 
-@pytest.mark.parametrize("results", [appended, evicted, competed, copied, verified, looked_up, merged])
+@pytest.mark.parametrize("results", [appended, evicted, competed, copied, verified, looked_up, scored, merged])
 def test_the_shares_of_several_threads_make_the_whole(results, two_threads, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 

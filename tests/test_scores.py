@@ -8,6 +8,8 @@ from rounding import rounded
 
 import kvops
 
+NUMBA = True
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():

@@ -60,6 +60,7 @@ _scores_op = register(
     fake=_fake_scores,
     eager=eager.attention_scores,
     kernel="kvops.kernels.attention_scores:attention_scores",
+    cpu="kvops.kernels.cpu.attention_scores:attention_scores",
     autocast=("q", "k"),
 )
 
@@ -95,6 +96,7 @@ _varlen_op = register(
     fake=_fake_varlen,
     eager=eager_varlen.attention_scores_varlen,
     kernel="kvops.kernels.attention_scores:attention_scores_varlen",
+    cpu="kvops.kernels.cpu.attention_scores:attention_scores_varlen",
     autocast=("q", "k"),
 )
 

@@ -73,7 +73,7 @@ def draw(r: Random) -> Case:
     reduce, group = r.choice(("sum", "sumsq", "max")), r.choice(("sum", "mean", "max"))
     case = Case(
         seed=r.randrange(2**31),
-        backend="triton" if on_triton else "eager",
+        backend="triton" if on_triton else r.choice(("eager", "numba")),
         dtype=r.choice(tuple(DTYPES)),
         batch=often(r, 1, 0, 2, 3),
         queries=queries,

@@ -69,7 +69,7 @@ def draw(r: Random) -> Case:
     head_dim = r.choice(HEAD_DIMS[:10] if on_triton else HEAD_DIMS)
     case = Case(
         seed=r.randrange(2**31),
-        backend="triton" if on_triton else "eager",
+        backend="triton" if on_triton else r.choice(("eager", "numba")),
         dtype=r.choice(tuple(DTYPES)),
         lengths=tuple(
             (r.choice((r.randint(0, longest), 1, 0)), r.choice((r.randint(0, longest), longest, 0)))
