@@ -1,7 +1,12 @@
 """kvops in the real vLLM, on the CPU: ``make test-vllm``, in an environment of its own."""
 
 import os
+import random
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +16,7 @@ os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MU
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 import oracle  # noqa: E402
 import vllm_models  # noqa: E402
@@ -399,3 +405,70 @@ def test_full_layers_are_compressed_beside_windows(tmp_path):
 def test_what_does_not_go_together_with_compression_is_refused(small, options, message):
     with pytest.raises(ValueError, match=message):
         generate(start_compressed(small, 60, **options), prompts([10]))
+
+
+SOAK = int(os.environ.get("SOAK", "50"))
+
+
+@pytest.mark.parametrize("seed", range(-(-SOAK // 50)))
+def test_a_soak_of_random_requests_loses_no_page_and_no_token(small, seed):
+    """Fifty requests of 1 to 900 tokens with aborts, priorities, several samples, in a pool of 25 to 100 pages."""
+    draw = random.Random(seed)
+    pages = draw.choice([40, 60, 100])
+    llm = start_compressed(
+        small,
+        pages,
+        draw.choice([1.5, 4, 8, 16]),
+        scheduling_policy=draw.choice(["fcfs", "priority"]),
+        max_num_batched_tokens=draw.choice([64, 128, 500]),
+        kvops={
+            "policy": draw.choice(["standout", "kv-compress", "snapkv", "h2o"]),
+            "protect_last": draw.choice([0, 7, 40]),
+        },
+    )
+    engine = llm.llm_engine
+    for number in range(50):
+        length = draw.choice([draw.randrange(1, 40), draw.randrange(1, 900)])
+        sampling = vllm.SamplingParams(
+            max_tokens=draw.randrange(1, 60),
+            ignore_eos=True,
+            detokenize=False,
+            n=draw.choice([1, 1, 1, 2]),
+        )
+        ids = {"prompt_token_ids": prompts([length], seed=1000 * seed + number)[0]}
+        priority = draw.randrange(3) if engine.vllm_config.scheduler_config.policy == "priority" else 0
+        engine.add_request(str(number), ids, sampling, priority=priority)
+        for _ in range(draw.randrange(6)):
+            engine.step()
+        if draw.random() < 0.1:
+            engine.abort_request([str(draw.randrange(number + 1))])
+    while engine.has_unfinished_requests():
+        engine.step()
+    layers, manager = expect_sound(llm, pages)
+    assert layers.cells.compactions > 5
+    assert manager.num_freed > 5
+
+
+def test_the_example_asks_a_server(small, tmp_path):
+    """The front end, the engine and the worker are processes of their own there."""
+    root = Path(__file__).parent.parent
+    words = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(125))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    )  # fmt: skip
+    model = shutil.copytree(small, tmp_path / "model")
+    tokenizer.save_pretrained(model)
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    done = subprocess.run(
+        [sys.executable, str(root / "examples" / "vllm_server.py"), "--model", str(model), "--ratios", "4"],
+        env=environment | {"PYTHONPATH": str(root), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.match(r"4x, at most (?!0\.0%)[0-9.]+% of the pool: ", done.stdout), done.stdout
