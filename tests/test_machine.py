@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from machine_ptx import program, run
 
+from kvops.autotune.machine.counts import Counter, matrix_work
 from kvops.autotune.machine.instructions.asynchronous import Descriptor
 from kvops.autotune.machine.memory import DESCRIPTORS
 from kvops.autotune.machine.report import MachineFaultError, raise_faults
@@ -429,3 +430,28 @@ def test_what_no_thread_executed_is_not_covered():
         "mov.u32 %r1, %tid.x;\nsetp.gt.u32 %p1, %r1, 99;\n@%p1 st.shared.b32 [1024], 0;\nst.shared.b32 [1028], 0;\nret;"
     )
     assert run(body).covered[2:4].tolist() == [False, True]
+
+
+def test_bytes_sectors_bank_conflicts_and_instructions_are_counted():
+    body = f"""{OWN_GLOBAL}ld.global.b32 %r2, [%rd3];
+shl.b32 %r3, %r1, 7;
+st.shared.b32 [%r3+1024], %r2;
+shl.b32 %r3, %r1, 2;
+st.shared.b32 [%r3+1024], %r2;
+st.shared.b32 [1024], 7;
+ret;"""
+    counter = Counter()
+    assert kinds(run(body, words(32), shared=4096, counter=counter, check=False)) == []
+    assert (counter.global_bytes, counter.sectors) == (128, 4)
+    # 32 words of one bank take 32 turns; a word to a bank, or one word for all, takes one.
+    assert (counter.wavefronts, counter.fewest_wavefronts) == (34, 3)
+    assert sorted(counter.conflicts.values()) == [1, 1, 32]
+    assert counter.pipes["memory"] == 4
+    assert counter.pipes["parameter"] == 1
+    assert counter.matrix_operations == 0
+
+
+def test_the_work_of_matrix_instructions_is_counted_for_a_warp():
+    entries = program(WGMMA + "ret;", 1, 128).instructions
+    (work,) = [matrix_work(entry) for entry in entries if entry.base == "wgmma" and matrix_work(entry)]
+    assert 4 * work == 2 * 64 * 8 * 16
