@@ -67,15 +67,16 @@ def _round_bfloat16_to_nearest() -> None:
 
 DEVICE = os.environ.get("KVOPS_TEST_DEVICE", "cpu")
 MACHINE = os.environ.get("KVOPS_TEST_MACHINE", "")
-if DEVICE == "cpu" and not MACHINE:
-    # Triton reads this when a kernel is decorated: import every kernel while it is set.
-    os.environ["TRITON_INTERPRET"] = "1"
+if DEVICE == "cpu":
+    # Triton reads this when a kernel is decorated: import every kernel now, for the interpreter or for the machine.
+    os.environ["TRITON_INTERPRET"] = "0" if MACHINE else "1"
     for _path in sorted((pathlib.Path(__file__).parent.parent / "kernels").glob("[!_]*.py")):
         importlib.import_module(f"kvops.kernels.{_path.stem}")
     del os.environ["TRITON_INTERPRET"]
-    _patch_once_a_launch()
-    _round_bfloat16_to_nearest()
-elif DEVICE != "cpu":
+    if not MACHINE:
+        _patch_once_a_launch()
+        _round_bfloat16_to_nearest()
+else:
     # Tests that ask for deterministic algorithms multiply matrices, too: cuBLAS wants this by then.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
