@@ -441,7 +441,9 @@ st.shared.b32 [%r3+1024], %r2;
 st.shared.b32 [1024], 7;
 ret;"""
     counter = Counter()
-    assert kinds(run(body, words(32), shared=4096, counter=counter, check=False)) == []
+    storage = words(64)
+    start = -storage.ctypes.data // 4 % 8  # at a multiple of 32 bytes
+    assert kinds(run(body, storage[start : start + 32], shared=4096, counter=counter, check=False)) == []
     assert (counter.global_bytes, counter.sectors) == (128, 4)
     # 32 words of one bank take 32 turns; a word to a bank, or one word for all, takes one.
     assert (counter.wavefronts, counter.fewest_wavefronts) == (34, 3)
