@@ -146,8 +146,8 @@ FAULTS = [
     Mutation(
         "packed: lse of the wrong rows",
         "kvops/eager/varlen.py",
-        "*given, lse[None, :, rows],",
-        "*given, lse[None, :, rows].flip(2),",
+        "out[None, rows], lse[None, :, rows]",
+        "out[None, rows], lse[None, :, rows].flip(2)",
         named("varlen", "backward_agrees", "eager", "dtype0"),
     ),
     # Dense attention, backward

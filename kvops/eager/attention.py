@@ -321,7 +321,7 @@ class _Attention:
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         return score_tile(self.q, self.k, self.window, tile, self.scale, self.softcap, self.slopes)
 
-    def _for_torch(self, tile: Tile) -> tuple[list[Tensor], dict[str, Any]]:
+    def _for_torch(self, tile: Tile) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """q, k, v and options. torch's kernel wants one head size: zeros change neither the scores nor the wanted
         columns. It masks before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
         q, k, v = self.q[:, :, tile.rows], self.k[:, :, tile.keys], self.v[:, :, tile.keys]
@@ -330,7 +330,7 @@ class _Attention:
             q, scale = torch.mul(q, scale, out=q.new_empty(q.shape)), 1.0
         width = max(q.shape[3], v.shape[3])
         options = {"attn_mask": _mask(self.window, tile, self.slopes, self.dtype), "scale": scale}
-        return [widen(x, width) for x in (q, k, v)], options
+        return (widen(q, width), widen(k, width), widen(v, width)), options
 
 
 class _Kind:

@@ -62,9 +62,10 @@ def flash_attention_varlen_backward(
     sinks = options.get("sinks")
     dsinks = q.new_zeros(0 if sinks is None else len(sinks), dtype=compute_dtype(q.dtype))
     for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_k, options):
-        given = (x[None, part] for x, part in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows)))
-        own_dlse = None if dlse is None else dlse[None, :, rows]
-        part = attention.flash_attention_backward(*given, lse[None, :, rows], dlse=own_dlse, **own)
+        own = own | {"dlse": None if dlse is None else dlse[None, :, rows]}
+        part = attention.flash_attention_backward(
+            dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows], **own
+        )
         dq[rows], dk[keys], dv[keys] = (x[0] for x in part[:3])
         dsinks += part[3]
     return dq, dk, dv, dsinks if sinks is None else dsinks.to(sinks.dtype)
