@@ -132,13 +132,6 @@ NUMBA_FAULTS = [
         MERGE_NUMBA,
     ),
     Mutation(
-        "numba: bfloat16 is cut off instead of rounded",
-        "kernels/cpu/vector.py",
-        "builder.add(odd, _every(0x7FFF))",
-        "builder.and_(odd, _every(0))",
-        MERGE_NUMBA,
-    ),
-    Mutation(
         "numba: a later match that the draft does not fit behind wins",
         "kernels/cpu/prompt_lookup.py",
         "start + num_draft <= length",
@@ -158,20 +151,6 @@ NUMBA_FAULTS = [
         "row[call.drafts[b, accepted]] = 0",
         "row[call.drafts[b, accepted]] *= 1",
         VERIFY_NUMBA,
-    ),
-    Mutation(
-        "numba: a row with a NaN is used",
-        "kernels/cpu/verification.py",
-        "magnitude <= 0x7F800000 and",
-        "magnitude <= 0x7FFFFFFF and",
-        VERIFY_NUMBA,
-    ),
-    Mutation(
-        "numba: refused children keep their share of the node",
-        "kernels/cpu/verify_tree.py",
-        "    mass -= weights[token]\n",
-        "    mass -= 0 * weights[token]\n",
-        named("verify_tree", "numba", "walks"),
     ),
     Mutation(
         "numba: every key but one behind the query counts",
