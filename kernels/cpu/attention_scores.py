@@ -1,6 +1,6 @@
-"""Column reductions of the softmax on the CPU: a tile of keys stays in the cache, and the queries that see it walk by.
+"""Column reductions of the softmax on the CPU: a tile of keys stays in the cache, and all queries that see it are read.
 
-p = exp(s - lse) is computed anew and reduced at once, so the matrix is never in memory. A tile of keys is one item of
+p = exp(s - lse) is computed again and reduced at once, so the matrix is never in memory. A tile of keys is one item of
 work: the bits do not depend on the number of threads.
 """
 

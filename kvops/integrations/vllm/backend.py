@@ -184,8 +184,9 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
             kvops.paged_append(key[:n, None], value[:n, None], *caches, slots.pages, slots.lens, **scales)
         for group in step.groups:
             q = group.rectangle.pack(query)
+            k_cache, v_cache = caches
             got, _ = kvops.paged_attention(
-                q, *caches, group.tables, group.lens, q_lens=group.rectangle.q_lens, **scales, **self.options
+                q, k_cache, v_cache, group.tables, group.lens, q_lens=group.rectangle.q_lens, **scales, **self.options
             )
             group.rectangle.unpack(got, output)
         return output

@@ -63,9 +63,9 @@ class Cells:
         self.positions = torch.zeros(count, self.page_size, dtype=torch.int32, device=device)
         self.scores = torch.zeros(count, self.page_size, device=device)
         self._list = torch.arange(self.num_lists, device=device)
-        layer, head = self._list // self.num_heads, self._list % self.num_heads
+        layer_of, head_of = self._list // self.num_heads, self._list % self.num_heads
         # In page 0; that of the next page is num_heads further.
-        self._own_cell = layer * self.num_pages * self.num_heads + head
+        self._own_cell = layer_of * self.num_pages * self.num_heads + head_of
         # Of the pages that stay: whose each cell is (num_lists: nobody's), and its place in that head's list.
         self._owner = torch.full((self.num_pages, self.num_lists), self.num_lists, dtype=torch.int32, device=device)
         self._place = torch.zeros(self.num_pages, self.num_lists, dtype=torch.int32, device=device)

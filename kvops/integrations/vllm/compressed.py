@@ -98,21 +98,25 @@ class CompressedLayers:
             token_positions=step.positions,
             scores=cells.scores_of(layer),
         )
+
+        def attend(queries: Tensor, tables: Tensor, lens: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+            return kvops.paged_attention(queries, cells.k, cells.v, tables, lens, **options)
+
         for group in step.groups:
-            rectangle, lists = group.rectangle, (cells.k, cells.v, group.tables[layer], group.lens[layer])
+            rectangle, tables, lens = group.rectangle, group.tables[layer], group.lens[layer]
             queries, T = rectangle.pack(q), rectangle.shape[1]
             observe = T if judge.observe is None else judge.observe
             scored: dict[str, Any] = {}
             if judge.reduce is not None:
                 scored = {"scores": cells.scores, "score_reduce": judge.reduce}
             if scored and observe < T:  # of a chunk, only the last queries score, from 0
-                got, _ = kvops.paged_attention(queries, *lists, q_lens=rectangle.q_lens, **options)
+                got, _ = attend(queries, tables, lens, q_lens=rectangle.q_lens, **options)
                 last, q_lens = rectangle.last(queries, observe)
-                kvops.paged_attention(last, *lists, q_lens=q_lens, **scored, score_decay=0.0, **options)
+                attend(last, tables, lens, q_lens=q_lens, **scored, score_decay=0.0, **options)
             else:
                 if scored:
                     scored["score_decay"] = judge.decay(T)
-                got, _ = kvops.paged_attention(queries, *lists, q_lens=rectangle.q_lens, **scored, **options)
+                got, _ = attend(queries, tables, lens, q_lens=rectangle.q_lens, **scored, **options)
             rectangle.unpack(got, output)
             if self.check is not None:
                 self.check.look(layer, step, group, queries, k, v, got, options)
