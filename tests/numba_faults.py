@@ -132,6 +132,13 @@ NUMBA_FAULTS = [
         MERGE_NUMBA,
     ),
     Mutation(
+        "numba: bfloat16 is cut off instead of rounded",
+        "kernels/cpu/vector.py",
+        "builder.add(odd, _every(0x7FFF))",
+        "builder.and_(odd, _every(0))",
+        named("merge", "numba", "rounded"),
+    ),
+    Mutation(
         "numba: a later match that the draft does not fit behind wins",
         "kernels/cpu/prompt_lookup.py",
         "start + num_draft <= length",

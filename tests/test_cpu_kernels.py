@@ -1,10 +1,12 @@
 """What the numba kernels share: threads, the cache of compiled code, elements of every dtype, and when they run."""
 
+import ast
 import math
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +290,16 @@ kvops.paged_attention(torch.randn(1, 1, 1, 8), *torch.randn(2, 1, 4, 8), lens[No
 assert "numba" in sys.modules and "triton" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+
+
+def test_every_result_of_a_cpu_kernel_names_its_dtype():
+    """Under another default dtype a kernel wrote float32 into a smaller bfloat16 tensor."""
+    folder = Path(kvops.__file__).parent / "kernels" / "cpu"
+    calls = [
+        (path.name, node)
+        for path in sorted(folder.glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.empty", "torch.zeros", "torch.full")
+    ]
+    assert len(calls) > 10
+    assert not [ast.unparse(node) for _, node in calls if "dtype" not in {keyword.arg for keyword in node.keywords}]

@@ -129,6 +129,19 @@ def test_weights_sum_to_one_however_large_lse_is(backend, level):
     torch.testing.assert_close(dout_a.double(), share, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_rounded_to_the_nearest_and_ties_to_even(backend, dtype):
+    """Tolerances do not see a result that is cut off. The mean of two is exact in float32."""
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter rounds bfloat16 as NumPy has it")
+    a, b = torch.randn(2, 1, 3, 2, 64).to(dtype)
+    lse = torch.zeros(1, 2, 3)
+    out, _ = kvops.merge_attention(a, lse, b, lse)
+    mean = (a.float() + b.float()) / 2
+    assert torch.equal(out, mean.to(dtype))
+    assert (out.float() != mean).any()
+
+
 def test_an_lse_of_plus_infinity_is_an_empty_part(backend):
     """FlashAttention-2 says so of a row without keys; the other part was lost."""
     _, inputs = parts(torch.float32)

@@ -245,7 +245,7 @@ def _bind(
         slopes=slopes if slopes is None or slopes.dim() == 2 else slopes[None],
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        scores=torch.empty(k.shape[0], k.shape[2], k.shape[1]),
+        scores=torch.empty(k.shape[0], k.shape[2], k.shape[1], dtype=torch.float32),
         element=FORMATS[q.dtype],
         head_dim=q.shape[3],
         left=min(window_left, _FAR) if window_left >= 0 else _FAR,
@@ -290,7 +290,7 @@ def attention_scores(
     **options: Any,
 ) -> torch.Tensor:
     """See :func:`kvops.attention_scores`."""
-    scores = torch.empty(k.shape[0], k.shape[2], k.shape[1])
+    scores = torch.empty(k.shape[0], k.shape[2], k.shape[1], dtype=torch.float32)
     binding(q, k, lse, _slopes(alibi_slopes), None, None, scores)
     return scores
 
@@ -310,6 +310,6 @@ def attention_scores_varlen(
     **options: Any,
 ) -> torch.Tensor:
     """See :func:`kvops.attention_scores_varlen`."""
-    scores = torch.empty(k.shape[1], k.shape[0])
+    scores = torch.empty(k.shape[1], k.shape[0], dtype=torch.float32)
     binding(q, k, lse, _slopes(alibi_slopes), cu_seqlens_q, cu_seqlens_k, scores)
     return scores

@@ -61,6 +61,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     The bits of a row's result depend neither on the other rows nor on the number of threads.
     """
-    out = torch.empty(len(x), len(weight))
+    out = torch.empty(len(x), len(weight), dtype=torch.float32)
     _bound(len(x), *weight.shape)(x, weight, out)
     return out

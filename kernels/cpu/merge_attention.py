@@ -63,7 +63,7 @@ def _merge_attention(addresses, table, threads):
 
 def _bind(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> Binding:
     parts = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    parts |= {"out": torch.empty(out_a.shape, dtype=out_a.dtype), "lse": torch.empty(lse_a.shape)}
+    parts |= {"out": torch.empty(out_a.shape, dtype=out_a.dtype), "lse": torch.empty(lse_a.shape, dtype=torch.float32)}
     if out_a.dim() == 3:
         parts = {name: part.unsqueeze(0) for name, part in parts.items()}
     return Binding(_merge_attention, Call, **parts, element=FORMATS[out_a.dtype], width=out_a.shape[-1])
@@ -74,6 +74,6 @@ def merge_attention(
     binding: Binding, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvops.merge_attention`."""
-    out, lse = torch.empty(out_a.shape, dtype=out_a.dtype), torch.empty(lse_a.shape)
+    out, lse = torch.empty(out_a.shape, dtype=out_a.dtype), torch.empty(lse_a.shape, dtype=torch.float32)
     binding(out_a, lse_a, out_b, lse_b, out, lse)
     return out, lse

@@ -66,7 +66,7 @@ def competed_shares(ranked: Tensor, lens: Tensor, least: Tensor, most: Tensor, b
     values = ranked.nan_to_num(-LARGEST).clamp_(-LARGEST, LARGEST)
     lowest = values.gather(2, (lens[..., None] - 1).clamp_(min=0)).clamp_(max=0)
     values = torch.where(torch.arange(slots) < lens[..., None], values, lowest) * (1 / size)
-    worth = torch.zeros(batch, heads, len(block))
+    worth = torch.zeros(batch, heads, len(block), dtype=torch.float32)
     for slot in values.view(batch, heads, len(block), size).unbind(3):
         worth.add_(slot)  # one order of summation, here and in the kernels
     worth.masked_fill_((block < least[..., None]) | (block >= most[..., None]), -torch.inf)

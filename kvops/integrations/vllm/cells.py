@@ -61,7 +61,7 @@ class Cells:
         self.k, self.v = cells[..., :head_dim], cells[..., head_dim:]
         device = first.device
         self.positions = torch.zeros(count, self.page_size, dtype=torch.int32, device=device)
-        self.scores = torch.zeros(count, self.page_size, device=device)
+        self.scores = torch.zeros(count, self.page_size, dtype=torch.float32, device=device)
         self._list = torch.arange(self.num_lists, device=device)
         layer_of, head_of = self._list // self.num_heads, self._list % self.num_heads
         # In page 0; that of the next page is num_heads further.

@@ -47,15 +47,15 @@ class _Question(_EngineSeen):
 
     def __init__(self) -> None:
         self.layer, self.num_layers = 0, 1
-        self.k = self.v = torch.zeros(1, 64, 1, 8)
+        self.k = self.v = torch.zeros(1, 64, 1, 8, dtype=torch.float32)
         self.positions = torch.arange(64).view(1, 1, 64)
         self.end = torch.tensor([64])
-        self.earlier = torch.zeros(1, 1, 64)
+        self.earlier = torch.zeros(1, 1, 64, dtype=torch.float32)
         self.asked: list[tuple[int | None, Reduce, str]] = []
 
     def attention(self, *, last: int | None = None, reduce: Reduce = "sum", group: str = "sum") -> Tensor:
         self.asked.append((last, reduce, group))
-        return torch.zeros(1, 1, 64)
+        return torch.zeros(1, 1, 64, dtype=torch.float32)
 
 
 class _Layer(_EngineSeen):
@@ -72,7 +72,7 @@ class _Layer(_EngineSeen):
         self._slots = tables.long().gather(1, slot // size) * size + slot % size
         self.positions = cells.positions.flatten()[self._slots].masked_fill_(self._padded, -1)[None]
         self.end = self.positions.amax((1, 2)) + 1
-        self.earlier = torch.zeros(1, *slot.shape, device=tables.device)
+        self.earlier = torch.zeros(1, *slot.shape, dtype=torch.float32, device=tables.device)
 
     def _vectors(self, side: Tensor) -> Tensor:
         return side.flatten(0, 1)[self._slots].masked_fill_(self._padded[..., None], 0).transpose(0, 1)[None]
@@ -135,7 +135,7 @@ class Judge:
         """
         policy, (L, H) = self.policy, (cells.num_layers, cells.num_heads)
         (lists, width), size = tables.shape, cells.page_size
-        scores = torch.empty(lists, width * size, device=tables.device)
+        scores = torch.empty(lists, width * size, dtype=torch.float32, device=tables.device)
         for layer in range(L):
             rows = slice(layer * H, (layer + 1) * H)
             seen = _Layer(cells, tables[rows], lens[rows], layer, self._group)
