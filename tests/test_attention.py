@@ -88,6 +88,18 @@ def test_scores_far_apart_do_not_overflow(backend):
     check(q, k, v, sinks=torch.tensor([-500.0]))
 
 
+@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.parametrize(
+    "window",
+    [{"causal": True, "window_left": 2}, {"window_left": 2}, {"window_left": 0, "window_right": 3}, {"causal": True}],
+    ids=str,
+)
+def test_few_queries_see_the_keys_of_their_window_alone(backend, queries, window):
+    """One query under a window saw all keys on the CPU: the keys that it sees need no mask."""
+    q, k, v = torch.randn(2, queries, 6, 16), torch.randn(2, 40, 2, 16), torch.randn(2, 40, 2, 16)
+    check(q, k, v, attention_mask(queries, 40, **window), window)
+
+
 def test_a_sink_of_minus_infinity_is_none(backend):
     q, k, v = torch.randn(1, 5, 2, 16), torch.randn(1, 40, 1, 16), torch.randn(1, 40, 1, 16)
     out, lse = kvops.flash_attention(q, k, v, sinks=torch.full((2,), float("-inf")))

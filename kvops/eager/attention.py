@@ -365,7 +365,7 @@ class _Kind:
         self.plain = (
             not (self.empty or self.hides or self.copies_q or softcap > 0 or sinks is not None)
             and (self.scale > 0 and q.dtype == self.dtype and v.shape[3] == D and alibi_slopes is None)
-            and (len(self.tiles) == 1 and self.tiles[0].start == 0)
+            and (len(self.tiles) == 1 and self.tiles[0][:4] == (0, Sq, 0, v.shape[1]))
         )
 
 
