@@ -31,7 +31,8 @@ def warm_up(
     Args:
         model: the decoder; its weights do not matter, its shapes and dtype do.
         options: as the requests will have them; ``max_new_tokens`` and ``stop_tokens`` are not used. None is greedy
-            decoding with the whole cache. Call it once for each set of options that will be used.
+            decoding with the whole cache. Call it once for each set of options that will be used. Of an option with a
+            value for each prompt, the first value is used.
         lengths: tokens of the prompts; those that the model cannot read are left out.
         progress: called with a line after each generation, such as ``print``.
 
