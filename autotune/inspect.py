@@ -214,7 +214,7 @@ def compile_only(
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
-        where = {"kernel": self.fn.__name__, "target": gpu.name, "grid": _resolve_grid(self, grid, args, kwargs)}
+        where = {"kernel": self.fn.__name__, "target": gpu.name, "grid": resolve_grid(self, grid, args, kwargs)}
         launches.append(CompiledLaunch(**where, **kernel.kvops_launch))
         return kernel
 
@@ -255,7 +255,8 @@ def compile_only(
         driver.set_active(previous)  # type: ignore[arg-type]
 
 
-def _resolve_grid(function: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+def resolve_grid(function: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The sizes of a launch's grid, which may be a function of the kernel's arguments."""
     if callable(grid):
         arguments = {name: value for name, value in kwargs.items() if name in function.arg_names}
         bound = function.signature.bind(*args, **arguments)

@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kvops.autotune.inspect import TARGETS, CompileOnlyDriver, _resolve_grid
+from kvops.autotune.inspect import TARGETS, CompileOnlyDriver, resolve_grid
 from kvops.autotune.machine.grid import Grid, Options
 from kvops.autotune.machine.instructions.asynchronous import Descriptor
 from kvops.autotune.machine.memory import DESCRIPTORS, Allocation
@@ -155,7 +155,7 @@ def _flatten(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
 def _launch(
     machine: Machine, written: _Written, function: Any, kernel: Any, grid: Any, args: Any, kwargs: dict[str, Any]
 ) -> None:
-    shape = _resolve_grid(function, grid, args, kwargs)
+    shape = resolve_grid(function, grid, args, kwargs)
     if not all(shape):
         return
     name = function.fn.__name__
