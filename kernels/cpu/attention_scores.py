@@ -64,6 +64,7 @@ class Scratch(NamedTuple):
     keys: float32[:, ::1]  # [D, KEYS]
     key_rows: int64[::1]  # [D], their addresses
     s: float32[:, ::1]  # [ROWS, KEYS]
+    part: float32[::1]  # [KEYS], of a tile of queries: sums of sums lose less than one long sum
     total: float32[::1]  # [KEYS], of one head
 
 
@@ -96,18 +97,20 @@ def _score(call, scratch, sequence, head, first, rows):
 
 @jit
 def _logarithms(s, scale, softcap, slope, place, lse):
-    """Make a query's row of products log2 of p. ``place`` is how far the query is behind the tile's first key."""
+    """Make a query's row of products log2 of p. ``place`` is how far the query is behind the tile's first key.
+
+    The lse is taken off before the change of base: both are large where their difference, and with it p, is not.
+    """
     if softcap > 0:
         for j in range(KEYS):
-            s[j] = softcap * LOG2_E * np.tanh(s[j] * (scale / softcap))
-    else:
-        for j in range(KEYS):
-            s[j] *= scale * LOG2_E
+            s[j] = softcap * np.tanh(s[j] * (scale / softcap))
+        scale = np.float32(1)
     if slope != 0:
         for j in range(KEYS):
-            s[j] -= slope * LOG2_E * np.float32(abs(place - j))
+            s[j] = s[j] * scale - slope * np.float32(abs(place - j))
+        scale = np.float32(1)
     for j in range(KEYS):
-        s[j] -= lse * LOG2_E
+        s[j] = (s[j] * scale - lse) * LOG2_E
 
 
 @jit
@@ -139,6 +142,8 @@ def _reduce_head(call, scratch, sequence, head, first_key, keys):
     for first in range(begin, end, ROWS):
         rows = min(ROWS, end - first)
         _score(call, scratch, sequence, head, first, rows)
+        for j in range(KEYS):
+            scratch.part[j] = scratch.total[j] if call.reduce == MAX else 0
         for r in range(rows):
             lse = call.lse[sequence.batch, head, sequence.first_q + first + r]
             if np.isinf(lse):  # a query that sees no key
@@ -147,7 +152,9 @@ def _reduce_head(call, scratch, sequence, head, first_key, keys):
             _logarithms(scratch.s[r], scale, softcap, slope, place, lse)
             low, high = max(0, place - call.left), min(keys, place + call.right + 1)
             if low < high:
-                _reduce(call.reduce, scratch.s[r, low:high], scratch.total[low:high])
+                _reduce(call.reduce, scratch.s[r, low:high], scratch.part[low:high])
+        for j in range(keys):
+            scratch.total[j] = scratch.part[j] if call.reduce == MAX else scratch.total[j] + scratch.part[j]
     if call.reduce == MAX:
         for j in range(keys):
             scratch.total[j] = exp2(scratch.total[j])
@@ -187,6 +194,7 @@ def _scores_share(share, shares, call):
         np.zeros((call.head_dim, KEYS), np.float32),
         np.empty(call.head_dim, np.int64),
         np.empty((ROWS, KEYS), np.float32),
+        np.empty(KEYS, np.float32),
         np.empty(KEYS, np.float32),
     )
     for d in range(call.head_dim):

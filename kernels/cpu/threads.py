@@ -86,7 +86,7 @@ def run_shares(typing_context: Any, function: Any, arguments: Any, threads: Any)
             return builder.zext(status.is_ok, _INT32)
 
         # What all threads read: the arguments, and how many calls have failed.
-        data = cgutils.pack_struct(builder, (values[1], _INT32(0)))
+        data = cgutils.pack_struct(builder, (_unowned(context, builder, arguments, values[1]), _INT32(0)))
         shared = cgutils.alloca_once_value(builder, data)
         region_type = ir.FunctionType(ir.VoidType(), [_BYTES])
         region = ir.Function(module, region_type, module.get_unique_name("share"))
@@ -111,12 +111,26 @@ def run_shares(typing_context: Any, function: Any, arguments: Any, threads: Any)
                     [region, builder.bitcast(shared, _BYTES), builder.trunc(values[2], _INT32), _INT32(0)],
                 )
             with one:
-                succeeded = call(builder, _INT64(0), _INT64(1), values[1])
+                succeeded = call(builder, _INT64(0), _INT64(1), builder.load(cgutils.gep_inbounds(builder, shared, 0, 0)))
                 builder.store(builder.sub(_INT32(1), succeeded), cgutils.gep_inbounds(builder, shared, 0, 1))
         failures = builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
         return builder.icmp_signed("==", failures, _INT32(0))
 
     return types.boolean(function, arguments, types.int64), generate
+
+
+def _unowned(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """Arrays, in tuples or not, as views that keep nothing alive: the caller does, and threads that count references
+    to one array wait for each other."""
+    if isinstance(kind, types.BaseTuple):
+        items = cgutils.unpack_tuple(builder, value, len(kind.types))
+        return context.make_tuple(builder, kind, [_unowned(context, builder, *item) for item in zip(kind.types, items)])
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        array.parent = cgutils.get_null_value(array.parent.type)
+        return array._getvalue()
+    return value
 
 
 def _declare(module: Any, name: str, returned: Any, arguments: list[Any]) -> Any:

@@ -5,7 +5,7 @@ An address is an integer, in bytes; vectors need no alignment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -195,22 +195,46 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> tuple[Any, _Generate]:
     return vector(vector, vector, vector), generate
 
 
+def _pick(builder: Any, a: Any, b: Any, lanes: Iterable[int]) -> Any:
+    """The named lanes of two vectors, those of ``b`` behind those of ``a``."""
+    places = list(lanes)
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places))
+
+
 @intrinsic
-def total(typing_context: Any, x: Any) -> tuple[Any, _Generate]:
-    """The sum of a vector's numbers, by halves."""
+def store_totals(typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, _Generate]:
+    """Store the sums of four vectors' numbers, each by halves, from ``address`` on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, width = arguments[0], LANES
-        while width > 1:
-            width //= 2
-            halves = (
-                builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), width), list(lanes)))
-                for lanes in (range(width), range(width, 2 * width))
-            )
-            value = builder.fadd(*halves)
-        return builder.extract_element(value, ir.IntType(32)(0))
+        address, vectors, width = arguments[0], list(arguments[1:]), LANES
 
-    return types.float32(vector), generate
+        def add(a: Any, b: Any, low: list[int], high: list[int]) -> Any:
+            return builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high))
+
+        while width > 8:
+            width //= 2
+            vectors = [add(x, x, [*range(width)], [*range(width, 2 * width)]) for x in vectors]
+        a, b, c, d = vectors
+        # a and b side by side, as are c and d; then all four; in the end a, b, c, d.
+        halves = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+        quarters = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+        four = add(add(a, b, *halves), add(c, d, *halves), *quarters)
+        sums = add(four, four, [0, 4, 2, 6], [1, 5, 3, 7])
+        builder.store(sums, builder.inttoptr(address, sums.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, vector, vector, vector, vector), generate
+
+
+@intrinsic
+def touch(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
+    """Bring the memory at an address into the cache: an atomic load is not taken out where nothing uses it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.load_atomic(builder.inttoptr(arguments[0], ir.IntType(32).as_pointer()), "monotonic", align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
 
 
 @jit
@@ -238,9 +262,9 @@ def multiply_transposed(a, rows, b, columns, width, out):
                 x2, y2 = fma(x, c, x2), fma(y, c, y2)
                 c = load(b3 + d)
                 x3, y3 = fma(x, c, x3), fma(y, c, y3)
-            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = total(x0), total(x1), total(x2), total(x3)
-            i += 1
-            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = total(y0), total(y1), total(y2), total(y3)
+            address = out.ctypes.data + i * out.strides[0] + 4 * j
+            store_totals(address, x0, x1, x2, x3)
+            store_totals(address + out.strides[0], y0, y1, y2, y3)
         if rows % 2:
             i = rows - 1
             a0 = a.ctypes.data + i * a.strides[0]
@@ -249,7 +273,7 @@ def multiply_transposed(a, rows, b, columns, width, out):
                 x = load(a0 + d)
                 x0, x1 = fma(x, load(b0 + d), x0), fma(x, load(b1 + d), x1)
                 x2, x3 = fma(x, load(b2 + d), x2), fma(x, load(b3 + d), x3)
-            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = total(x0), total(x1), total(x2), total(x3)
+            store_totals(out.ctypes.data + i * out.strides[0] + 4 * j, x0, x1, x2, x3)
 
 
 @jit

@@ -82,6 +82,7 @@ _backward_op = register(
     fake=_fake_backward,
     eager=eager.merge_attention_backward,
     kernel="kvops.kernels.merge_attention:merge_attention_backward",
+    cpu="kvops.kernels.cpu.merge_attention:merge_attention_backward",
 )
 
 
