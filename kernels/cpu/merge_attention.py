@@ -42,7 +42,7 @@ def _union(lse_a, lse_b):
 
 @jit
 def _weigh(address_a, weight_a, address_b, weight_b, width, out):
-    """Write weight_a * a + weight_b * b of ``width`` float32 numbers, a multiple of ``LANES``, to the address ``out``."""
+    """Write weight_a * a + weight_b * b of ``width`` float32 numbers, whole vectors of them, to the address ``out``."""
     weight_a, weight_b = splat(weight_a), splat(weight_b)
     for byte in range(0, 4 * width, 4 * LANES):
         b = fma(weight_b, load(address_b + byte), zero())

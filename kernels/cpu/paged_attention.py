@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import float32, int64
+from numba import boolean, float32, int64
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
 from kvops.kernels.cpu.elements import FLOAT32, FORMATS, LOG2_E, exp2, padded, widen
@@ -30,6 +30,7 @@ from kvops.prepared import prepared
 
 TILE = 64  # slots of K and V that are widened to float32 at once; they stay in the first level of the cache
 LINE = 64  # bytes that come from memory at once
+_NEAR = 4 << 20  # bytes of K and V that may still be in a cache
 _LEAST_WORK = 1 << 14  # elements of K and V that a thread should have at least
 
 SUM, SUM_OF_SQUARES, MAX = 0, 1, 2
@@ -53,10 +54,14 @@ def _query_factor(call, h):
 
 
 @jit
-def _locate(cache, element, width, table, h, first, count, tile, rows):
+def _locate(cache, element, width, far, table, h, first, count, tile, rows):
     """Where the slots [first, first + count) of a list stand as float32 rows of whole vectors: in the cache itself, or
     in ``tile`` [TILE + 1, padded width], to which they are copied. Writes the addresses of the rows; the number of rows
-    is rounded up by fours with the last of the tile, which is 0."""
+    is rounded up by fours with the last of the tile, which is 0.
+
+    The products read four rows at a time, an order in which memory is slow: rows that are ``far``, likely in no cache,
+    are touched in their own order before.
+    """
     size = cache.shape[1]
     in_place = element == FLOAT32 and width == tile.shape[1]
     block, offset, j = first // size, first % size, 0
@@ -64,8 +69,8 @@ def _locate(cache, element, width, table, h, first, count, tile, rows):
         address = cache.ctypes.data + h * cache.strides[2] + table[block] * cache.strides[0] + offset * cache.strides[1]
         for _ in range(min(size - offset, count - j)):
             rows[j] = address
-            if in_place:  # in the order in which the memory delivers them fast; the products read four rows at a time
-                for byte in range(0, 4 * width, LINE):
+            if in_place:
+                for byte in range(0, 4 * width if far else 0, LINE):
                     touch(address + byte)
             else:
                 rows[j] = tile.ctypes.data + j * tile.strides[0]
@@ -118,26 +123,53 @@ class Scratch(NamedTuple):
     s: float32[:, ::1]  # [ROWS, TILE], the scores, then the probabilities
     values: float32[:, ::1]  # [TILE + 1, Dv]
     value_rows: int64[::1]  # [TILE]
+    far: boolean  # whether K and V are too large for a cache of the processor
 
 
 @jit
 def _scratch(threads, head_dim, value_dim):
+    """The scratch memory of all threads; see :func:`_own`."""
     D, Dv = padded(head_dim), padded(value_dim)
     return (
-        np.zeros((threads, ROWS, D), np.float32),
-        np.zeros((threads, TILE + 1, D), np.float32),
-        np.zeros((threads, TILE), np.int64),
-        np.zeros((threads, ROWS, TILE), np.float32),
-        np.zeros((threads, TILE + 1, Dv), np.float32),
-        np.zeros((threads, TILE), np.int64),
+        np.empty((threads, ROWS, D), np.float32),
+        np.empty((threads, TILE + 1, D), np.float32),
+        np.empty((threads, TILE), np.int64),
+        np.empty((threads, ROWS, TILE), np.float32),
+        np.empty((threads, TILE + 1, Dv), np.float32),
+        np.empty((threads, TILE), np.int64),
     )
 
 
 @jit
-def _own(scratch, share):
-    """The scratch memory of one thread."""
-    queries, keys, key_rows, s, values, value_rows = scratch
-    return Scratch(queries[share], keys[share], key_rows[share], s[share], values[share], value_rows[share])
+def _own(scratches, share, call, items):
+    """The scratch memory of one thread, with 0 where products read what nothing writes."""
+    queries, keys, key_rows, s, values, value_rows = scratches
+    head_dim, value_dim = call.q.shape[3], call.out.shape[3]
+    far = items.costs[-1] * (head_dim + value_dim) * 4 > _NEAR
+    scratch = Scratch(queries[share], keys[share], key_rows[share], s[share], values[share], value_rows[share], far)
+    scratch.s[:] = 0
+    scratch.queries[:, head_dim:] = 0
+    scratch.keys[:TILE, head_dim:] = 0
+    scratch.keys[TILE] = 0
+    scratch.values[:TILE, value_dim:] = 0
+    scratch.values[TILE] = 0
+    return scratch
+
+
+@jit
+def _locate_keys(call, scratch, b, h, first, count):
+    _locate(
+        call.k_cache, call.element, call.q.shape[3], scratch.far, call.tables[b, h], h, first, count, scratch.keys,
+        scratch.key_rows,
+    )  # fmt: skip
+
+
+@jit
+def _locate_values(call, scratch, b, h, first, count):
+    _locate(
+        call.v_cache, call.element, call.out.shape[3], scratch.far, call.tables[b, h], h, first, count, scratch.values,
+        scratch.value_rows,
+    )  # fmt: skip
 
 
 @jit
@@ -178,22 +210,19 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
     [rows, PIECE] keeps the scores, where it has room for them.
     """
     group, Dv = call.q.shape[2] // call.lens.shape[1], scratch.values.shape[1]
-    table = call.tables[b, h]
     _load_queries(call.q, b, h * group, group, first_row, rows, _query_factor(call, h), scratch.queries)
     for r in range(len(partial)):
         partial[r, : Dv + 1] = 0
         partial[r, Dv + 1] = -np.inf
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
-        _locate(call.k_cache, call.element, call.q.shape[3], table, h, first, count, scratch.keys, scratch.key_rows)
+        _locate_keys(call, scratch, b, h, first, count)
         _score(call, scratch, span, b, h, first_row, rows, first, count)
         if stash.size:
             for r in range(rows):
                 for j in range(count):
                     stash[r, first - begin + j] = scratch.s[r, j]
-        _locate(
-            call.v_cache, call.element, call.out.shape[3], table, h, first, count, scratch.values, scratch.value_rows
-        )
+        _locate_values(call, scratch, b, h, first, count)
         for r in range(rows):
             _soften(scratch.s[r], count, partial[r])
         multiply_add(scratch.s, rows, count, scratch.value_rows, scratch.values.shape[1], partial)
@@ -203,7 +232,7 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
 def _attend_share(share, shares, call, items, scratches, partials, stash):
     Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
     rows = call.q.shape[1] * group
-    scratch = _own(scratches, share)
+    scratch = _own(scratches, share, call, items)
     for item in range(first_item(items, share, shares), first_item(items, share + 1, shares)):
         i = list_of(items.starts, item)
         first_row = (item - items.starts[i]) * ROWS if items.row_tiles > 1 else 0
@@ -279,17 +308,7 @@ def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
     rows = call.q.shape[1] * group
     for first in range(begin, end, TILE):
         count, done = min(TILE, end - first), first - begin
-        _locate(
-            call.k_cache,
-            call.element,
-            call.q.shape[3],
-            call.tables[b, h],
-            h,
-            first,
-            count,
-            scratch.keys,
-            scratch.key_rows,
-        )
+        _locate_keys(call, scratch, b, h, first, count)
         for first_row in range(0, rows, ROWS):
             some = min(ROWS, rows - first_row)
             _load_queries(call.q, b, h * group, group, first_row, some, _query_factor(call, h), scratch.queries)
@@ -313,7 +332,7 @@ def _score_share(share, shares, call, items, scratches, stash):
     """Update the scores of a share of the pieces of lists."""
     Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
     rows = call.q.shape[1] * group
-    scratch = _own(scratches, share)
+    scratch = _own(scratches, share, call, items)
     reduced, seen = np.empty(PIECE, np.float32), np.empty(PIECE, np.bool_)
     size = call.k_cache.shape[1]
     for item in range(first_item(items, share, shares), first_item(items, share + 1, shares)):

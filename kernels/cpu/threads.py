@@ -111,7 +111,9 @@ def run_shares(typing_context: Any, function: Any, arguments: Any, threads: Any)
                     [region, builder.bitcast(shared, _BYTES), builder.trunc(values[2], _INT32), _INT32(0)],
                 )
             with one:
-                succeeded = call(builder, _INT64(0), _INT64(1), builder.load(cgutils.gep_inbounds(builder, shared, 0, 0)))
+                succeeded = call(
+                    builder, _INT64(0), _INT64(1), builder.load(cgutils.gep_inbounds(builder, shared, 0, 0))
+                )
                 builder.store(builder.sub(_INT32(1), succeeded), cgutils.gep_inbounds(builder, shared, 0, 1))
         failures = builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
         return builder.icmp_signed("==", failures, _INT32(0))
@@ -123,8 +125,8 @@ def _unowned(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     """Arrays, in tuples or not, as views that keep nothing alive: the caller does, and threads that count references
     to one array wait for each other."""
     if isinstance(kind, types.BaseTuple):
-        items = cgutils.unpack_tuple(builder, value, len(kind.types))
-        return context.make_tuple(builder, kind, [_unowned(context, builder, *item) for item in zip(kind.types, items)])
+        items = zip(kind.types, cgutils.unpack_tuple(builder, value, len(kind.types)), strict=True)
+        return context.make_tuple(builder, kind, [_unowned(context, builder, *item) for item in items])
     if isinstance(kind, types.Array):
         array = context.make_array(kind)(context, builder, value)
         array.meminfo = cgutils.get_null_value(array.meminfo.type)
