@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import float32
+from numba import float32, float64
 
 from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.jit import jit
@@ -14,9 +14,25 @@ from kvops.kernels.cpu.vector import LANES, multiply_transposed
 
 
 class Call(NamedTuple):
-    x: float32[:, :]  # [rows, in_features]
+    x: float32[:, ::1]  # [rows, in_features]
+    norm: float32[:]  # [in_features], the weight of an RMSNorm of x, or size 0
     weight: float32[:, :]  # [out_features, in_features]
     out: float32[:, :]  # [rows, out_features]
+    eps: float64
+
+
+@jit
+def _normalised(x, weight, eps):
+    """RMSNorm of the rows; each thread has its own, which costs less than to wait for another."""
+    out = np.empty(x.shape, np.float32)
+    for r in range(len(x)):
+        squares = np.float32(0)
+        for d in range(x.shape[1]):
+            squares += x[r, d] * x[r, d]
+        factor = np.float32(1 / np.sqrt(squares / x.shape[1] + eps))
+        for d in range(x.shape[1]):
+            out[r, d] = x[r, d] * factor * weight[d]
+    return out
 
 
 @jit
@@ -27,7 +43,8 @@ def _multiply_share(share, shares, call):
     rows = np.empty(last - first, np.int64)
     for j in range(last - first):
         rows[j] = call.weight.ctypes.data + (first + j) * call.weight.strides[0]
-    multiply_transposed(call.x, call.x.shape[0], rows, last - first, call.x.shape[1], call.out[:, first:last])
+    x = _normalised(call.x, call.norm, call.eps) if call.norm.size else call.x
+    multiply_transposed(x, len(x), rows, last - first, x.shape[1], call.out[:, first:last])
 
 
 @jit
@@ -37,7 +54,7 @@ def _multiply(addresses, table, threads):
 
 
 @functools.lru_cache(maxsize=256)
-def _bound(rows: int, out_features: int, in_features: int) -> Binding:
+def _bound(rows: int, out_features: int, in_features: int, eps: float | None) -> Binding:
     def layout(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device="meta")
 
@@ -45,8 +62,10 @@ def _bound(rows: int, out_features: int, in_features: int) -> Binding:
         _multiply,
         Call,
         x=layout(rows, in_features),
+        norm=None if eps is None else layout(in_features),
         weight=layout(out_features, in_features),
         out=layout(rows, out_features),
+        eps=0.0 if eps is None else eps,
     )
 
 
@@ -56,11 +75,14 @@ def serves(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.is_contiguous() and out_features % 4 == in_features % LANES == 0
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
     """x [rows, in_features] @ weight [out_features, in_features].T, both contiguous, in float32.
 
-    The bits of a row's result depend neither on the other rows nor on the number of threads.
+    With the weight ``norm`` [in_features] and the ``eps`` of an RMSNorm, x is normalised first. The bits of a row's
+    result depend neither on the other rows nor on the number of threads.
     """
-    out = torch.empty(len(x), len(weight), dtype=torch.float32)
-    _bound(len(x), *weight.shape)(x, weight, out)
+    out = torch.empty(x.shape[0], weight.shape[0])
+    _bound(x.shape[0], *weight.shape, eps)(x, norm, weight, out)
     return out

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from kvops.models.config import LlamaConfig
 from kvops.models.linear import Linear
 from kvops.models.rope import YarnRopeScaling, frequencies
-from kvops.rotary import rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, Hq, D]``"""
@@ -48,12 +47,13 @@ class LlamaLayer(nn.Module):
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         config = self.config
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
-        rotated = rotate(qkv[:, :, : -config.num_kv_heads], cos, sin)
+        qkv = self.qkv(x, self.attention_norm).unflatten(-1, (-1, config.head_dim))
+        rotating = qkv[:, :, : -config.num_kv_heads]
+        rotated = torch.addcmul(rotating * cos, rotating.roll(config.head_dim // 2, -1), sin)
         q, k = rotated.split((config.num_heads, config.num_kv_heads), dim=2)
         v = qkv[:, :, -config.num_kv_heads :]
         x = x + self.out(attend(q, k, v).flatten(2))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(x, self.mlp_norm).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
@@ -124,8 +124,9 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The hidden states after the last norm: tokens int64 [B, T], positions int [B, T] -> [B, T, hidden]."""
         x = self.embedding(tokens)
-        cos = self.cos[positions].unsqueeze(2).to(x.dtype)
-        sin = self.sin[positions].unsqueeze(2).to(x.dtype)
+        cos, sin = (table[positions].unsqueeze(2).to(x.dtype) for table in (self.cos, self.sin))
+        # x rotated (see kvops.rotary) is x * cos + x with its halves exchanged * sin, with a sign for each half.
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
         return self.norm(x)
