@@ -49,9 +49,30 @@ NUMBA_FAULTS = [
     Mutation(
         "the last four outputs of a share are left out",
         "kernels/cpu/linear.py",
-        "rows, last - first, call.x.shape[1]",
-        "rows, last - first - 4, call.x.shape[1]",
+        "rows, last - first, x.shape[1]",
+        "rows, last - first - 4, x.shape[1]",
         named("cpu_kernels", "few_rows"),
+    ),
+    Mutation(
+        "a norm leaves out its weight",
+        "kernels/cpu/linear.py",
+        "x[r, d] * factor * weight[d]",
+        "x[r, d] * factor",
+        named("cpu_kernels", "norm_before"),
+    ),
+    Mutation(
+        "numba: sums of probabilities are one long sum",
+        "kernels/cpu/attention_scores.py",
+        "scratch.part[j] = scratch.total[j] if call.reduce == MAX else 0",
+        "scratch.part[j], scratch.total[j] = scratch.total[j], scratch.total[j] if call.reduce == MAX else 0",
+        named("cpu_kernels", "long_sums"),
+    ),
+    Mutation(
+        "numba: the gradient of a merged lse has the wrong sign",
+        "kernels/cpu/merge_attention.py",
+        "dlse * weight_b - change if",
+        "dlse * weight_b + change if",
+        named("merge", "numba", "gradient"),
     ),
     Mutation(
         "the bias of a float8 exponent is 6",
@@ -127,8 +148,8 @@ NUMBA_FAULTS = [
     Mutation(
         "numba: the second part is weighted as the first",
         "kernels/cpu/merge_attention.py",
-        "a[d] * weight_a + b[d] * weight_b",
-        "a[d] * weight_a + b[d] * weight_a",
+        "b = fma(weight_b, load(address_b + byte), zero())",
+        "b = fma(weight_a, load(address_b + byte), zero())",
         MERGE_NUMBA,
     ),
     Mutation(

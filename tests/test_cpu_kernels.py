@@ -220,6 +220,35 @@ def test_products_of_few_rows_have_the_same_bits_whatever_stands_beside_a_row(ou
         assert torch.equal(linear.linear(x[row : row + 1], weight)[0], together[row])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_norm_before_a_product_is_that_of_torch(rows, two_threads):
+    norm, weight = torch.nn.RMSNorm(96, eps=1e-5), torch.randn(48, 96)
+    torch.nn.init.normal_(norm.weight)
+    x = 30 * torch.randn(rows, 96)
+    with torch.no_grad():
+        exact = norm.double()(x.double()) @ weight.double().T
+        error = (norm.float()(x) @ weight.T - exact).abs().max()
+        result = linear.linear(x, weight, norm.weight, norm.eps)
+        assert (result - exact).abs().max() <= 2 * error + 1e-6
+        layer = Linear(96, 48, bias=True)
+        torch.testing.assert_close(layer(x, norm), layer(norm(x)))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "sumsq", "max"])
+def test_long_sums_of_probabilities_lose_no_more_than_torchs(reduce):
+    q, k = torch.randn(1, 2048, 2, 16), torch.randn(1, 64, 2, 16)
+
+    def reference(q, k, lse):
+        p = torch.exp(q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 4 - lse.to(q.dtype)[..., None])
+        return {"sum": p.sum(2), "sumsq": p.square().sum(2), "max": p.amax(2)}[reduce]
+
+    lse = torch.logsumexp(q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) / 4, -1).float()
+    exact = reference(q.double(), k.double(), lse)
+    error = (reference(q, k, lse) - exact).abs().max()
+    result = kvops.attention_scores(q, k, lse, reduce=reduce)
+    assert (result - exact).abs().max() <= 2 * error + exact.abs().max() * 2**-24
+
+
 def test_the_models_linear_layer_takes_the_kernel_for_few_rows_alone(monkeypatch):
     served = []
     multiply = linear.linear

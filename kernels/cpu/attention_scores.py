@@ -64,8 +64,8 @@ class Scratch(NamedTuple):
     keys: float32[:, ::1]  # [D, KEYS]
     key_rows: int64[::1]  # [D], their addresses
     s: float32[:, ::1]  # [ROWS, KEYS]
-    part: float32[::1]  # [KEYS], of a tile of queries: sums of sums lose less than one long sum
-    total: float32[::1]  # [KEYS], of one head
+    part: float32[::1]  # [KEYS], of a tile of queries
+    total: float64[::1]  # [KEYS], of one head: long sums lose nothing
 
 
 @jit
@@ -157,7 +157,7 @@ def _reduce_head(call, scratch, sequence, head, first_key, keys):
             scratch.total[j] = scratch.part[j] if call.reduce == MAX else scratch.total[j] + scratch.part[j]
     if call.reduce == MAX:
         for j in range(keys):
-            scratch.total[j] = exp2(scratch.total[j])
+            scratch.total[j] = exp2(np.float32(scratch.total[j]))
 
 
 @jit
@@ -195,7 +195,7 @@ def _scores_share(share, shares, call):
         np.empty(call.head_dim, np.int64),
         np.empty((ROWS, KEYS), np.float32),
         np.empty(KEYS, np.float32),
-        np.empty(KEYS, np.float32),
+        np.empty(KEYS, np.float64),
     )
     for d in range(call.head_dim):
         scratch.key_rows[d] = scratch.keys.ctypes.data + d * scratch.keys.strides[0]

@@ -83,6 +83,6 @@ def linear(
     With the weight ``norm`` [in_features] and the ``eps`` of an RMSNorm, x is normalised first. The bits of a row's
     result depend neither on the other rows nor on the number of threads.
     """
-    out = torch.empty(x.shape[0], weight.shape[0])
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     _bound(x.shape[0], *weight.shape, eps)(x, norm, weight, out)
     return out

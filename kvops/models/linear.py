@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from types import ModuleType
 
 import torch
@@ -56,5 +55,7 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """The module of kernels, which brings numba."""
-    return importlib.import_module("kvops.kernels.cpu.linear")
+    """The module of the kernel, which brings numba."""
+    from kvops.kernels.cpu import linear
+
+    return linear
