@@ -36,8 +36,8 @@ MINUTES ?= 10
 AREAS ?=
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-machine test-oldest test-vllm release-check margins mutations fuzz docs demo train bench bench-quality bench-report gpu prune lint \
-  format clean
+.PHONY: help setup test test-machine test-oldest test-vllm soak release-check margins mutations fuzz docs demo train \
+  bench bench-quality bench-answers bench-serving bench-report gpu prune lint format clean
 
 help:  ## this list
 	@echo "kvops: make TARGET [PYTHON=python3.12]"
@@ -103,6 +103,9 @@ $(VLLM)/.complete: constraints.txt
 	$(VLLM)/bin/pip install 'setuptools>=77' && $(VLLM)/bin/pip install --no-deps --no-build-isolation -e .
 	touch $@
 
+soak: $(VLLM)/.complete  ## 500 random requests in the real vLLM, 20 by 20; a second call goes on with the first
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m bench soak --json $(OUT)/soak.json
+
 # With the code that torch, MKL and OpenBLAS have for other CPUs, each with one and two threads.
 margins: $(SETUP)  ## how close comparisons come to their tolerances on other CPUs; ARGS="--only OPENBLAS" for a part
 	$(BIN)/python tests/margins.py $(ARGS)
@@ -147,6 +150,13 @@ bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving
 bench-quality: $(SETUP)  ## what every policy keeps at every ratio, an hour, goes on where it stopped; docs/compression-study.md
 	$(BIN)/python -m bench quality --json $(OUT)/quality.json
 	$(BIN)/python -m bench quality --times --json $(OUT)/quality.json
+	$(BIN)/python -m bench report
+
+bench-answers: $(VLLM)/.complete  ## the same questions to vLLM and to our own loop, ten minutes
+	$(VLLM)/bin/python -m bench answers --json $(OUT)/answers.json
+
+bench-serving: $(VLLM)/.complete $(SETUP)  ## requests at random in the real vLLM, whole and compressed, ten minutes
+	$(VLLM)/bin/python -m bench serving --json $(OUT)/serving.json
 	$(BIN)/python -m bench report
 
 bench-report: $(SETUP)  ## BENCHMARKS.md, docs/compression-study.md and plots from the results in bench/results alone

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -185,11 +185,90 @@ def _measuring(parser: argparse.ArgumentParser, *, rounds: int, seconds: float, 
     parser.add_argument("--json", type=Path, metavar="PATH", help=f"write the results here, {each} by {each}")
 
 
+def _model_folder(path: Path) -> Path:
+    """``path``, into which SmolLM2 is written as transformers writes it if there is no such folder."""
+    if not path.exists():
+        from kvops.integrations.transformers import write_folder
+        from kvops.models.loading import load
+
+        write_folder(load(progress=False), path)
+    return path
+
+
+def soak(arguments: argparse.Namespace) -> int:
+    from bench.serving import soak as soaking
+
+    return soaking.run(
+        arguments.json, requests=arguments.requests, per_round=arguments.per_round, seconds=arguments.seconds
+    )
+
+
+def answers(arguments: argparse.Namespace) -> int:
+    from bench.serving import answers as asking
+
+    return asking.run(
+        _model_folder(arguments.folder),
+        arguments.json,
+        ratios=arguments.ratios,
+        policy=arguments.policy,
+        contexts=arguments.contexts,
+    )
+
+
+def serving(arguments: argparse.Namespace) -> int:
+    from bench.serving import arrivals
+
+    return arrivals.run(
+        _model_folder(arguments.folder),
+        arguments.ratios,
+        number=arguments.requests,
+        pages=arguments.pages,
+        gap=arguments.gap,
+        policy=arguments.policy,
+        json_path=arguments.json,
+    )
+
+
 def counted(arguments: argparse.Namespace) -> int:
     from bench import counted as counting
 
     counting.run(arguments.target, arguments.json)
     return 0
+
+
+def _in_vllm(commands: Any) -> None:
+    """What runs in the environment of ``make test-vllm``."""
+    soaked = commands.add_parser("soak", help="random requests in the real vLLM lose no page and no token (make soak)")
+    soaked.add_argument("--requests", type=positive, default=500, metavar="N", help="default: %(default)s")
+    soaked.add_argument("--per-round", type=positive, default=20, metavar="N", help="of an engine (%(default)s)")
+    soaked.add_argument("--seconds", type=float, default=float("inf"), help="begin no round after these")
+    soaked.add_argument(
+        "--json", type=Path, metavar="PATH", help="write the results here, round by round, or go on with them"
+    )
+    soaked.set_defaults(function=soak)
+
+    asked = commands.add_parser("answers", help="the same questions to vLLM and to our own loop (make bench-answers)")
+    asked.add_argument("--ratios", nargs="+", type=float, default=[4, 8], metavar="N", help="default: 4 8")
+    asked.add_argument("--contexts", type=int, default=1, metavar="N", help="of the study (default: %(default)s)")
+    asked.set_defaults(function=answers)
+
+    served = commands.add_parser("serving", help="requests that arrive at random in the real vLLM (make bench-serving)")
+    served.add_argument("--ratios", nargs="+", type=float, default=[4, 8, 16], metavar="N", help="default: 4 8 16")
+    served.add_argument("--requests", type=positive, default=24, metavar="N", help="default: %(default)s")
+    served.add_argument("--pages", type=positive, default=48, metavar="N", help="of the pool (default: %(default)s)")
+    served.add_argument("--gap", type=float, default=0.5, metavar="S", help="between requests (default: %(default)s s)")
+    served.set_defaults(function=serving)
+
+    for command in (asked, served):
+        command.add_argument("--policy", default="standout", help="default: %(default)s")
+        command.add_argument(
+            "--folder",
+            type=Path,
+            default=Path(".cache/vllm/smollm2"),
+            help="the model as transformers writes it; SmolLM2-135M is written there if it does not exist "
+            "(default: %(default)s)",
+        )
+        command.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -250,6 +329,8 @@ def _parser() -> argparse.ArgumentParser:
     counts.add_argument("--target", default="sm_80", help="sm_80 or sm_90 (default: %(default)s)")
     counts.add_argument("--json", type=Path, metavar="PATH", help="write the counts here")
     counts.set_defaults(function=counted)
+
+    _in_vllm(commands)
 
     names = commands.add_parser("list", help="the names of the cases")
     _selection(names)

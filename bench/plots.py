@@ -11,6 +11,7 @@ from bench.drawing import LINE, OURS, THEIRS, pyplot, where
 from bench.measure import KVOPS
 from bench.quality import pictures
 from bench.results import Result, Row
+from bench.serving import pages
 from kvops.cli import demo_plot
 
 
@@ -20,6 +21,7 @@ def draw(result: Result, stem: Path) -> list[Path]:
         "operators": (("speed", _speed), ("roofline", _roofline)),
         "growth": (("", _growth),),
         "demo": (("", _demo),),
+        "serving": (("", pages.picture),),
         "quality": (("curves", pictures.curves), ("ragged", pictures.ragged), ("heads", pictures.heads)),
     }
     paths = []

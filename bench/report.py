@@ -12,6 +12,7 @@ from bench.measure import KVOPS
 from bench.quality import study
 from bench.quality.kept import kept
 from bench.results import Result, Row
+from bench.serving import pages
 
 STUDY = Path("docs") / "compression-study.md"
 
@@ -82,6 +83,9 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "generate": "Generation",
         "throughput": "Serving",
         "quality": "What compression keeps",
+        "serving": "Serving in vLLM",
+        "answers": "Answers in vLLM",
+        "soak": "A soak in vLLM",
     }
     title = titles.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
     sources = ", ".join(f"[`{path.name}`]({_link(path, root)})" for path in paths[:1])
@@ -92,6 +96,9 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "throughput": _serving,
         "quality": _quality,
         "demo": _demo,
+        "serving": pages.serving,
+        "answers": pages.answers,
+        "soak": pages.soak,
     }
     if kind.startswith("gpu-"):
         title, body[kind] = f"GPU run: {kind.removeprefix('gpu-')}", _gpu_phase

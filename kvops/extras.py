@@ -13,6 +13,7 @@ _COMMANDS = {
     "triton": 'pip install "triton>=3.6"',
     "transformers": 'pip install "transformers>=5.20"',
     "kvpress": "pip install kvpress",
+    "vllm": 'pip install "kvops[vllm]"',
 }
 
 

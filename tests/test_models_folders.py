@@ -1,5 +1,6 @@
 """Models in Hugging Face folders: the configuration and the weights, against transformers."""
 
+import dataclasses
 import json
 
 import pytest
@@ -99,6 +100,23 @@ def test_folder_loads_to_what_transformers_saved(tmp_path, kind, shard):
     assert config.rope_scaling == (Llama3RopeScaling(8.0, 1.0, 4.0, 64) if kind == "llama3" else None)
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json: expected the tokenizer"):
         _ = loaded.tokenizer
+
+
+@pytest.mark.model
+def test_a_gguf_model_is_the_same_model_written_as_a_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from kvops.integrations.transformers import write_folder
+
+    model = load(dtype=torch.float16, progress=False)
+    again = load(write_folder(model, tmp_path / "folder"), dtype=torch.float16, progress=False)
+    assert again.config == model.config
+    assert_same_weights(again.weights, model.weights)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    text = "What is a KV cache? 1234 <|im_end|>"
+    assert tokenizer.encode(text, add_special_tokens=False) == model.tokenizer.encode(text)
+    windowed = dataclasses.replace(model, config=dataclasses.replace(model.config, sliding_window=8))
+    with pytest.raises(ValueError, match="model: expected sliding_window=None to write a folder, got 8"):
+        write_folder(windowed, tmp_path)
 
 
 def test_folder_with_something_missing_or_broken_is_refused(tmp_path):

@@ -1,7 +1,6 @@
 """kvops in the real vLLM, on the CPU: ``make test-vllm``, in an environment of its own."""
 
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -19,13 +18,13 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 import oracle  # noqa: E402
-import vllm_models  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 import kvops  # noqa: E402
+from bench.serving.small import small as random_model  # noqa: E402
+from bench.serving.soak import Round, checks_of, run_round  # noqa: E402
 from kvops.integrations.vllm import hooks, register  # noqa: E402
 
 pytestmark = pytest.mark.vllm
@@ -37,26 +36,11 @@ PAGE = 32
 def _registered():
     register()
     register()  # vLLM may load a plugin twice
-    # At the start of an engine vLLM 0.32 asks every module for its kernels, and fails on what llvmlite answers once
-    # numba is imported. In a process of its own, as a server has them, an engine starts before numba is needed.
-    platform = type(current_platform)
-    override = platform.register_triton_kernel_overrides
-
-    def override_without_llvmlite(cls):
-        hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llvmlite"}
-        for name in hidden:
-            del sys.modules[name]
-        override()
-        sys.modules.update(hidden)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(platform, "register_triton_kernel_overrides", classmethod(override_without_llvmlite))
-        yield
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return vllm_models.small(tmp_path_factory.mktemp("small"))
+    return random_model(tmp_path_factory.mktemp("small"))
 
 
 def metadata(lengths, totals, generator) -> tuple[CommonAttentionMetadata, torch.Tensor]:
@@ -233,7 +217,7 @@ MODELS = {
 @pytest.mark.parametrize("family", MODELS)
 def test_the_same_greedy_tokens_as_vllms_own_backend(family, tmp_path):
     """Prompts shorter and longer than a step, decoded beside each other: softcaps and windows are Gemma 2's."""
-    model = vllm_models.small(tmp_path, family, **MODELS[family])
+    model = random_model(tmp_path, family, **MODELS[family])
     ids = prompts([5, 40, 300, 33, 200, 1, 64])
     expected = generate(start(model), ids)
     llm = start(model, attention_backend="CUSTOM")
@@ -383,7 +367,7 @@ def test_drafts_are_verified_over_a_compressed_cache(small):
 
 
 def test_full_layers_are_compressed_beside_windows(tmp_path):
-    model = vllm_models.small(tmp_path, "Gemma2", **MODELS["Gemma2"])
+    model = random_model(tmp_path, "Gemma2", **MODELS["Gemma2"])
     with pytest.raises(ValueError, match="enable_prefix_caching: expected off where other layers"):
         generate(start_compressed(model, 80), prompts([10]))
     llm = start_compressed(model, 80, enable_prefix_caching=False)
@@ -407,46 +391,33 @@ def test_what_does_not_go_together_with_compression_is_refused(small, options, m
         generate(start_compressed(small, 60, **options), prompts([10]))
 
 
-SOAK = int(os.environ.get("SOAK", "50"))
-
-
-@pytest.mark.parametrize("seed", range(-(-SOAK // 50)))
+@pytest.mark.parametrize("seed", [0, 3])
 def test_a_soak_of_random_requests_loses_no_page_and_no_token(small, seed):
-    """Fifty requests of 1 to 900 tokens with aborts, priorities, several samples, in a pool of 25 to 100 pages."""
-    draw = random.Random(seed)
-    pages = draw.choice([40, 60, 100])
-    llm = start_compressed(
-        small,
-        pages,
-        draw.choice([1.5, 4, 8, 16]),
-        scheduling_policy=draw.choice(["fcfs", "priority"]),
-        max_num_batched_tokens=draw.choice([64, 128, 500]),
-        kvops={
-            "policy": draw.choice(["standout", "kv-compress", "snapkv", "h2o"]),
-            "protect_last": draw.choice([0, 7, 40]),
-        },
+    """Two short rounds of ``python -m bench soak``: aborts, priorities, several samples, drafts."""
+    row = run_round(Round.drawn(seed, longest=500), small, 12)
+    assert row["checks"] > 1000
+
+
+def test_attention_of_a_whole_cache_is_checked_too(small):
+    llm = start(
+        small, attention_backend="CUSTOM", additional_config={"kvops": {"check": True}}, enable_prefix_caching=False
     )
-    engine = llm.llm_engine
-    for number in range(50):
-        length = draw.choice([draw.randrange(1, 40), draw.randrange(1, 900)])
-        sampling = vllm.SamplingParams(
-            max_tokens=draw.randrange(1, 60),
-            ignore_eos=True,
-            detokenize=False,
-            n=draw.choice([1, 1, 1, 2]),
-        )
-        ids = {"prompt_token_ids": prompts([length], seed=1000 * seed + number)[0]}
-        priority = draw.randrange(3) if engine.vllm_config.scheduler_config.policy == "priority" else 0
-        engine.add_request(str(number), ids, sampling, priority=priority)
-        for _ in range(draw.randrange(6)):
-            engine.step()
-        if draw.random() < 0.1:
-            engine.abort_request([str(draw.randrange(number + 1))])
-    while engine.has_unfinished_requests():
-        engine.step()
-    layers, manager = expect_sound(llm, pages)
-    assert layers.cells.compactions > 5
-    assert manager.num_freed > 5
+    generate(llm, prompts([300, 5, 90]))
+    (check,) = checks_of(llm.llm_engine)
+    assert check.count > 300
+    assert check.worst < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "check: expected no prefix caching without compression"),
+        ({"enable_prefix_caching": False, "kv_cache_dtype": "fp8"}, "check: expected a cache that holds what was comp"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(small, options, message):
+    with pytest.raises(ValueError, match=message):
+        start(small, attention_backend="CUSTOM", additional_config={"kvops": {"check": True}}, **options)
 
 
 def test_the_example_asks_a_server(small, tmp_path):

@@ -90,7 +90,7 @@ def units(tokenizer: Tokenizer, size: Size) -> list[Unit]:
     first, *others = size.texts
     return [
         *_prose(tokenizer, size, *first),
-        *(unit for number in range(len(size.facts)) for unit in _hidden(tokenizer, size, number)),
+        *(unit for number in range(len(size.facts)) for unit in facts(tokenizer, size, number)),
         *_digits(tokenizer, size),
         *(unit for text in others for unit in _prose(tokenizer, size, *text)),
     ]
@@ -118,7 +118,8 @@ def _prose(tokenizer: Tokenizer, size: Size, length: int, part: int) -> list[Uni
     return [Unit(f"text {name}, part {part}", TEXT, tokens[: start - 1], (), (probe,))]
 
 
-def _hidden(tokenizer: Tokenizer, size: Size, number: int) -> list[Unit]:
+def facts(tokenizer: Tokenizer, size: Size, number: int) -> list[Unit]:
+    """Questions about context ``number`` of ``size``, which has facts hidden in prose."""
     length, part = size.facts[number]
     story, questions = _STORIES[number]
     rng = random.Random(2026 + number)

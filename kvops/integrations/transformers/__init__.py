@@ -20,9 +20,10 @@ from kvops.integrations.transformers.attention import NAME, attention, enable
 if TYPE_CHECKING:
     from kvops.integrations.transformers.cache import KVOpsCache
     from kvops.integrations.transformers.decoder import Decoder
+    from kvops.integrations.transformers.folder import write_folder
     from kvops.integrations.transformers.layers import attention_module, replace
 
-__all__ = ["NAME", "Decoder", "KVOpsCache", "attention", "attention_module", "enable", "replace"]
+__all__ = ["NAME", "Decoder", "KVOpsCache", "attention", "attention_module", "enable", "replace", "write_folder"]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from kvops.integrations.transformers.decoder import Decoder
 
         return Decoder
+    if name == "write_folder":
+        from kvops.integrations.transformers.folder import write_folder
+
+        return write_folder
     from kvops.integrations.transformers import layers
 
     return getattr(layers, name)

@@ -31,3 +31,4 @@ def register() -> None:
 
     register_backend(AttentionBackendEnum.CUSTOM, platform.BACKEND)
     platform.honour_custom_on_cpu()
+    platform.hide_llvmlite_on_cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +13,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 import kvops
+from kvops.integrations.vllm.check import Check
 from kvops.integrations.vllm.compressed import CompressedLayers
 from kvops.integrations.vllm.engine import Engine
 from kvops.integrations.vllm.spec import CompressedSpec
-from kvops.integrations.vllm.step import Group, Slots, Step, rectangles
+from kvops.integrations.vllm.step import Group, Request, Slots, Step, rectangles
 
 _FLOAT8 = ("fp8", "fp8_e4m3")
 
@@ -70,8 +72,12 @@ class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._compressed: CompressedLayers | None = None
+        self._check: Check | None = None
+        options = Engine.building(vllm_config).options
         if isinstance(kv_cache_spec, CompressedSpec):
             self._expect_compressible()
+        elif options.check:
+            self._check = Check(kv_cache_spec.num_kv_heads, kv_cache_spec.block_size, options)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
         m = common_attn_metadata
@@ -86,7 +92,11 @@ class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
             known = m.seq_lens_cpu_upper_bound if m.seq_lens_cpu_upper_bound is not None else lens
             return self._compressed.build(m.num_actual_tokens, starts, known[: m.num_reqs].tolist(), tables, slots)
         groups = [Group.of(rectangle, tables, lens, 0) for rectangle in rectangles(starts, self.device)]
-        return Step(m.num_actual_tokens, slots, groups)
+        if self._check is None:
+            return Step(m.num_actual_tokens, slots, groups)
+        rows = zip(tables[:, 0].tolist(), lens.tolist(), itertools.pairwise(starts), strict=True)
+        requests = tuple(Request(first, total - (end - start), total) for first, total, (start, end) in rows)
+        return Step(m.num_actual_tokens, slots, groups, requests=requests, check=self._check)
 
     def _expect_compressible(self) -> None:
         """Raises ValueError where the layers of this group cannot be compressed beside the others."""
@@ -145,10 +155,10 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         if sliding_window is not None:
             self.options["window_left"] = sliding_window - 1
         engine = Engine.building(get_current_vllm_config())
-        if self.is_reader and engine.options.compresses:
+        if self.is_reader and (engine.options.compresses or engine.options.check):
             raise NotImplementedError(
-                f"kv_sharing_target_layer_name: kvops does not compress a cache that other layers read, as those of "
-                f"{kv_sharing_target_layer_name} do. Next step: ratio=1"
+                "kv_sharing_target_layer_name: kvops neither compresses nor checks a cache that other layers read, as "
+                f"those of {kv_sharing_target_layer_name} do. Next step: ratio=1 and check=false"
             )
 
     def forward(
@@ -189,6 +199,8 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
                 q, k_cache, v_cache, group.tables, group.lens, q_lens=group.rectangle.q_lens, **scales, **self.options
             )
             group.rectangle.unpack(got, output)
+            if step.check is not None and "window_left" not in self.options:
+                step.check.look(layer.layer_name, step, group, q, key, value, got, self.options)
         return output
 
     def _caches(self, layer: Any, kv_cache: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:

@@ -1,13 +1,14 @@
-"""For tests: every attention over a compressed cache beside dense attention in float32 over the kept tokens."""
+"""For tests: every attention compared with dense attention in float32 over exactly the tokens that it should read."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvops.integrations.vllm.cells import Cells
 from kvops.integrations.vllm.options import Options
 from kvops.integrations.vllm.step import Group, Request, Step
 
@@ -15,56 +16,89 @@ from kvops.integrations.vllm.step import Group, Request, Step
 class Check:
     """Keeps every key and value that was ever computed, and compares.
 
+    A request is known by its first page, which it keeps. Layers with a sliding window free it, and are not checked.
+
+    Args:
+        num_heads: KV heads.
+        page_size: slots of a page.
+        options: what is protected.
+        positions: int32 ``[cells, page_size]``, the positions of a compressed cache; None for a cache that is whole.
+
     Attributes:
         count: heads that were compared.
         worst: the largest difference of an output.
     """
 
-    def __init__(self, cells: Cells, options: Options) -> None:
-        self._cells, self._options = cells, options
-        self._seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    def __init__(self, num_heads: int, page_size: int, options: Options, positions: Tensor | None = None) -> None:
+        self._num_heads, self._page_size, self._options = num_heads, page_size, options
+        self._cell_positions = positions
+        # By layer and first page: how many tokens were seen, and their keys and values in buffers that are larger.
+        self._seen: dict[tuple[Hashable, int], tuple[int, tuple[Tensor, Tensor]]] = {}
         self.count, self.worst = 0, 0.0
 
     def look(
-        self, layer: int, step: Step, group: Group, q: Tensor, k: Tensor, v: Tensor, got: Tensor, options: Any
+        self,
+        layer: Hashable,
+        step: Step,
+        group: Group,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        got: Tensor,
+        options: Any,
+        lists: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Raises AssertionError where a list lacks a protected token, holds a token twice or attends to another."""
+        """Compare ``got``, the attention of ``q`` ``[B, T, Hq, D]`` of a group of requests in one layer.
+
+        Args:
+            k, v: the new keys and values of the whole step, packed.
+            lists: int32 ``[B, Hkv, W]`` cells and ``[B, Hkv]`` slots of a compressed cache.
+
+        Raises AssertionError if a list lacks a protected token or is not in order, or if the attention is not finite.
+        """
         rectangle = group.rectangle
         new_k, new_v = rectangle.pack(k), rectangle.pack(v)
-        rows, heads = torch.arange(len(step.requests))[rectangle.rows].tolist(), self._cells.num_heads
+        rows = torch.arange(len(step.requests))[rectangle.rows].tolist()
         for place, request in enumerate(step.requests[row] for row in rows):
             if request.first_page == 0:
                 continue
             count = request.tokens - request.computed
             keys, values = self._all(layer, request, new_k[place, :count], new_v[place, :count])
-            for head, part in enumerate(torch.arange(q.shape[2]).chunk(heads)):
-                kept = self._positions(group, layer, place, head, request)
+            for head, part in enumerate(torch.arange(q.shape[2]).chunk(self._num_heads)):
+                kept = torch.arange(request.tokens)
+                if lists is not None:
+                    kept = self._positions(lists[0][place, head], int(lists[1][place, head]), request)
                 truth = self._truth(
                     q[place, :count, part], keys[kept, head], values[kept, head], kept, request, part, options
                 )
                 error = (truth - got[place, :count, part].float()).abs().max().item()
+                assert math.isfinite(error), f"not finite: head {head} of layer {layer} of {request}"
                 self.count, self.worst = self.count + 1, max(self.worst, error)
 
-    def _all(self, layer: int, request: Request, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _all(self, layer: Hashable, request: Request, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens of a request, with the new ones."""
-        old = self._seen.get((layer, request.first_page)) if request.computed else None
-        if old is not None:
-            k, v = (torch.cat((before[: request.computed], new)) for before, new in zip(old, (k, v), strict=True))
-        k, v = k.clone(), v.clone()
-        assert len(k) == request.tokens, f"{len(k)} tokens were seen of {request}"
-        self._seen[layer, request.first_page] = k, v
-        return k, v
+        end, none = request.tokens, (0, (k[:0], v[:0]))
+        seen, held = self._seen.get((layer, request.first_page), none) if request.computed else none
+        assert seen >= request.computed, f"{seen} tokens were seen of {request}"
+        if len(held[0]) < end:
+            keys, values = (torch.cat((old, old.new_empty(2 * end - len(old), *old.shape[1:]))) for old in held)
+            held = keys, values
+        for side, new in zip(held, (k, v), strict=True):
+            side[request.computed : end] = new
+        self._seen[layer, request.first_page] = end, held
+        return held[0][:end], held[1][:end]
 
-    def _positions(self, group: Group, layer: int, place: int, head: int, request: Request) -> Tensor:
-        """int64 ``[slots]``, the positions in a list, which are what they have to be."""
-        length = int(group.lens[layer, place, head])
-        blocks = group.tables[layer, place, head, : -(-length // self._cells.page_size)].long()
-        positions = self._cells.positions[blocks].flatten()[:length].long()
+    def _positions(self, table: Tensor, length: int, request: Request) -> Tensor:
+        """int64 ``[slots]``: the positions in a list, which are checked."""
+        assert self._cell_positions is not None
+        blocks = table[: -(-length // self._page_size)].long()
+        positions = self._cell_positions[blocks].flatten()[:length].long()
         assert bool((positions[1:] > positions[:-1]).all()), f"not in order: {positions.tolist()} of {request}"
         first = min(self._options.protect_first, request.tokens)
         last = min(max(self._options.protect_last, 1), request.tokens)
-        for expected in (torch.arange(first), torch.arange(request.tokens - last, request.tokens)):
-            assert bool(torch.isin(expected, positions.cpu()).all()), f"a protected token is not kept of {request}"
+        for kept, start in ((positions[:first], 0), (positions[-last:], request.tokens - last)):
+            expected = torch.arange(start, start + len(kept), device=kept.device)
+            assert torch.equal(kept, expected), f"a protected token is not kept of {request}"
         return positions
 
     def _truth(

@@ -37,7 +37,8 @@ class CompressedLayers:
         caches = [layer.kv_cache for layer in layers.values()]
         self.cells = Cells(caches, first.impl.head_size, rule, self.judge, options.protect_first)
         self.number = {name: number for number, name in enumerate(layers)}
-        self.check = Check(self.cells, options) if options.check else None
+        cells = self.cells
+        self.check = Check(cells.num_heads, cells.page_size, options, cells.positions) if options.check else None
 
     def build(self, num_tokens: int, starts: Sequence[int], tokens: Sequence[int], table: Tensor, slots: Slots) -> Step:
         """Compact what is due, and give the step its lists.
@@ -119,4 +120,4 @@ class CompressedLayers:
                 got, _ = attend(queries, tables, lens, q_lens=rectangle.q_lens, **scored, **options)
             rectangle.unpack(got, output)
             if self.check is not None:
-                self.check.look(layer, step, group, queries, k, v, got, options)
+                self.check.look(layer, step, group, queries, k, v, got, options, (tables, lens))

@@ -28,6 +28,8 @@ class Engine:
         self._config = weakref.ref(config)
         self.options = Options.of(config.additional_config)
         self.in_flight: int = config.max_in_flight_tokens
+        if self.options.check:
+            _expect_checkable(config, self.options)
         if self.options.compresses:
             _expect_compressible(config)
             Judge(self.options.make_policy(), group=1)  # raises where an engine cannot serve the policy
@@ -63,6 +65,21 @@ class Engine:
                 f"of {block_size}, got {options.protect_first}. Next step: a larger chunk, or a smaller ratio"
             )
         return rule
+
+
+def _expect_checkable(config: Any, options: Options) -> None:
+    """Raises ValueError where attention cannot be compared with what was computed."""
+    cache = config.cache_config
+    if cache.enable_prefix_caching and not options.compresses:
+        raise ValueError(
+            "check: expected no prefix caching without compression, because a prefix that is found was computed by "
+            "another request. Next step: --no-enable-prefix-caching"
+        )
+    if str(cache.cache_dtype).startswith("fp8"):
+        raise ValueError(
+            f"check: expected a cache that holds what was computed, got one of {cache.cache_dtype}. Next step: "
+            "kv_cache_dtype=auto, or check=false"
+        )
 
 
 def _expect_compressible(config: Any) -> None:

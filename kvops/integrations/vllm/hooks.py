@@ -62,6 +62,7 @@ HOOKS = (
     Hook(_MANAGER, "FullAttentionManager.allocate_new_blocks", ("request_id",)),
     Hook(_MANAGER, "FullAttentionManager.pop_blocks_for_free", ("request_id",)),
     Hook("vllm.platforms", "current_platform.get_attn_backend_cls", ("selected_backend", "attn_selector_config")),
+    Hook("vllm.platforms", "current_platform.register_triton_kernel_overrides"),
     Hook("vllm.config", "VllmConfig.max_in_flight_tokens"),
     Hook("vllm.config", "get_current_vllm_config"),
 )

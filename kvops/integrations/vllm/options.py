@@ -24,8 +24,8 @@ class Options:
             for the room that stays, and a request holds more of them before they are compacted.
         protect_first: the first tokens of a request, which are never evicted.
         protect_last: the newest tokens of a request, which are never evicted.
-        check: hold every attention to float32 over the tokens that were kept. Slow, and needs room for a copy of every
-            key and value: for tests.
+        check: compare every attention with dense attention in float32 over the tokens that were kept, except in layers
+            with sliding windows. Slow, and keeps a copy of every key and value: for tests.
     """
 
     ratio: float = 1.0

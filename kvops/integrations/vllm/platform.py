@@ -1,7 +1,8 @@
-"""How vLLM comes to kvops' backend: on CUDA by its own registry, on the CPU with one function around one of its own."""
+"""How vLLM comes to kvops' backend: on CUDA by its own registry, on the CPU with functions around two of its own."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -36,3 +37,29 @@ def honour_custom_on_cpu() -> None:
 
     get_attn_backend_cls.honours_custom = True  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def hide_llvmlite_on_cpu() -> None:
+    """Let an engine start on a CPU in a process that has imported numba, such as one that had an engine before.
+
+    vLLM looks for copies of its Triton kernels in every module that is imported, and stops at objects of llvmlite whose
+    ``__dict__`` is none.
+    """
+    if not current_platform.is_cpu():
+        return
+    platform = type(current_platform)
+    own = platform.register_triton_kernel_overrides
+    if getattr(own, "hides_llvmlite", False):
+        return
+
+    def register_triton_kernel_overrides(cls: type) -> None:
+        hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llvmlite"}
+        for name in hidden:
+            del sys.modules[name]
+        try:
+            own()
+        finally:
+            sys.modules.update(hidden)
+
+    register_triton_kernel_overrides.hides_llvmlite = True  # type: ignore[attr-defined]
+    platform.register_triton_kernel_overrides = classmethod(register_triton_kernel_overrides)

@@ -152,7 +152,8 @@ class Step:
         groups: what attends, in as few calls as possible.
         layers: the compressed layers (typed loosely: their module stands above this one), or None.
         positions: int32 ``[num_tokens, 1]``, of compressed layers.
-        requests: of compressed layers, one for each row.
+        requests: one for each row, of compressed layers and where ``check`` is given.
+        check: of layers that are not compressed, compares their attention; or None.
     """
 
     num_tokens: int
@@ -161,3 +162,4 @@ class Step:
     layers: Any = None
     positions: Tensor | None = None
     requests: tuple[Request, ...] = ()
+    check: Any = None

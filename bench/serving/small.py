@@ -1,4 +1,4 @@
-"""Small models of random weights as vLLM wants them, in Hugging Face folders."""
+"""Small models of random weights in Hugging Face folders, for vLLM."""
 
 from pathlib import Path
 

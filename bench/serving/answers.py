@@ -1,0 +1,161 @@
+"""``python -m bench answers``: the same questions to vLLM and to our own loop, with whole and with compressed caches.
+
+The questions are those of ``examples/questions.jsonl`` and of ``python -m bench quality``, in contexts of about a
+thousand tokens. An answer counts if greedy decoding gives all of its tokens, and if the same engine gives them with the
+whole cache. Our loop compresses the context, at its end or chunk by chunk, and reads the question then. vLLM reads
+context and question as one prompt and compresses it as it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import results
+from bench.quality import tasks
+from bench.serving.engine import page_bytes, start
+from bench.timing import setting
+from kvops.cache import PagedKVCache
+from kvops.extras import require
+from kvops.generation.evaluate import FULL, TEXT, Reader, Unit, Variant, evaluate, summarize
+from kvops.generation.passes import Decoder, new_cache, read_prompt
+from kvops.generation.units import question_units, read_questions
+from kvops.models.llama import Llama
+from kvops.models.loading import load
+from kvops.models.tokenizer import Tokenizer
+from kvops.policies import POLICIES, Compression, Policy
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+PAGE, CHUNK, STEP = 16, 8, 256
+"""Of vLLM: tokens of a page, pages that are compacted together, tokens of a step."""
+_SIZE = tasks.Size("answers", (), 0, ((1024, 0), (1024, 1)), 0, 0, 0)
+
+
+def question_file(tokenizer: Tokenizer) -> list[Unit]:
+    """The questions of ``examples``."""
+    text = (EXAMPLES / "harbour.txt").read_text(encoding="utf-8")
+    return question_units(tokenizer, read_questions(EXAMPLES / "questions.jsonl"), text=text)
+
+
+def units_of(tokenizer: Tokenizer, contexts: int) -> list[Unit]:
+    """The questions of ``examples``, and those about ``contexts`` contexts of the study."""
+    hidden = (tasks.facts(tokenizer, _SIZE, number) for number in range(contexts))
+    return [*question_file(tokenizer), *(unit for units in hidden for unit in units)]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the tokens that are its answer."""
+
+    name: str
+    prompt: list[int]
+    answer: list[int]
+
+
+def questions_of(units: Iterable[Unit]) -> list[Question]:
+    return [
+        Question(f"{unit.name}: {number}", [*unit.prefix, *unit.question, *probe.tail], list(probe.answer))
+        for unit in units
+        if unit.setting != TEXT
+        for number, probe in enumerate(unit.probes)
+    ]
+
+
+def asked_of_vllm(folder: Path, questions: Sequence[Question], ratio: float, policy: str) -> dict[str, Any]:
+    """Which questions vLLM answers right, and how much smaller the caches are when they do."""
+    vllm = require("vllm")
+    longest = max(len(question.prompt) + len(question.answer) for question in questions)
+    config = require("transformers").AutoConfig.from_pretrained(folder)
+    llm = start(
+        folder,
+        {"ratio": ratio, "policy": policy, "chunk": CHUNK},
+        block_size=PAGE,
+        max_model_len=longest + 1,
+        max_num_seqs=4,
+        max_num_batched_tokens=STEP,
+        kv_cache_memory_bytes=4 * (longest // PAGE + 4) * page_bytes(config, PAGE),
+    )
+    sampling = [
+        vllm.SamplingParams(temperature=0, max_tokens=len(question.answer), ignore_eos=True, detokenize=False)
+        for question in questions
+    ]
+    prompts = [{"prompt_token_ids": question.prompt} for question in questions]
+    outs = llm.generate(prompts, sampling, use_tqdm=False)
+    (manager,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    lengths = [len(question.prompt) for question in questions]
+    whole = sum(-(-length // PAGE) for length in lengths)
+    held = sum(manager.rule.held(length, length) for length in lengths) if ratio > 1 else whole
+    return {
+        "names": [
+            question.name
+            for question, out in zip(questions, outs, strict=True)
+            if list(out.outputs[0].token_ids) == question.answer
+        ],
+        "smaller": whole / held,
+    }
+
+
+def chunked(policy: Policy) -> Reader:
+    """Our loop, which compresses after every chunk of as many tokens as vLLM's chunks have."""
+
+    def read(model: Decoder, tokens: Sequence[int], ratio: float, room: int) -> PagedKVCache:
+        cache = new_cache(model, max_batch=1, max_tokens=len(tokens) + room)
+        read_prompt(model, cache, torch.tensor([list(tokens)]), 0, Compression(ratio, policy, chunk=CHUNK * PAGE))
+        return cache
+
+    return read
+
+
+def asked_of_our_loop(
+    model: Llama, units: Sequence[Unit], ratios: Sequence[float], policy: str
+) -> list[dict[str, Any]]:
+    variants = [Variant("our loop, at the end", POLICIES[policy]())]
+    readers = {"our loop, in chunks": chunked(POLICIES[policy]())}
+    found = evaluate(model, units, variants, ratios, readers=readers)
+    return [
+        {
+            "engine": "our loop" if line.policy == FULL else line.policy,
+            "ratio": line.ratio,
+            "smaller": line.smaller,
+            "right": line.right,
+            "asked": line.asked,
+        }
+        for line in summarize(row for row, _ in found)
+    ]
+
+
+def run(folder: Path, json_path: Path | None, *, ratios: Sequence[float], policy: str, contexts: int) -> int:
+    loaded = load(progress=False)
+    units = units_of(loaded.tokenizer, contexts)
+    questions = questions_of(units)
+    facts = setting(torch.device("cpu")) | {
+        "vllm": require("vllm").__version__,
+        "model": loaded.name,
+        "policy": policy,
+        "questions": len(questions),
+        "tokens of a page": PAGE,
+        "pages of a chunk": CHUNK,
+    }
+    rows: list[dict[str, Any]] = []
+    known: list[str] = []
+
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        if json_path:
+            results.save(json_path, "answers", facts, rows)
+
+    for ratio in (1, *ratios):
+        got = asked_of_vllm(folder, questions, ratio, policy)
+        if ratio == 1:
+            known = got["names"]
+        kept = [name for name in known if name in got["names"]]
+        row = {"engine": "vLLM", "ratio": ratio, "smaller": got["smaller"], "right": len(kept)}
+        note(row | {"asked": len(questions) if ratio == 1 else len(known), "lost": sorted(set(known) - set(kept))})
+    for row in asked_of_our_loop(Llama(loaded.config, loaded.weights), units, ratios, policy):
+        note(row)
+    return 0

@@ -1,0 +1,81 @@
+"""vLLM engines in this process, whose scheduler and pool can be observed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvops.extras import require
+
+# Set before vLLM is imported. One process, so that the scheduler and the worker can be observed.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def start(model: Path | str, kvops: Mapping[str, Any] | None, **settings: Any) -> Any:
+    """A ``vllm.LLM``: vLLM's own backend if ``kvops`` is None, otherwise ours with these options."""
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    vllm = require("vllm")
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "seed": 0,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "enable_prefix_caching": False,
+    }
+    ours = {} if kvops is None else {"attention_backend": "CUSTOM", "additional_config": {"kvops": dict(kvops)}}
+    return vllm.LLM(model=str(model), **(defaults | ours | settings))
+
+
+def page_bytes(config: Any, page_size: int, element_size: int = 4) -> int:
+    """Bytes of one page of all layers. ``config`` is that of transformers."""
+    heads = config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_hidden_layers * heads * page_size * 2 * size * element_size)
+
+
+class Watch:
+    """Observes the scheduler of an engine.
+
+    Attributes:
+        running: for each step, the number of requests that run.
+        held: for each step, the number of pages that requests hold.
+        preemptions: the number of preemptions.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.scheduler = engine.engine_core.engine_core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.running: list[int] = []
+        self.held: list[int] = []
+        self.preemptions = 0
+        self._schedule, self._preempt = self.scheduler.schedule, self.scheduler._preempt_request
+        self.scheduler.schedule, self.scheduler._preempt_request = self._scheduled, self._preempted
+
+    def pages_held(self) -> list[int]:
+        """The numbers of all pages that requests hold; a page shared by two requests stands twice."""
+        return [
+            block.block_id
+            for manager in self.managers
+            for blocks in manager.req_to_blocks.values()
+            for block in blocks
+            if not block.is_null
+        ]
+
+    def _scheduled(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._schedule(*args, **kwargs)
+        self.running.append(len(self.scheduler.running))
+        self.held.append(len(self.pages_held()))
+        return out
+
+    def _preempted(self, *args: Any, **kwargs: Any) -> Any:
+        self.preemptions += 1
+        return self._preempt(*args, **kwargs)
