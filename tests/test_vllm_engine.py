@@ -404,7 +404,7 @@ def test_attention_of_a_whole_cache_is_checked_too(small):
     )
     generate(llm, prompts([300, 5, 90]))
     (check,) = checks_of(llm.llm_engine)
-    assert check.count > 300
+    assert check.count >= 3 * 23 * 4  # requests, steps, layers x KV heads
     assert check.worst < 2e-4
 
 

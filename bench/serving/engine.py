@@ -20,7 +20,9 @@ ENVIRONMENT = {
 
 def start(model: Path | str, kvops: Mapping[str, Any] | None, **settings: Any) -> Any:
     """A ``vllm.LLM``: vLLM's own backend if ``kvops`` is None, otherwise ours with these options."""
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    # Idle threads of numba, which vLLM drafts with, spin and slow everything else down.
+    threads = {"NUMBA_NUM_THREADS": os.environ["OMP_NUM_THREADS"]} if "OMP_NUM_THREADS" in os.environ else {}
+    os.environ.update({name: value for name, value in (ENVIRONMENT | threads).items() if name not in os.environ})
     vllm = require("vllm")
     defaults = {
         "dtype": "float32",

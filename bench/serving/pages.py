@@ -63,7 +63,7 @@ def soak(result: Result) -> str:
     text = (
         f"{sums['requests']} random requests, with prompts of up to {max(row['longest'] for row in rows)} tokens, in "
         f"pools of {min(row['pages'] for row in rows)} to {max(row['pages'] for row in rows)} pages. "
-        f"{sums['aborted']} requests were aborted; there were {sums['preemptions']} preemptions. After each of "
+        f"Requests that were aborted: {sums['aborted']}; preemptions: {sums['preemptions']}. After each of "
         f"{sums['steps']:,} steps every page was free or held by one request. At the end every request that was not "
         "aborted had all its tokens, and every page was free. Attention was compared with dense attention in float32 "
         f"over the kept tokens {sums['checks']:,} times (layers x KV heads x requests x steps); the largest difference "

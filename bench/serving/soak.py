@@ -27,7 +27,6 @@ from kvops.extras import require
 from kvops.integrations.vllm.rule import Rule
 
 LONGEST = 2000
-MOST_NEW = 60
 MOST_ERROR = 2e-4
 """The largest difference from dense attention in float32 that is rounding, for values of this model's size."""
 _POLICIES = ("standout", "kv-compress", "snapkv", "h2o", "ada-kv", "pyramid-kv", "knorm", "defensive-kv", "keydiff")
@@ -50,11 +49,12 @@ class Round:
     scheduling_policy: str
     async_scheduling: bool
     drafts: int
+    most_new: int
     max_model_len: int
 
     @classmethod
     def drawn(cls, seed: int, longest: int = LONGEST) -> Round:
-        """``longest``: the most tokens of a prompt, where the pool has room for it."""
+        """``longest``: the most tokens of a prompt. It is less where the pool has no room for it."""
         draw = random.Random(seed)
         ratio = draw.choice([1, 1.5, 2, 4, 8, 12.5, 16])
         chunk, page_size = draw.choice([4, 8]), draw.choice([16, 32])
@@ -63,7 +63,9 @@ class Round:
         concurrent = draw.choice([False, True]) and not drafts
         first, last = draw.choice([0, 4]), draw.choice([0, 7, 40])
         rule = Rule.for_ratio(ratio, chunk, page_size, last)
-        room = longest + MOST_NEW
+        # Long answers grow until the pool is full: requests are preempted.
+        most_new = draw.choice([20, 60, 300])
+        room = longest + most_new
         while rule.peak(room, batched * (2 if concurrent else 1)) > pages:
             room -= 1
         return cls(
@@ -75,11 +77,12 @@ class Round:
             protect_last=last,
             pages=pages,
             page_size=page_size,
-            max_num_seqs=draw.choice([2, 4, 8]),
+            max_num_seqs=draw.choice([4, 8, 16]),
             max_num_batched_tokens=batched,
             scheduling_policy=draw.choice(["fcfs", "priority"]),
             async_scheduling=concurrent,
             drafts=drafts,
+            most_new=most_new,
             max_model_len=room,
         )
 
@@ -144,8 +147,8 @@ class Served:
 
     def _add(self, name: str) -> None:
         draw, vllm = self.draw, require("vllm")
-        new = draw.randrange(1, MOST_NEW + 1)
-        most = min(LONGEST, self.round.max_model_len - new)
+        new = draw.randrange(1, self.round.most_new + 1)
+        most = self.round.max_model_len - self.round.most_new
         length = draw.choice([draw.randrange(1, 41), draw.randrange(1, most + 1), most])
         # Words that return, so that there are drafts to verify.
         words = [draw.randrange(3, 128) for _ in range(draw.choice([5, 2000]))]

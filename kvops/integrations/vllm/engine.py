@@ -28,14 +28,14 @@ class Engine:
         self._config = weakref.ref(config)
         self.options = Options.of(config.additional_config)
         self.in_flight: int = config.max_in_flight_tokens
-        if self.options.check:
-            _expect_checkable(config, self.options)
         if self.options.compresses:
             _expect_compressible(config)
             Judge(self.options.make_policy(), group=1)  # raises where an engine cannot serve the policy
             logger.info_once("kvops compresses the KV cache: %s", str(self.options))
         else:
             logger.info_once("kvops attends, and compresses nothing")
+        if self.options.check:
+            _expect_checkable(config, self.options)
 
     @classmethod
     def building(cls, config: Any) -> Engine:

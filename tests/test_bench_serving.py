@@ -1,0 +1,83 @@
+"""Measurements in vLLM: workloads, drawn settings, and pages with results. test_vllm_engine.py runs the engine."""
+
+import re
+
+import pytest
+
+from bench import results
+from bench.plots import draw
+from bench.report import render
+from bench.serving.answers import Question, question_file, questions_of
+from bench.serving.arrivals import arrivals, burst
+from bench.serving.soak import Round
+from kvops.integrations.vllm.rule import Rule
+from kvops.models.loading import load
+
+SERVED = {
+    "steps": 100,
+    "tokens_per_second": 20.0,
+    "first_token_seconds": 2.0,
+    "most_at_once": 2,
+    "mean_at_once": 1.5,
+    "preemptions": 0,
+    "right": [1, 4],
+    "questions": 3,
+    "running": [1, 2, 2, 1],
+}
+SETTING = {"runs": "here", "vllm": "0.32", "model": "small", "requests": 8, "pages": 48, "tokens of a page": 32}
+ROWS = {
+    "serving": [
+        {"engine": "vLLM's own", "workload": "arrivals"} | SERVED,
+        {"engine": "4x", "workload": "arrivals"} | SERVED | {"steps": 50, "tokens_per_second": 30.0, "right": [0, 4]},
+    ],
+    "answers": [
+        {"engine": "vLLM", "ratio": 1, "smaller": 1.0, "right": 9, "asked": 12, "lost": []},
+        {"engine": "our loop, in chunks", "ratio": 4, "smaller": 3.9, "right": 8, "asked": 9},
+    ],
+    "soak": [
+        {
+            **{"seed": 0, "ratio": 4, "policy": "h2o", "pages": 30, "page_size": 16, "max_num_batched_tokens": 64},
+            **{"requests": 20, "aborted": 2, "preemptions": 1, "steps": 900, "checks": 4000, "longest": 1800},
+            **{"pages_freed_early": 40, "worst_difference": 3e-6},
+        }
+    ],
+}
+
+
+def test_results_of_vllm_have_sections_and_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    for kind, rows in ROWS.items():
+        results.save(tmp_path / "results" / "cpu" / f"{kind}.json", kind, SETTING, rows)
+    render(tmp_path / "results", tmp_path / "BENCHMARKS.md")
+    text = re.sub(" +", " ", (tmp_path / "BENCHMARKS.md").read_text())
+    assert "| 4x | 1.50 (2) | 50 | 2.00 | 30.0 | 1.50 |" in text
+    assert "1 of 2" in text  # answers of both engines
+    assert "| our loop, in chunks | 4x | 3.9x | 8 of 9 |" in text
+    assert "20 random requests, with prompts of up to 1800 tokens, in pools of 30 to 30 pages" in text
+    assert "4,000 times" in text
+    assert (tmp_path / "results" / "cpu" / "serving.png").exists()
+    assert draw({"kind": "serving", "setting": SETTING, "rows": []}, tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_rounds_of_a_soak_are_the_same_each_time_and_their_longest_request_fits(seed):
+    drawn = Round.drawn(seed)
+    assert drawn == Round.drawn(seed)
+    assert 25 <= drawn.pages <= 200
+    assert 1 <= drawn.ratio <= 16
+    rule = Rule.for_ratio(drawn.ratio, drawn.chunk, drawn.page_size, drawn.protect_last)
+    in_flight = drawn.max_num_batched_tokens * (2 if drawn.async_scheduling else 1)
+    assert rule.peak(drawn.max_model_len, in_flight) <= drawn.pages
+
+
+@pytest.mark.model
+def test_workloads_are_the_same_each_time():
+    tokenizer = load(progress=False).tokenizer
+    requests = arrivals(tokenizer, 20, gap=0.5)
+    assert requests == arrivals(tokenizer, 20, gap=0.5)
+    assert len(requests) == 20
+    assert [request.arrives for request in requests] == sorted(request.arrives for request in requests)
+    asked = questions_of(question_file(tokenizer))
+    assert sum(request.answer is not None for request in requests) == len(asked) == 8
+    assert all(isinstance(question, Question) and question.answer for question in asked)
+    assert [len(request.prompt) for request in burst(tokenizer)] == list(range(520, 560, 5))
