@@ -77,6 +77,7 @@ def asked_of_vllm(folder: Path, questions: Sequence[Question], ratio: float, pol
         max_model_len=longest + 1,
         max_num_seqs=4,
         max_num_batched_tokens=STEP,
+        enable_prefix_caching=ratio == 1,  # the questions of a context share it
         kv_cache_memory_bytes=4 * (longest // PAGE + 4) * page_bytes(config, PAGE),
     )
     sampling = [
