@@ -156,6 +156,20 @@ def test_a_layer_attends_over_a_float8_cache(step):
     oracle.assert_accurate(*attend(torch.bfloat16, step, "plain", cache_dtype="fp8_e4m3"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alibi_slopes": [0.5, 0.25]}, "alibi_slopes: .* does not serve models with ALiBi. Next step"),
+        ({"attn_type": "encoder_only"}, "attn_type: .* serves decoders, got encoder_only. Next step"),
+    ],
+)
+def test_a_layer_that_is_not_served_is_refused(options, message):
+    from kvops.integrations.vllm.backend import KVOpsAttention
+
+    with set_current_vllm_config(VllmConfig()), pytest.raises(NotImplementedError, match=message):
+        KVOpsAttention(2, 32, 1.0, **options)
+
+
 def test_every_hook_is_there_and_a_lost_one_is_named(monkeypatch):
     hooks.check()
     lost = (
@@ -364,6 +378,36 @@ def test_drafts_are_verified_over_a_compressed_cache(small):
     generate(llm, [repeated, prompts([400])[0]], max_tokens=64)
     layers, _ = expect_sound(llm, 60)
     assert layers.cells.compactions > 2
+
+
+def test_two_ranks_of_a_tensor_parallel_engine_free_the_same_pages(small, monkeypatch):
+    """Each rank compacts its own heads and checks its attention. How many pages stay follows from the tokens alone."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    llm = start_compressed(
+        small,
+        60,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        kv_cache_memory_bytes=61 * BYTES // 2,  # of each rank, which has one of the two KV heads
+    )
+    ids = prompts([700, 30, 520, 300])
+    assert [len(tokens) for tokens in generate(llm, ids, max_tokens=40)] == [40] * 4
+    kv_cache_manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    assert kv_cache_manager.block_pool.get_num_free_blocks() == 60
+    (manager,) = kv_cache_manager.coordinator.single_type_managers
+    assert manager.num_freed > 20
+
+
+def test_beams_are_searched_over_a_compressed_cache(small, monkeypatch):
+    llm = start_compressed(small, 60)
+    tokenizer = SimpleNamespace(eos_token_id=2, decode=lambda tokens: "")
+    monkeypatch.setattr(llm.renderer, "get_tokenizer", lambda: tokenizer)
+    beams = llm.beam_search(
+        [{"prompt_token_ids": ids} for ids in prompts([600, 40])],
+        vllm.sampling_params.BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True),
+    )
+    assert [[len(beam.tokens) for beam in each.sequences] for each in beams] == [[604, 604], [44, 44]]
+    expect_sound(llm, 60)
 
 
 def test_full_layers_are_compressed_beside_windows(tmp_path):

@@ -77,24 +77,22 @@ def _part(draw: random.Random, text: list[int], length: int) -> list[int]:
 
 def serve(engine: Any, requests: Sequence[Request]) -> dict[str, Any]:
     """Run requests; the figures of a row."""
-    vllm, watch = require("vllm"), Watch(engine)
     waiting, first, got = list(enumerate(requests)), {}, {}
-    start_time = time.perf_counter()
-    while waiting or engine.has_unfinished_requests():
-        while waiting and requests[waiting[0][0]].arrives <= time.perf_counter() - start_time:
-            number, request = waiting.pop(0)
-            sampling = vllm.SamplingParams(temperature=0, max_tokens=request.new, ignore_eos=True, detokenize=False)
-            engine.add_request(str(number), {"prompt_token_ids": request.prompt}, sampling)
-        if not engine.has_unfinished_requests():
-            time.sleep(0.005)
-            continue
-        for out in engine.step():
-            number = int(out.request_id)
-            first.setdefault(number, time.perf_counter() - start_time - requests[number].arrives)
-            if out.finished:
-                got[number] = list(out.outputs[0].token_ids)
-    seconds = time.perf_counter() - start_time
-    questions = [number for number, request in enumerate(requests) if request.answer is not None]
+    with Watch(engine) as watch:
+        begin = time.perf_counter()
+        while waiting or engine.has_unfinished_requests():
+            while waiting and waiting[0][1].arrives <= time.perf_counter() - begin:
+                _add(engine, *waiting.pop(0))
+            if not engine.has_unfinished_requests():
+                time.sleep(0.005)
+                continue
+            for out in engine.step():
+                number = int(out.request_id)
+                first.setdefault(number, time.perf_counter() - begin - requests[number].arrives)
+                if out.finished:
+                    got[number] = list(out.outputs[0].token_ids)
+        seconds = time.perf_counter() - begin
+    asked = {number: request.answer for number, request in enumerate(requests) if request.answer is not None}
     return {
         "seconds": seconds,
         "steps": len(watch.running),
@@ -103,14 +101,15 @@ def serve(engine: Any, requests: Sequence[Request]) -> dict[str, Any]:
         "most_at_once": max(watch.running),
         "mean_at_once": mean(watch.running),
         "preemptions": watch.preemptions,
-        "right": [number for number in questions if _begins(got[number], requests[number].answer or [])],
-        "questions": len(questions),
+        "right": [number for number, answer in asked.items() if got[number][: len(answer)] == answer],
+        "questions": len(asked),
         "running": watch.running,
     }
 
 
-def _begins(tokens: list[int], answer: list[int]) -> bool:
-    return tokens[: len(answer)] == answer
+def _add(engine: Any, number: int, request: Request) -> None:
+    sampling = require("vllm").SamplingParams(temperature=0, max_tokens=request.new, ignore_eos=True, detokenize=False)
+    engine.add_request(str(number), {"prompt_token_ids": request.prompt}, sampling)
 
 
 def one(settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ def page_bytes(config: Any, page_size: int, element_size: int = 4) -> int:
 
 
 class Watch:
-    """Observes the scheduler of an engine.
+    """Observes the scheduler of an engine, within a ``with`` statement.
 
     Attributes:
         running: for each step, the number of requests that run.
@@ -60,7 +60,13 @@ class Watch:
         self.held: list[int] = []
         self.preemptions = 0
         self._schedule, self._preempt = self.scheduler.schedule, self.scheduler._preempt_request
+
+    def __enter__(self) -> Watch:
         self.scheduler.schedule, self.scheduler._preempt_request = self._scheduled, self._preempted
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.scheduler.schedule, self.scheduler._preempt_request = self._schedule, self._preempt
 
     def pages_held(self) -> list[int]:
         """The numbers of all pages that requests hold; a page shared by two requests stands twice."""

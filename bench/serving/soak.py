@@ -187,7 +187,8 @@ def run_round(round_: Round, model: Path, number: int) -> dict[str, Any]:
     begin = time.monotonic()
     llm = round_.engine(model)
     served = Served(round_, llm.llm_engine, number)
-    served.run()
+    with served.watch:
+        served.run()
     compared = checks_of(llm.llm_engine)
     assert all(check is not None and check.count for check in compared)
     worst = max(check.worst for check in compared)

@@ -144,9 +144,15 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         sinks: Tensor | None = None,
     ) -> None:
         if alibi_slopes is not None:
-            raise NotImplementedError("alibi_slopes: kvops' backend for vLLM does not serve ALiBi")
+            raise NotImplementedError(
+                "alibi_slopes: kvops' backend for vLLM does not serve models with ALiBi. Next step: another "
+                "--attention-backend"
+            )
         if attn_type != AttentionType.DECODER:
-            raise NotImplementedError(f"attn_type: kvops' backend for vLLM serves decoders, got {attn_type}")
+            raise NotImplementedError(
+                f"attn_type: kvops' backend for vLLM serves decoders, got {attn_type}. Next step: another "
+                "--attention-backend"
+            )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
