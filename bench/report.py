@@ -68,7 +68,7 @@ def _by_kind(found: Sequence[tuple[Path, Result]]) -> dict[str, list[tuple[Path,
     kinds: dict[str, list[tuple[Path, Result]]] = {}
     for path, result in found:
         kinds.setdefault(result.get("kind") or path.stem, []).append((path, result))
-    first = [kind for kind in ("operators", "growth", "generate", "throughput") if kind in kinds]
+    first = [kind for kind in ("operators", "growth", "generate", "steps", "throughput") if kind in kinds]
     return {kind: kinds[kind] for kind in [*first, *sorted(set(kinds) - set(first))]}
 
 
@@ -81,6 +81,7 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "operators": "Operators",
         "growth": "Growth",
         "generate": "Generation",
+        "steps": "Decoding steps",
         "throughput": "Serving",
         "quality": "What compression keeps",
         "serving": "Serving in vLLM",
