@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cache_helpers import HEADS, LAYERS, ROWS, SIZE, feed, make_cache, raw_state, sides, whole_state
+from cache_helpers import BLOCKS, HEADS, LAYERS, ROWS, SIZE, feed, make_cache, name_of, raw_state, sides, whole_state
 
 import kvops
 
@@ -144,6 +144,48 @@ def test_a_row_is_forked_into_any_rows(device, lists, into):
     assert all(cache.gather(0, row, 0)[0].tolist() == held for row in [0, *numbers])
     cache.free()
     assert cache.stats().blocks_free == cache.num_blocks
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 1, 0], [2, 2, 2], [1, 0, 1]])
+def test_rows_continue_from_other_rows_in_any_order(device, order):
+    cache = make_cache(device)
+    feed(cache, 9, q_lens=[9, 2, 6])
+    cache.keep(0, torch.arange(4, device=device).expand(1, HEADS, 4) > 0, rows=[2])
+    before = [[cache.gather(layer, row, 1) for layer in range(LAYERS)] for row in range(ROWS)]
+    positions, compressed = cache.next_positions.tolist(), list(cache.compressed)
+    in_use = cache.stats().blocks_in_use
+    cache.reorder(torch.tensor(order, device=device))
+    assert cache.stats().blocks_in_use <= in_use  # nothing is copied
+    for row, source in enumerate(order):
+        for layer in range(LAYERS):
+            for now, then in zip(cache.gather(layer, row, 1), before[source][layer], strict=True):
+                assert torch.equal(now, then)
+    assert cache.next_positions.tolist() == [positions[row] for row in order]
+    assert cache.compressed == [compressed[row] for row in order]
+    feed(cache, 1, first=100_000.0)  # rows that share a block get copies of their own
+    for row, source in enumerate(order):
+        expected = 100_000 + name_of(0, row, 1, positions[source])
+        assert cache.gather(0, row, 1)[0][-1].tolist() == [expected] * 3
+    cache.free()
+    assert cache.stats().blocks_free == cache.num_blocks
+
+
+def test_a_cache_with_other_rows_holds_what_they_held(device):
+    cache = make_cache(device)
+    feed(cache, 9, q_lens=[9, 2, 6])
+    new = cache.with_rows([2, 0, 0, 1, 2], num_blocks=BLOCKS + 8)
+    assert new.next_positions.tolist() == [6, 9, 9, 2, 6]
+    for row, source in enumerate([2, 0, 0, 1, 2]):
+        assert torch.equal(new.gather(1, row, 0)[0], cache.gather(1, source, 0)[0])
+    assert new.stats().blocks_in_use == cache.stats().blocks_in_use
+    feed(new, 1)
+    assert cache.next_positions.tolist() == [9, 2, 6]
+    with pytest.raises(ValueError, match="num_blocks: expected at least 64, got 1"):
+        cache.with_rows([0], num_blocks=1)
+    with pytest.raises(ValueError, match="order: expected a row number in 0..2, got 3"):
+        cache.with_rows([3])
+    with pytest.raises(ValueError, match="order: expected a row for each of the 3 rows, got 2"):
+        cache.reorder([0, 1])
 
 
 def test_max_tokens_is_the_capacity_of_a_list(device):

@@ -100,6 +100,20 @@ class CacheMachine(CacheModel):
             self.compressed[new] = self.compressed[row]
             self.tokens[new] = self.tokens[row][:most]
 
+    @rule(data=st.data())
+    def reorder(self, data):
+        order = data.draw(st.lists(st.sampled_from(self.rows), min_size=len(self.rows), max_size=len(self.rows)))
+        self.cache.reorder(order)
+        for layer, head in self.places:
+            lists = [self.lists[layer, row, head] for row in order]
+            held = [self.held[layer, row, head] for row in order]
+            for row, (entries, blocks) in enumerate(zip(lists, held, strict=True)):
+                repeated = order[row] in order[:row]  # a fork, which gets no blocks for tokens to come
+                self.lists[layer, row, head] = list(entries)
+                self.held[layer, row, head] = blocks[: self.blocks(len(entries)) if repeated else None]
+        for state in (self.next, self.may_roll_back, self.compressed, self.tokens):
+            state[:] = [list(state[row]) if state is self.tokens else state[row] for row in order]
+
     @precondition(lambda self: any(self.next))
     @rule(salt=st.sampled_from(["", "", "another"]), data=st.data())
     def remember(self, salt, data):

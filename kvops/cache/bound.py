@@ -94,6 +94,16 @@ class HostBound:
         self.sharing.update(into)
         self._unwritten.update((row, *into))
 
+    def permute(self, rows: Sequence[int]) -> None:
+        """Record that row i holds what row ``rows[i]`` held, each of them once; the other rows stay."""
+        before = [*rows, *range(len(rows), len(self.blocks))]
+        for numbers in (self.blocks, self.tokens, self.longest, self._copied):
+            numbers[:] = [numbers[row] for row in before]
+        self.sharing, self._unwritten, self._rewound = (
+            {row for row, old in enumerate(before) if old in marked}
+            for marked in (self.sharing, self._unwritten, self._rewound)
+        )
+
     def join(self, row: int, other: int, blocks: int) -> None:
         """Record that ``other`` holds ``blocks`` full blocks of ``row`` in addition to its own."""
         newly_sharing = {row, other} - self.sharing

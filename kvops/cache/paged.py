@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.cache import file as cache_file
+from kvops.cache import fork as cache_fork
 from kvops.cache.allocator import Allocator
 from kvops.cache.config import CacheConfig
 from kvops.cache.eviction import Budget, Evictor
@@ -389,21 +390,23 @@ class PagedKVCache:
             ValueError: ``row`` among ``into`` or out of range; ``num_tokens`` given for a compressed row, or more than
                 the row has (checked on the CPU and with ``KVOPS_DEBUG=1``; otherwise all that it has are shared).
         """
-        source = self._selector.one("row", row)
-        selection = self._selector.select(into)
-        if source in selection.numbers:
-            raise ValueError(f"into: expected rows other than {source} itself, got {list(selection.numbers)}")
-        lens, position = self.seq_lens[:, source], self.next_positions[source].clone()
-        if num_tokens is not None:
-            self._selector.expect_tokens(num_tokens)
-            if self.compressed[source]:
-                raise ValueError(f"num_tokens: expected None, as row {source} is compressed, got {num_tokens}")
-            if self._selector.checks_data() and num_tokens > int(position):
-                raise ValueError(f"num_tokens: expected at most the {int(position)} of row {source}, got {num_tokens}")
-            lens, position = lens.clamp(max=num_tokens), position.clamp(max=num_tokens)
-        self.free(into)
-        self._pool.fork(source, selection.index, selection.numbers, lens)
-        self._states.fork(source, selection, position)
+        cache_fork.fork(self, row, into, num_tokens)
+
+    def reorder(self, order: Sequence[int] | Tensor) -> None:
+        """Let every row i continue from what row ``order[i]`` holds, as the beams of a search do.
+
+        Rows may repeat and share blocks as after :meth:`fork`; rows that are left out are freed. The host reads
+        ``order``. Raises ValueError for another length than ``max_batch``, or a row out of range.
+        """
+        cache_fork.reorder(self, order)
+
+    def with_rows(self, order: Sequence[int] | Tensor, *, num_blocks: int | None = None) -> PagedKVCache:
+        """A new cache of ``len(order)`` rows, where row i holds what row ``order[i]`` of this one holds.
+
+        Its pool is a copy, of ``num_blocks`` (None: as many as here). Rows that repeat share blocks in it. It remembers
+        no prefixes. Raises ValueError for fewer blocks than here, no rows, or a row out of range.
+        """
+        return cache_fork.with_rows(self, order, num_blocks)
 
     def unshare(self, rows: Rows = slice(None)) -> None:
         """Give ``rows`` copies of their own of all blocks that they share.

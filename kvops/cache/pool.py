@@ -160,6 +160,12 @@ class BlockPool:
         self.lens[:, index] = lens[:, None]
         self.bound.fork(row, rows)
 
+    def permute(self, index: Tensor, rows: Sequence[int]) -> None:
+        """Let row i hold what row ``rows[i]`` held, each of them once; ``index`` is the same on the device."""
+        for lists in (self.tables, self.lens, self.held):
+            lists.copy_(lists[:, index])  # in place: captured graphs read this memory
+        self.bound.permute(rows)
+
     def release(self, index: slice | Tensor, rows: Sequence[int], keep: Tensor) -> None:
         """Take all blocks but the first ``keep`` from each list of ``rows``. Those that no other holds become free."""
         held = self.held[:, index]

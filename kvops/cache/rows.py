@@ -160,6 +160,12 @@ class RowStates:
         self.next_positions[into.index], self.settled[into.index] = next_position, self.settled[row].clone()
         self.mark_compressed(into, self.compressed[row])
 
+    def take(self, other: RowStates, index: Tensor, rows: Sequence[int]) -> None:
+        """Row i gets the state of row ``rows[i]`` of ``other``; ``index`` is the same on the device."""
+        self.next_positions.copy_(other.next_positions[index])
+        self.settled.copy_(other.settled[index])
+        self.compressed[:] = [other.compressed[row] for row in rows]
+
     def settle(self, rows: Selection, evicted: Tensor) -> None:
         """Mark rows, where ``evicted`` bool ``[B']`` is True: they cannot be rolled back past their current tokens."""
         index = rows.index
