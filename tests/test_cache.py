@@ -182,7 +182,7 @@ def test_a_cache_with_other_rows_holds_what_they_held(device):
     assert cache.next_positions.tolist() == [9, 2, 6]
     with pytest.raises(ValueError, match="num_blocks: expected at least 64, got 1"):
         cache.with_rows([0], num_blocks=1)
-    with pytest.raises(ValueError, match="order: expected a row number in 0..2, got 3"):
+    with pytest.raises(ValueError, match=r"order: expected a row number in 0..2, got 3"):
         cache.with_rows([3])
     with pytest.raises(ValueError, match="order: expected a row for each of the 3 rows, got 2"):
         cache.reorder([0, 1])

@@ -208,8 +208,8 @@ def test_masks_are_lengths_and_never_matrices():
     # All queries see all keys that are real: they may belong to another sequence, as in cross-attention.
     assert both.packing.cu_seqlens_q.tolist() == [0, 0, 0, 6, 6, 6, 6, 6, 12, 12, 12]
     assert both.packing.cu_seqlens_k.tolist() == [0, 0, 1, 3, 3, 6, 6, 6, 12, 12, 12]
-    nothing = mask_of(create_causal_mask, torch.zeros(2, 6))
-    assert nothing.packing.num_queries.tolist() == [0, 0]
+    nothing = mask_of(create_causal_mask, torch.zeros(2, 6)).packing
+    assert nothing.cu_seqlens_q.diff().unflatten(0, (2, 5))[:, 2].tolist() == [0, 0]
 
 
 def test_a_transformers_that_describes_masks_otherwise_is_refused(monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvops import checks
 from kvops.extras import require
 from kvops.integrations.transformers.masks import ELSEWHERE, Mask, Packing, make_mask
+from kvops.integrations.transformers.placeholders import Deferred, as_tensor
 from kvops.ops.attention import flash_attention
 from kvops.ops.varlen import flash_attention_varlen
 
@@ -103,6 +104,8 @@ def attention(
     if output_attentions:
         _warn_about_weights()
     batch, _, q_length, _ = query.shape
+    if isinstance(key, Deferred) and not key.attends_with(value):  # the model has computed with them
+        key, value = key.tensor(), as_tensor(value)
     held = not isinstance(key, Tensor)  # a placeholder of a KVOpsCache or a Decoder
     kv_length = key.kv_length if held else key.shape[2]
     mask = _mask(attention_mask, module, is_causal, sliding_window, q_length, kv_length)
@@ -113,7 +116,8 @@ def attention(
         if packing is not None:
             raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
         return key.attend(query.transpose(1, 2), mask, options), None
-    q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, value))
+    mask = mask.packed()
+    q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, as_tensor(value)))
     return attend(q, k, v, mask, packing or mask.packing, options), None
 
 

@@ -11,13 +11,15 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from kvops import checks
 from kvops.cache import CacheStats, PagedKVCache
 from kvops.integrations.transformers.attention import NAME
-from kvops.integrations.transformers.config import expect_layers, num_layers_of, rope_of, state_layers, storing_layers
-from kvops.integrations.transformers.masks import Mask
+from kvops.integrations.transformers.config import expect_layers, head_groups, num_layers_of, rope_of, state_layers
+from kvops.integrations.transformers.masks import Mask, QueryOffset, Source
 from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
+from kvops.integrations.transformers.pools import Pools, copies
 from kvops.integrations.transformers.step import NewTokens, Step
 from kvops.policies import Compression
 
 _OWN_CACHE = "generate with the model's own cache"
+_NO_GRADIENT = "KVOpsCache has no gradient: generate under torch.no_grad(), train with use_cache=False"
 
 
 class KVOpsCache(Cache):
@@ -34,7 +36,7 @@ class KVOpsCache(Cache):
         max_tokens: the most tokens of a sequence, prompt and new tokens.
         compression: how the cache is compressed. None keeps everything.
         num_blocks: the blocks of the pool, for all sequences. None makes room for all sequences uncompressed. The pool
-            holds the prompts of a batch uncompressed until they are evicted.
+            holds the prompts of a batch uncompressed until they are evicted. Several pools get parts of this number.
         block_size: the slots in a block.
 
     The first pass of the model counts as the prompt: with ``generate(..., prefill_chunk_size=N)`` only the first N
@@ -44,16 +46,21 @@ class KVOpsCache(Cache):
     Without a compression, layers with a sliding window give up the keys that no later token sees, several blocks at a
     time.
 
-    Sequence lengths and positions count the tokens of the text, evicted ones included. The rows of a batch stay
-    together: beam search and selecting rows raise. :meth:`crop` removes drafts. While transformers uses drafts,
-    evictions wait for it.
+    Sequence lengths and positions count the tokens of the text, evicted ones included. So does a sliding window:
+    padding within a row is no distance. Beams that continue from one row share its blocks until they write.
+    :meth:`crop` removes drafts. While transformers uses drafts, evictions wait for it.
+
+    Layers with other heads are in a pool of their own (:attr:`pools`); heads compete for the budget within a pool. A
+    model that computes with keys after storing them (latent attention) gets copies of them in every pass, as from
+    transformers' own cache. They cannot be compressed.
 
     Raises:
         ValueError: the model has layers of another kind than full or sliding attention; the compression has a
             ``chunk``, scores that cannot grow while decoding together with ``every``, or a policy with a recital.
-            While the model runs: layers have different heads, or attention is not causal.
-        TypeError: an argument of another type; while the model runs, a model that computes with keys after it stored
-            them, or whose ``attn_implementation`` is not ``"kvops"``.
+            While the model runs: layers have heads that the config does not tell, attention is not causal, or there is
+            a compression and the model computes with keys after storing them.
+        TypeError: an argument of another type; while the model runs, ``attn_implementation`` is not ``"kvops"``, or the
+            model computes with stored keys without making its mask by transformers' functions.
         RuntimeError: the model runs with gradients.
     """
 
@@ -80,8 +87,8 @@ class KVOpsCache(Cache):
         if compression is not None:
             _expect_judging_once(compression)
         self.num_layers: int = num_layers_of(text)
-        # The place in the pool of each layer that stores keys. Other layers may use the keys of an earlier layer.
-        self._places = {layer: place for place, layer in enumerate(storing_layers(text))}
+        # Of the layers that store keys. Other layers may use the keys of an earlier layer.
+        self._pools = Pools(head_groups(text), num_blocks, max_tokens, block_size)
         # transformers keeps the states of convolutions and linear attention.
         states = getattr(text, "number_of_conv_states", None) or 1
         with_state = state_layers(text)
@@ -90,17 +97,16 @@ class KVOpsCache(Cache):
             for layer in range(self.num_layers)
         ]
         self._states = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
-        self._shape: tuple[int, ...] | None = None  # KV heads, head size and head size of values, of all layers
         self._text = text
         self.max_tokens, self.compression = max_tokens, compression
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._paged: PagedKVCache | None = None
         self._length = 0  # of the rows, including padding, as transformers counts
         self._since_eviction = 0
         self._rope = rope_of(text)  # an input of some policies
         self._recording = False  # tokens may be removed: evict after crop()
         self._due = False
         self._step: Step | None = None
+        self._source: Source | None = None  # what the masks of this pass were made from: it tells the padding
         self._known = False  # that a pass stores keys in all layers
         # For each layer: the widest window of its keys, in positions before the query's own; -1 without a window.
         self._windows: dict[int, int] = {}
@@ -108,55 +114,43 @@ class KVOpsCache(Cache):
 
     @property
     def paged(self) -> PagedKVCache | None:
-        """The :class:`kvops.PagedKVCache`; None before the first token."""
+        """The :class:`kvops.PagedKVCache`; None before the first token. RuntimeError if there are several."""
+        if len(self._pools) > 1:
+            raise RuntimeError(
+                f"paged: expected a model whose layers have heads of one number and size, got {len(self._pools)} kinds "
+                "of layers: see pools"
+            )
+        return next(iter(self.pools), None)
+
+    @property
+    def pools(self) -> tuple[PagedKVCache, ...]:
+        """A :class:`kvops.PagedKVCache` for each kind of layers, by the number and size of heads."""
         self._settle()
-        return self._paged
+        return tuple(self._pools)
 
     def stats(self) -> CacheStats:
-        """The statistics of the cache."""
-        self._settle()
-        return self._pool().stats()
+        """The statistics of :attr:`paged`."""
+        paged = self.paged
+        if paged is None:
+            raise RuntimeError("paged: expected a cache that a model has run with, got one that is new")
+        return paged.stats()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Called by the model with ``[B, Hkv, T, ·]``. The attention function stores them, because it has the
         padding."""
-        batch, heads, num_tokens, head_dim = key_states.shape
-        shape = heads, head_dim, value_states.shape[3]
-        self._shape = shape if self._shape is None else self._shape
-        if shape != self._shape:
+        if layer_idx not in self._pools.places:
             raise ValueError(
-                f"config: expected KV heads of one number and size in all layers, got {_heads(*shape)} in layer "
-                f"{layer_idx} and {_heads(*self._shape)} before: {_OWN_CACHE}"
+                f"config: expected keys from layers {sorted(self._pools.places)}, as the config has it, got some from "
+                f"layer {layer_idx}: {_OWN_CACHE}"
             )
-        if layer_idx not in self._places:
-            raise ValueError(
-                f"config: expected keys from layers {sorted(self._places)}, as the config has it, got some from layer "
-                f"{layer_idx}: {_OWN_CACHE}"
-            )
-        if self._paged is None:
-            per_list = -(-self.max_tokens // self.block_size)
-            layers = len(self._places)
-            self._paged = PagedKVCache(
-                num_layers=layers,
-                num_kv_heads=heads,
-                head_dim=head_dim,
-                v_head_dim=value_states.shape[3],
-                num_blocks=self.num_blocks or layers * heads * batch * per_list,
-                max_batch=batch,
-                max_tokens=self.max_tokens,
-                block_size=self.block_size,
-                dtype=key_states.dtype,
-                device=key_states.device,
-            )
-        elif batch != self._paged.max_batch:
-            raise ValueError(f"key_states: expected a batch of {self._paged.max_batch}, as before, got {batch}")
-        new = NewTokens(self, layer_idx, key_states, value_states, self._length + num_tokens)
-        return new, new
+        if self._length == 0 and self._step is None:
+            self._pools.clear_for(key_states)
+        self._pools.admit(layer_idx, key_states, value_states)
+        new = NewTokens(self, layer_idx, key_states, value_states, self._length + key_states.shape[2])
+        return new, new.values
 
-    def _pool(self) -> PagedKVCache:
-        if self._paged is None:
-            raise RuntimeError("paged: expected a cache that a model has run with, got one that is new")
-        return self._paged
+    def _see(self, source: Source) -> None:
+        self._source = source
 
     def attend(self, new: NewTokens, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
         """Store ``new`` and attend, q ``[B, T, Hq, D]`` -> ``[B, T, Hq, Dv]``; called by the attention function.
@@ -164,28 +158,54 @@ class KVOpsCache(Cache):
         A model may attend to the same ``new`` several times in a pass: they are stored once.
         """
         if torch.is_grad_enabled() and q.requires_grad:
-            raise RuntimeError("KVOpsCache has no gradient: generate under torch.no_grad(), train with use_cache=False")
+            raise RuntimeError(_NO_GRADIENT)
         if not mask.causal:
             raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
-        if mask.packing is not None and mask.packing.num_queries is None:
+        if mask.source is None and mask.packing is not None:
             raise ValueError("position_ids: expected one sequence to a row with a KVOpsCache, got packed sequences")
-        place = self._places[new.layer]
+        paged, place = self._pools.of(new.layer)
         window = mask.window_left
         widest = self._windows.setdefault(new.layer, window)
         self._windows[new.layer] = -1 if min(window, widest) < 0 else max(window, widest)
         if new.step is not None:
-            return new.step.attend_again(place, q, mask, options)
+            return new.step.attend_again(paged, place, q, mask, options)
+        step = new.step = self._begin(new, mask.real_queries())
+        out = step.store_and_attend(paged, place, (q, new.k, new.v), window, options, self.compression)
+        self._stored(step, new.layer)
+        return out
+
+    def copies(self, new: NewTokens) -> tuple[Tensor, Tensor]:
+        """Store ``new`` and copy the keys and values of all tokens out of the cache, ``[B, Hkv, S, ·]`` with zeros for
+        padding: what a model gets that computes with them before it attends."""
+        if torch.is_grad_enabled() and new.k.requires_grad:
+            raise RuntimeError(_NO_GRADIENT)
+        if self._source is None or new.step is not None:
+            raise NotATensorError(self.explain_use("one that computes with them"))
+        if self.compression is not None:
+            raise ValueError(
+                "compression: expected None, as this model computes with keys after storing them, so that a policy "
+                f"cannot see what it attends to, got {type(self.compression.policy).__name__}"
+            )
+        paged, place = self._pools.of(new.layer)
+        step = new.step = self._begin(new, self._source.real_queries(new.k.shape[1]))
+        length = self._length
+        step.store_by_column(paged, place, new.k, new.v, length)
+        self._stored(step, new.layer)
+        return copies(paged, place, length + step.num_tokens)
+
+    def _begin(self, new: NewTokens, real: Tensor | None) -> Step:
+        """The pass that stores ``new``; ``real`` is bool ``[B, T]``, False for padding."""
         if self._step is not None and new.layer in self._step.layers:
             self._take_back_broken_pass(self._step)
         if self._step is None:
             self._settle(force=True)
-            self._step = Step(self._pool(), mask, self._rope, empty=self._length == 0)
-        step = new.step = self._step
-        out = step.store_and_attend(place, (q, new.k, new.v), window, options, self.compression)
-        step.layers.add(new.layer)
-        if len(step.layers) == len(self._places):
+            self._step = Step(new.k.shape[1], real, self._rope, empty=self._length == 0)
+        return self._step
+
+    def _stored(self, step: Step, layer: int) -> None:
+        step.layers.add(layer)
+        if len(step.layers) == len(self._pools.places):
             self._finish(step)
-        return out
 
     def explain_use(self, use: str) -> str:
         """The message for a model that did ``use`` with keys and values instead of passing them to attention."""
@@ -203,7 +223,7 @@ class KVOpsCache(Cache):
     def _finish(self, step: Step) -> None:
         """Called when all layers have stored a pass' tokens. Eviction comes later: layers that share keys may still
         attend."""
-        self._step, self._known = None, True
+        self._step, self._source, self._known = None, None, True
         self._length += step.num_tokens
         self._since_eviction = 0 if step.empty else self._since_eviction + 1
         every = self.compression.every if self.compression else 0
@@ -212,7 +232,7 @@ class KVOpsCache(Cache):
     def _take_back_broken_pass(self, step: Step) -> None:
         """Undo the last pass if it has not stored its tokens in all layers, because an exception ended it."""
         if not self._known:
-            missing = sorted(set(self._places) - step.layers)
+            missing = sorted(set(self._pools.places) - step.layers)
             raise RuntimeError(
                 f"KVOpsCache: expected keys from every layer in the first pass, got none from layers {missing}: call "
                 f"reset() where the pass was broken off by an error; where it was not, {_OWN_CACHE}"
@@ -237,11 +257,11 @@ class KVOpsCache(Cache):
 
     def _evict(self) -> None:
         if self._due and self.compression is not None:
-            seen = self._pool().next_positions.tolist()
+            seen = next(iter(self._pools)).next_positions.tolist()
             # A policy's floor is one number for all rows of a call, and must not depend on the other rows.
             parts = [[row] for row in range(len(seen))] if self.compression.policy.floor else [range(len(seen))]
             for rows in parts:
-                self.compression.apply(self._pool(), [seen[row] for row in rows], rows)
+                self._pools.compress(self.compression, [seen[row] for row in rows], rows)
             self._since_eviction = 0
         self._due = False
         if self.compression is None:
@@ -253,15 +273,17 @@ class KVOpsCache(Cache):
         reach = min(windows.values(), default=self._length)
         if self._length <= reach or self._length - self._trimmed < max(self.block_size, reach // 4):
             return
-        paged = self._pool()
         for layer, window_left in windows.items():
-            place = self._places[layer]
+            paged, place = self._pools.of(layer)
             positions = paged.positions[paged.block_tables[place].long()].flatten(2)
             paged.keep(place, positions >= (paged.next_positions - window_left)[:, None, None])
         self._trimmed = self._length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return QueryOffset.of(self._length, self._see)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self._length + query_length, 0
@@ -287,15 +309,15 @@ class KVOpsCache(Cache):
 
     @property
     def is_dummy(self) -> list[bool]:
-        return [layer not in self._places and not state for layer, state in enumerate(self.is_linear)]
+        return [layer not in self._pools.places and not state for layer, state in enumerate(self.is_linear)]
 
     @property
     def is_initialized(self) -> bool:
-        return self._paged is not None
+        return any(True for _ in self._pools)
 
     @property
     def batch_size(self) -> int:
-        return -1 if self._paged is None else self._paged.max_batch
+        return next((pool.max_batch for pool in self._pools), -1)
 
     def __len__(self) -> int:
         return self.num_layers
@@ -307,7 +329,8 @@ class KVOpsCache(Cache):
         raise NotATensorError(_refusal("one that loops over it"))
 
     def __repr__(self) -> str:
-        return f"KVOpsCache({self._length} tokens, {self.paged and self.paged.stats()})"
+        reports = [str(pool.stats()) for pool in self.pools] or ["empty"]
+        return f"KVOpsCache({self._length} tokens, {'; '.join(reports)})"
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens of every row."""
@@ -330,7 +353,8 @@ class KVOpsCache(Cache):
         for layer in self._states if tokens_to_remove or self._recording else ():
             layer.crop(tokens_to_remove)
         if tokens_to_remove:
-            self._pool().rollback(-tokens_to_remove)
+            for pool in self._pools:
+                pool.rollback(-tokens_to_remove)
             self._length += tokens_to_remove
         self._evict()
 
@@ -339,22 +363,41 @@ class KVOpsCache(Cache):
         self._recording = True
 
     def reset(self) -> None:
-        """Empty the cache; its blocks stay for the next batch of the same size."""
-        if self._paged is not None:
-            self._paged.free()
+        """Empty the cache. The next batch may have another size; one of the same size uses the same memory."""
+        for pool in self._pools:
+            pool.free()
         for layer in self._states:
             layer.reset()
         self._length, self._since_eviction, self._trimmed = 0, 0, 0
-        self._recording, self._due, self._step = False, False, None
+        self._recording, self._due, self._step, self._source = False, False, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("KVOpsCache cannot reorder rows: use num_beams=1")
+        """Let row i continue from row ``beam_idx[i]``. Rows share blocks until they write: no key is copied here."""
+        self._settle_rows()
+        order = beam_idx.tolist()
+        for pool in self._pools:
+            pool.reorder(order)
+        for layer in self._states:
+            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("KVOpsCache cannot copy rows: repeat the prompts in the batch instead")
+        """Repeat every row ``repeats`` times. The copies share their blocks."""
+        self._take_rows([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise NotImplementedError("KVOpsCache cannot drop rows: generate with the batch that is wanted")
+        """Keep the rows ``indices``, an int64 or a bool tensor, in this order."""
+        self._take_rows(torch.arange(self.batch_size, device=indices.device)[indices].tolist())
+
+    def _take_rows(self, order: list[int]) -> None:
+        self._settle_rows()
+        self._pools.with_rows(order)
+        for layer in self._states:
+            layer.reorder_cache(torch.tensor(order))
+
+    def _settle_rows(self) -> None:
+        """What is due is done before rows move: rows that share blocks would need copies for it."""
+        self._undo()
+        self._settle(force=True)
 
 
 class _PagedLayer(Placeholder):
@@ -366,11 +409,6 @@ class _PagedLayer(Placeholder):
 
 def _refusal(use: str) -> str:
     return f"past_key_values: expected a model that works with any cache of transformers, got {use}: {_OWN_CACHE}"
-
-
-def _heads(count: int, head_dim: int, v_head_dim: int) -> str:
-    sizes = f"size {head_dim}" if head_dim == v_head_dim else f"sizes {head_dim} and {v_head_dim}"
-    return f"{count} of {sizes}"
 
 
 def _expect_judging_once(compression: Compression) -> None:

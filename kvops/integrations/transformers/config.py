@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ _STATE = {"linear_attention", "conv"}
 _BOTH = {"hybrid", "hybrid_sliding"}
 # Layer types that keep nothing.
 _STATELESS = {"moe", "mlp"}
+# Families in which the type of a layer decides on its heads without the config saying so.
+_HEADS_BY_TYPE = {"mimo_v2_flash"}
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Layers with the same heads.
+
+    Attributes:
+        kv_heads: their number in a layer, relative to other groups.
+        layers: in order.
+    """
+
+    kv_heads: int
+    layers: list[int]
 
 
 def expect_layers(name: str, config: Any, *, states: bool, advice: str) -> None:
@@ -52,6 +68,21 @@ def storing_layers(config: Any) -> list[int]:
         for layer, (kind, mode) in enumerate(zip(types, modes, strict=True))
         if kind in _ATTENTION | _BOTH and mode != "reuse"
     ]
+
+
+def head_groups(config: Any) -> list[HeadGroup]:
+    """The layers that store keys, in groups whose heads have the same number and size as far as the config tells."""
+    types = layer_types_of(config)
+    by_type = getattr(config, "model_type", "") in _HEADS_BY_TYPE
+    by_layer = config.per_layer_config if getattr(config, "is_heterogeneous", False) else None
+    groups: dict[Any, HeadGroup] = {}
+    for layer in storing_layers(config):
+        heads, kind = 1, types[layer] if by_type else None
+        if by_layer is not None:
+            heads = getattr(by_layer[layer], "num_key_value_heads", None) or by_layer[layer].num_attention_heads
+            kind = heads, head_dim_of(by_layer[layer])
+        groups.setdefault(kind, HeadGroup(heads, [])).layers.append(layer)
+    return list(groups.values())
 
 
 def head_dim_of(config: Any) -> int:

@@ -18,6 +18,26 @@ from kvops.integrations.transformers.placeholders import NotATensorError, Placeh
 ELSEWHERE = "set attn_implementation to 'sdpa', 'eager' or 'flex_attention' for this model"
 
 
+class QueryOffset(int):
+    """The position of the first query of a pass, as a cache tells transformers. :func:`make_mask` gets it back, and
+    tells the cache by it where the padding of the pass is.
+
+    Attributes:
+        tell: called with the :class:`Source` of a mask.
+    """
+
+    tell: Callable[[Source], None]
+
+    @classmethod
+    def of(cls, position: int, tell: Callable[[Source], None]) -> QueryOffset:
+        offset = cls(position)
+        offset.tell = tell
+        return offset
+
+    def __add__(self, other: Any) -> QueryOffset:
+        return QueryOffset.of(int(self) + int(other), self.tell)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Padded rows as packed sequences, without moving a token.
@@ -27,20 +47,16 @@ class Packing:
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as :func:`kvops.flash_attention_varlen` takes them.
-        first_query, num_queries: int32 ``[B]``, the place of the first real query of each row and the number of real
-            queries. None for packed sequences.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
-    first_query: Tensor | None = None
-    num_queries: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The arguments that a mask was made from, to make a slice of it."""
 
     batch: int
@@ -49,6 +65,14 @@ class _Source:
     padding: Tensor | None  # bool [B, positions], False where a token is padding
     device: torch.device | str
 
+    def real_queries(self, q_length: int) -> Tensor | None:
+        """bool ``[B, T]``, False for queries that are padding; None without padding."""
+        if self.padding is None:
+            return None
+        first = int(self.q_offset)
+        real = self.padding[:, first : first + q_length]
+        return torch.nn.functional.pad(real, (0, q_length - real.shape[1]))
+
 
 @dataclass(frozen=True, eq=False)
 class Mask(Placeholder):
@@ -56,7 +80,8 @@ class Mask(Placeholder):
 
     Attributes:
         causal, window_left, window_right: as :func:`kvops.flash_attention` takes them.
-        packing: cumulative lengths. None if each row is one whole sequence.
+        packing: cumulative lengths. None if each row is one whole sequence, or if a cache that stores no padding holds
+            the keys: :meth:`packed` is for models that read them from there.
         q_length, kv_length: T and S. Attention with other lengths is refused.
         source: the arguments that the mask was made from. None for packed sequences, which cannot be sliced.
 
@@ -73,7 +98,7 @@ class Mask(Placeholder):
     packing: Packing | None
     q_length: int
     kv_length: int
-    source: _Source | None = None
+    source: Source | None = None
     ndim: ClassVar[int] = 4
 
     def contiguous(self) -> Mask:
@@ -104,6 +129,19 @@ class Mask(Placeholder):
         windowed = max(self.window_left, self.window_right) >= 0
         packing = _pack_rows_if_needed(source, q_length, kv_length, self.causal, windowed)
         return replace(self, packing=packing, q_length=q_length, kv_length=kv_length, source=source)
+
+    def real_queries(self) -> Tensor | None:
+        """bool ``[B, T]``, False for queries that are padding; None without padding."""
+        return None if self.source is None else self.source.real_queries(self.q_length)
+
+    def packed(self) -> Mask:
+        """This mask with its packing, where a cache was expected to attend without it."""
+        if self.source is None or not isinstance(self.source.q_offset, QueryOffset):
+            return self
+        source = replace(self.source, q_offset=int(self.source.q_offset))
+        windowed = max(self.window_left, self.window_right) >= 0
+        packing = _pack_rows_if_needed(source, self.q_length, self.kv_length, self.causal, windowed)
+        return replace(self, packing=packing, source=source)
 
     def expect_lengths(self, batch: int, q_length: int, kv_length: int) -> None:
         """Raise ValueError for queries and keys that the mask was not made for."""
@@ -265,7 +303,9 @@ def make_mask(
     stop = kv_offset + kv_length
     if attention_mask is not None and not traced and attention_mask.shape[1] >= stop:
         attention_mask = None if attention_mask[:, kv_offset:stop].all() else attention_mask
-    source = _Source(batch_size, q_offset, kv_offset, attention_mask, device)
+    source = Source(batch_size, q_offset, kv_offset, attention_mask, device)
+    if isinstance(q_offset, QueryOffset):
+        q_offset.tell(source)
     packing = _pack_rows_if_needed(source, q_length, kv_length, pattern.causal, max(windows) >= 0)
     return Mask(pattern.causal, *windows, packing, q_length, kv_length, source)
 
@@ -277,11 +317,11 @@ def _sequence_ids(function: Callable[..., Any], batch: int, length: int, device:
     return torch.nn.functional.pad((~follows).long().cumsum(1), (1, 0))
 
 
-def _pack_rows_if_needed(
-    source: _Source, q_length: int, kv_length: int, causal: bool, windowed: bool
-) -> Packing | None:
+def _pack_rows_if_needed(source: Source, q_length: int, kv_length: int, causal: bool, windowed: bool) -> Packing | None:
     """None if every row of queries and keys is one whole sequence."""
     real, q_offset, kv_offset = source.padding, source.q_offset, source.kv_offset
+    if isinstance(q_offset, QueryOffset):
+        return None
     if real is not None:
         real = real[:, kv_offset : kv_offset + kv_length]
     elif not isinstance(q_offset, Tensor) and (not causal or kv_offset + kv_length == q_offset + q_length):
@@ -309,7 +349,7 @@ def _pack_sequences(sequence_ids: Tensor) -> Packing:
 
 
 def _pack_rows(
-    source: _Source, real: Tensor | None, q_length: int, kv_length: int, causal: bool, windowed: bool
+    source: Source, real: Tensor | None, q_length: int, kv_length: int, causal: bool, windowed: bool
 ) -> Packing:
     """Packing of rows with one sequence, padding before and after it, and unused slots of a static cache."""
     batch, device, q_offset, kv_offset = source.batch, source.device, source.q_offset, source.kv_offset
@@ -345,11 +385,4 @@ def _pack_rows(
     cu_q[:, 3:] = ((rows + 1) * q_length)[:, None]
     cu_k[:, 4] = (rows + 1) * kv_length
     cu_seqlens_q, cu_seqlens_k = (torch.nn.functional.pad(cu.flatten(), (1, 0)).to(torch.int32) for cu in (cu_q, cu_k))
-    return Packing(
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_length,
-        kv_length,
-        first_query.to(torch.int32),
-        (end_query - first_query).to(torch.int32),
-    )
+    return Packing(cu_seqlens_q, cu_seqlens_k, q_length, kv_length)

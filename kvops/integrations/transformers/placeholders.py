@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NoReturn
+
+from torch import Tensor
 
 # Python's special methods and how the operators are written in a program.
 _BINARY = {
@@ -35,6 +38,32 @@ class Placeholder:
         return NotImplemented
 
 
+class Deferred:
+    """An object that a model may pass on, and that becomes a tensor as soon as the model computes with it."""
+
+    def tensor(self) -> Tensor:
+        """The tensor. It is made at the first call."""
+        raise NotImplementedError
+
+    def attends_with(self, values: Any) -> bool:
+        """Whether these keys and ``values`` are still what the cache handed out, so that it can attend to them."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*map(as_tensor, args), **{name: as_tensor(value) for name, value in (kwargs or {}).items()})
+
+
+def as_tensor(value: Any) -> Any:
+    """``value`` with the tensor in place of each :class:`Deferred`, also within a list or tuple."""
+    if isinstance(value, Deferred):
+        return value.tensor()
+    return type(value)(map(as_tensor, value)) if type(value) in (list, tuple) else value
+
+
 def _refusing(written: str) -> Any:
     def operator(self: Placeholder, *args: Any) -> NoReturn:
         self.refuse(f"one that uses {written} on it")
@@ -42,8 +71,18 @@ def _refusing(written: str) -> Any:
     return operator
 
 
+def _deferring(name: str) -> Any:
+    def method(self: Deferred, *args: Any) -> Any:
+        function = len if name == "__len__" else iter if name == "__iter__" else getattr(operator, name)
+        return function(self.tensor(), *args)
+
+    return method
+
+
 for _name, _written in _BINARY.items():
     setattr(Placeholder, f"__{_name}__", _refusing(_written))
     setattr(Placeholder, f"__r{_name}__", _refusing(_written))
 for _name, _written in _OTHER.items():
     setattr(Placeholder, f"__{_name}__", _refusing(_written))
+for _name in (*(f"__{_name}__" for _name in _BINARY), *(f"__{_name}__" for _name in _OTHER)):
+    setattr(Deferred, _name, _deferring(_name))
