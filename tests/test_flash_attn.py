@@ -243,12 +243,12 @@ def test_what_is_not_there_is_said():
     q = randn(1, 2, 2, 8)
     with pytest.raises(ValueError, match=r"dropout_p: expected 0, got 0\.1"):
         flash_attn_func(q, q, q, dropout_p=0.1)
-    with pytest.raises(ValueError, match="alibi_slopes: expected None, because paged attention has no ALiBi"):
-        flash_attn_with_kvcache(q, q, q, alibi_slopes=torch.ones(2))
-    with pytest.raises(ValueError, match="cache_leftpad: expected None"):
-        flash_attn_with_kvcache(q, q, q, cache_leftpad=torch.zeros(1))
-    with pytest.raises(ValueError, match="window_size: expected no limit to the right over a cache unless causal"):
-        flash_attn_with_kvcache(q, q, q, window_size=(1, 1))
+    pad, table = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cache_leftpad: expected None along with a block_table"):
+        flash_attn_with_kvcache(q, q, q, cache_seqlens=2, cache_leftpad=pad, block_table=table)
+    ends = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="leftpad_k: expected None along with a block_table"):
+        flash_attn_varlen_func(q[0], q, q, ends, ends, 2, 2, leftpad_k=pad, block_table=table)
     with pytest.raises(ValueError, match="cache_seqlens: expected a number"):
         flash_attn_with_kvcache(q, q, q, q, q)
     with pytest.raises(ValueError, match="v: expected along with k, got only k"):
