@@ -1,14 +1,16 @@
 """Measurements in vLLM: workloads, drawn settings, and pages with results. test_vllm_engine.py runs the engine."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from bench import results
 from bench.plots import draw
 from bench.report import render
+from bench.serving import arrivals as arriving
 from bench.serving.answers import Question, question_file, questions_of
-from bench.serving.arrivals import arrivals, burst
+from bench.serving.arrivals import Request, arrivals, burst, serve
 from bench.serving.soak import Round
 from kvops.integrations.vllm.rule import Rule
 from kvops.models.loading import load
@@ -57,6 +59,67 @@ def test_results_of_vllm_have_sections_and_a_picture(tmp_path):
     assert "4,000 times" in text
     assert (tmp_path / "results" / "cpu" / "serving.png").exists()
     assert draw({"kind": "serving", "setting": SETTING, "rows": []}, tmp_path / "none") == []
+
+
+class PretendEngine:
+    """vLLM's engine as ``serve`` sees it: each request gets a token in each step; the first one is preempted once."""
+
+    def __init__(self, most: int = 2) -> None:
+        manager = SimpleNamespace(req_to_blocks={"a": [SimpleNamespace(block_id=3, is_null=False)]})
+        self.scheduler = SimpleNamespace(
+            running=[],
+            schedule=lambda: None,
+            _preempt_request=lambda request: None,
+            kv_cache_manager=SimpleNamespace(
+                block_pool=None, coordinator=SimpleNamespace(single_type_managers=[manager])
+            ),
+        )
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self.scheduler))
+        self.most, self.waiting, self.preempted = most, [], False
+
+    def add_request(self, name, prompt, sampling):
+        self.waiting.append((name, sampling.max_tokens, []))
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting or self.scheduler.running)
+
+    def step(self):
+        running = self.scheduler.running
+        while self.waiting and len(running) < self.most:
+            running.append(self.waiting.pop(0))
+        if not self.preempted:
+            self.scheduler._preempt_request(running[0])
+            self.preempted = True
+        self.scheduler.schedule()
+        outs = []
+        for request in list(running):
+            name, wanted, tokens = request
+            tokens.append(10 + len(tokens))
+            if len(tokens) == wanted:
+                running.remove(request)
+            outs.append(
+                SimpleNamespace(
+                    request_id=name, finished=len(tokens) == wanted, outputs=[SimpleNamespace(token_ids=tokens)]
+                )
+            )
+        return outs
+
+
+def test_what_is_counted_while_requests_are_served(monkeypatch):
+    monkeypatch.setattr(arriving, "require", lambda name: SimpleNamespace(SamplingParams=SimpleNamespace))
+    engine = PretendEngine()
+    requests = [Request(0.0, [1], 3, [10, 11]), Request(0.0, [1], 2), Request(0.0, [1], 4, [10, 12])]
+    schedule = engine.scheduler.schedule
+    row = serve(engine, requests)
+    assert engine.scheduler.schedule is schedule  # the next workload is counted by itself
+    assert row["right"] == [0]
+    assert row["questions"] == 2
+    assert row["preemptions"] == 1
+    assert row["most_at_once"] == 2
+    assert row["running"] == [2, 2, 2, 1, 1, 1]
+    assert row["steps"] == 6
+    assert row["tokens_per_second"] * row["seconds"] == pytest.approx(9)
+    assert row["first_token_seconds"] >= 0
 
 
 @pytest.mark.parametrize("seed", range(25))
