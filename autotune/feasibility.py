@@ -126,32 +126,56 @@ def load_table(spec: OpSpec, folder: Path = FOLDER) -> Table:
         return Table()
 
 
+# Widths of the tables. A configuration takes no more shared memory for a narrower head.
+_WIDTHS = (64, 128, 256, 512)
+
+
 def judge(spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, table: Table | None = None) -> Verdict:
-    """Whether ``config`` can run this problem on this device, by the family's predicate and by the table."""
+    """Whether ``config`` can run this problem on this device, by the family's predicate and by the table.
+
+    What was proven for an architecture holds for others of its family, and what was proven for a head size (``width``)
+    holds for narrower heads, unless the table has the very architecture and head size.
+    """
     refusal = spec.refuse(config, problem, device)
     if refusal is not None:
         return Verdict("impossible", refusal)
     table = load_table(spec) if table is None else table
-    for arch in (device.arch, family(device.arch)):
-        group = table.group(arch, spec.proof_of(problem))
-        if group is not None and config in group.rows:
-            break
-    else:
+    found = _proof_of(spec, config, problem, device, table)
+    if found is None:
         return Verdict("unproven", f"never compiled for {device.arch}")
+    group, proof, arch, width = found
     if group.source != current_source(spec):
         return Verdict("unproven", f"compiled for {arch} from other sources ({group.source})")
-    proof = group.rows[config]
     if proof.problem:
         return Verdict("impossible", proof.problem, proof)
     if proof.shared_memory > device.shared_memory:
         reason = f"takes {proof.shared_memory} bytes of shared memory, {device.name} has {device.shared_memory}"
         return Verdict("impossible", reason, proof)
     facts = f"{proof.registers} registers, {proof.shared_memory} bytes of shared memory by Triton {group.triton}"
+    if width != problem.get("width"):
+        facts += f" for heads of {width}, which take more"
     if arch != device.arch:
         facts += f" for {arch}, whose family has {device.arch}"
     if proof.spills:
         return Verdict("spills", f"{proof.spills} spill instructions, {facts}", proof)
     return Verdict("proven", facts, proof)
+
+
+def _proof_of(
+    spec: OpSpec, config: Config, problem: Problem, device: DeviceFacts, table: Table
+) -> tuple[Group, Proof, str, int | None] | None:
+    """The proof of a configuration with its group, architecture and head size; None if there is none."""
+    key = spec.proof_of(problem)
+    own = key.get("width")
+    for width in (own, *(wider for wider in _WIDTHS if own is not None and wider > own)):
+        for arch in (device.arch, family(device.arch)):
+            group = table.group(arch, key if width is None else {**key, "width": width})
+            proof = None if group is None else group.rows.get(config)
+            if group is None or proof is None:
+                continue
+            if width == own or not (proof.problem or proof.spills or proof.shared_memory > device.shared_memory):
+                return group, proof, arch, width
+    return None
 
 
 def static_facts(verdict: Verdict) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The choice of a launch configuration: a dictionary look-up at every launch, and the search behind its first call.
 
 A launch never tunes. The search tries in this order: an override; records of this device (exact, same bucket, nearest
-shape); records of this device with another Triton or older sources; records of the nearest GPU; the heuristic; the
-first candidate that can run. A borrowed configuration is checked against the limits of this device first.
+shape); records of this device with another Triton or older sources; records of the nearest GPU; the heuristic; a safe
+candidate, where the heuristic's choice cannot run, spills, or was never compiled for this device while the candidate
+was. A borrowed configuration is checked against the limits of this device first. What a driver refused at a launch
+(``kvops.autotune.relaunch``) is not chosen again.
 
 Of two kernels with the same results (``OpSpec.twin``), the one for some GPUs runs only if a record of this device shows
 that it is faster (``choose_proven``).
@@ -22,8 +24,9 @@ from kvops.autotune.families import FAMILIES
 from kvops.autotune.feasibility import Verdict, current_source, judge
 from kvops.autotune.hopper import HOPPER_FAMILIES
 from kvops.autotune.records import Record
+from kvops.autotune.refusals import Refusals
 from kvops.autotune.spec import Config, OpSpec, Problem, config_to_json, words
-from kvops.autotune.store import Journal, Store
+from kvops.autotune.store import Journal, Store, tell_once
 from kvops.cli.console import suggestion
 from kvops.extras import require
 
@@ -40,8 +43,9 @@ _CANONICAL = 4096
 class Choice:
     """A configuration and where it comes from.
 
-    ``origin`` is one of override, exact, bucket, nearest, other-version, other-device, heuristic, safe; ``distance`` is
-    in doublings; ``refused`` has the reason why each nearer record was not used. For a family with a twin, ``runs``
+    ``origin`` is one of override, exact, bucket, nearest, other-version, other-device, heuristic, safe, none (no
+    candidate can run, and a launch raises RuntimeError); ``distance`` is in doublings; ``refused`` has the reason why
+    each nearer record, and each configuration that a driver refused, was not used. For a family with a twin, ``runs``
     says which of the two a launch uses and why. If a launch cannot use a proven configuration, a choice with the origin
     refused and the reason comes before the choice that it uses.
     """
@@ -72,6 +76,7 @@ _overrides: dict[str, Config] = {}
 _watchers: list[list[Choice]] = []
 _store: Store | None = None
 _journal: Journal | None = None
+_refusals: Refusals | None = None
 _invariant = False
 _chosen: dict[tuple[str, LaunchDevice, tuple[int, ...]], Config] = {}
 # For families with a twin; None where the twin runs.
@@ -84,7 +89,7 @@ def choose(op: str, device: LaunchDevice, *problem: int) -> Any:
 
     It neither blocks nor tunes.
 
-    Raises KeyError for an operator that is not registered.
+    Raises KeyError for an operator that is not registered, and RuntimeError if no configuration can run the problem.
     """
     config = _chosen.get((op, device, problem))
     return _choose_first(op, device, problem) if config is None else config
@@ -94,6 +99,11 @@ def _choose_first(op: str, device: LaunchDevice, values: tuple[int, ...]) -> Con
     spec = _specs[op]
     choice = resolve(spec, dict(zip(spec.fields, values, strict=True)), facts_of(device))
     _note_miss(choice, device)
+    if choice.origin == "none":
+        raise RuntimeError(
+            f"{op}: no configuration can run {words(choice.problem)} on {device.name}: {choice.reason}"
+            + "".join(f"; {refusal}" for refusal in choice.refused)
+        )
     for watcher in _watchers:
         watcher.append(choice)
     if not _watchers:  # a watcher sees every call
@@ -160,6 +170,30 @@ def _open_journal() -> Journal | None:
     return _journal
 
 
+def _open_refusals() -> Refusals:
+    global _refusals
+    if _refusals is None:
+        layer = _open_store().writable
+        _refusals = Refusals(None if layer is None else layer.folder)
+    return _refusals
+
+
+def refuse(choice: Choice, reason: str) -> None:
+    """Never choose this configuration for problems of this key again: the driver refused it, for ``reason``."""
+    _open_refusals().add(choice.spec, choice.problem, choice.device, choice.config, reason)
+    _forget_choices()
+    place = f"{choice.spec.name} {words(choice.spec.key_of(choice.problem))} on {choice.device.name}"
+    tell_once(
+        f"{place}: the driver refused {words(config_to_json(choice.config))} ({reason}); launches take the next "
+        f"configuration. Next step: python -m kvops.autotune explain {choice.spec.name}, or tune on this GPU"
+    )
+
+
+def is_overridden() -> bool:
+    """Whether some configuration is forced by :func:`override`."""
+    return bool(_overrides)
+
+
 def resolve(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Choice:
     """Search in the full order, without caching the result."""
     if spec.name in _overrides:
@@ -180,43 +214,58 @@ def resolve(spec: OpSpec, problem: Problem, device: DeviceFacts) -> Choice:
         def allowed(config: Config) -> bool:
             return True
 
-    refused: list[str] = []
-    if device.arch != "interpreter":
-        for origin, apart, record in _ranked(spec, problem, device):
-            config = spec.config(**record.config)
-            reason = _refusal(spec, config, problem, device, origin) if allowed(config) else "another numerics class"
-            if reason is None:
-                place = (
-                    f"{record.time.p50:.1f} µs for {words(record.shape)} on {record.device.name}, {record.date[:10]}"
-                )
-                return Choice(spec, problem, device, config, origin, place, apart, record, tuple(refused))
+    if device.arch == "interpreter" and spec.refuse(default, problem, device) is None:
+        return Choice(spec, problem, device, default, "heuristic", why or spec.reason(problem, device, default))
+    by_driver = {} if device.arch == "interpreter" else _open_refusals().of(spec, problem, device)
+    refused = [f"{words(config_to_json(config))}: refused by the driver ({text})" for config, text in by_driver.items()]
+    for origin, apart, record in () if device.arch == "interpreter" else _ranked(spec, problem, device):
+        config = spec.config(**record.config)
+        reason = _refusal(spec, config, problem, device, origin) if allowed(config) else "another numerics class"
+        if reason is None and config not in by_driver:
+            place = f"{record.time.p50:.1f} µs for {words(record.shape)} on {record.device.name}, {record.date[:10]}"
+            return Choice(spec, problem, device, config, origin, place, apart, record, tuple(refused))
+        if reason is not None:
             refused.append(f"{origin} {words(record.shape)} on {record.device.name}: {words(record.config)}: {reason}")
-    refusals = tuple(refused)
-    refusal = spec.refuse(default, problem, device)
-    if refusal is None:
-        config, spills = _without_spills(spec, default, problem, device, allowed)
-        reason = (why or spec.reason(problem, device, config)) + spills
-        return Choice(spec, problem, device, config, "heuristic", reason, refused=refusals)
-    for config in spec.candidates(problem, device):
-        if allowed(config):
-            return Choice(spec, problem, device, config, "safe", f"the heuristic's choice {refusal}", refused=refusals)
-    return Choice(
-        spec, problem, device, default, "heuristic", f"no candidate fits, and this one {refusal}", refused=refusals
-    )
+    config, origin, reason = _unmeasured(spec, default, problem, device, allowed, by_driver)
+    reason = why or reason if origin == "heuristic" else reason
+    return Choice(spec, problem, device, config, origin, reason, refused=tuple(refused))
 
 
-def _without_spills(
-    spec: OpSpec, default: Config, problem: Problem, device: DeviceFacts, allowed: Callable[[Config], bool]
-) -> tuple[Config, str]:
-    """The first candidate that compiles without spills if the heuristic's choice spills, and a note about it.
+def _unmeasured(
+    spec: OpSpec,
+    default: Config,
+    problem: Problem,
+    device: DeviceFacts,
+    allowed: Callable[[Config], bool],
+    by_driver: Mapping[Config, str],
+) -> tuple[Config, str, str]:
+    """The configuration without a record, its origin and the reason.
 
-    If all candidates spill, and for a family with a twin (which runs measured configurations only), the heuristic's.
+    The heuristic's choice, unless a candidate is better known: a proven one if it spills or was never compiled for this
+    device; any that may run if it cannot. A family with a twin runs measured configurations only, so its choice stays.
     """
-    if not spec.twin and judge(spec, default, problem, device).status == "spills":
-        for config in spec.candidates(problem, device):
-            if allowed(config) and judge(spec, config, problem, device).status == "proven":
-                return config, f"; {words(config_to_json(default))} spills"
-    return default, ""
+    verdict = judge(spec, default, problem, device)
+    impossible = verdict.reason if verdict.status == "impossible" else ""
+    if default in by_driver:
+        impossible = f"was refused by the driver ({by_driver[default]})"
+    if not impossible and (spec.twin or verdict.status == "proven"):
+        return default, "heuristic", spec.reason(problem, device, default)
+    others: dict[str, Config] = {}
+    for config in spec.candidates(problem, device):
+        if config != default and allowed(config) and config not in by_driver:
+            others.setdefault(judge(spec, config, problem, device).status, config)
+    given_up = f"the heuristic's choice, {words(config_to_json(default))},"
+    if not impossible:
+        if "proven" not in others:
+            return default, "heuristic", spec.reason(problem, device, default)
+        if verdict.status == "spills":
+            reason = spec.reason(problem, device, others["proven"])
+            return others["proven"], "heuristic", f"{reason}; {words(config_to_json(default))} spills"
+        return others["proven"], "safe", f"{given_up} is unproven: {verdict.reason}"
+    for status in ("proven", "unproven", "spills"):
+        if status in others:
+            return others[status], "safe", f"{given_up} {impossible}"
+    return default, "none", f"no candidate fits, and {given_up} {impossible}"
 
 
 def contest(spec: OpSpec, problem: Problem, device: DeviceFacts) -> tuple[bool, Choice]:
@@ -319,10 +368,10 @@ def register(spec: OpSpec) -> OpSpec:
 
 def forget() -> None:
     """Drop all choices and records. The next look-up reads files and environment variables again."""
-    global _store, _journal
+    global _store, _journal, _refusals
     if _journal is not None:
         _journal.flush()
-    _store = _journal = None
+    _store = _journal = _refusals = None
     _forget_choices()
 
 
@@ -379,36 +428,39 @@ def _is_invariant() -> bool:
 
 
 @contextmanager
-def watch() -> Iterator[list[Choice]]:
-    """Collect every choice that launches make: ``with watch() as choices: kvops.flash_attention(...)``."""
-    choices: list[Choice] = []
+def watch(choices: list[Choice] | None = None) -> Iterator[list[Choice]]:
+    """Collect every choice that launches make: ``with watch() as choices: kvops.flash_attention(...)``.
+
+    They are appended to ``choices``, a new list by default.
+    """
+    choices = [] if choices is None else choices
     _watchers.append(choices)
     _forget_choices()
     try:
         yield choices
     finally:
-        _watchers.remove(choices)
+        _watchers[:] = [watcher for watcher in _watchers if watcher is not choices]  # equal lists are others
         _forget_choices()
 
 
 @contextmanager
 def using(store: Store) -> Iterator[None]:
     """Use only ``store`` for look-ups; misses go to its writable layer, if it has one."""
-    global _store, _journal
-    before = _store, _journal
-    _store, _journal = store, None
+    global _store, _journal, _refusals
+    before = _store, _journal, _refusals
+    _store, _journal, _refusals = store, None, None
     _forget_choices()
     try:
         yield
     finally:
-        _store, _journal = before
+        _store, _journal, _refusals = before
         _forget_choices()
 
 
 def use(store: Store) -> None:
     """Use only ``store`` for look-ups from now on."""
-    global _store, _journal
-    _store, _journal = store, None
+    global _store, _journal, _refusals
+    _store, _journal, _refusals = store, None, None
     _forget_choices()
 
 

@@ -188,21 +188,24 @@ class Store:
 
 
 class Journal:
-    """Problems without a record, one JSON line each, for ``tune --from-misses``.
+    """A file of JSON lines that launches add to, such as the problems without a record, for ``tune --from-misses``.
 
     A launch only adds to a set. A thread writes the lines together a little later, and the end of the process writes
     the others. No line is written twice, and a long file does not grow further.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / JOURNAL
+    def __init__(self, folder: Path, name: str = JOURNAL) -> None:
+        self.path = folder / name
         self._lock = threading.Lock()
         self._seen: set[str] = set()
         self._waiting: list[str] = []
         self._thread: threading.Thread | None = None
 
     def add(self, op: str, problem: Problem, device: str) -> None:
-        line = json.dumps({"op": op, "problem": dict(problem), "device": device}, sort_keys=True)
+        self.write({"op": op, "problem": dict(problem), "device": device})
+
+    def write(self, value: dict[str, Any]) -> None:
+        line = json.dumps(value, sort_keys=True)
         with self._lock:
             if line in self._seen:
                 return
@@ -234,7 +237,7 @@ class Journal:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            tell_once(f"misses are not written to {self.path}: {error.strerror}")
+            tell_once(f"launches are not noted in {self.path}: {error.strerror}")
 
 
 def read_problems(path: Path, specs: dict[str, OpSpec]) -> list[tuple[OpSpec, Problem]]:

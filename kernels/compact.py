@@ -1,11 +1,14 @@
 """Move the kept slots of every list to its front, in order and in place."""
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvops.autotune.lookup import choose
+from kvops.autotune.relaunch import launched
 from kvops.kernels.device import current_device
 
 # Slots are moved as integers, so float8 values and NaN payloads keep their bits.
@@ -77,7 +80,8 @@ def compact(
     if batch * heads * slots:
         for side in (k_cache, v_cache, positions, scores):
             if side is not None and side.numel():
-                _move(side if side.dim() == 3 else side[..., None], block_tables, seq_lens, target)
+                # Each array on its own: where one is refused, those before it have moved and must not move again.
+                launched(partial(_move, side if side.dim() == 3 else side[..., None], block_tables, seq_lens, target))
     seq_lens.copy_(new_lens)
     return freed
 

@@ -14,7 +14,7 @@ import kvops
 from kvops.autotune import choose, explain, feasibility, invariant, lookup, override, register, specs, watch
 from kvops.autotune.architectures import family, has_tma
 from kvops.autotune.config import PagedAppendConfig
-from kvops.autotune.devices import KNOWN_DEVICES, by_name, distance, facts_of
+from kvops.autotune.devices import KNOWN_DEVICES, DeviceFacts, by_name, distance, facts_of
 from kvops.autotune.feasibility import Group, Proof, Table, current_source, dump_table, judge, parse_table
 from kvops.autotune.inspect import TARGETS
 from kvops.autotune.store import Layer, Store, default_layers, user_folder
@@ -109,14 +109,60 @@ def test_a_record_that_cannot_run_is_refused_with_its_reason(store):
     assert "power of two" in choice.refused[0]
 
 
+def with_shared_memory(size):
+    return DeviceFacts("tiny", "sm_120", 8, size)
+
+
 def test_a_heuristic_that_does_not_fit_gives_way_to_a_candidate_that_does():
-    small = by_name("sm_120")
-    tiny = type(small)("tiny", "sm_120", 8, 50_000)
     spec = specs()["flash_forward"]
-    choice = lookup.resolve(spec, spec.problems[0], tiny)
+    choice = lookup.resolve(spec, spec.problems[0], with_shared_memory(60_000))
     assert choice.origin == "safe"
     assert "shared memory" in choice.reason
-    assert spec.refuse(choice.config, choice.problem, tiny) is None
+    assert choice.verdict.status == "proven"
+
+
+def test_what_a_table_says_does_not_fit_is_not_launched():
+    """Predicates count less than a kernel takes: 24,576 bytes here, where it takes 36,864."""
+    spec = specs()["flash_forward"]
+    problem = {**spec.problems[0], "itemsize": 4}
+    choice = lookup.resolve(spec, problem, with_shared_memory(30_000))
+    assert spec.refuse(spec.heuristic(problem, choice.device), problem, choice.device) is None
+    assert (choice.origin, choice.verdict.status) == ("safe", "proven")
+    assert "takes 36864 bytes of shared memory, tiny has 30000" in choice.reason
+
+
+def test_without_a_configuration_that_fits_a_launch_says_so(store):
+    values = specs()["flash_forward"].problems[0]
+    message = (
+        "flash_forward: no configuration can run width=128 .* on tiny: no candidate fits, and the heuristic's choice"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        choose("flash_forward", Device("tiny", "cuda", "sm_120", 32, 8, 50_000), *values.values())
+
+
+def test_a_heuristic_that_was_never_compiled_for_a_gpu_gives_way_to_a_candidate_that_was(store, monkeypatch):
+    default, first, second = SPEC.candidates(PROBLEM, H100)[:3]
+    proved(monkeypatch, H100, [second], Proof(40))
+    choice = answer()
+    assert (choice.config, choice.origin) == (second, "safe")
+    assert choice.reason.endswith("is unproven: never compiled for sm_90")
+    proved(monkeypatch, H100, [default, second], Proof(40))
+    assert (answer().config, answer().origin) == (default, "heuristic")
+    proved(monkeypatch, H100, [first], Proof(255, spills=2))  # spills are no better than nothing known
+    assert answer().config == default
+
+
+def test_a_proof_for_wider_heads_holds_for_narrower_ones_on_the_same_gpu(store, monkeypatch):
+    narrow = {**PROBLEM, "width": 16}
+    proved(monkeypatch, H100, [FIRST], Proof(40, shared_memory=100))
+    verdict = judge(SPEC, FIRST, narrow, H100)
+    assert (verdict.status, verdict.proof) == ("proven", Proof(40, shared_memory=100))
+    assert f"for heads of {PROBLEM['width']}, which take more" in verdict.reason
+    assert judge(SPEC, FIRST, {**PROBLEM, "width": 512}, H100).status == "unproven"
+    assert judge(SPEC, FIRST, {**narrow, "itemsize": 4}, H100).status == "unproven"
+    for proof in (Proof(spills=1), Proof(problem="does not compile"), Proof(shared_memory=H100.shared_memory + 1)):
+        proved(monkeypatch, H100, [FIRST], proof)
+        assert judge(SPEC, FIRST, narrow, H100).status == "unproven"
 
 
 def test_a_heuristic_that_spills_gives_way_to_the_first_candidate_that_does_not(store, monkeypatch):

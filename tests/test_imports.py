@@ -43,7 +43,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.autotune.machine": ({"torch", "triton", "numpy", "kvops.autotune", "kvops.private_torch"}, set()),
     "kvops.autotune.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
-        {"torch", "triton", "kvops.kernels", "kvops.autotune.config", "kvops.autotune.lookup", "kvops.prepared"},
+        {
+            *("torch", "triton", "kvops.kernels", "kvops.prepared"),
+            *("kvops.autotune.config", "kvops.autotune.lookup", "kvops.autotune.relaunch"),
+        },
         set(),
     ),
     "kvops.kernels.cpu": ({"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu", "kvops.prepared"}, set()),
@@ -244,7 +247,7 @@ def test_a_forbidden_import_is_found(name, source):
 
 
 # What stands behind a check that Triton is there: kernels by the registry, these by the commands that need them.
-BEHIND_TRITON = ("kvops.kernels", "kvops.autotune.inspect", "kvops.autotune.machine")
+BEHIND_TRITON = ("kvops.kernels", "kvops.autotune.inspect", "kvops.autotune.machine", "kvops.autotune.relaunch")
 # The registry imports kvops.kernels.cpu where numba is installed.
 # Imported after `require("transformers")`, by the package's __getattr__.
 BEHIND_TRANSFORMERS = ("kvops.integrations.transformers.cache",)

@@ -129,10 +129,18 @@ class _Operator:
         if self.check_data is not None and checks.debug():
             self.check_data(*args, **kwargs)
         index = args[0].device.index
-        if index == torch.cuda.current_device():
-            return launch(*args, **kwargs)
-        with torch.cuda.device(index):
-            return launch(*args, **kwargs)
+        try:
+            if index == torch.cuda.current_device():
+                return launch(*args, **kwargs)
+            with torch.cuda.device(index):
+                return launch(*args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":  # of Triton, which is there if it raised this
+                raise
+            from kvops.autotune.relaunch import relaunched
+
+            with torch.cuda.device(index):
+                return relaunched(partial(launch, *args, **kwargs), error)
 
     def on_fake(self, *args: Any, **kwargs: Any) -> Any:
         self._validate(args, kwargs)
