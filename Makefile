@@ -5,7 +5,7 @@
 #   VENV=$VIRTUAL_ENV SETUP=    use an environment of your own, complete as it is
 #   PYTEST="tests/test_x.py"    arguments for pytest in place of the whole suite
 #   ARGS="--quick"              arguments for the demo, for training or for the run on a GPU
-#   MINUTES=60 AREAS="paged"    how long `make fuzz` runs, and what it sweeps
+#   MINUTES=60 AREAS="paged"    how long `make fuzz` and `make fuzz-compile` run, and what the first sweeps
 #   OUT=folder                  where `make bench` writes its results (bench/results/cpu)
 
 SHELL := /bin/bash
@@ -36,7 +36,7 @@ MINUTES ?= 10
 AREAS ?=
 OLDEST := .cache/oldest
 
-.PHONY: help setup test test-machine test-oldest test-vllm soak release-check margins mutations fuzz docs demo train \
+.PHONY: help setup test test-machine test-oldest test-vllm soak release-check margins mutations fuzz fuzz-compile docs demo train \
   bench bench-quality bench-answers bench-serving bench-report gpu prune lint format clean
 
 help:  ## this list
@@ -133,6 +133,10 @@ release-check: $(SETUP)  ## build the sdist and the wheel, run the tests of the 
 
 fuzz: $(SETUP)  ## random sweeps against oracles, with another seed every time; MINUTES=10 AREAS="paged dense"
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m fuzz --minutes $(MINUTES) $(AREAS)
+
+# Every seed is another sample of the problems that operators accept; no GPU is needed.
+fuzz-compile: $(SETUP)  ## random problems compiled for random GPUs: shared memory fits, spills are bounded; MINUTES=60
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m fuzz.compiling --minutes $(MINUTES)
 
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
 	$(BIN)/python -m kvops demo $(ARGS)

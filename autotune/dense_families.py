@@ -113,6 +113,16 @@ def dense_problems() -> tuple[Problem, ...]:
     return tuple(problems)
 
 
+def _short_prompts() -> tuple[Problem, ...]:
+    """Prompts that are shorter than a tile has rows."""
+    return tuple(
+        _dense_problem(width, 2, mask, 32, length, 1024)
+        for width in (64, 128, 256)
+        for mask in (CAUSAL, WINDOW)
+        for length in (64, 32, 16)
+    )
+
+
 def _dense_problem(width: int, itemsize: int, mask: int, heads: int, seqlen_q: int, seqlen_k: int) -> Problem:
     return dict(zip((*DENSE_KEY, *DENSE_SIZES), (width, itemsize, mask, heads, seqlen_q, seqlen_k), strict=True))
 
@@ -127,6 +137,7 @@ def _dense(
     *,
     walks_keys: bool,
     descriptors: bool = False,
+    corners: tuple[Problem, ...] = (),
 ) -> OpSpec:
     return OpSpec(
         name=name,
@@ -141,6 +152,7 @@ def _dense(
         kernels=(kernel,),
         workload=f"kvops.autotune.workloads:{name}",
         problems=dense_problems(),
+        corners=corners,
         proof_key=with_window,
         operators=operators,
     )
@@ -159,6 +171,7 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         _ATTENTION,
         walks_keys=True,
         descriptors=True,
+        corners=_short_prompts(),
     ),
     _dense(
         "flash_backward_keys",

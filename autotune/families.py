@@ -104,6 +104,12 @@ _PAGED_PROBLEMS = (
     {**_paged_problem(128, 4, 16, 4, 64, 2048), "itemsize": 4},
     {**_paged_problem(128, 4, 16, 64, 64, 2048), "itemsize": 4},
 )
+# Drafts: more rows than decoding has. Their larger tiles are proven alone.
+_PAGED_CORNERS = tuple(
+    _paged_problem(width, cache_itemsize, 16, rows, 64, 8192)
+    for width, cache_itemsize in ((64, 2), (64, 1), (128, 1), (256, 1))
+    for rows in (16, 32, 64)
+)
 
 
 def _append_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAppendConfig]:
@@ -193,6 +199,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         ),
         workload="kvops.autotune.workloads:paged_attention",
         problems=_PAGED_PROBLEMS,
+        corners=_PAGED_CORNERS,
         operators=("paged_attention",),
     ),
     OpSpec(
@@ -284,6 +291,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         kernels=("kvops.kernels.prompt_lookup:match_kernel",),
         workload="kvops.autotune.workloads:prompt_lookup",
         problems=({"length": 4096}, {"length": 32768}, {"length": 512}),
+        corners=({"length": 256},),
         operators=("prompt_lookup",),
     ),
 )

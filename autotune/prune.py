@@ -56,15 +56,21 @@ def proof_problems(spec: OpSpec) -> list[Problem]:
     return list(problems.values())
 
 
-def tasks(chosen: Iterable[OpSpec], targets: Sequence[str]) -> list[Task]:
+def _corners(spec: OpSpec) -> list[Problem]:
+    return [{**problem, **spec.proof_of(problem)} for problem in spec.corners]
+
+
+def tasks(chosen: Iterable[OpSpec], targets: Iterable[str]) -> list[Task]:
     """All tasks: default configurations before others, targets in order."""
     work: list[tuple[tuple[bool, int], Task]] = []
     for spec in chosen:
         for target in targets:
             device = by_name(target)
             seen = set()
-            for problem in proof_problems(spec):
-                for place, config in enumerate(spec.candidates(problem, device)):
+            candidates = [(problem, spec.candidates(problem, device)) for problem in proof_problems(spec)]
+            candidates += [(problem, spec.candidates(problem, device)[:1]) for problem in _corners(spec)]
+            for problem, configs in candidates:
+                for place, config in enumerate(configs):
                     mark = (tuple(spec.proof_of(problem).items()), config)
                     if mark not in seen:
                         seen.add(mark)

@@ -51,6 +51,7 @@ class OpSpec:
         workload: (problem, device string, small) -> Workload, or ``"module:name"`` of one. ``small`` asks for sizes
             that a reference can afford, with the same key.
         problems: typical problems, the default of ``tune`` and ``prune``.
+        corners: problems beside the typical ones that calls have. ``prune`` proves their default configurations alone.
         proof_key: problem -> the key whose compiled kernel proves it, if not its own.
         operators: names in ``torch.ops.kvops`` that launch this family.
         twin: a family of the same key and sizes with the same results. This one computes them with features of some
@@ -71,6 +72,7 @@ class OpSpec:
     refuse: Callable[[Config, Problem, DeviceFacts], str | None] = lambda config, problem, device: None
     numerics: Callable[[Config], Hashable] = lambda config: config
     problems: tuple[Problem, ...] = ()
+    corners: tuple[Problem, ...] = ()
     proof_key: Callable[[Problem], Problem] | None = None
     operators: tuple[str, ...] = ()
     twin: str = ""
@@ -85,7 +87,7 @@ class OpSpec:
         object.__setattr__(self, "fields", (*self.key, *self.sizes))
         if len(set(self.fields)) != len(self.fields):
             raise ValueError(f"sizes: expected names that differ from each other and from the key, got {self.fields}")
-        for problem in self.problems:
+        for problem in (*self.problems, *self.corners):
             self.check_problem(problem)
 
     def check_problem(self, problem: Mapping[str, Any]) -> Problem:

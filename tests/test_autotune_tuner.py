@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from autotune_fakes import H100, record, triton_version
+from pretend_gpu import pretend_gpu
 
-from kvops.autotune import lookup, tuner
+from kvops.autotune import lookup, timing, tuner
 from kvops.autotune.distributed import load_snapshot, share_snapshot, snapshot
 from kvops.autotune.ledger import Ledger
 from kvops.autotune.store import Layer, Store
@@ -291,3 +292,34 @@ def test_a_snapshot_is_frozen_and_refused_by_another_version(tmp_path, monkeypat
             load_snapshot(json.dumps({**value, **change}))
     assert value["triton"] == triton_version()
     assert len(Store().records(record_spec())) == 2
+
+
+def clock_of(seconds):
+    times = iter([0.0, seconds])
+    return lambda: next(times)
+
+
+def test_a_call_that_keeps_the_host_busy_is_timed_as_a_graph(monkeypatch):
+    """Several short launches take the host longer than clearing the cache takes the GPU, which then waits for it."""
+    config, calls = record_spec().candidates(record().problem, H100)[1], []
+
+    def run():
+        calls.append(lookup.resolve(record_spec(), record().problem, H100).config)
+        return torch.ones(3, device="cuda:0") + 1
+
+    with pretend_gpu(monkeypatch):
+        long = timing.timed_call("paged_append", config, run, clock_of(1e-3))
+        assert calls == [config] * 3  # to compile, to look at the clock, and for the capture
+        long()
+        assert len(calls) == 3
+        short = timing.timed_call("paged_append", config, run, clock_of(50e-6))
+        calls.clear()
+        short()
+        assert calls == [config]
+
+        def waits():
+            calls.append(run().tolist())
+
+        calls.clear()
+        timing.timed_call("paged_append", config, waits, clock_of(1e-3))()
+        assert len(calls) > 3  # a replay would not have called it

@@ -21,6 +21,7 @@ from bench.case import SCALES, Case, Inputs, Outputs, Scale
 from bench.cases import all_cases, select
 from bench.cases.dense import options
 from bench.cases.varlen import packed_lengths
+from bench.gpu.compile_once import compile_once
 from bench.gpu.units import FAILED, PASSED, SKIPPED, report
 from bench.measure import build, compare, reason
 
@@ -126,6 +127,7 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = arguments_of()
+    compile_once()
     device = torch.device(arguments.device)
     cases = select(all_cases(scale_named(arguments.scale)), arguments.ops)
     if arguments.gluon:

@@ -1,5 +1,7 @@
 """pytest plugin of the GPU run (``-p bench.gpu.record``): runs one share of the tests that need a device.
 
+Processes share Triton's cache on disk, and none compiles what another is compiling already: it waits.
+
 Each result is a row in ``KVOPS_RECORD`` as soon as it is known; tests that have one are not run again. A test that
 takes the process down (a hang, a crash, an error after which CUDA answers nothing) is found by the file that names the
 test under way, and the next process continues after it. A file of tests that cannot be imported is a row of share 0:
@@ -17,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from bench.gpu.compile_once import compile_once
+from bench.gpu.share import shares
 from bench.gpu.units import FAILED, PASSED, SKIPPED, read_rows
 from bench.gpu.units import report as add
 
@@ -45,6 +49,7 @@ def needs_device(item: pytest.Item) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    compile_once()
     _rows().parent.mkdir(parents=True, exist_ok=True)
     if _under_way().exists():
         name = _under_way().read_text()
@@ -54,9 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    share, shares = _share()
+    share, count = _share()
     known = {row["name"] for row in read_rows(_rows())}
-    mine = [item for item in items if needs_device(item)][share::shares]
+    ours = [item for item in items if needs_device(item)]
+    mine = shares(ours, [item.nodeid for item in ours], count)[share]
     items[:] = [item for item in mine if item.nodeid not in known]
 
 

@@ -1,0 +1,103 @@
+"""How the tests of the GPU run are shared out, and that no kernel is compiled twice."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+from bench.gpu import plan
+from bench.gpu.share import COSTS, function_of, rank, shares
+
+
+def names(**functions):
+    return [f"tests/test_{file}.py::test_it[{i}]" for file, count in functions.items() for i in range(count)]
+
+
+def test_every_test_goes_to_one_share_and_the_tests_of_a_kernel_to_few():
+    tests = names(gluon_flash_forward=64, paged=32, merge=32, attention=32)
+    found = shares(tests, tests, 16)
+    assert sorted(test for part in found for test in part) == sorted(tests)
+    for function in {function_of(test) for test in tests}:
+        own = [test for test in tests if function_of(test) == function]
+        places = [place for place, part in enumerate(found) if set(own) & set(part)]
+        # Of the functions of its rank, its share of the processes, and one that it splits with a neighbour.
+        of_rank = sum(rank(test) == rank(own[0]) for test in tests)
+        assert len(places) <= 16 * len(own) / of_rank + 1
+        assert places == list(range(places[0], places[-1] + 1))
+
+
+def test_what_every_program_launches_is_tested_first():
+    tests = names(gluon_flash_forward=40, merge=40, paged=40)
+    for part in shares(tests, tests, 4):
+        assert [rank(test) for test in part] == [0] * 10 + [1] * 10 + [2] * 10
+    assert rank("tests/test_gluon_varlen.py::test_x[1]") == 2
+    assert rank("tests/test_cache.py::test_x") == 1
+
+
+def test_shares_take_about_the_same_time():
+    costs = {"tests/test_a.py::test_it": 4.0}
+    tests = names(a=20, b=80)
+    sums = [sum(costs.get(function_of(test), 1.0) for test in part) for part in shares(tests, tests, 8, costs)]
+    assert max(sums) - min(sums) <= 4
+    assert shares([], [], 3) == [[], [], []]
+
+
+LOCKED = """
+    import sys, time
+    from pathlib import Path
+    import torch, triton
+    import triton.language as tl
+    from bench.gpu.compile_once import compile_once
+    from kvops.autotune.inspect import compile_only
+    compiled = []
+
+    @triton.jit
+    def kernel(x_ptr, ROWS: tl.constexpr):
+        rows = tl.arange(0, ROWS)
+        tl.store(x_ptr + rows, tl.load(x_ptr + rows) + 1)
+
+    from triton import knobs
+    knobs.compilation.listener = lambda **facts: compiled.append(not facts["cache_hit"])
+    compile_once()
+    Path(sys.argv[1]).touch()
+    while len(list(Path(sys.argv[1]).parent.glob("ready-*"))) < 2:
+        time.sleep(0.001)
+    with compile_only("sm_90"):
+        kernel[(1,)](torch.empty(4096), ROWS=4096)
+    print(sum(compiled))
+"""
+
+
+def test_two_processes_that_launch_a_kernel_at_once_compile_it_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "script.py").write_text(textwrap.dedent(LOCKED))
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    command = [sys.executable, str(tmp_path / "script.py")]
+    processes = [
+        subprocess.Popen([*command, str(tmp_path / f"ready-{i}")], stdout=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    assert sorted(process.communicate(timeout=120)[0].strip() for process in processes) == ["0", "1"]
+
+
+def test_a_simulation_waits_for_a_kernel_that_another_process_compiles():
+    variants = {"a": [("k", "0")], "b": [("k", "0")], "c": []}
+    besides = {"a": 1.0, "b": 1.0, "c": 4.0}
+
+    def simulated(*by_worker, once=True):
+        return plan.makespan(by_worker, variants, {"k": 10.0}, besides, once=once) - plan.START_SECONDS
+
+    assert simulated(["a", "b"]) == 12
+    assert simulated(["a"], ["c", "b"], once=False) == 15  # compiled again from 4 to 14
+    assert simulated(["a"], ["c", "b"]) == 11  # waited for until 10
+    assert simulated(["a", "c"], ["b"]) == 15
+
+
+def test_the_check_phase_fits_its_eight_minutes_on_16_cores():
+    """By the committed computation; it takes minutes to repeat, so that this test only reads it."""
+    found = json.loads(COSTS.read_text())
+    assert "not measured" in found["about"]
+    assert found["workers"] == 16
+    assert found["seconds"] < 480
+    assert found["seconds"] < found["seconds_shared_out_by_turns"]
+    assert found["tests"] > 2000
+    assert {"paged_attention_kernel", "gluon_flash_forward_kernel"} <= found["variants"].keys()
