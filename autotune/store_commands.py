@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 
-from kvops.autotune import lookup
+from kvops.autotune import lookup, refusals
 from kvops.autotune.devices import KNOWN_DEVICES, slug, this_gpu
 from kvops.autotune.feasibility import current_source
 from kvops.autotune.options import all_records, chosen_specs, named_device, parse_problem, store_of
@@ -161,6 +161,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     if writable is not None and (writable.folder / JOURNAL).exists():
         misses = read_problems(writable.folder / JOURNAL, dict(lookup.specs()))
         print(f"misses: {len(misses)} problems without a record; tune --from-misses tunes them on this GPU")
+    if writable is not None and (writable.folder / refusals.FILE).exists():
+        print(f"refusals: {writable.folder / refusals.FILE} has what a driver refused to launch; explain lists it")
     for problem in problems:
         print(problem)
     return 1 if problems else 0

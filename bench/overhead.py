@@ -111,6 +111,8 @@ def contenders(launches: list[int]) -> dict[str, Contender]:
     attention, append, add = torch.ops.kvops.paged_attention.default, torch.ops.kvops.paged_append.default, torch.add
     operands = q, cache, cache, tables, lens
     launch = launch_attention.prepare(*operands, schedule=schedule)
+    new_tokens = new, new, cache, cache, tables, lens
+    append_launch = launch_append.prepare(*new_tokens)
 
     def decode() -> object:
         return attention(*operands, schedule=schedule)
@@ -121,9 +123,9 @@ def contenders(launches: list[int]) -> dict[str, Contender]:
         "decode: whole call, two launches": whole(decode),
         "decode: checks": whole(lambda: paged_checks.check_attention(*operands, schedule=schedule)),
         "decode: launch function": to_launch(lambda: launch(*operands, schedule=schedule), launches),
-        "append: to the launch": to_launch(lambda: append(new, new, cache, cache, tables, lens), launches),
-        "append: checks": whole(lambda: paged_checks.check_append(new, new, cache, cache, tables, lens)),
-        "append: launch function": to_launch(lambda: launch_append(new, new, cache, cache, tables, lens), launches),
+        "append: to the launch": to_launch(lambda: append(*new_tokens), launches),
+        "append: checks": whole(lambda: paged_checks.check_append(*new_tokens)),
+        "append: launch function": to_launch(lambda: append_launch(*new_tokens), launches),
         "lookup: choose, warm": repeated(lambda: choose(*key)),
         "lookup: current_device": repeated(current_device),
     }

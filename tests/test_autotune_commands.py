@@ -164,6 +164,9 @@ def test_the_store_is_looked_over_and_cleaned(run, user):
     assert (user.folder / QUARANTINE / "paged_append.damaged.json").exists()
     (user.folder / JOURNAL).write_text(json.dumps({"op": "paged_append", "problem": record().problem}) + "\n")
     assert "misses: 1 problems" in run("doctor")[1]
+    assert "refusals" not in run("doctor")[1]
+    (user.folder / "refusals.jsonl").touch()
+    assert "refusals: " in run("doctor")[1]
     assert "2 files would be removed" in run("gc", "--dry-run")[1]
     assert "2 files were removed" in run("gc")[1]
     assert len(user.read(specs()["paged_append"])) == 1
