@@ -108,7 +108,7 @@ _PAGED_PROBLEMS = (
 _PAGED_CORNERS = tuple(
     _paged_problem(width, cache_itemsize, 16, rows, 64, 8192)
     for width, cache_itemsize in ((64, 2), (64, 1), (128, 1), (256, 1))
-    for rows in (16, 32, 64)
+    for rows in (32, 64)
 )
 
 
@@ -291,7 +291,6 @@ FAMILIES: tuple[OpSpec, ...] = (
         kernels=("kvops.kernels.prompt_lookup:match_kernel",),
         workload="kvops.autotune.workloads:prompt_lookup",
         problems=({"length": 4096}, {"length": 32768}, {"length": 512}),
-        corners=({"length": 256},),
         operators=("prompt_lookup",),
     ),
 )

@@ -32,7 +32,7 @@ def dense_problems(lengths=PROMPTS):
 def paged_problems():
     for heads, kv_heads, width in (*MODELS, (8, 1, 512)):
         for cache, tokens, batch in itertools.product((1, 2), DRAFTS_AND_CHUNKS, (1, 8, 256)):
-            if width < 512 or cache == 2:
+            if width < 256 or cache == 2:  # float8 with wider heads is rare, and not in the tables
                 yield (width, 2, cache, 16, heads // kv_heads * tokens, batch * kv_heads, 8192)
 
 
@@ -49,7 +49,7 @@ REALISTIC = {
     "select_blocks": list(itertools.product((512, 2048, 32768), (8, 256))),
     "compact": [(itemsize, width, 8192, 64) for itemsize in (1, 2) for width in (64, 128, 256)],
     "verify": list(itertools.product((2, 4), (32000, 49152, 50257, 128256, 151936, 201088, 262144))),
-    "prompt_lookup": [(length,) for length in (30, 100, 200, 256, 257, 1000, 8192, 100_000)],
+    "prompt_lookup": [(length,) for length in (257, 1000, 8192, 100_000)],
 }
 
 

@@ -3,14 +3,17 @@
 ``make fuzz`` takes another seed every time; see :mod:`fuzz.core`.
 """
 
+import contextlib
 import importlib
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fuzz import core, inputs
+from fuzz import compiling, core, inputs
 
 import kvops
+from kvops.autotune import inspect
 
 # Areas and how many of their cases take about a second.
 SMOKE = {
@@ -26,7 +29,7 @@ def test_a_short_sweep_finds_nothing(area):
     assert [failure.error for failure in result.failures] == []
 
 
-@pytest.mark.parametrize("area", core.AREAS)
+@pytest.mark.parametrize("area", [*core.AREAS, "compiling"])
 def test_a_case_survives_the_way_through_the_command_line(area):
     module = importlib.import_module(f"fuzz.{area}")
     for seed in range(20):
@@ -120,3 +123,20 @@ def test_what_lies_around_a_view_is_not_a_number():
             assert torch.equal(view, x)
             assert torch.empty(0).set_(view.untyped_storage()).isnan().any()
     assert inputs.laid_out(x, "last first").stride(-1) > 1
+
+
+@pytest.mark.parametrize(
+    ("excess", "message"),
+    [
+        ({}, ""),
+        ({"shared_memory": 101_377}, "101377 bytes of shared memory of 101376"),
+        ({"spills": 7}, "7 spill instructions, at most 0 are accepted"),
+    ],
+)
+def test_what_compiles_beyond_a_limit_is_found(excess, message, monkeypatch):
+    facts = {"kernel": "k", "num_warps": 4, "num_stages": 1, "constants": {}, "shared_memory": 101_376, "spills": 0}
+    launch = SimpleNamespace(**(facts | excess))
+    monkeypatch.setattr(inspect, "compile_only", lambda target: contextlib.nullcontext([launch]))
+    monkeypatch.setitem(compiling.CALLS, "paged_append", lambda case: None)
+    failure = core.failure_of(compiling.check, compiling.Case(target="sm_89"))
+    assert message in failure.error if message else failure is None
