@@ -1,5 +1,7 @@
 """Helpers of the launch functions of dense and packed attention: strides, padding and tensor descriptors."""
 
+from typing import Any
+
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -33,6 +35,16 @@ def row_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 def slope_stride(alibi_slopes: torch.Tensor | None) -> int:
     """Batch stride of ALiBi slopes [heads] or [batch, heads]."""
     return alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
+
+
+def bias_arguments(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
+    """The bias of dense attention, with a mask as uint8, and its strides over [batch, heads, seqlen_q, seqlen_k]: 0
+    where it is the same for all. All None without a bias: the kernels then compile without it."""
+    if bias is None:
+        return (None,) * 5
+    if bias.dtype == torch.bool:
+        bias = bias.view(torch.uint8)
+    return bias, *bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
 
 
 def mask_bounds(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Flash attention, backward: P is recomputed from lse, and no gradient is summed with atomics.
 
 Three kernels: delta = rowsum(dO * O) - dlse, here; dK and dV, ``flash_backward_keys``; dQ, ``flash_backward_queries``.
-Together they compute seven matrix products where a fused kernel needs five, but they give the same bits every time.
+Together they compute seven matrix products where a fused kernel needs five, but they give the same bits every time. The
+gradient of a bias is an operator and a kernel of its own, ``flash_backward_bias``.
 ``flash_backward_launch`` launches them. This file has the parts that their twins for Hopper use as well.
 """
 
@@ -87,6 +88,7 @@ class Backward(NamedTuple):
     scale: float
     softcap: float
     alibi_slopes: torch.Tensor | None
+    bias: torch.Tensor | None = None
 
     @property
     def problem(self) -> tuple[int, ...]:
@@ -98,7 +100,7 @@ class Backward(NamedTuple):
 
 def prepare(
     dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
-    causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
+    causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias=None,
 ) -> Backward:  # fmt: skip
     """Launch the first kernel, which computes delta and lse in units of log2."""
     *outer, rows = lse.shape
@@ -133,7 +135,7 @@ def prepare(
     return Backward(
         dout, q, k, v, lse_log2, delta, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
         *mask_bounds(causal, window_left, window_right), q.shape[-1] ** -0.5 if scale is None else scale, softcap,
-        alibi_slopes,
+        alibi_slopes, bias,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def flash_backward_keys_kernel(
     dk_ptr,
     dv_ptr,
     slopes_ptr,
+    bias_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     stride_qb,
@@ -58,6 +59,10 @@ def flash_backward_keys_kernel(
     stride_dvn,
     stride_dvh,
     stride_slopes_b,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_m,
+    stride_bias_n,
     kv_heads,
     seqlen_q,
     seqlen_k,
@@ -110,6 +115,9 @@ def flash_backward_keys_kernel(
         douth_ptr = dout_ptr + head * stride_doh
         lseh_ptr = lse_log2_ptr + head * stride_lh
         deltah_ptr = delta_ptr + head * stride_lh
+        biash_ptr = None
+        if bias_ptr is not None:
+            biash_ptr = bias_ptr + batch * stride_bias_b + head * stride_bias_h
         # One loop with a branch around the mask: two loops spill at this tile, and fit one of half as many queries.
         for start_m in tl.range(start, end, BLOCK_M):
             left_q = seqlen_q - start_m
@@ -121,7 +129,10 @@ def flash_backward_keys_kernel(
             delta = tl.load(deltah_ptr + start_m + rows, mask=rows < left_q, other=0.0)
             s = row_products(k, q)  # [BLOCK_N, BLOCK_M]
             distance = (start_m + rows + offset)[None, :] - keys[:, None]
-            p, slope_of_cap = probabilities(s, distance, lse, scale, softcap, slope, 0, HAS_SOFTCAP, HAS_ALIBI)
+            p, slope_of_cap = probabilities(
+                s, distance, lse, biash_ptr, start_m + rows, keys, stride_bias_m, stride_bias_n, seqlen_q, seqlen_k,
+                scale, softcap, slope, 0, HAS_SOFTCAP, HAS_ALIBI,
+            )  # fmt: skip
             if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102 - the first is known to the compiler
                 if start_m < full_start:
                     p = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvops.autotune.config import AttentionConfig, GluonFlashBackwardConfig
 from kvops.autotune.lookup import choose, choose_proven
 from kvops.kernels.dense import (
+    bias_arguments,
     describable,
     descriptor,
     longest,
@@ -43,12 +44,13 @@ def flash_backward(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the dense kernels; see ``kvops.flash_attention_backward``."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     call = prepare(
         dout, q, k, v, out, lse, None, None, q.shape[0], q.shape[1], k.shape[1],
-        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias,
     )  # fmt: skip
     launch_keys(call, dk, dv)
     launch_queries(call, dq)
@@ -102,7 +104,7 @@ def _for_hopper(op: str, call: Backward, problem: tuple[int, ...]) -> GluonFlash
     if call.cu_seqlens_q is not None:
         return None
     tensors = call.dout, call.q, call.k, call.v
-    options = {"softcap": call.softcap, "alibi_slopes": call.alibi_slopes}
+    options = {"softcap": call.softcap, "alibi_slopes": call.alibi_slopes, "bias": call.bias}
     return choose_proven(op, current_device(), *problem, refusal=lambda: _hopper().launchable(*tensors, **options))
 
 
@@ -143,6 +145,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         return
     q_desc, dout_desc = _descriptors(call, config, config.block_m, call.q, call.dout)
     scalars, constants = _arguments(call, kv_heads, config)
+    bias, *bias_strides = bias_arguments(call.bias, call.q, call.k)
     flash_backward_keys_kernel[(programs,)](
         call.q,
         call.k,
@@ -155,6 +158,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         dk,
         dv,
         call.alibi_slopes,
+        bias,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
         *token_strides(call.q),
@@ -165,6 +169,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         *token_strides(dk),
         *token_strides(dv),
         slope_stride(call.alibi_slopes),
+        *bias_strides,
         *scalars,
         *constants,
         num_warps=config.num_warps,
@@ -186,6 +191,7 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
         return
     k_desc, v_desc = _descriptors(call, config, config.block_n, call.k, call.v)
     scalars, constants = _arguments(call, heads, config)
+    bias, *bias_strides = bias_arguments(call.bias, call.q, call.k)
     flash_backward_queries_kernel[(programs,)](
         call.q,
         call.k,
@@ -197,6 +203,7 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
         v_desc,
         dq,
         call.alibi_slopes,
+        bias,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
         *token_strides(call.q),
@@ -206,6 +213,7 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
         *row_strides(call.delta),
         *token_strides(dq),
         slope_stride(call.alibi_slopes),
+        *bias_strides,
         *scalars,
         *constants,
         num_warps=config.num_warps,

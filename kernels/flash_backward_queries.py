@@ -45,6 +45,11 @@ def _gather_query_gradient(
     scale,
     softcap,
     slope,
+    bias_ptr,
+    stride_bias_m,
+    stride_bias_n,
+    start_m,
+    seqlen_q,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -70,7 +75,10 @@ def _gather_query_gradient(
         )
         s = row_products(q, k)  # [BLOCK_M, BLOCK_N]
         distance = position[:, None] - (start_n + columns)[None, :]
-        p, slope_of_cap = probabilities(s, distance, lse, scale, softcap, slope, 1, HAS_SOFTCAP, HAS_ALIBI)
+        p, slope_of_cap = probabilities(
+            s, distance, lse, bias_ptr, start_m + tl.arange(0, q.shape[0]), start_n + columns, stride_bias_m,
+            stride_bias_n, seqlen_q, seqlen_k, scale, softcap, slope, 1, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
         if MASKED:
             seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT) & (columns < left)[None, :]
             p = tl.where(seen, p, 0.0)
@@ -93,6 +101,7 @@ def flash_backward_queries_kernel(
     v_desc,
     dq_ptr,
     slopes_ptr,
+    bias_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     stride_qb,
@@ -113,6 +122,10 @@ def flash_backward_queries_kernel(
     stride_dqm,
     stride_dqh,
     stride_slopes_b,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_m,
+    stride_bias_n,
     heads,
     seqlen_q,
     seqlen_k,
@@ -146,6 +159,8 @@ def flash_backward_queries_kernel(
     k_ptr += batch * stride_kb + head // GROUP * stride_kh + first_k * stride_kn
     v_ptr += batch * stride_vb + head // GROUP * stride_vh + first_k * stride_vn
     slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h
 
     rows = tl.arange(0, BLOCK_M)
     left = seqlen_q - start_m
@@ -165,7 +180,8 @@ def flash_backward_queries_kernel(
         dq = _gather_query_gradient(
             dq, q, dout, lse, delta, position, k_desc, v_desc, batch, first_k, head // GROUP, k_ptr, v_ptr, stride_kn,
             stride_vn, start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope,
-            HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, MASKED, BLOCK_N, BLOCK_D, BLOCK_DV,
+            bias_ptr, stride_bias_m, stride_bias_n, start_m, seqlen_q, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_ALIBI, MASKED, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq_ptr += batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
     store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from kvops.autotune.lookup import choose, choose_proven
 from kvops.kernels.dense import (
+    bias_arguments,
     dense_problem,
     describable,
     descriptor,
@@ -30,6 +31,7 @@ from kvops.kernels.dense import (
 )
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_tiles import (
+    add_bias,
     alibi_slope,
     block_at,
     block_range,
@@ -78,6 +80,11 @@ def _attend(
     scale,
     softcap,
     slope,
+    bias_ptr,
+    stride_bias_m,
+    stride_bias_n,
+    start_m,
+    seqlen_q,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -112,6 +119,10 @@ def _attend(
         else:
             distance = position[:, None] - (start_n + columns)[None, :]
             s, _ = log2_scores(s, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+            if bias_ptr is not None:
+                queries = (start_m + tl.arange(0, q.shape[0]))[:, None]
+                keys = (start_n + columns)[None, :]
+                s = add_bias(s, bias_ptr, queries, keys, stride_bias_m, stride_bias_n, seqlen_q, seqlen_k)
             if MASKED:
                 seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT)
                 s = tl.where(seen & (start_n + columns < seqlen_k)[None, :], s, float("-inf"))
@@ -126,6 +137,18 @@ def _attend(
     return acc, m, l
 
 
+@triton.jit
+def _join_sink(acc, m, l, sink):
+    """Add a sink (in units of log2) to rows that have seen all of their keys; empty rows stay 0. Also which are empty.
+
+    Only here is it known which rows see a key under a bias.
+    """
+    empty = m == float("-inf")
+    top = tl.where(empty, 0.0, tl.maximum(m, sink))
+    rescale = tl.exp2(m - top)
+    return acc * rescale[:, None], top, l * rescale + tl.exp2(sink - top), empty
+
+
 # Over 80 lines: 46 are the signature; the loops with and without a mask share all accumulators.
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "seqlen_q", "seqlen_k", "window_left", "window_right"])
 def flash_forward_kernel(
@@ -138,6 +161,7 @@ def flash_forward_kernel(
     v_desc,
     sinks_ptr,
     slopes_ptr,
+    bias_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     stride_qb,
@@ -155,6 +179,10 @@ def flash_forward_kernel(
     stride_lb,
     stride_lh,
     stride_slopes_b,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_m,
+    stride_bias_n,
     heads,
     seqlen_q,
     seqlen_k,
@@ -188,6 +216,8 @@ def flash_forward_kernel(
     out_ptr += batch * stride_ob + head * stride_oh + first_q * stride_om
     lse_ptr += batch * stride_lb + head * stride_lh + first_q
     slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h
 
     rows = tl.arange(0, BLOCK_M)
     offset = seqlen_k - seqlen_q
@@ -196,9 +226,10 @@ def flash_forward_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+    if sinks_ptr is not None and bias_ptr is None:
         # The sink is a key whose value is 0: the softmax starts with it.
         # +inf cannot be subtracted from itself: the largest number beside any score is as good.
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         m = tl.zeros([BLOCK_M], tl.float32) + tl.where(sink > LARGEST, LARGEST, sink)
         l = tl.full([BLOCK_M], 1.0, tl.float32)
     else:
@@ -214,17 +245,21 @@ def flash_forward_kernel(
     for MASKED in tl.static_range(2):
         acc, m, l = _attend(
             acc, m, l, q, position, k_desc, v_desc, entry, first_k, head // GROUP, k_ptr, v_ptr, stride_kn, stride_vn,
-            start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-            HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, FOLD_SCALE, MASKED, PACKED, BLOCK_N, BLOCK_D,
-            BLOCK_DV,
+            start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, bias_ptr,
+            stride_bias_m, stride_bias_n, start_m, seqlen_q, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HAS_ALIBI, FOLD_SCALE, MASKED, PACKED, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
+    if sinks_ptr is not None and bias_ptr is not None:
+        acc, m, l, empty = _join_sink(acc, m, l, tl.where(sink > LARGEST, LARGEST, sink))
     total = tl.where(l == 0.0, 1.0, l)
     lse = (m + tl.log2(total)) * LN_2
     if sinks_ptr is not None:
         # A row without keys is empty, whatever its sink.
         sees_a_key = seqlen_k > 0
-        if HAS_RIGHT:
+        if bias_ptr is not None:
+            sees_a_key = empty == 0
+        elif HAS_RIGHT:
             sees_a_key = (position + window_right >= 0) & sees_a_key
         lse = tl.where(sees_a_key, tl.where(sink > LARGEST, sink, lse), float("-inf"))
     tl.store(lse_ptr + rows, lse, mask=start_m + rows < seqlen_q)
@@ -252,6 +287,7 @@ def flash_forward(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the dense kernel, or its twin for Hopper; see ``kvops.flash_attention``."""
     batch, seqlen_q, heads, _ = q.shape
@@ -262,7 +298,7 @@ def flash_forward(
         "gluon_flash_forward",
         current_device(),
         *problem,
-        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes),
+        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes, bias=bias),
     )
     if proven is not None:
         return _hopper().launch(
@@ -272,7 +308,7 @@ def flash_forward(
     lse = q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     _launch(
         q, k, v, out, lse, None, None, problem, batch, seqlen_q, k.shape[1],
-        window_left, window_right, scale, softcap, sinks, alibi_slopes,
+        window_left, window_right, scale, softcap, sinks, alibi_slopes, bias,
     )  # fmt: skip
     return out, lse
 
@@ -315,14 +351,14 @@ def flash_forward_varlen(
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
     _launch(
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, problem, batch, max_seqlen_q, max_seqlen_k,
-        window_left, window_right, scale, softcap, sinks, alibi_slopes,
+        window_left, window_right, scale, softcap, sinks, alibi_slopes, None,
     )  # fmt: skip
     return out, lse
 
 
 def _launch(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, problem, batch, seqlen_q, seqlen_k,
-    window_left, window_right, scale, softcap, sinks, alibi_slopes,
+    window_left, window_right, scale, softcap, sinks, alibi_slopes, bias,
 ):  # fmt: skip
     heads, head_dim = q.shape[-2:]
     head_dim_v = v.shape[-1]
@@ -331,6 +367,7 @@ def _launch(
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     if programs == 0:
         return
+    bias, *bias_strides = bias_arguments(bias, q, k)
     scale = head_dim**-0.5 if scale is None else scale
     k_desc = v_desc = None
     if config.descriptors and describable(k) and describable(v):
@@ -345,6 +382,7 @@ def _launch(
         v_desc,
         sinks,
         alibi_slopes,
+        bias,
         cu_seqlens_q,
         cu_seqlens_k,
         *token_strides(q),
@@ -353,6 +391,7 @@ def _launch(
         *token_strides(out),
         *row_strides(lse),
         slope_stride(alibi_slopes),
+        *bias_strides,
         heads,
         seqlen_q,
         seqlen_k,
@@ -367,7 +406,7 @@ def _launch(
         HAS_RIGHT=window_right >= 0,
         HAS_SOFTCAP=softcap > 0,
         # Scaling after the maximum is correct for a positive scale only.
-        FOLD_SCALE=scale > 0 and softcap == 0 and alibi_slopes is None,
+        FOLD_SCALE=scale > 0 and softcap == 0 and alibi_slopes is None and bias is None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,

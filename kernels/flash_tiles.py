@@ -5,7 +5,7 @@ causal masks and windows, and the gradients of one block.
 import triton
 import triton.language as tl
 
-from kvops.kernels.primitives import dot, load_rows, log2_scores
+from kvops.kernels.primitives import LOG2_E, dot, load_rows, log2_scores
 
 
 @triton.jit
@@ -173,14 +173,51 @@ def row_products(a, b):
 
 
 @triton.jit
+def add_bias(scores, bias_ptr, queries, keys, stride_m, stride_n, seqlen_q, seqlen_k):
+    """Log2 scores plus the bias of one head, which is added in units of log2 as well.
+
+    ``queries`` and ``keys`` broadcast to the shape of ``scores``. A bias in uint8 is a mask: 0 hides a key. So does
+    -inf, whatever the score is, and what times log2(e) is below the range of float32.
+    """
+    inside = (queries < seqlen_q) & (keys < seqlen_k)
+    places = queries.to(tl.int64) * stride_m + keys.to(tl.int64) * stride_n
+    bias = tl.load(bias_ptr + places, mask=inside, other=0)
+    if bias_ptr.dtype.element_ty == tl.uint8:
+        scores = tl.where(bias != 0, scores, float("-inf"))
+    else:
+        bias = bias.to(tl.float32) * LOG2_E
+        scores = tl.where(bias == float("-inf"), bias, scores + bias)
+    return scores
+
+
+@triton.jit
 def probabilities(
-    dots, distance, lse, scale, softcap, slope, AXIS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr
+    dots,
+    distance,
+    lse,
+    bias_ptr,
+    queries,
+    keys,
+    stride_bias_m,
+    stride_bias_n,
+    seqlen_q,
+    seqlen_k,
+    scale,
+    softcap,
+    slope,
+    AXIS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
 ):
     """The softmax of a tile from raw dot products and ``lse`` in units of log2, unmasked: P = exp(S - lse).
 
-    Queries lie along dimension 1 - AXIS. Also the derivative of the softcap.
+    Queries lie along dimension 1 - AXIS. Also the derivative of the softcap. See ``add_bias`` for ``bias_ptr``, which
+    may be None.
     """
     s, slope_of_cap = log2_scores(dots, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+    if bias_ptr is not None:
+        queries, keys = tl.expand_dims(queries, AXIS), tl.expand_dims(keys, 1 - AXIS)
+        s = add_bias(s, bias_ptr, queries, keys, stride_bias_m, stride_bias_n, seqlen_q, seqlen_k)
     return tl.exp2(s - tl.expand_dims(lse, AXIS)), slope_of_cap
 
 

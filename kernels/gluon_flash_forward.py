@@ -22,6 +22,7 @@ def launchable(
     *,
     scale: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> str | None:
     """Why these (valid) arguments, dense or packed, cannot be launched, or None if they can."""
     arch = current_device().arch
@@ -37,6 +38,8 @@ def launchable(
         return f"needs fewer than 2^31 rows of queries, got shape {list(q.shape)}"
     if alibi_slopes is not None:
         return "has no ALiBi"
+    if bias is not None:
+        return "has no bias"
     if scale is not None and not scale > 0:
         return f"needs a positive scale, got {scale}"
     for name, tensor in (("q", q), ("k", k), ("v", v)):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvops import nn
 from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
-from kvops.ops.attention import flash_attention, flash_attention_backward
+from kvops.ops.attention import flash_attention, flash_attention_backward, flash_attention_bias_backward
 from kvops.ops.blocks import copy_blocks
 from kvops.ops.eviction import compact, select_blocks
 from kvops.ops.merge import merge_attention, merge_attention_backward
@@ -53,6 +53,7 @@ __all__ = [
     "copy_blocks",
     "flash_attention",
     "flash_attention_backward",
+    "flash_attention_bias_backward",
     "flash_attention_varlen",
     "flash_attention_varlen_backward",
     "merge_attention",

@@ -315,12 +315,29 @@ def flash_attention_float32():
     dense_attention(torch.float32, 64, causal=True)
 
 
+def flash_attention_bias(head_dim, dtype=torch.bfloat16, **options):
+    from kvops.kernels.flash_backward_bias import flash_bias_backward
+
+    bias = torch.empty(16, 4096, 4096, dtype=dtype)
+    dense_attention(torch.bfloat16, head_dim, scores=False, bias=bias, **options)
+    if dtype == torch.bool:
+        return
+    q = torch.empty(2, 4096, 16, head_dim, dtype=torch.bfloat16)
+    k, v = torch.empty(2, 2, 4096, 4, head_dim, dtype=torch.bfloat16)
+    flash_bias_backward(q, q, k, v, q, torch.empty(2, 16, 4096), bias, **options)
+
+
 FLASH_KERNELS = ("flash_forward_kernel", "flash_backward_keys_kernel", "flash_backward_queries_kernel")
+BIAS_KERNELS = (*FLASH_KERNELS, "flash_backward_bias_kernel")
 
 CASES += [
     CompileCase("flash-fp16-d128", flash_attention_causal, matrix=(*FLASH_KERNELS, "attention_scores_kernel")),
     CompileCase("flash-bf16-d64-everything", flash_attention_with_everything, matrix=FLASH_KERNELS),
     CompileCase("flash-fp32-d64", flash_attention_float32),
+    CompileCase("flash-bias-d64", partial(flash_attention_bias, 64), matrix=BIAS_KERNELS),
+    CompileCase("flash-bias-d128-causal", partial(flash_attention_bias, 128, causal=True), matrix=BIAS_KERNELS),
+    CompileCase("flash-bias-d256", partial(flash_attention_bias, 256), matrix=BIAS_KERNELS),
+    CompileCase("flash-bias-d128-mask", partial(flash_attention_bias, 128, torch.bool), matrix=FLASH_KERNELS),
 ]
 
 # Every default configuration under every kind of mask; no mask at all compiles to a part of what a causal one does, and

@@ -33,12 +33,13 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention in float64 with the whole matrix in memory.
 
     q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], mask bool broadcastable to [B, Hq, Sq, Sk] ->
     out [B, Sq, Hq, Dv], lse [B, Hq, Sq], p [B, Hq, Sq, Sk]. Rows that see nothing: out 0, lse -inf, p 0.
-    Order: scale, softcap, ALiBi bias -slope * |distance|, mask, sinks in the denominator only.
+    Order: scale, softcap, ALiBi -slope * |distance|, bias (bool: False hides), mask, sinks in the denominator only.
     """
     group = q.shape[2] // k.shape[2]
     num_queries, num_keys = q.shape[1], k.shape[1]
@@ -50,6 +51,8 @@ def attention(
         s = softcap * torch.tanh(s / softcap)
     if alibi_slopes is not None:
         s = s - _alibi(alibi_slopes, num_queries, num_keys)
+    if bias is not None:
+        s = _biased(s, bias)
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))
     if sinks is not None:
@@ -60,6 +63,11 @@ def attention(
         lse = s.logsumexp(-1) if num_keys else s.new_full(s.shape[:-1], float("-inf"))
     p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return (p @ v).transpose(1, 2), lse, p
+
+
+def _biased(s: Tensor, bias: Tensor) -> Tensor:
+    hidden = ~bias if bias.dtype == torch.bool else bias == float("-inf")
+    return (s if bias.dtype == torch.bool else s + bias).masked_fill(hidden, float("-inf"))
 
 
 def _alibi(slopes: Tensor, num_queries: int, num_keys: int) -> Tensor:
@@ -83,7 +91,8 @@ def attention_backward(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradient as flash attention computes it, P recomputed from lse: what :func:`rounding.rounded` measures.
 
     The truth to compare with is autograd through :func:`attention`.
@@ -99,6 +108,8 @@ def attention_backward(
         s = softcap * t
     if alibi_slopes is not None:
         s = s - _alibi(alibi_slopes, num_queries, num_keys)
+    if bias is not None:
+        s = _biased(s, bias)
     empty = lse == float("-inf")
     p = torch.exp(s - lse.masked_fill(empty, float("inf"))[..., None])
     if mask is not None:
@@ -107,7 +118,9 @@ def attention_backward(
     if dlse is not None:
         delta = delta - dlse.double()
     delta = delta.masked_fill(empty, 0.0)
-    ds = p * (dout @ v.mT - delta[..., None]) * (1 - t * t)
+    ds = p * (dout @ v.mT - delta[..., None])
+    dbias = ds.sum_to_size(bias.shape) if bias is not None and bias.is_floating_point() else None
+    ds = ds * (1 - t * t)
     dq, dk, dv = ds @ k * scale, ds.mT @ q * scale, p.mT @ dout
     dk, dv = (x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
@@ -115,7 +128,7 @@ def attention_backward(
     if sinks is not None:
         sink_p = torch.exp(sinks.double()[:, None] - lse.masked_fill(empty, float("inf")))
         dsinks = -(sink_p * delta).sum((0, 2))
-    return dq, dk, dv, dsinks
+    return dq, dk, dv, dsinks, dbias
 
 
 # How many times the spread of rounding errors an error may be: the largest of a hundred thousand normal errors is 4.5

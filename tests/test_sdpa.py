@@ -59,14 +59,74 @@ def test_the_dimensions_of_a_mask_are_counted_from_the_last_as_torch_broadcasts_
     of heads for padding of rows where there were as many heads."""
     q, k, v = inputs((3, 3, 3, 8), (3, 3, 4, 8), device)
     mask = torch.ones(3, 4, device=device).tril().bool()
-    for wrong in (mask, mask[:, None]):
-        with pytest.raises(ValueError, match=r"attn_mask: expected bool .* got .* padding .* mask\[:, None, None\]"):
-            kvops.scaled_dot_product_attention(q, k, v, attn_mask=wrong)
-    with pytest.raises(ValueError, match="attn_mask: expected bool"):
-        kvops.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], attn_mask=mask)
-    for right in (mask[1:2], mask[1:2, None], mask[:, None, None]):
-        assert_like_torch(q, k, v, attn_mask=right)
-    assert_like_torch(q[:, 0], k[:, 0], v[:, 0], attn_mask=mask[:, None])
+    for own in (mask, mask[:, None], mask[1:2], mask[1:2, None], mask[:, None, None]):
+        assert_like_torch(q, k, v, attn_mask=own)
+    for own in (mask, mask[:, None]):
+        assert_like_torch(q[:, 0], k[:, 0], v[:, 0], attn_mask=own)
+    with pytest.raises(ValueError, match=r"attn_mask: .* \[3, 3, 3, 4\], got \[3, 3\]: .* mask\[:, None, None\]"):
+        kvops.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :3])
+
+
+# Shapes of query and key; value is like key, with another head size.
+BROADCAST = [
+    ((3, 8), (4, 8)),
+    ((2, 3, 8), (1, 4, 8)),
+    ((1, 3, 8), (2, 4, 8)),
+    ((1, 4, 3, 8), (2, 4, 4, 8)),
+    ((2, 4, 3, 8), (2, 1, 4, 8)),
+    ((2, 1, 3, 8), (2, 4, 4, 8)),
+    ((2, 3, 4, 3, 8), (2, 1, 4, 5, 8)),
+    ((2, 4, 3, 8), (4, 4, 8)),
+]
+
+
+@pytest.mark.parametrize(("shape_q", "shape_k"), BROADCAST, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_inputs_of_any_rank_broadcast_as_in_torch(shape_q, shape_k, masked, device):
+    q, k, v = inputs(shape_q, shape_k, device)
+    lead = torch.broadcast_shapes(shape_q[:-2], shape_k[:-2])
+    mask = torch.rand(*lead, shape_q[-2], shape_k[-2], device=device) < 0.7 if masked else None
+    out = kvops.scaled_dot_product_attention(q, k, v[..., :5], attn_mask=mask)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v[..., :5], attn_mask=mask))
+    out = kvops.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 2), (4, 2, 1), (4, 1, 4)])
+def test_keys_and_values_may_have_different_groups(heads, device):
+    q, k, v = (torch.randn(2, own, length, 8, device=device) for own, length in zip(heads, (3, 5, 5), strict=True))
+    out = kvops.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    out = kvops.scaled_dot_product_attention(q[0], k[0], v[0], enable_gqa=True)  # three dimensions: the first is heads
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q[0], k[0], v[0], enable_gqa=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 1, 5, 6), (1, 4, 5, 6), (2, 1, 1, 6), (4, 5, 1), (6,)], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_of_every_shape(shape, kind, backend, device):
+    mask = torch.randn(shape, device=device)
+    mask = mask > -0.5 if kind == "bool" else mask.requires_grad_()
+    q, k, v = (x.requires_grad_() for x in inputs((2, 4, 5, 8), (2, 4, 6, 8), device))
+    leaves = (q, k, v, mask) if kind == "float" else (q, k, v)
+    weight = torch.randn_like(q)
+    with sdpa_kernel(SDPBackend.MATH):
+        results = [
+            call(q, k, v, attn_mask=mask)
+            for call in (kvops.scaled_dot_product_attention, F.scaled_dot_product_attention)
+        ]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), leaves) for out in results))
+
+
+def test_a_mask_with_holes_and_one_of_padding_agree_whether_it_is_looked_at(backend, device):
+    """On the CPU padding becomes lengths; an expanded mask is known by its strides."""
+    q, k, v = inputs((2, 4, 5, 8), (2, 2, 7, 8), device)
+    padding = torch.tensor([[0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0]], device=device).bool()
+    holes = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]], device=device).bool()
+    for rows in (padding, holes, padding[:1], torch.ones_like(padding)):
+        mask = rows[:, None, None]
+        assert_like_torch(q, k, v, attn_mask=mask)
+        assert_like_torch(q, k, v, attn_mask=mask.expand(-1, 4, 5, -1))
 
 
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
@@ -125,18 +185,20 @@ def test_what_cannot_be_done_is_refused(device):
 
     with pytest.raises(ValueError, match=r"dropout_p: expected 0, got 0\.1"):
         call(dropout_p=0.1)
-    with pytest.raises(ValueError, match=r"attn_mask: expected bool \[batch or 1, 1, 1, seqlen\] .* \[3, 4\]"):
-        call(attn_mask=torch.ones(3, 4, device=device).bool())
-    with pytest.raises(ValueError, match=r"attn_mask: expected bool .* got torch.float32 \[1, 1, 1, 4\]"):
-        call(attn_mask=torch.ones(1, 1, 1, 4, device=device))
-    with pytest.raises(ValueError, match="attn_mask: expected padding at the ends of each row only"):
-        call(attn_mask=torch.tensor([[[[1, 0, 1, 1]]]], device=device).bool())
+    with pytest.raises(TypeError, match=r"attn_mask: expected dtype bool or float32, got float16"):
+        call(attn_mask=torch.ones(1, 1, 1, 4, device=device).half())
+    with pytest.raises(ValueError, match=r"attn_mask: expected a shape that broadcasts .* got \[2, 2, 3, 4\]"):
+        call(attn_mask=torch.ones(2, 2, 3, 4, device=device).bool())
+    with pytest.raises(ValueError, match=r"attn_mask: expected a shape that broadcasts .* got \[1, 1, 1, 1, 4\]"):
+        call(attn_mask=torch.ones(1, 1, 1, 1, 4, device=device).bool())
     with pytest.raises(ValueError, match="attn_mask: expected None along with is_causal=True"):
         call(attn_mask=torch.ones(1, 1, 1, 4, device=device).bool(), is_causal=True)
-    with pytest.raises(ValueError, match="key: expected 2 heads as query has, got 1: set enable_gqa=True"):
-        kvops.scaled_dot_product_attention(q, k[:, :1], v[:, :1])
-    with pytest.raises(ValueError, match=r"value: expected 4 dimensions"):
-        kvops.scaled_dot_product_attention(q, k, v[0])
+    with pytest.raises(ValueError, match="key: expected 4 heads as query has, got 2: set enable_gqa=True"):
+        kvops.scaled_dot_product_attention(torch.cat([q, q], 1), k, v)
+    with pytest.raises(ValueError, match=r"key: expected batch dimensions that broadcast with \[1\]|\[3\]"):
+        kvops.scaled_dot_product_attention(q.expand(3, -1, -1, -1), k.expand(2, -1, -1, -1), v)
+    with pytest.raises(ValueError, match=r"value: expected at least 2 dimensions"):
+        kvops.scaled_dot_product_attention(q, k, v[0, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -148,12 +210,12 @@ def test_what_cannot_be_done_is_refused(device):
         (
             {"key": torch.zeros(1, 2, 4, 9)},
             ValueError,
-            r"key: expected shape .* got \[1, 2, 4, 9\]",
+            r"key: expected head_dim 8 as query has, got shape \[1, 2, 4, 9\]",
         ),
         (
             {"value": torch.zeros(1, 2, 5, 8)},
             ValueError,
-            r"value: expected shape .* got \[1, 2, 5, 8\]",
+            r"value: expected seqlen 4 as key has, got shape \[1, 2, 5, 8\]",
         ),
         ({"value": torch.zeros(1, 2, 4, 0)}, ValueError, r"value.shape\[-1\] \(head_dim\): expected at least 1, got 0"),
         ({"query": torch.zeros(1, 3, 3, 8), "enable_gqa": True}, ValueError, "query: expected a number of query heads"),

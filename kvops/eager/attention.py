@@ -7,6 +7,7 @@ in float32: without matrix units a CPU is slower in half precision, and less acc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -156,8 +157,29 @@ def group_slopes(alibi_slopes: Tensor | None, kv_heads: int, dtype: torch.dtype)
     return alibi_slopes.to(dtype).reshape(-1, kv_heads, heads // kv_heads, 1, 1)
 
 
+# A bias below this hides a key, as in the kernels: times log2(e) it is no number of float32.
+_HIDDEN = torch.finfo(torch.float32).min * math.log(2)
+
+
+def bias_tile(bias: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+    """The part [1 or B, 1 or Hq, rows, keys] of a bias [1 or B, 1 or Hq, Sq, Sk], -inf where it hides a key."""
+    part = bias[:, :, tile.rows, tile.keys]
+    if part.dtype == torch.bool:
+        return torch.where(part, 0.0, -torch.inf).to(dtype)
+    part = part.to(dtype)
+    hidden = part < _HIDDEN
+    return part.masked_fill(hidden, -torch.inf) if hidden.any() else part
+
+
 def score_tile(
-    q: Tensor, k: Tensor, window: Window, tile: Tile, scale: float, softcap: float, slopes: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    window: Window,
+    tile: Tile,
+    scale: float,
+    softcap: float,
+    slopes: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, Hkv, G, rows, keys] of a tile of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D], -inf where unseen. Also the
     tanh of the softcap, for its derivative."""
@@ -177,6 +199,11 @@ def score_tile(
         if slopes is not None:
             scores -= slopes * distance.abs()
         scores.masked_fill_(window.hidden(distance), -torch.inf)
+    if bias is not None:
+        added = bias_tile(bias, tile, scores.dtype)
+        added = added.expand(-1, Hkv * G, -1, -1).unflatten(1, (Hkv, G))
+        scores += added
+        scores.masked_fill_(added == -torch.inf, -torch.inf)  # also where the score is no number
     return scores, capped
 
 
@@ -227,42 +254,69 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 
 @lru_cache(maxsize=256)
-def _fused_tiles(window: Window, slopes: int) -> tuple[Tile, ...]:
-    """How torch's kernel covers the rows that see a key, under so many slopes of ALiBi."""
+def _fused_tiles(window: Window, planes: int) -> tuple[Tile, ...]:
+    """How torch's kernel covers the rows that see a key, with so many different matrices of ALiBi or bias."""
     first, Sq, Sk = window.first_row, window.num_queries, window.num_keys
     if first == Sq:
         return ()
     whole, square = Tile(first, Sq, 0, Sk), max(0, window.offset)
-    if not slopes and window.sees_all(whole):
+    if not planes and window.sees_all(whole):
         return (whole,)
-    if not slopes and window.left is None and window.right == 0:
+    if not planes and window.left is None and window.right == 0:
         before = (Tile(first, Sq, 0, square),) if square else ()
         return (*before, Tile(first, Sq, square, Sk, causal=True))
     reach = Sk if window.left is None or window.right is None else min(Sk, window.left + window.right + 1)
-    rows = max(16, min(_WINDOW_ROWS, _MASK_ELEMENTS // ((reach + _WINDOW_ROWS) * max(1, slopes))))
+    rows = max(16, min(_WINDOW_ROWS, _MASK_ELEMENTS // ((reach + _WINDOW_ROWS) * max(1, planes))))
     spans = ((start, min(Sq, start + rows)) for start in range(first, Sq, rows))
     return tuple(Tile(*span, *window.keys(*span)) for span in spans)
 
 
-def _mask(window: Window, tile: Tile, slopes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores: [rows, keys], or [1 or B, Hq, rows, keys] with ALiBi; None for nothing."""
-    if tile.causal or (slopes is None and window.sees_all(tile)):
+def _planes(alibi_slopes: Tensor | None, bias: Tensor | None) -> int:
+    """How many different matrices are added to the scores; 0 for none."""
+    slopes = 0 if alibi_slopes is None else alibi_slopes.numel()
+    return max(slopes, 0 if bias is None else _four_dims(bias).shape[:2].numel())
+
+
+def _four_dims(bias: Tensor) -> Tensor:
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def _mask(window: Window, tile: Tile, slopes: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores: [rows, keys], or [1 or B, 1 or Hq, rows, keys] with ALiBi or a bias; None for
+    nothing."""
+    if tile.causal or (slopes is None and bias is None and window.sees_all(tile)):
         return None
+    mask = None if bias is None else bias_tile(bias, tile, dtype)
+    if slopes is None and mask is not None and window.sees_all(tile):
+        return mask
     distance = window.distance(tile)
-    mask = torch.zeros(distance.shape, dtype=dtype) if slopes is None else -slopes.flatten(1, 2) * distance.abs()
-    return mask.masked_fill_(window.hidden(distance), -torch.inf)
+    added = torch.zeros(distance.shape, dtype=dtype) if slopes is None else -slopes.flatten(1, 2) * distance.abs()
+    added.masked_fill_(window.hidden(distance), -torch.inf)
+    return added if mask is None else added + mask
 
 
 class _Attention:
     """One call, tile by tile: q, k and v [B, H, S, D] in the dtype that is computed in."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, softcap: float, alibi_slopes: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: Window,
+        scale: float,
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        bias: Tensor | None = None,
     ) -> None:
         self.dtype = compute_dtype(q.dtype)
         self.q, self.k, self.v = (cast(x, self.dtype).transpose(1, 2) for x in (q, k, v))
         self.window, self.scale, self.softcap = window, scale, softcap
         self.slopes = group_slopes(alibi_slopes, v.shape[2], self.dtype)
+        self.bias = None
+        if bias is not None:
+            bias = _four_dims(bias)
+            self.bias = bias.expand(*bias.shape[:2], q.shape[1], k.shape[1])
 
     def small_tiles(self) -> Iterator[Tile]:
         return self.window.tiles(self.window.first_row, self.q.shape[0] * self.q.shape[1])
@@ -285,6 +339,8 @@ class _Attention:
         """out [B, Hq, rows, Dv] and lse [B, Hq, rows] of torch's kernel."""
         inputs, options = self._for_torch(tile)
         out, lse = _forward(*inputs, 0.0, tile.causal, **options)
+        if self.bias is not None:  # torch's lse of rows that its mask hides from all keys is 0
+            lse = lse.masked_fill((options["attn_mask"] == -torch.inf).all(-1), -torch.inf)
         return out[..., : self.v.shape[3]], lse
 
     def plain(self, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -305,21 +361,28 @@ class _Attention:
     def plain_backward(self, tile: Tile, dout: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same of delta [B, Hq, rows], what every dP of a row is measured from."""
         heads = self.k.shape[1]
-        q, dout = (grouped(x, heads).flatten(2, 3) for x in (self.q[:, :, tile.rows], dout))  # [B, Hkv, G * rows, ...]
-        delta, lse = (grouped(x, heads)[..., None] for x in (delta, lse))
-        scores, capped = self.scores(tile)
-        p = scores.sub_(lse).exp_()
-        dv = torch.matmul(p.flatten(2, 3).mT, dout)
-        ds = torch.matmul(dout, self.v[:, :, tile.keys].mT).view_as(p)
-        ds.sub_(delta).mul_(p)
+        q = grouped(self.q[:, :, tile.rows], heads).flatten(2, 3)  # [B, Hkv, G * rows, D]
+        ds, p, capped = self.score_gradient(tile, dout, delta, lse)
+        dv = torch.matmul(p.flatten(2, 3).mT, grouped(dout, heads).flatten(2, 3))
         if capped is not None:
             ds.mul_(1 - capped * capped)
         ds = ds.flatten(2, 3)
         dq = torch.matmul(ds, self.k[:, :, tile.keys]).mul_(self.scale)
         return dq.view(*self.q.shape[:2], -1, dq.shape[-1]), torch.matmul(ds.mT, q).mul_(self.scale), dv
 
+    def score_gradient(
+        self, tile: Tile, dout: Tensor, delta: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, Hkv, G, rows, keys]: the gradient of the scores behind the softcap, P, and the tanh of the softcap."""
+        heads = self.k.shape[1]
+        delta, lse = (grouped(x, heads)[..., None] for x in (delta, lse))
+        scores, capped = self.scores(tile)
+        p = scores.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)).exp_()  # 0 in an empty row, whatever its scores
+        ds = torch.matmul(grouped(dout, heads).flatten(2, 3), self.v[:, :, tile.keys].mT).view_as(p)
+        return ds.sub_(delta).mul_(p), p, capped
+
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        return score_tile(self.q, self.k, self.window, tile, self.scale, self.softcap, self.slopes)
+        return score_tile(self.q, self.k, self.window, tile, self.scale, self.softcap, self.slopes, self.bias)
 
     def _for_torch(self, tile: Tile) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """q, k, v and options. torch's kernel wants one head size: zeros change neither the scores nor the wanted
@@ -329,7 +392,7 @@ class _Attention:
         if scale <= 0:
             q, scale = torch.mul(q, scale, out=q.new_empty(q.shape)), 1.0
         width = max(q.shape[3], v.shape[3])
-        options = {"attn_mask": _mask(self.window, tile, self.slopes, self.dtype), "scale": scale}
+        options = {"attn_mask": _mask(self.window, tile, self.slopes, self.bias, self.dtype), "scale": scale}
         return (widen(q, width), widen(k, width), widen(v, width)), options
 
 
@@ -346,6 +409,7 @@ class _Kind:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        bias: Tensor | None = None,
         **window: Any,
     ) -> None:
         B, Sq, Hq, D = q.shape
@@ -353,9 +417,9 @@ class _Kind:
         self.window = Window.of(Sq, v.shape[1], **window)
         self.scale = default_scale(scale, D)
         self.empty = B == 0 or Hq == 0 or self.window.first_row == Sq
-        self.tiles = _fused_tiles(self.window, 0 if alibi_slopes is None else alibi_slopes.numel())
-        # Whether some row of a tile is kept from a key by what the mask adds to its score.
-        self.hides = any(not tile.causal and not self.window.sees_all(tile) for tile in self.tiles)
+        self.tiles = _fused_tiles(self.window, _planes(alibi_slopes, bias))
+        # Whether some row of a tile may be kept from a key by what the mask adds to its score.
+        self.hides = bias is not None or any(not tile.causal and not self.window.sees_all(tile) for tile in self.tiles)
         # torch's kernel makes out like q and takes it for granted that rows of out are consecutive numbers, which they
         # are not where another dimension of q, too, has a stride of 1: windows that overlap, say.
         self.copies_q = D > 1 and any(
@@ -379,6 +443,7 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     **in_kind: object,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvops.flash_attention`."""
@@ -392,7 +457,7 @@ def flash_attention(
         )
     if kind.copies_q:
         q = q.clone(memory_format=torch.contiguous_format)
-    call = _Attention(q, k, v, kind.window, kind.scale, softcap, alibi_slopes)
+    call = _Attention(q, k, v, kind.window, kind.scale, softcap, alibi_slopes, bias)
     fused = softcap == 0
     if fused:
         out, lse = call.run(call.fused, kind.tiles)
@@ -419,13 +484,13 @@ def flash_attention_backward(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
+    bias: Tensor | None = None,
     **window: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kvops.flash_attention_backward`."""
     dtype = compute_dtype(q.dtype)
-    call = _Attention(
-        q, k, v, Window.of(q.shape[1], v.shape[1], **window), default_scale(scale, q.shape[3]), softcap, alibi_slopes
-    )
+    visible = Window.of(q.shape[1], v.shape[1], **window)
+    call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias)
     dsinks, fused = q.new_empty(0, dtype=dtype), softcap == 0 and dlse is None
     if sinks is not None or not fused:
         delta = _delta(dout, out, lse, dlse, dtype)
@@ -433,9 +498,10 @@ def flash_attention_backward(
         dsinks = -(sink_probability(sinks[:, None], lse) * delta).sum((0, 2)).to(sinks.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (q, k, v))
     dout, out = (cast(x, dtype).transpose(1, 2) for x in (dout, out))
+    if fused:  # exp(-inf - inf) is 0: rows that a bias hides from all keys
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     if q.shape[0] * q.shape[2] > 0:
-        slopes = 0 if alibi_slopes is None else alibi_slopes.numel()
-        for tile in _fused_tiles(call.window, slopes) if fused else call.small_tiles():
+        for tile in _fused_tiles(call.window, _planes(alibi_slopes, bias)) if fused else call.small_tiles():
             rows = tile.rows
             if fused:
                 parts = call.fused_backward(tile, dout[:, :, rows], out[:, :, rows], lse[:, :, rows])
@@ -444,6 +510,38 @@ def flash_attention_backward(
             for total, part, places in zip((dq, dk, dv), parts, (rows, tile.keys, tile.keys), strict=True):
                 total.transpose(1, 2)[:, :, places] += part
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def flash_attention_bias_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dlse: Tensor | None = None,
+    **window: Any,
+) -> Tensor:
+    """See :func:`kvops.flash_attention_bias_backward`."""
+    dtype = compute_dtype(q.dtype)
+    visible = Window.of(q.shape[1], v.shape[1], **window)
+    call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias)
+    delta = _delta(dout, out, lse, dlse, dtype)
+    dbias = torch.zeros(_four_dims(bias).shape, dtype=dtype)
+    dout = cast(dout, dtype).transpose(1, 2)
+    if q.shape[0] * q.shape[2] > 0:
+        for tile in call.small_tiles():
+            rows = tile.rows
+            ds, _, _ = call.score_gradient(tile, dout[:, :, rows], delta[:, :, rows], lse[:, :, rows])
+            target = dbias[:, :, rows if dbias.shape[2] > 1 else slice(None)]
+            target = target[..., tile.keys if dbias.shape[3] > 1 else slice(None)]
+            target += ds.flatten(1, 2).sum_to_size(target.shape)
+    return dbias.view(bias.shape).to(bias.dtype)
 
 
 def _delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import attention as eager
-from kvops.ops.dense import DENSE, check_options, check_queries_and_keys, check_rows, check_tokens, check_values
+from kvops.ops.dense import (
+    DENSE,
+    check_bias,
+    check_options,
+    check_queries_and_keys,
+    check_rows,
+    check_tokens,
+    check_values,
+)
 from kvops.ops.gradients import register_gradient
 from kvops.ops.registry import register
 
@@ -17,12 +25,16 @@ OPTIONS = (
     "bool causal=False, int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, "
     "Tensor? sinks=None, Tensor? alibi_slopes=None"
 )
+# The gradient of a bias needs no sinks: lse has them.
+_BIAS_OPTIONS = OPTIONS.replace("Tensor? sinks=None, ", "")
 
 
-def _check_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+def _check_forward(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **options: Any) -> None:
     check_queries_and_keys(q, k, DENSE)
     check_values(v, k, q, DENSE)
     check_options(q, q.shape[0], **options)
+    if bias is not None:
+        check_bias(bias, q, k)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -59,8 +71,22 @@ def _fake_backward(
     return dq, dk, dv, dsinks
 
 
+def _check_bias_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, **options: Any
+) -> None:
+    _check_backward(dout, q, k, v, out, lse, bias=bias, **options)
+    if bias.dtype == torch.bool:
+        raise TypeError("bias: expected a float dtype, got bool: a mask has no gradient")
+
+
+def _fake_bias_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, **options: Any
+) -> Tensor:
+    return bias.new_empty(bias.shape)
+
+
 _forward_op = register(
-    f"flash_attention(Tensor q, Tensor k, Tensor v, *, {OPTIONS}) -> (Tensor, Tensor)",
+    f"flash_attention(Tensor q, Tensor k, Tensor v, *, {OPTIONS}, Tensor? bias=None) -> (Tensor, Tensor)",
     check=_check_forward,
     fake=_fake_forward,
     eager=eager.flash_attention,
@@ -71,15 +97,24 @@ _forward_op = register(
 
 _backward_op = register(
     f"flash_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, {OPTIONS}, "
-    "Tensor? dlse=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? dlse=None, Tensor? bias=None) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
     eager=eager.flash_attention_backward,
     kernel="kvops.kernels.flash_backward_launch:flash_backward",
 )
 
+_bias_backward_op = register(
+    "flash_attention_bias_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bias, *, "
+    f"{_BIAS_OPTIONS}, Tensor? dlse=None) -> Tensor",
+    check=_check_bias_backward,
+    fake=_fake_bias_backward,
+    eager=eager.flash_attention_bias_backward,
+    kernel="kvops.kernels.flash_backward_bias:flash_bias_backward",
+)
 
-register_gradient(_forward_op, _backward_op)
+
+register_gradient(_forward_op, _backward_op, _bias_backward_op)
 
 
 def flash_attention(
@@ -94,10 +129,12 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention without the matrix of scores in memory, differentiable in q, k, v and sinks.
+    """Exact attention without the matrix of scores in memory, differentiable in q, k, v, sinks and
+    bias.
 
-    Scale, softcap, ALiBi bias and mask apply to scores in this order; sinks join the denominator only. Query i has
+    Scale, softcap, ALiBi, bias and mask apply to scores in this order; sinks join the denominator only. Query i has
     position ``i + Sk - Sq`` (aligned to the bottom right).
 
     Args:
@@ -110,7 +147,11 @@ def flash_attention(
         scale: None for ``D ** -0.5``.
         softcap: c > 0 means ``c * tanh(score / c)``.
         sinks: ``[Hq]``, a logit for each head.
-        alibi_slopes: ``[Hq]`` or ``[B, Hq]``; the bias is ``-slope * |distance|``.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``; adds ``-slope * |distance|``.
+        bias: a bool mask (True: may attend) or a float tensor that is added to the scores, of any shape that broadcasts
+            to ``[B, Hq, Sq, Sk]`` and any strides; it is read in place. -inf hides a key, and so does a number below
+            -2.3e38 (the lowest one of float32, for instance). Its gradient has its own shape: pass dimensions of size 1
+            instead of expanded ones, and the gradient is summed over them.
 
     Returns:
         out ``[B, Sq, Hq, Dv]`` in the dtype of q and lse ``[B, Hq, Sq]``, float32: the natural logarithm of the
@@ -134,6 +175,7 @@ def flash_attention(
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        bias=bias,
     )
 
 
@@ -153,6 +195,7 @@ def flash_attention_backward(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of :func:`flash_attention`, deterministic: the same bits for the same input.
 
@@ -161,11 +204,12 @@ def flash_attention_backward(
         q, k, v: the inputs of the forward.
         out, lse: its results.
         dlse: ``[B, Hq, Sq]``, float32: the gradient of lse, None for 0.
-        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes: as in the forward.
+        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, bias: as in the forward.
 
     Returns:
         dq, dk, dv, contiguous, in the shapes and dtypes of q, k and v, and dsinks, like sinks (float32 ``[0]`` without
-        sinks). There is no gradient of a gradient.
+        sinks). There is no gradient of a gradient. :func:`flash_attention_bias_backward` has that of
+        the bias.
 
     Raises:
         ValueError, TypeError: as :func:`flash_attention`.
@@ -183,6 +227,57 @@ def flash_attention_backward(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dlse=dlse,
+        bias=bias,
+    )
+
+
+def flash_attention_bias_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dlse: Tensor | None = None,
+) -> Tensor:
+    """The gradient of :func:`flash_attention` for its bias, deterministic: every sum has a fixed order.
+
+    Nothing of size ``[B, Hq, Sq, Sk]`` is stored unless ``bias`` has that shape.
+
+    Args:
+        dout, q, k, v, out, lse, dlse: as :func:`flash_attention_backward` takes them.
+        bias: a float tensor; what it broadcasts over, its gradient is summed over.
+        causal, window_left, window_right, scale, softcap, alibi_slopes: as in the forward. Sinks are in lse.
+
+    Returns:
+        dbias, contiguous, in the shape and dtype of bias.
+
+    Raises:
+        ValueError, TypeError: as :func:`flash_attention`; TypeError for a bool mask, which has no gradient.
+    """
+    return _bias_backward_op(  # type: ignore[no-any-return]
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        bias,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale,
+        softcap=softcap,
         alibi_slopes=alibi_slopes,
         dlse=dlse,
     )

@@ -90,6 +90,22 @@ def check_options(
         checks.expect_last_contiguous("alibi_slopes", alibi_slopes)
 
 
+def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
+    """A float bias or a bool mask that broadcasts to [batch, heads, seqlen_q, seqlen_k]; any strides."""
+    checks.expect_tensor("bias", bias)
+    checks.expect_dtype("bias", bias, torch.bool, *checks.FLOAT_DTYPES)
+    sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    own = tuple(bias.shape)
+    if bias.dim() > 4 or any(
+        size not in (1, whole) for size, whole in zip(reversed(own), reversed(sizes), strict=False)
+    ):
+        raise ValueError(
+            "bias: expected a shape that broadcasts to [batch, heads, seqlen_q, seqlen_k] = "
+            f"{list(sizes)}, got {list(own)}"
+        )
+    checks.expect_same_device("bias", bias, "q", q)
+
+
 def check_lengths(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:

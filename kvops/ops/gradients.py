@@ -24,7 +24,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backward: Any, names: tuple[str, ...], *values: Any) -> Any:
-        ctx.name = schema_of(backward).name.removeprefix("kvops::").removesuffix("_backward")
+        ctx.name = schema_of(backward).name.removeprefix("kvops::").removesuffix("_backward").removesuffix("_bias")
         positional = len(values) - len(names)
         return backward(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
 
@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any,
         forward: Any,
-        backward: Any,
+        backwards: tuple[Any, Any],
         layout: tuple[Any, ...],
         options: dict[str, Any],
         q: Tensor,
@@ -58,45 +58,45 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         alibi_slopes: Tensor | None,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if alibi_slopes is not None and alibi_slopes.requires_grad:
             raise RuntimeError("alibi_slopes: expected a tensor without gradient (slopes are not learned), detach it")
-        results = forward(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **options)
+        biased = {} if bias is None else {"bias": bias}
+        results = forward(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **biased, **options)
         # Autograd refuses operations in place on a view that a function returns.
         out, lse = (x.detach() if x._is_view() else x for x in results)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, alibi_slopes, *(x for x in layout if isinstance(x, Tensor)))
+        ctx.save_for_backward(
+            q, k, v, out, lse, sinks, alibi_slopes, bias, *(x for x in layout if isinstance(x, Tensor))
+        )
         ctx.lengths = tuple(x for x in layout if not isinstance(x, Tensor))
-        ctx.backward_op, ctx.options = backward, options
+        ctx.backwards, ctx.options = backwards, options
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         dout, dlse = gradients
-        q, k, v, out, lse, sinks, alibi_slopes, *cu_seqlens = ctx.saved_tensors
+        q, k, v, out, lse, sinks, alibi_slopes, bias, *cu_seqlens = ctx.saved_tensors
         nothing = (None,) * 4
         if dout is None and dlse is None:
-            return (*nothing, None, None, None, None, None)
+            return (*nothing, None, None, None, None, None, None)
+        given = torch.zeros_like(out) if dout is None else last_contiguous(dout), q, k, v, out, lse
+        options = ctx.options | {
+            "alibi_slopes": alibi_slopes,
+            "dlse": None if dlse is None else last_contiguous(dlse),
+        }
+        backward, bias_backward = ctx.backwards
+        biased = {} if bias is None else {"bias": bias}
         dq, dk, dv, dsinks = first_derivative(
-            ctx.backward_op,
-            torch.zeros_like(out) if dout is None else last_contiguous(dout),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *cu_seqlens,
-            *ctx.lengths,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-            dlse=None if dlse is None else last_contiguous(dlse),
-            **ctx.options,
+            backward, *given, *cu_seqlens, *ctx.lengths, sinks=sinks, **biased, **options
         )
-        return (*nothing, dq, dk, dv, None if sinks is None else dsinks, None)
+        dbias = first_derivative(bias_backward, *given, bias, **options) if ctx.needs_input_grad[9] else None
+        return (*nothing, dq, dk, dv, None if sinks is None else dsinks, None, dbias)
 
 
-def register_gradient(forward: Any, backward: Any) -> None:
-    """Make ``forward`` differentiable through ``backward``."""
+def register_gradient(forward: Any, backward: Any, bias_backward: Any = None) -> None:
+    """Make ``forward`` differentiable through ``backward``, and in its bias through ``bias_backward``."""
 
     def apply(
         below: Any,
@@ -106,8 +106,10 @@ def register_gradient(forward: Any, backward: Any) -> None:
         *layout: Any,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        bias: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        return _Attention.apply(below, backward, layout, options, q, k, v, sinks, alibi_slopes)
+        backwards = backward, bias_backward
+        return _Attention.apply(below, backwards, layout, options, q, k, v, sinks, alibi_slopes, bias)
 
     register_autograd(forward, apply)
