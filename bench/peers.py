@@ -34,19 +34,24 @@ def _refuse_softcap(inputs: Inputs) -> None:
         raise UnavailableError("has no softcap")
 
 
+def _refuse_bias(inputs: Inputs) -> None:
+    if "bias" in inputs:
+        raise UnavailableError("has no bias")
+
+
 def _require_gpu(inputs: Inputs) -> None:
     if not inputs["q"].is_cuda:
         raise UnavailableError("left out on a CPU")
 
 
 def _sdpa(backend: SDPBackend, *, repeated: bool = False) -> Callable[[Inputs], Attend]:
-    """Its own causal mask where that is all there is; a window is given as a mask."""
+    """Its own causal mask where that is all there is; a window or a bias is given as a mask."""
 
     def prepare(inputs: Inputs) -> Attend:
         _refuse_softcap(inputs)
         if backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION) and not inputs["q"].is_cuda:
             raise UnavailableError("GPU only")
-        mask = window_mask(inputs) if inputs["window"] >= 0 else None
+        mask = window_mask(inputs) if inputs["window"] >= 0 else inputs.get("bias")
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if repeated:
@@ -69,13 +74,14 @@ def _plain(inputs: Inputs) -> Attend:
     if elements > _LARGEST_MATRIX:
         raise UnavailableError(f"its matrix would have {elements:.1e} elements")
     hidden = ~window_mask(inputs)
-    softcap = inputs["softcap"]
+    softcap, bias = inputs["softcap"], inputs.get("bias")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
         s = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
         s = softcap * torch.tanh(s / softcap) if softcap else s
+        s = s if bias is None else s + bias
         p = s.masked_fill(hidden, float("-inf")).softmax(-1)
         return torch.einsum("bhqk,bkhd->bqhd", p, v)
 
@@ -89,7 +95,7 @@ def _flex(inputs: Inputs) -> Attend:
     torch._dynamo.reset()  # a shape is a graph of its own, and there is a limit of recompilations
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k = inputs["q"], inputs["k"]
-    causal, window, softcap = inputs["causal"], inputs["window"], inputs["softcap"]
+    causal, window, softcap, bias = inputs["causal"], inputs["window"], inputs["softcap"], inputs.get("bias")
     offset = k.shape[1] - q.shape[1]
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -99,11 +105,14 @@ def _flex(inputs: Inputs) -> Attend:
     def cap(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
+    def add(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[0, h, query, key]  # type: ignore[index]
+
     mask = create_block_mask(sees, None, None, q.shape[1], k.shape[1], device=str(q.device)) if causal else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        score_mod = cap if softcap else None
+        score_mod = cap if softcap else add if bias is not None else None
         return compiled(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
     return attend
@@ -111,6 +120,7 @@ def _flex(inputs: Inputs) -> Attend:
 
 def _flash_attn(module: str) -> Callable[[Inputs], Attend]:
     def prepare(inputs: Inputs) -> Attend:
+        _refuse_bias(inputs)
         function = importlib.import_module(module).flash_attn_func
         options: dict[str, Any] = {"causal": inputs["causal"]}
         if inputs["window"] >= 0:
@@ -131,6 +141,7 @@ def _xformers(inputs: Inputs) -> Attend:
     from xformers.ops import fmha, memory_efficient_attention
 
     _refuse_softcap(inputs)
+    _refuse_bias(inputs)  # but for one whose rows are padded to 8 keys
     bias = None
     if inputs["window"] >= 0:
         bias = fmha.attn_bias.LocalAttentionFromBottomRightMask(window_left=inputs["window"], window_right=0)
@@ -149,6 +160,7 @@ def _xformers(inputs: Inputs) -> Attend:
 def _flashinfer(inputs: Inputs) -> Attend:
     import flashinfer
 
+    _refuse_bias(inputs)
     q, k = inputs["q"], inputs["k"]
     B, Sq, Hq, D = q.shape
     starts = torch.arange(B + 1, dtype=torch.int32, device=q.device)
@@ -194,6 +206,7 @@ def _gluon(inputs: Inputs) -> Callable[[], Outputs]:
     from kvops.kernels.gluon_flash_forward import gluon_flash_forward
 
     _require_gpu(inputs)
+    _refuse_bias(inputs)
     tensors = [inputs[name] for name in ("q", "k", "v")]
     causal, window, softcap = inputs["causal"], inputs["window"], inputs["softcap"]
     return lambda: gluon_flash_forward(*tensors, causal=causal, window_left=window, softcap=softcap)
@@ -210,7 +223,8 @@ def _gluon_backward(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def dense() -> tuple[Peer, ...]:
-    """For cases whose inputs have q, k, v, causal, window and softcap, and whose outputs begin with out."""
+    """For cases whose inputs have q, k, v, causal, window, softcap and maybe bias [1, heads, Sq, Sk], and whose outputs
+    begin with out."""
 
     def forward(prepare: Callable[[Inputs], Attend]) -> Callable[[Inputs], Callable[[], Outputs]]:
         def ready(inputs: Inputs) -> Callable[[], Outputs]:

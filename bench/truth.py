@@ -42,11 +42,12 @@ def attention(
     causal: bool = False,
     window: int = -1,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     dout: Tensor | None = None,
     score_from: int | None = None,
     score_reduce: str = "sum",
 ) -> dict[str, Tensor]:
-    """One KV head: q [Sq, group, D], k and v [Sk, D] -> out [Sq, group, D], lse [group, Sq].
+    """One KV head: q [Sq, group, D], k and v [Sk, D], bias [group, Sq, Sk] -> out [Sq, group, D], lse [group, Sq].
 
     Operands in ``dtype``, softmax and results in at least float32. With ``dout`` [Sq, group, D] also dq, dk and dv;
     with ``score_from`` also scores [Sk], p of the queries from there on, reduced over them and added over the group;
@@ -71,6 +72,7 @@ def attention(
             s = product(q[rows, h], k.T) * scale
             t = torch.tanh(s / softcap) if softcap else None
             s = s if t is None else softcap * t
+            s = s if bias is None else s + bias[h, rows].to(work)
             s = s.masked_fill(~seen, -math.inf)
             lse[h, rows] = s.logsumexp(-1)
             p = s.softmax(-1).masked_fill(~seen, 0.0)

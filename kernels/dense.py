@@ -1,12 +1,13 @@
 """Helpers of the launch functions of dense and packed attention: strides, padding and tensor descriptors."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kvops.autotune.config import CAUSAL, FULL, WINDOW
+from kvops.autotune.config import CAUSAL, FULL, WINDOW, AttentionConfig
 
 # More than the distance of any two tokens. A window of 2^31 - 1 plus a position would overflow int32.
 FAR = 1 << 30
@@ -45,6 +46,13 @@ def bias_arguments(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) 
     if bias.dtype == torch.bool:
         bias = bias.view(torch.uint8)
     return bias, *bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
+
+
+def beside_bias(config: AttentionConfig, bias: torch.Tensor | None, loop: str) -> AttentionConfig:
+    """The configuration for a call that may have a bias: the tiles of the ``loop`` ("block_m" or "block_n") are half as
+    wide then. A tile of bias needs as many registers as the scores; at the full width it spills (forward, sm_80 and
+    sm_90)."""
+    return config if bias is None else replace(config, **{loop: max(16, getattr(config, loop) // 2)})
 
 
 def mask_bounds(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:

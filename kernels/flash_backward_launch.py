@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvops.autotune.config import AttentionConfig, GluonFlashBackwardConfig
 from kvops.autotune.lookup import choose, choose_proven
 from kvops.kernels.dense import (
+    beside_bias,
     bias_arguments,
     describable,
     descriptor,
@@ -138,7 +139,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
     if proven is not None:
         _hopper().launch_keys(call, dk, dv, proven)
         return
-    config = choose("flash_backward_keys", current_device(), *problem)
+    config = beside_bias(choose("flash_backward_keys", current_device(), *problem), call.bias, "block_m")
     kv_heads = call.k.shape[-2]
     programs = triton.cdiv(call.seqlen_k, config.block_n) * kv_heads * call.batch
     if programs == 0:

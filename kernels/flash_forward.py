@@ -18,6 +18,7 @@ import triton.language as tl
 
 from kvops.autotune.lookup import choose, choose_proven
 from kvops.kernels.dense import (
+    beside_bias,
     bias_arguments,
     dense_problem,
     describable,
@@ -363,7 +364,7 @@ def _launch(
     heads, head_dim = q.shape[-2:]
     head_dim_v = v.shape[-1]
     block_d, block_dv = padded(head_dim), padded(head_dim_v)
-    config = choose("flash_forward", current_device(), *problem)
+    config = beside_bias(choose("flash_forward", current_device(), *problem), bias, "block_n")
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     if programs == 0:
         return

@@ -106,7 +106,7 @@ def nbytes(*sides) -> int:
 def test_bytes_are_those_of_the_inputs_and_the_outputs(op):
     for case in select(TINY, [op]):
         inputs = measure.build(case, CPU, torch.float32)
-        read = [inputs[name] for name in ("q", "k", "v", "out_a", "lse_a", "out_b", "lse_b") if name in inputs]
+        read = [inputs[name] for name in ("q", "k", "v", "bias", "out_a", "lse_a", "out_b", "lse_b") if name in inputs]
         assert case.bytes(4) == nbytes(*read, *case.run(inputs))
 
 

@@ -15,9 +15,11 @@ import kvops
 # may be added, nothing else may change.
 CONTRACTS = """
 flash_attention(q, k, v, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None,
-    alibi_slopes=None) -> (out, lse)
+    alibi_slopes=None, bias=None) -> (out, lse)
 flash_attention_backward(dout, q, k, v, out, lse, *, causal=False, window_left=-1, window_right=-1, scale=None,
-    softcap=0.0, sinks=None, alibi_slopes=None, dlse=None) -> (dq, dk, dv, dsinks)
+    softcap=0.0, sinks=None, alibi_slopes=None, dlse=None, bias=None) -> (dq, dk, dv, dsinks)
+flash_attention_bias_backward(dout, q, k, v, out, lse, bias, *, causal=False, window_left=-1, window_right=-1,
+    scale=None, softcap=0.0, alibi_slopes=None, dlse=None) -> (dbias)
 flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False,
     window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None) -> (out, lse)
 flash_attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
@@ -107,7 +109,8 @@ def side_arrays(cache) -> dict[str, torch.Tensor]:
 
 def flash_attention():
     q, k, v = torch.randn(B, 5, HQ, D), torch.randn(B, 7, HKV, D), torch.randn(B, 7, HKV, DV)
-    return (q, k, v), {"causal": True, "window_left": 4, "softcap": 3.0, "sinks": torch.randn(HQ)}
+    sinks, bias = torch.randn(HQ), torch.randn(HQ, 5, 1)
+    return (q, k, v), {"causal": True, "window_left": 4, "softcap": 3.0, "sinks": sinks, "bias": bias}
 
 
 def flash_attention_backward():
@@ -116,10 +119,16 @@ def flash_attention_backward():
     return (torch.randn_like(out), q, k, v, out, lse), {**keywords, "dlse": torch.randn_like(lse)}
 
 
+def flash_attention_bias_backward():
+    args, keywords = flash_attention_backward()
+    del keywords["sinks"]
+    return (*args, keywords.pop("bias")), keywords
+
+
 def attention_scores():
     (q, k, v), keywords = flash_attention()
     _, lse = torch.ops.kvops.flash_attention(q, k, v, **keywords)
-    del keywords["sinks"]
+    del keywords["sinks"], keywords["bias"]
     return (q, k, lse), {**keywords, "query_start": 2, "skip_recent": 1, "reduce": "sumsq", "group": "max"}
 
 
@@ -228,6 +237,7 @@ SAMPLES = {
     for function in (
         flash_attention,
         flash_attention_backward,
+        flash_attention_bias_backward,
         flash_attention_varlen,
         flash_attention_varlen_backward,
         merge_attention,

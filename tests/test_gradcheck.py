@@ -25,12 +25,12 @@ def finite(out, lse):
     return out, lse.masked_fill(lse == float("-inf"), 0.0)
 
 
-def check_attention(forward, backward, layout, options, q, k, v, slopes):
-    def function(q, k, v, sinks):
-        return finite(*_Attention.apply(forward, backward, layout, options, q, k, v, sinks, slopes))
+def check_attention(forward, backwards, layout, options, q, k, v, slopes, bias=None):
+    def function(q, k, v, sinks, bias=bias):
+        return finite(*_Attention.apply(forward, backwards, layout, options, q, k, v, sinks, slopes, bias))
 
     sinks = leaf(q.shape[-2])
-    assert torch.autograd.gradcheck(function, (q, k, v, sinks))
+    assert torch.autograd.gradcheck(function, (q, k, v, sinks) if bias is None else (q, k, v, sinks, bias))
     assert torch.autograd.gradcheck(lambda *x: function(*x, None), (q, k, v))
 
 
@@ -38,7 +38,16 @@ def check_attention(forward, backward, layout, options, q, k, v, slopes):
 def test_dense_attention(name):
     slopes = torch.tensor([0.3, 0.1], dtype=torch.float64) if "slopes" in name else None
     q, k, v = leaf(1, 4, 2, 3), leaf(1, 5, 1, 3), leaf(1, 5, 1, 2)
-    check_attention(attention.flash_attention, attention.flash_attention_backward, (), SCORINGS[name], q, k, v, slopes)
+    backwards = attention.flash_attention_backward, attention.flash_attention_bias_backward
+    check_attention(attention.flash_attention, backwards, (), SCORINGS[name], q, k, v, slopes)
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+@pytest.mark.parametrize("shape", [(2, 2, 4, 5), (1, 2, 4, 5), (2, 1, 1, 5), (4, 1), (5,)], ids=str)
+def test_a_bias(name, shape):
+    backwards = attention.flash_attention_backward, attention.flash_attention_bias_backward
+    q, k, v = leaf(2, 4, 2, 3), leaf(2, 5, 1, 3), leaf(2, 5, 1, 2)
+    check_attention(attention.flash_attention, backwards, (), SCORINGS[name], q, k, v, None, leaf(*shape))
 
 
 @pytest.mark.parametrize("name", SCORINGS)
@@ -50,7 +59,7 @@ def test_packed_attention(name):
     layout = cu_seqlens_q, cu_seqlens_k, 3, 3
     check_attention(
         varlen.flash_attention_varlen,
-        varlen.flash_attention_varlen_backward,
+        (varlen.flash_attention_varlen_backward, None),
         layout,
         SCORINGS[name],
         q,

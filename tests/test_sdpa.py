@@ -1,5 +1,6 @@
 """torch's attention signature on kvops, and kvops in the place of torch's flash attention."""
 
+import random
 import subprocess
 import sys
 
@@ -116,6 +117,57 @@ def test_masks_of_every_shape(shape, kind, backend, device):
         ]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), leaves) for out in results))
+
+
+def draw_call(r: random.Random) -> tuple[tuple[torch.Tensor, ...], dict]:
+    """Inputs of two to five dimensions that broadcast, and options."""
+    rank = r.randint(2, 5)
+    gqa = rank > 3 and r.random() < 0.3
+    whole = [r.randint(1, 3) for _ in range(rank - 2)]
+    queries, keys, head_dim, value_dim = r.randint(1, 9), r.randint(1, 9), r.choice((1, 4, 8)), r.choice((4, 8))
+
+    def lead(size):
+        return [own if r.random() < 0.7 else 1 for own in size]
+
+    leads = [lead(whole) for _ in range(3)]
+    if gqa:
+        for own, heads in zip(leads, (whole[-1] * 2, whole[-1], whole[-1]), strict=True):
+            own[-1] = heads
+    sizes = (queries, head_dim), (keys, head_dim), (keys, value_dim)
+    tensors = [torch.randn(*own, *size) for own, size in zip(leads, sizes, strict=True)]
+    batch = torch.broadcast_shapes(*(own[:-1] for own in leads))
+    shape = (*batch, leads[0][-1]) if gqa else torch.broadcast_shapes(*leads)
+    options: dict = {"enable_gqa": gqa, "scale": r.choice((None, None, 0.3, -0.5))}
+    kind = r.choice(("", "causal", "bool", "bool", "float", "float"))
+    if kind == "causal":
+        options["is_causal"] = True
+    elif kind:
+        full = [*shape, queries, keys]
+        own = lead(full)[r.randint(0, max(0, rank - 2)) :]
+        mask = torch.randn(own)
+        options["attn_mask"] = mask > -0.5 if kind == "bool" else mask.masked_fill(mask < -1, -torch.inf)
+    return (*tensors,), options
+
+
+def test_random_calls_give_what_torch_gives():
+    """Ranks, broadcasting, grouped heads and masks of every shape: results and gradients, those of masks included."""
+    for seed in range(150):
+        torch.manual_seed(seed)
+        tensors, options = draw_call(random.Random(seed))
+        leaves = [x.requires_grad_() for x in tensors]
+        mask = options.get("attn_mask")
+        if mask is not None and mask.is_floating_point():
+            leaves.append(mask.requires_grad_())
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = F.scaled_dot_product_attention(*tensors, **options)
+        out = kvops.scaled_dot_product_attention(*tensors, **options)
+        weight = torch.randn_like(out)
+        for one, other in zip(
+            (out, *torch.autograd.grad((out * weight).sum(), leaves)),
+            (expected, *(x.nan_to_num() for x in torch.autograd.grad((expected * weight).sum(), leaves))),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, seed=seed: f"{seed}: {text}")
 
 
 def test_a_mask_with_holes_and_one_of_padding_agree_whether_it_is_looked_at(backend, device):

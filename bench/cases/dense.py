@@ -17,6 +17,7 @@ from bench.case import (
     QWEN_7B,
     SMOLLM,
     STARCODER,
+    T5,
     Case,
     Inputs,
     Model,
@@ -43,13 +44,15 @@ def of_group(x: Tensor, head: int, kv_heads: int, dim: int) -> Tensor:
 
 
 def options(inputs: Inputs) -> dict[str, object]:
-    return {"causal": inputs["causal"], "window_left": inputs["window"], "softcap": inputs["softcap"]}
+    chosen: dict[str, object] = {"causal": inputs["causal"], "window_left": inputs["window"]}
+    chosen["softcap"] = inputs["softcap"]
+    return chosen | ({"bias": inputs["bias"]} if "bias" in inputs else {})
 
 
 def make_inputs(
-    model: Model, batch: int, tokens: int, causal: bool, *, backward: bool = False
+    model: Model, batch: int, tokens: int, causal: bool, *, backward: bool = False, biased: bool = False
 ) -> Callable[[torch.device, torch.dtype, torch.Generator], Inputs]:
-    """Random q, k and v, and with ``backward`` dout and the results of the forward."""
+    """Random q, k and v, with ``biased`` a bias, and with ``backward`` dout and the results of the forward."""
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         def random(heads: int) -> Tensor:
@@ -58,6 +61,9 @@ def make_inputs(
 
         inputs: Inputs = {"q": random(model.heads), "k": random(model.kv_heads), "v": random(model.kv_heads)}
         inputs |= {"causal": causal, "window": model.window, "softcap": model.softcap}
+        if biased:
+            shape = (1, model.heads, tokens, tokens)
+            inputs["bias"] = torch.randn(shape, device=device, generator=generator).to(dtype)
         if backward:
             inputs["dout"] = random(model.heads)
             inputs["out"], inputs["lse"] = _forward(inputs)
@@ -98,11 +104,9 @@ def _truth(inputs: Inputs, dtype: torch.dtype, names: tuple[str, ...]) -> Output
             None if x is None else of_group(x[b], h, inputs["k"].shape[2], 1) for x in (inputs["q"], inputs.get("dout"))
         )
         k, v = inputs["k"][b, :, h], inputs["v"][b, :, h]
-        parts.append(
-            truth.attention(
-                q, k, v, dtype, causal=inputs["causal"], window=inputs["window"], softcap=inputs["softcap"], dout=dout
-            )
-        )
+        bias = of_group(inputs["bias"][0], h, inputs["k"].shape[2], 0) if "bias" in inputs else None
+        chosen = {"causal": inputs["causal"], "window": inputs["window"], "softcap": inputs["softcap"]}
+        parts.append(truth.attention(q, k, v, dtype, bias=bias, dout=dout, **chosen))
     return tuple(torch.stack([part[name] for part in parts]) for name in names)
 
 
@@ -111,19 +115,20 @@ def _truth_backward(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     return dq, dk[:, :, None], dv[:, :, None]
 
 
-def forward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> Case:
+def forward(model: Model, batch: int, tokens: int, *, causal: bool = True, biased: bool = False) -> Case:
     rows, keys = batch * tokens * model.heads, batch * tokens * model.kv_heads
     seen = batch * model.heads * truth.pairs(tokens, tokens, causal, model.window)
+    added = model.heads * tokens * tokens if biased else 0
     return Case(
         op="flash_attention",
         model=model.name,
-        shape=shape(model, batch, tokens, causal),
-        make_inputs=make_inputs(model, batch, tokens, causal),
+        shape=shape(model, batch, tokens, causal) | ({"bias": "heads"} if biased else {}),
+        make_inputs=make_inputs(model, batch, tokens, causal, biased=biased),
         run=_forward,
         oracle=lambda inputs, dtype: _truth(inputs, dtype, ("out", "lse")),
         sample=_sample_forward,
         flops=4 * seen * model.head_dim,
-        bytes=lambda size: 2 * (rows + keys) * model.head_dim * size + 4 * rows,
+        bytes=lambda size: 2 * (rows + keys) * model.head_dim * size + 4 * rows + added * size,
         peers=peers.dense(),
     )
 
@@ -158,6 +163,7 @@ def cases(scale: Scale) -> Iterator[Case]:
     for model in (LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER):
         yield forward(scale.model(model), 1, longest)
     yield forward(scale.model(SMOLLM), 1, longest, causal=False)
+    yield forward(scale.model(T5), 1, scale.prompts[len(scale.prompts) // 2], causal=False, biased=True)
     if scale.prompts[0] > _SHORT:
         yield forward(scale.model(SMOLLM), 1, _SHORT)
     for model in (LLAMA_8B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA):

@@ -532,16 +532,17 @@ def flash_attention_bias_backward(
     visible = Window.of(q.shape[1], v.shape[1], **window)
     call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias)
     delta = _delta(dout, out, lse, dlse, dtype)
-    dbias = torch.zeros(_four_dims(bias).shape, dtype=dtype)
+    dbias = torch.zeros(bias.shape, dtype=dtype)
+    whole = _four_dims(dbias)
     dout = cast(dout, dtype).transpose(1, 2)
     if q.shape[0] * q.shape[2] > 0:
         for tile in call.small_tiles():
             rows = tile.rows
             ds, _, _ = call.score_gradient(tile, dout[:, :, rows], delta[:, :, rows], lse[:, :, rows])
-            target = dbias[:, :, rows if dbias.shape[2] > 1 else slice(None)]
-            target = target[..., tile.keys if dbias.shape[3] > 1 else slice(None)]
+            target = whole[:, :, rows if whole.shape[2] > 1 else slice(None)]
+            target = target[..., tile.keys if whole.shape[3] > 1 else slice(None)]
             target += ds.flatten(1, 2).sum_to_size(target.shape)
-    return dbias.view(bias.shape).to(bias.dtype)
+    return dbias.to(bias.dtype)
 
 
 def _delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -39,6 +39,7 @@ MUTATIONS = {
     "softcap": ("nan", "inf", "negative", "string", "none"),
     "sinks": ("integer", "dtype", "rank", "last", "meta", "string"),
     "alibi_slopes": ("integer", "dtype", "flat", "last", "meta", "string"),
+    "bias": ("integer", "last", "meta", "string"),
 }
 
 
@@ -58,6 +59,7 @@ class Case(Scoring):
     magnitude: float = 1.0
     poison: str = ""  # "nan" or "inf" in a key that some query does not see
     gradient: str = ""  # through "out", "lse" or "both"
+    bias: str = ""  # "float" or "bool", and for batch, heads, queries and keys "1" or "n": "float 1nn1"
     scores: str = ""  # reduce and group of attention_scores
     query_start: int = 0
     skip_recent: int = 0
@@ -86,6 +88,7 @@ def draw(r: Random) -> Case:
         magnitude=often(r, 1.0, 0.0, 0.01, 10.0, p=0.8),
         poison=often(r, "", "nan", "inf", p=0.8),
         gradient=often(r, "", "out", "lse", "both", p=0.4),
+        bias=often(r, "", f"{r.choice(('float', 'bool'))} {''.join(r.choice('1n') for _ in range(4))}", p=0.6),
         scores=often(r, "", f"{reduce} {group}", p=0.6),
         query_start=often(r, 0, r.randint(-longest, longest)),
         skip_recent=often(r, 0, r.randint(0, longest), 2**31 - 1, p=0.7),
@@ -114,10 +117,13 @@ def _check(case: Case) -> None:
         laid_out((torch.randn(shape, generator=g) * case.magnitude).to(dtype), layout)
         for shape, layout in zip(shapes, layouts, strict=False)
     )
-    options = case.tensors(heads, case.batch, g)
+    options = case.tensors(heads, case.batch, g) | _bias(case, heads, g)
     if case.bad:
         name = case.bad.split(":")[0]
-        extra = {name: torch.zeros(heads)} if name in ("sinks", "alibi_slopes") and name not in options else {}
+        optional = {"sinks": (heads,), "alibi_slopes": (heads,), "bias": (case.queries, case.keys)}
+        extra = {name: torch.zeros(optional[name])} if name in optional and name not in options else {}
+        if case.bad == "bias:last" and (options | extra)["bias"].shape[-1] + 1 in (1, case.keys):
+            return  # it broadcasts all the same
         expect_refusal(kvops.flash_attention, {"q": q, "k": k, "v": v, **case.window(), **options, **extra}, case.bad)
         return
     mask = case.mask(case.queries, case.keys)
@@ -125,8 +131,7 @@ def _check(case: Case) -> None:
     low = rounded(dtype, attention, q, k, v, mask=mask, **finite(options))
     rows = _poison(case, k, mask, g)
     gradient = case.gradient if not case.poison else ""
-    sinks = (options["sinks"],) if "sinks" in options else ()
-    for tensor in (q, k, v, *sinks):
+    for tensor in (q, k, v, *_learned(options)):
         tensor.requires_grad_(bool(gradient))
     out, lse = kvops.flash_attention(q, k, v, **case.window(), **options)
     assert out.shape == (case.batch, case.queries, heads, case.value_dim), out.shape
@@ -134,8 +139,26 @@ def _check(case: Case) -> None:
     close(lse[..., rows], exact[1][..., rows], low[1][..., rows], "lse")
     if gradient:
         _check_gradient(case, gradient, (q, k, v), options, mask, (out, lse), g)
-    if case.scores and not case.poison:
+    if case.scores and not case.poison and not case.bias:
         _check_scores(case, q.detach(), k.detach(), v.detach(), lse.detach(), mask, options)
+
+
+def _bias(case: Case, heads: int, g: torch.Generator) -> dict[str, Tensor]:
+    if not case.bias:
+        return {}
+    kind, code = case.bias.split()
+    sizes = case.batch, heads, case.queries, case.keys
+    shape = [1 if letter == "1" else size for letter, size in zip(code, sizes, strict=True)]
+    keep = torch.rand(shape, generator=g) < 0.7
+    if kind == "bool":
+        return {"bias": keep}
+    return {"bias": torch.randn(shape, generator=g).masked_fill(~keep, -torch.inf)}
+
+
+def _learned(options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The options that have a gradient: sinks, then a float bias."""
+    given = (options[name] for name in ("sinks", "bias") if name in options)
+    return tuple(x for x in given if x.is_floating_point())
 
 
 def _poison(case: Case, k: Tensor, mask: Tensor, g: torch.Generator) -> Tensor:
@@ -163,8 +186,7 @@ def _check_gradient(
     dout = torch.randn(out.shape, generator=g).to(out.dtype) if gradient != "lse" else None
     dlse = torch.randn(lse.shape, generator=g) if gradient != "out" else None
     with_gradient = [(x, d) for x, d in ((out, dout), (lse, dlse)) if d is not None]
-    sinks = (options["sinks"],) if "sinks" in options else ()
-    leaves = (*inputs, *sinks)
+    leaves = (*inputs, *_learned(options))
     actual = torch.autograd.grad([x for x, _ in with_gradient], leaves, [d for _, d in with_gradient])
     q, k, v = (x.detach() for x in inputs)
     plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
@@ -172,7 +194,8 @@ def _check_gradient(
     given = q, k, v, dout.detach(), dlse, mask
     exact = expected_gradients(*given, plain)
     low = rounded(out.dtype, expected_gradients, *given, finite(plain), out.dtype)
-    compare(actual, exact, low, ("dq", "dk", "dv", "dsinks")[: len(leaves)])
+    names = ["dq", "dk", "dv", *(f"d{name}" for name in ("sinks", "bias") if name in options)]
+    compare(actual, exact, low, tuple(names[: len(leaves)]))
 
 
 def _check_scores(

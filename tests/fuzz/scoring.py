@@ -92,18 +92,20 @@ def expected_gradients(
     v: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    mask: Tensor,
+    mask: Tensor | None,
     options: dict[str, Any],
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv and, with sinks, dsinks, of a forward whose results were rounded to ``dtype`` and float32."""
+    """dq, dk, dv and the gradients of sinks and of a float bias, of a forward whose results were rounded to ``dtype``
+    and float32."""
     out, lse, _ = attention(q, k, v, mask=mask, **options)
     if dtype != torch.float64:
         out, lse = out.to(dtype).double(), lse.float().double()
     result = attention_backward(dout, q, k, v, out, lse, mask=mask, dlse=dlse, **options)
     sinks = options.get("sinks")
+    of_bias = () if result[4] is None else (result[4],)
     if sinks is None:
-        return result[:3]
+        return *result[:3], *of_bias
     # A sink of infinity takes all there is: lse is the sink, and nothing else counts.
     of_lse = torch.zeros_like(lse) if dlse is None else dlse.double().masked_fill(lse == -math.inf, 0.0)
-    return *result[:3], torch.where(sinks == math.inf, of_lse.sum((0, 2)), result[3])
+    return *result[:3], torch.where(sinks == math.inf, of_lse.sum((0, 2)), result[3]), *of_bias

@@ -25,15 +25,14 @@ from fuzz.inputs import (
     expect_refusal,
     laid_out,
     often,
-    raised,
     without_equals,
 )
 from fuzz.scoring import expected_gradients
 
 MUTATIONS = {
-    "query": TENSOR,
-    "key": TENSOR,
-    "value": ("dtype", "integer", "rank", "flat", "meta", "string", "none"),
+    "query": tuple(how for how in TENSOR if how != "rank"),  # which any input may have
+    "key": tuple(how for how in TENSOR if how != "rank"),
+    "value": ("dtype", "integer", "flat", "meta", "string", "none"),
     "attn_mask": ("dtype", "last"),
     "dropout_p": ("negative", "nan"),
     "scale": ("nan", "inf", "string"),
@@ -52,7 +51,9 @@ class Case:
     group: int = 1
     head_dim: int = 1
     value_dim: int = 1
-    mask: str = ""  # "causal", "upper", "lower", "padding", "one padding", "gaps" or "all padding"
+    # "causal", "upper", "lower", "padding", "one padding", "gaps", "all padding", or "bool" or "float" with "1" or "n"
+    # for batch, heads, queries and keys: "float 1nn1"
+    mask: str = ""
     scale: float | None = None
     layouts: tuple[str, ...] = ()
     gradient: bool = False
@@ -65,6 +66,7 @@ def draw(r: Random) -> Case:
     head_dim = r.choice(HEAD_DIMS[:10] if on_triton else HEAD_DIMS)
     keys = r.randint(0, longest)
     kv_heads = r.choice((0, 1, 2, 3))
+    shaped = f"{r.choice(('float', 'bool'))} {''.join(r.choice('1n') for _ in range(4))}"
     case = Case(
         seed=r.randrange(2**31),
         backend="triton" if on_triton else "eager",
@@ -76,7 +78,9 @@ def draw(r: Random) -> Case:
         group=often(r, 1, 2, 3, 8) if kv_heads else 1,
         head_dim=head_dim,
         value_dim=often(r, head_dim, *HEAD_DIMS[: 10 if on_triton else None]),
-        mask=r.choice(("", "causal", "upper", "lower", "padding", "one padding", "gaps", "all padding")),
+        mask=r.choice(
+            (*("", "causal", "upper", "lower", "padding", "one padding", "gaps", "all padding"), *(shaped,) * 6)
+        ),
         scale=often(r, None, 0.0, -0.5, 0.3),
         layouts=() if r.random() < 0.4 else tuple(r.choice(LAYOUTS) for _ in range(3)),
         gradient=r.random() < 0.5,
@@ -100,31 +104,45 @@ def _check(case: Case) -> None:
         laid_out(torch.randn(case.batch, *head, *size, generator=g).to(dtype), layout)
         for head, size, layout in zip(heads, sizes, layouts, strict=False)
     )
-    mask, seen = _mask(case, g)
+    mask, added = _mask(case, g)
     options = {"is_causal": case.mask == "causal", "scale": case.scale, "enable_gqa": group > 1}
     arguments = {"query": q, "key": k, "value": v, "attn_mask": mask, "dropout_p": 0.0, **options}
     if case.bad:
+        if case.bad == "attn_mask:last" and mask is not None and mask.shape[-1] + 1 in (1, case.keys):
+            return  # it broadcasts all the same
         if "attn_mask" not in case.bad or type(mask) is Tensor:  # a CausalBias is a tensor of another kind
             expect_refusal(kvops.scaled_dot_product_attention, arguments, case.bad)
-        return
-    if case.mask == "gaps" and _has_gaps(mask):
-        error = raised(lambda: kvops.scaled_dot_product_attention(**arguments))
-        assert isinstance(error, ValueError), error or "a mask with gaps: accepted without an error"
-        assert str(error).startswith("attn_mask"), str(error)
         return
     for tensor in (q, k, v):
         tensor.requires_grad_(case.gradient)
     out = kvops.scaled_dot_product_attention(**arguments)
     dout = torch.randn(out.shape, generator=g).to(dtype)
     found = (out, *(torch.autograd.grad(out, (q, k, v), dout) if case.gradient else ()))
-    given = q.detach(), k.detach(), v.detach(), dout, seen, case
+    given = q.detach(), k.detach(), v.detach(), dout, added, case
     exact, low = _torch(*given), rounded(dtype, _flash, *given)
     for one, right, same, name in zip(found, exact, low, ("out", "dq", "dk", "dv"), strict=False):
         close(one, right, same, name)
 
 
 def _mask(case: Case, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
-    """``attn_mask``, and the same as bool [batch or 1, (1,) queries, keys]."""
+    """``attn_mask``, and what it adds to the scores [(batch or 1, 1 or heads,) queries, keys]: -inf hides a key."""
+    if case.mask[:4] in ("bool", "floa"):
+        kind, code = case.mask.split()
+        heads = case.kv_heads * case.group if case.kv_heads else 1
+        sizes = case.batch, heads, case.queries, case.keys
+        shape = [1 if letter == "1" else size for letter, size in zip(code, sizes, strict=True)]
+        keep = torch.rand(shape, generator=g) < 0.7
+        added = torch.zeros(shape) if kind == "bool" else torch.randn(shape, generator=g)
+        added = added.masked_fill(~keep, -torch.inf)
+        mask = keep if kind == "bool" else added
+        added = added.double().expand(-1, -1, case.queries, case.keys)
+        return (mask, added) if case.kv_heads else (mask.squeeze(1), added.squeeze(1))
+    mask, seen = _lengths(case, g)
+    return mask, torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+
+
+def _lengths(case: Case, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
+    """The same for masks of causality and padding, as bool."""
     queries, keys = case.queries, case.keys
     query, key = torch.arange(queries)[:, None], torch.arange(keys)
     if case.mask in ("causal", "upper"):
@@ -144,18 +162,16 @@ def _mask(case: Case, g: torch.Generator) -> tuple[Tensor | None, Tensor]:
     return mask, mask.expand(*mask.shape[:-2], queries, keys)
 
 
-def _has_gaps(mask: Tensor | None) -> bool:
-    rows = [] if mask is None else ["".join("1" if x else "0" for x in row) for row in mask.flatten(0, -2).tolist()]
-    return any("0" in row.strip("0") for row in rows)
-
-
-def _torch(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, case: Case) -> tuple[Tensor, ...]:
+def _torch(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, added: Tensor, case: Case) -> tuple[Tensor, ...]:
     """torch's answer; a query that sees nothing gives 0, which torch does not promise."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
-    real = seen.any(-1, keepdim=True)
+    real = (added > -torch.inf).any(-1, keepdim=True)
     # One key of zeros more, which the empty rows see: torch needs one, and what it gives there is masked out.
     more_k, more_v = (torch.cat([x, x.new_zeros(*x.shape[:-2], 1, x.shape[-1])], -2) for x in (k, v))
-    mask, gqa = torch.cat([seen, ~real], -1), case.group > 1 and case.kv_heads > 0
+    mask, gqa = (
+        torch.cat([added, added.new_zeros(real.shape).masked_fill(real, -torch.inf)], -1),
+        case.group > 1 and case.kv_heads > 0,
+    )
     with sdpa_kernel(SDPBackend.MATH):
         out = F.scaled_dot_product_attention(q, more_k, more_v, attn_mask=mask, scale=case.scale, enable_gqa=gqa)
     out = out.masked_fill(~real, 0.0)
@@ -164,15 +180,15 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, case: Ca
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seen: Tensor, case: Case) -> tuple[Tensor, ...]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, added: Tensor, case: Case) -> tuple[Tensor, ...]:
     """The same as flash attention computes it, whose backward starts from rounded results."""
     if q.dim() == 3:
         q, k, v, dout = (x.unsqueeze(1) for x in (q, k, v, dout))
-        seen = seen.unsqueeze(1) if seen.dim() == 3 else seen
+        added = added.unsqueeze(1) if added.dim() == 3 else added
     q, k, v, dout = (x.transpose(1, 2) for x in (q, k, v, dout))
-    results = [attention(q, k, v, mask=seen, scale=case.scale)[0]]
+    options = {"scale": case.scale, "bias": added}
+    results = [attention(q, k, v, **options)[0]]
     if case.gradient:
-        options = {"scale": case.scale}
-        results += expected_gradients(q, k, v, dout, None, seen, options, DTYPES[case.dtype])
+        results += expected_gradients(q, k, v, dout, None, None, options, DTYPES[case.dtype])[:3]
     results = [x.transpose(1, 2) for x in results]
     return tuple(results if case.kv_heads else (x.squeeze(1) for x in results))

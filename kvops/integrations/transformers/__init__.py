@@ -5,9 +5,10 @@
     kvops_transformers.enable()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="kvops")
 
-Decoder models train and generate with it: padding on either side, packed sequences, sliding windows, softcap, sinks.
-Padding and packing become cumulative lengths, never a dense mask. ``KVOpsCache`` compresses the cache within
-transformers' ``generate``; ``Decoder`` runs a model in this package's own loop, with drafts for whole batches.
+Models train and generate with it: padding on either side, packed sequences, sliding windows, softcap, sinks, position
+biases. Padding and packing become cumulative lengths; masks that have no such form become a bias. ``KVOpsCache``
+compresses the cache within transformers' ``generate``; ``Decoder`` runs a model in this package's own loop, with drafts
+for whole batches.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,13 +58,14 @@ def attention(
     query: Tensor,
     key: Any,
     value: Any,
-    attention_mask: Mask | None,
+    attention_mask: Mask | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -79,8 +81,11 @@ def attention(
         query: ``[B, Hq, T, D]``.
         key, value: ``[B, Hkv, S, ·]``, or the placeholder that :class:`KVOpsCache` returns.
         attention_mask: what :func:`make_mask` returned. None in a model that makes no mask: then ``is_causal`` (the
-            argument, or the attribute of ``module``) and ``sliding_window`` say what a query sees.
+            argument, or the attribute of ``module``) and ``sliding_window`` say what a query sees. Or a bool mask or
+            float bias that broadcasts to ``[B, Hq, T, S]``, which says all of it.
         s_aux: ``[Hq]``, attention sinks as in GPT-OSS.
+        position_bias: broadcasts to ``[B, Hq, T, S]``, added to the scores as in T5; differentiable. Beside padded rows
+            it takes memory for ``[B, Hq, T, S]``.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as transformers' flattening collator
             describes them.
         output_attentions: True warns, as with ``"sdpa"``.
@@ -90,8 +95,8 @@ def attention(
         The output ``[B, T, Hq, Dv]``, and None in place of the weights.
 
     Raises:
-        ValueError: dropout, a mask that is a tensor or was made for other lengths, or any other argument that is not
-            None.
+        ValueError: dropout, a mask that was made for other lengths, a bias beside a :class:`KVOpsCache`, or any other
+            argument that is not None.
     """
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS:
@@ -112,13 +117,46 @@ def attention(
     mask.expect_lengths(batch, q_length, kv_length)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     packing = _given_packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    bias, mask = _bias(position_bias, mask, packing is not None)
     if held:
+        if bias is not None:
+            raise ValueError(
+                "attention_mask: expected a causal mask with padding at the ends of each row only beside a KVOpsCache "
+                "or a Decoder, got one that needs a bias (padding between tokens, blocks, chunks or a position bias): "
+                "generate with the model's own cache"
+            )
         if packing is not None:
             raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
         return key.attend(query.transpose(1, 2), mask, options), None
     mask = mask.packed()
+    bias, mask = _bias(position_bias, mask, packing is not None)
+    if bias is not None:
+        options["bias"] = bias
     q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, as_tensor(value)))
     return attend(q, k, v, mask, packing or mask.packing, options), None
+
+
+def _bias(position_bias: Tensor | None, mask: Mask, packed: bool) -> tuple[Tensor | None, Mask]:
+    """The bias of this call, and what is left of the mask beside it.
+
+    A mask with a bias of its own needs nothing beside it. Packed sequences have no bias, so padding becomes a part of
+    the position bias.
+    """
+    seen = mask.bias
+    if position_bias is not None and seen is None and mask.packing is not None:
+        seen = mask.seen()
+    if packed and (position_bias is not None or seen is not None):
+        raise ValueError(
+            f"cu_seq_lens_q: expected None beside a position bias or a mask that needs one, got a tensor: {ELSEWHERE}"
+        )
+    if seen is None:
+        return position_bias, mask
+    mask = replace(mask, causal=False, window_left=-1, window_right=-1, packing=None)
+    if position_bias is None:
+        return seen, mask
+    if seen.dtype == torch.bool:
+        return position_bias.masked_fill(~seen, -torch.inf), mask
+    return position_bias + seen, mask
 
 
 def _mask(
@@ -140,11 +178,15 @@ def _mask(
         window = sliding_window or 0
         return Mask(causal, window - 1, -1 if causal else window - 1, None, q_length, kv_length)
     if not isinstance(given, Mask):
-        raise ValueError(
-            f"attention_mask: expected a 2-D mask of padding, got a tensor of shape {list(given.shape)}: "
-            "kvops never holds the matrix of scores, use attn_implementation='sdpa' or 'eager' with it"
-        )
-    if is_causal is not None and is_causal != given.causal and q_length > 1:
+        if given.dim() != 4 or any(
+            size not in (1, whole) for size, whole in zip(given.shape[2:], (q_length, kv_length), strict=True)
+        ):
+            raise ValueError(
+                f"attention_mask: expected a mask [batch, heads, {q_length}, {kv_length}] or one of padding [batch, "
+                f"seqlen], got a tensor of shape {list(given.shape)}"
+            )
+        return Mask(False, -1, -1, None, q_length, kv_length, bias=given)
+    if given.bias is None and is_causal is not None and is_causal != given.causal and q_length > 1:
         raise ValueError(
             f"is_causal: expected {given.causal}, as the mask has it, got {is_causal}: leave it out, or set "
             "is_causal in the model's config"

@@ -1,7 +1,9 @@
 """Masks of transformers models, as arguments of kvops' operators: a causal flag, windows and cumulative lengths.
 
 transformers describes a mask by a function of two indices and lets the attention implementation build what it needs.
-kvops builds no mask: it recognises the parts of the function, and padding and packing become cumulative lengths.
+kvops recognises the parts of the function; padding and packing become cumulative lengths. What has no such form (gaps
+between the tokens of a row, blocks of image tokens, chunks, functions of the caller) becomes a bool tensor
+``[B, 1, T, S]``, the bias of :func:`kvops.flash_attention`.
 """
 
 from __future__ import annotations
@@ -84,6 +86,8 @@ class Mask(Placeholder):
             the keys: :meth:`packed` is for models that read them from there.
         q_length, kv_length: T and S. Attention with other lengths is refused.
         source: the arguments that the mask was made from. None for packed sequences, which cannot be sliced.
+        bias: what attention adds to the scores, or bool ``[B or 1, H or 1, T, S]`` with True where a query sees a key.
+            It says all of the mask, ``causal`` and windows included. None for masks without such a tensor.
 
     Slicing queries and keys gives another mask (``mask[:, :, -1:, :]``). Any other use as a tensor raises
     :class:`~kvops.integrations.transformers.placeholders.NotATensorError`.
@@ -99,6 +103,7 @@ class Mask(Placeholder):
     q_length: int
     kv_length: int
     source: Source | None = None
+    bias: Tensor | None = None
     ndim: ClassVar[int] = 4
 
     def contiguous(self) -> Mask:
@@ -120,15 +125,27 @@ class Mask(Placeholder):
         queries, keys = parts[2].indices(self.q_length), parts[3].indices(self.kv_length)
         if (queries, keys) == ((0, self.q_length, 1), (0, self.kv_length, 1)):
             return self
-        if self.source is None:
+        if self.source is None and self.bias is None:
             self.refuse(f"one that takes mask[{_as_written(parts)}] of packed sequences")
         q_length, kv_length = max(queries[1] - queries[0], 0), max(keys[1] - keys[0], 0)
+        bias = None if self.bias is None else self.bias[:, :, slice(*queries), slice(*keys)]
+        if self.source is None:
+            return replace(self, q_length=q_length, kv_length=kv_length, bias=bias)
         source = replace(
             self.source, q_offset=self.source.q_offset + queries[0], kv_offset=self.source.kv_offset + keys[0]
         )
         windowed = max(self.window_left, self.window_right) >= 0
-        packing = _pack_rows_if_needed(source, q_length, kv_length, self.causal, windowed)
-        return replace(self, packing=packing, q_length=q_length, kv_length=kv_length, source=source)
+        packing = None
+        if bias is None:
+            packing = _pack_rows_if_needed(source, q_length, kv_length, self.causal, windowed)
+        return replace(self, packing=packing, q_length=q_length, kv_length=kv_length, source=source, bias=bias)
+
+    def seen(self) -> Tensor:
+        """bool ``[B, 1, T, S]``: which keys each query sees, of a mask that has a ``source``."""
+        if self.source is None:
+            self.refuse("a position bias beside packed sequences")
+        windows = self.window_left, self.window_right
+        return _seen(self.source, self.q_length, self.kv_length, self.causal, *windows)
 
     def real_queries(self) -> Tensor | None:
         """bool ``[B, T]``, False for queries that are padding; None without padding."""
@@ -190,13 +207,6 @@ def _narrower(limit: int, other: int) -> int:
     return other if limit < 0 else min(limit, other)
 
 
-def _refuse_pattern(name: str) -> NoReturn:
-    raise ValueError(
-        "mask_function: expected causal or bidirectional attention with windows, padding and packed sequences, "
-        f"got {name}, which kvops cannot express: {ELSEWHERE}"
-    )
-
-
 def _adds_nothing(function: Callable[..., Any]) -> bool:
     """Whether a function lets no query see any key, as the blocks of image tokens do in a text without images."""
     if not function.__qualname__.startswith("blockwise_overlay."):
@@ -204,21 +214,18 @@ def _adds_nothing(function: Callable[..., Any]) -> bool:
     return bool((_captured(function, "block_sequence_ids") < 0).all())
 
 
-def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
-    """Add the conditions of one of transformers' mask functions to ``pattern``."""
+def _read(function: Callable[..., Any], pattern: _Pattern) -> bool:
+    """Add the conditions of one of transformers' mask functions to ``pattern``. False if it has no place for them."""
     name = function.__qualname__.split(".")[0]
     if name == "causal_mask_function":
         pattern.causal = True
     elif name == "bidirectional_mask_function":
         pass
     elif name == "and_masks":
-        for part in _captured(function, "mask_functions"):
-            _read(part, pattern)
+        return all(_read(part, pattern) for part in _captured(function, "mask_functions"))
     elif name == "or_masks":
         parts = [part for part in _captured(function, "mask_functions") if not _adds_nothing(part)]
-        if len(parts) != 1:
-            _refuse_pattern(name)
-        _read(parts[0], pattern)
+        return len(parts) == 1 and _read(parts[0], pattern)
     elif name == "sliding_window_overlay":
         pattern.window_left = _narrower(pattern.window_left, _captured(function, "sliding_window") - 1)
     elif name == "sliding_window_bidirectional_overlay":
@@ -230,14 +237,15 @@ def _read(function: Callable[..., Any], pattern: _Pattern) -> None:
     elif name == "packed_sequence_mask_function":
         pattern.sequence_ids = _captured(function, "packed_sequence_mask")
     elif name == "remap_positions_for_packed_sequence":
-        _read(_captured(function, "mask_function"), pattern)  # this does not change distances within a sequence
+        return _read(_captured(function, "mask_function"), pattern)  # distances within a sequence do not change
     else:
-        _refuse_pattern(name)
+        return False
+    return True
 
 
 def _read_traced(
     function: Callable[..., Any], pattern: _Pattern, config: Any, local_size: int | None, custom: bool
-) -> None:
+) -> bool:
     """:func:`_read` within ``torch.compile``, which gives no access to the closure of a function.
 
     The function's name is known, and transformers passes the size of a window or chunk (``local_size``) and whether
@@ -246,15 +254,16 @@ def _read_traced(
     name = function.__name__
     pattern.causal = getattr(config, "is_causal", True) and name != "bidirectional_mask_function"
     if name in ("causal_mask_function", "bidirectional_mask_function"):
-        return
+        return True
     if custom or name != "and_mask":
-        _refuse_pattern(name)
+        return False
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         pattern.chunk = local_size
     if local_size is not None and pattern.causal:
         pattern.window_left = local_size - 1
     elif local_size is not None:
         pattern.window_left = pattern.window_right = local_size
+    return True
 
 
 def make_mask(
@@ -276,27 +285,27 @@ def make_mask(
     Query t has position ``q_offset + t`` and key j position ``kv_offset + j``. ``attention_mask`` is bool
     ``[B, positions]``, False for padding. ``config``, ``local_size`` and ``use_vmap`` describe ``mask_function`` within
     ``torch.compile``.
-
-    Raises:
-        ValueError: the operators cannot express the mask.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
     pattern = _Pattern()
     traced = torch.compiler.is_compiling()
+    known = True
     if mask_function is None:
         pattern.causal = True
     elif traced:
-        _read_traced(mask_function, pattern, config, local_size, use_vmap)
-        if attention_mask is None and q_length == kv_length and mask_function.__name__ == "and_mask":
+        known = _read_traced(mask_function, pattern, config, local_size, use_vmap)
+        if known and attention_mask is None and q_length == kv_length and mask_function.__name__ == "and_mask":
             pattern.sequence_ids = _sequence_ids(mask_function, batch_size, q_length, device)
     else:
-        _read(mask_function, pattern)
-    if pattern.chunk is not None and kv_offset + kv_length > pattern.chunk:
-        raise ValueError(
-            f"mask_function: expected at most {pattern.chunk} tokens of chunked attention (one chunk), "
-            f"got {kv_offset + kv_length}: {ELSEWHERE}"
-        )
+        known = _read(mask_function, pattern)
+    if not known or (pattern.chunk is not None and kv_offset + kv_length > pattern.chunk):
+        from transformers.masking_utils import sdpa_mask
+
+        whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": use_vmap}
+        places = q_length, kv_length, q_offset, kv_offset
+        bias = sdpa_mask(batch_size, *places, mask_function, attention_mask, device=device, **whole)
+        return Mask(False, -1, -1, None, q_length, kv_length, bias=bias)
     windows = pattern.window_left, pattern.window_right
     if pattern.sequence_ids is not None:
         return Mask(pattern.causal, *windows, _pack_sequences(pattern.sequence_ids), q_length, kv_length)
@@ -315,6 +324,38 @@ def _sequence_ids(function: Callable[..., Any], batch: int, length: int, device:
     rows, tokens = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
     follows = function(rows, torch.zeros_like(rows), tokens[:, 1:], tokens[:, :-1])
     return torch.nn.functional.pad((~follows).long().cumsum(1), (1, 0))
+
+
+def _has_gaps(real: Tensor) -> bool:
+    """Whether bool ``[B, S]`` has padding between the tokens of a row. Reads the mask."""
+    first, end = _ends(real)
+    return not bool((real.sum(1) == end - first).all())
+
+
+def _ends(real: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 ``[B]``: the first token of each row, and the place behind its last one; equal in a row of padding."""
+    place = torch.arange(real.shape[1], device=real.device)
+    first = torch.where(real, place, real.shape[1]).amin(1)
+    end = torch.where(real, place + 1, 0).amax(1)
+    return torch.minimum(first, end), end
+
+
+def _seen(source: Source, q_length: int, kv_length: int, causal: bool, window_left: int, window_right: int) -> Tensor:
+    """bool ``[B, 1, T, S]``: which keys each query sees."""
+    query = torch.arange(q_length, device=source.device)[:, None] + source.q_offset
+    key = torch.arange(kv_length, device=source.device) + source.kv_offset
+    seen = torch.ones(q_length, kv_length, dtype=torch.bool, device=source.device)
+    if causal:
+        seen = seen & (key <= query)
+    if window_left >= 0:
+        seen = seen & (key >= query - window_left)
+    if window_right >= 0:
+        seen = seen & (key <= query + window_right)
+    if source.padding is None:
+        return seen.expand(source.batch, 1, -1, -1)
+    real = source.padding[:, source.kv_offset : source.kv_offset + kv_length]
+    real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))  # slots that nothing is written to yet
+    return seen & real[:, None, None]
 
 
 def _pack_rows_if_needed(source: Source, q_length: int, kv_length: int, causal: bool, windowed: bool) -> Packing | None:
@@ -356,19 +397,10 @@ def _pack_rows(
     first = torch.zeros(batch, dtype=torch.int64, device=device)
     end = torch.full((batch,), kv_length, dtype=torch.int64, device=device)
     if real is not None:
-        place = torch.arange(real.shape[1], device=real.device)
-        first = torch.where(real, place, real.shape[1]).amin(1)
-        end = torch.where(real, place + 1, 0).amax(1)
-        first = torch.minimum(first, end)  # a row of padding alone
-        gapless = real.sum(1) == end - first
-        if torch.compiler.is_compiling():
-            torch._assert_async(gapless.all(), "attention_mask: expected padding at the ends of each row only")
-        elif not gapless.all():
-            row = int((~gapless).nonzero()[0])
-            raise ValueError(
-                "attention_mask: expected padding at the left or right end of each row only, got padding between the "
-                f"tokens of row {row}: pad prompts on the left to generate from them (tokenizer.padding_side = 'left')"
-            )
+        first, end = _ends(real)
+        if torch.compiler.is_compiling():  # outside, rows with gaps do not come here
+            gapless = (real.sum(1) == end - first).all()
+            torch._assert_async(gapless, "attention_mask: expected padding at the ends of each row only")
     if causal:  # slots after the last query are not written yet
         end = torch.minimum(end, torch.as_tensor(q_offset + q_length - kv_offset, device=end.device))
         first = torch.minimum(first, end)
