@@ -24,6 +24,7 @@ GRADIENT = named("attention_backward", "agrees", "triton", "float32")
 GRADIENT_EAGER = named("attention_backward", "agrees or lse", "eager")
 PAGED = named("paged", "triton", "decoding_reads or drafts or windows or float8 or softcap")
 PAGED_EAGER = "tests/test_paged.py tests/test_paged_eager.py -k 'eager and not triton'"
+BIAS = named("attention_bias", "agrees", "triton")
 SCORES = named("scores", "triton", "reduction or queries_that_count or windows")
 SCORES_EAGER = named("scores", "eager", "reduction or queries_that_count or windows")
 MERGE = named("merge", "triton", "whole or float64")
@@ -130,7 +131,7 @@ FAULTS = [
     ),
     Mutation(
         "eager: tiles are joined without the weight of the first",
-        "kvops/eager/attention.py",
+        "kvops/eager/softmax.py",
         "return torch.mul(out_a, weight_a[..., None])",
         "return torch.mul(out_a, 1.0)",
         DENSE_EAGER,
@@ -185,6 +186,35 @@ FAULTS = [
         "delta = delta - dlse",
         "delta = delta + dlse",
         GRADIENT_EAGER,
+    ),
+    # Bias
+    Mutation(
+        "a bias is not added",
+        "kernels/flash_tiles.py",
+        'scores = tl.where(bias == float("-inf"), bias, scores + bias)',
+        'scores = tl.where(bias == float("-inf"), bias, scores)',
+        BIAS,
+    ),
+    Mutation(
+        "a row that a bias hides from all keys has the lse of its sink",
+        "kernels/flash_forward.py",
+        "sees_a_key = empty == 0",
+        "sees_a_key = seqlen_k > 0",
+        named("attention_bias", "triton", "empty"),
+    ),
+    Mutation(
+        "dbias misses the last batch entry",
+        "kernels/flash_backward_bias.py",
+        "for entry in tl.range(first_batch, end_batch):",
+        "for entry in tl.range(first_batch, end_batch - SUM_BATCHES):",
+        BIAS,
+    ),
+    Mutation(
+        "eager: dbias is half of what it is",
+        "kvops/eager/attention.py",
+        "target += ds.flatten(1, 2).sum_to_size(target.shape)",
+        "target += (ds * 0.5).flatten(1, 2).sum_to_size(target.shape)",
+        named("attention_bias", "agrees", "eager"),
     ),
     # Union of two attentions
     Mutation(

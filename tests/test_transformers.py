@@ -350,6 +350,15 @@ def test_models_with_a_position_bias(family, padded):
     assert torch.equal(*expected)
 
 
+def test_a_bias_beside_a_paged_cache_is_refused():
+    from kvops.integrations.transformers import KVOpsCache
+
+    model, batch = make_model("Llama"), prompts(HOLES[:1])
+    model.set_attn_implementation("kvops")
+    with pytest.raises(ValueError, match="attention_mask: expected .* beside a KVOpsCache .* own cache"):
+        model.generate(**batch, past_key_values=KVOpsCache(model.config, max_tokens=64), max_new_tokens=2)
+
+
 def test_a_bias_beside_packed_sequences_is_refused():
     model, lens = make_model("Llama"), torch.tensor([0, 4], dtype=torch.int32)
     q, k, v = (torch.zeros(1, heads, 4, 8) for heads in (6, 2, 2))

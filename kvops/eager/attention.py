@@ -7,7 +7,6 @@ in float32: without matrix units a CPU is slower in half precision, and less acc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvops.eager.bias import bias_tile, four_dims
+from kvops.eager.softmax import beside_sinks, merge, sink_probability, softmax
 from kvops.prepared import prepared
 from kvops.private_torch import flash_attention as _forward
 from kvops.private_torch import flash_attention_backward as _backward
@@ -157,20 +158,6 @@ def group_slopes(alibi_slopes: Tensor | None, kv_heads: int, dtype: torch.dtype)
     return alibi_slopes.to(dtype).reshape(-1, kv_heads, heads // kv_heads, 1, 1)
 
 
-# A bias below this hides a key, as in the kernels: times log2(e) it is no number of float32.
-_HIDDEN = torch.finfo(torch.float32).min * math.log(2)
-
-
-def bias_tile(bias: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """The part [1 or B, 1 or Hq, rows, keys] of a bias [1 or B, 1 or Hq, Sq, Sk], -inf where it hides a key."""
-    part = bias[:, :, tile.rows, tile.keys]
-    if part.dtype == torch.bool:
-        return torch.where(part, 0.0, -torch.inf).to(dtype)
-    part = part.to(dtype)
-    hidden = part < _HIDDEN
-    return part.masked_fill(hidden, -torch.inf) if hidden.any() else part
-
-
 def score_tile(
     q: Tensor,
     k: Tensor,
@@ -200,57 +187,11 @@ def score_tile(
             scores -= slopes * distance.abs()
         scores.masked_fill_(window.hidden(distance), -torch.inf)
     if bias is not None:
-        added = bias_tile(bias, tile, scores.dtype)
+        added = bias_tile(bias, tile.rows, tile.keys, scores.dtype)
         added = added.expand(-1, Hkv * G, -1, -1).unflatten(1, (Hkv, G))
         scores += added
         scores.masked_fill_(added == -torch.inf, -torch.inf)  # also where the score is no number
     return scores, capped
-
-
-def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities over the last dimension of the scores, which are overwritten, and lse; 0 and -inf where all are
-    -inf."""
-    limits = torch.finfo(scores.dtype)
-    shift = scores.amax(-1, keepdim=True).clamp_(limits.min, limits.max)  # inf - inf is NaN
-    p = scores.sub_(shift).exp_()
-    total = p.sum(-1, keepdim=True)
-    lse = (total.log() + shift)[..., 0]
-    return p.div_(total.masked_fill_(total == 0, 1.0)), lse
-
-
-def union_weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of two parts of a softmax in their union, and its lse; 0 and -inf where both are empty.
-
-    The weights are divided by their own sum: exp(lse_a - lse) has the rounding of lse, 5e-4 where lse is 1e4.
-    """
-    m = torch.maximum(lse_a, lse_b)
-    limits = torch.finfo(m.dtype)
-    shift = m.clamp(min=limits.min, max=limits.max)  # inf - inf is NaN
-    weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)
-    total = weight_a + weight_b
-    lse = m + total.log()
-    total.masked_fill_(total == 0, 1.0)
-    return weight_a.div_(total), weight_b.div_(total), lse
-
-
-def beside_sinks(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """What a row keeps of its weight beside a sink, which broadcasts to lse, and its lse. Rows without a key stay
-    empty."""
-    weight, _, union = union_weights(lse, sinks.to(lse.dtype).expand_as(lse))
-    return weight, torch.where(lse == -torch.inf, lse, union)
-
-
-def sink_probability(sinks: Tensor, lse: Tensor) -> Tensor:
-    """exp(sinks - lse) for sinks that broadcast to lse, 0 in an empty row; an infinite sink has all of its row."""
-    largest = torch.finfo(lse.dtype).max
-    p = torch.exp(sinks.to(lse.dtype).clamp(max=largest) - lse.clamp(max=largest))
-    return p.masked_fill_(lse == -torch.inf, 0.0)
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys: out [..., D], lse [...]."""
-    weight_a, weight_b, lse = union_weights(lse_a, lse_b)
-    return torch.mul(out_a, weight_a[..., None]).addcmul_(out_b, weight_b[..., None]), lse
 
 
 @lru_cache(maxsize=256)
@@ -274,11 +215,7 @@ def _fused_tiles(window: Window, planes: int) -> tuple[Tile, ...]:
 def _planes(alibi_slopes: Tensor | None, bias: Tensor | None) -> int:
     """How many different matrices are added to the scores; 0 for none."""
     slopes = 0 if alibi_slopes is None else alibi_slopes.numel()
-    return max(slopes, 0 if bias is None else _four_dims(bias).shape[:2].numel())
-
-
-def _four_dims(bias: Tensor) -> Tensor:
-    return bias[(None,) * (4 - bias.dim())]
+    return max(slopes, 0 if bias is None else four_dims(bias).shape[:2].numel())
 
 
 def _mask(window: Window, tile: Tile, slopes: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -286,7 +223,7 @@ def _mask(window: Window, tile: Tile, slopes: Tensor | None, bias: Tensor | None
     nothing."""
     if tile.causal or (slopes is None and bias is None and window.sees_all(tile)):
         return None
-    mask = None if bias is None else bias_tile(bias, tile, dtype)
+    mask = None if bias is None else bias_tile(bias, tile.rows, tile.keys, dtype)
     if slopes is None and mask is not None and window.sees_all(tile):
         return mask
     distance = window.distance(tile)
@@ -315,7 +252,7 @@ class _Attention:
         self.slopes = group_slopes(alibi_slopes, v.shape[2], self.dtype)
         self.bias = None
         if bias is not None:
-            bias = _four_dims(bias)
+            bias = four_dims(bias)
             self.bias = bias.expand(*bias.shape[:2], q.shape[1], k.shape[1])
 
     def small_tiles(self) -> Iterator[Tile]:
@@ -533,7 +470,7 @@ def flash_attention_bias_backward(
     call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias)
     delta = _delta(dout, out, lse, dlse, dtype)
     dbias = torch.zeros(bias.shape, dtype=dtype)
-    whole = _four_dims(dbias)
+    whole = four_dims(dbias)
     dout = cast(dout, dtype).transpose(1, 2)
     if q.shape[0] * q.shape[2] > 0:
         for tile in call.small_tiles():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvops.eager.attention import cast, compute_dtype, merge, union_weights
+from kvops.eager.attention import cast, compute_dtype
+from kvops.eager.softmax import merge, union_weights
 
 
 def _empty_as_minus_inf(lse: Tensor) -> Tensor:

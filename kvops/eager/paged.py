@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvops.eager.attention import beside_sinks, compute_dtype, default_scale, softmax
+from kvops.eager.attention import compute_dtype, default_scale
+from kvops.eager.softmax import beside_sinks, softmax
 
 # Scores held at once: 4 MiB in float32.
 _MAX_SCORES = 1 << 20

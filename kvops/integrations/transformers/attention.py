@@ -120,10 +120,12 @@ def attention(
     bias, mask = _bias(position_bias, mask, packing is not None)
     if held:
         if bias is not None:
+            name, expected = "attention_mask", "a causal mask with padding at the ends of each row only"
+            if position_bias is not None:
+                name, expected = "position_bias", "None"
             raise ValueError(
-                "attention_mask: expected a causal mask with padding at the ends of each row only beside a KVOpsCache "
-                "or a Decoder, got one that needs a bias (padding between tokens, blocks, chunks or a position bias): "
-                "generate with the model's own cache"
+                f"{name}: expected {expected} beside a KVOpsCache or a Decoder, which have no bias, got "
+                f"{checks.shown(bias)}: generate with the model's own cache"
             )
         if packing is not None:
             raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
