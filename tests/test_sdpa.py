@@ -135,8 +135,9 @@ def draw_call(r: random.Random) -> tuple[tuple[torch.Tensor, ...], dict]:
             own[-1] = heads
     sizes = (queries, head_dim), (keys, head_dim), (keys, value_dim)
     tensors = [torch.randn(*own, *size) for own, size in zip(leads, sizes, strict=True)]
-    batch = torch.broadcast_shapes(*(own[:-1] for own in leads))
-    shape = (*batch, leads[0][-1]) if gqa else torch.broadcast_shapes(*leads)
+    scored = leads[:2]  # torch adds a mask to the scores before it knows the shape of the values
+    shape = (*torch.broadcast_shapes(*(own[:-1] for own in scored)), leads[0][-1]) if gqa else ()
+    shape = shape or torch.broadcast_shapes(*scored)
     options: dict = {"enable_gqa": gqa, "scale": r.choice((None, None, 0.3, -0.5))}
     kind = r.choice(("", "causal", "bool", "bool", "float", "float"))
     if kind == "causal":
