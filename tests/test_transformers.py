@@ -330,8 +330,8 @@ def test_arguments_that_do_not_change_attention_are_let_through():
 @pytest.mark.parametrize("family", ["T5", "MT5", "UMT5", "LongT5", "SwitchTransformers"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_models_with_a_position_bias(family, padded):
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 61}
-    config = getattr(transformers, f"{family}Config")(**sizes, decoder_start_token_id=0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, vocab_size=61, decoder_start_token_id=0)
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
     for parameter in model.parameters():  # as initialised, the biases are near 0
         torch.nn.init.normal_(parameter, std=0.3)
