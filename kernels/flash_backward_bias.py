@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kvops.kernels.dense import bias_arguments, padded, row_strides, slope_stride, token_strides
+from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward import Backward, prepare
 from kvops.kernels.flash_tiles import alibi_slope, in_window, probabilities, row_products
 from kvops.kernels.primitives import load_rows
@@ -201,10 +202,12 @@ def flash_backward_bias_kernel(
 
 
 def _tile(width: int, itemsize: int) -> tuple[int, int, int]:
-    """block_m, block_n and warps: what compiled without spills on every architecture, without a search."""
+    """block_m, block_n and warps, which compile without spills on every architecture that was tried."""
     if itemsize == 4 or width > 256:
         return 16, 16, 4
-    return (64, 64, 8) if width <= 64 else (32, 64, 8) if width <= 128 else (32, 32, 4)
+    if width <= 128:
+        return 32, 64, 4 if width <= 64 or not current_device().nvidia else 8
+    return 16, 32, 8
 
 
 def flash_bias_backward(

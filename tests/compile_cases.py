@@ -328,16 +328,19 @@ def flash_attention_bias(head_dim, dtype=torch.bfloat16, **options):
 
 
 FLASH_KERNELS = ("flash_forward_kernel", "flash_backward_keys_kernel", "flash_backward_queries_kernel")
+SOME = ("sm_80", "sm_90", "gfx942")
 BIAS_KERNELS = (*FLASH_KERNELS, "flash_backward_bias_kernel")
 
 CASES += [
     CompileCase("flash-fp16-d128", flash_attention_causal, matrix=(*FLASH_KERNELS, "attention_scores_kernel")),
     CompileCase("flash-bf16-d64-everything", flash_attention_with_everything, matrix=FLASH_KERNELS),
     CompileCase("flash-fp32-d64", flash_attention_float32),
-    CompileCase("flash-bias-d64", partial(flash_attention_bias, 64), matrix=BIAS_KERNELS),
+    CompileCase("flash-bias-d64", partial(flash_attention_bias, 64), matrix=BIAS_KERNELS, targets=SOME),
     CompileCase("flash-bias-d128-causal", partial(flash_attention_bias, 128, causal=True), matrix=BIAS_KERNELS),
-    CompileCase("flash-bias-d256", partial(flash_attention_bias, 256), matrix=BIAS_KERNELS),
-    CompileCase("flash-bias-d128-mask", partial(flash_attention_bias, 128, torch.bool), matrix=FLASH_KERNELS),
+    CompileCase("flash-bias-d256", partial(flash_attention_bias, 256), matrix=BIAS_KERNELS, targets=SOME),
+    CompileCase(
+        "flash-bias-d128-mask", partial(flash_attention_bias, 128, torch.bool), matrix=FLASH_KERNELS, targets=SOME
+    ),
 ]
 
 # Every default configuration under every kind of mask; no mask at all compiles to a part of what a causal one does, and

@@ -117,16 +117,8 @@ def attention(
     mask.expect_lengths(batch, q_length, kv_length)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     packing = _given_packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-    bias, mask = _bias(position_bias, mask, packing is not None)
     if held:
-        if bias is not None:
-            name, expected = "attention_mask", "a causal mask with padding at the ends of each row only"
-            if position_bias is not None:
-                name, expected = "position_bias", "None"
-            raise ValueError(
-                f"{name}: expected {expected} beside a KVOpsCache or a Decoder, which have no bias, got "
-                f"{checks.shown(bias)}: generate with the model's own cache"
-            )
+        _refuse_bias_of_a_cache(position_bias, mask)
         if packing is not None:
             raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
         return key.attend(query.transpose(1, 2), mask, options), None
@@ -136,6 +128,18 @@ def attention(
         options["bias"] = bias
     q, k, v = (_row_contiguous(x.transpose(1, 2)) for x in (query, key, as_tensor(value)))
     return attend(q, k, v, mask, packing or mask.packing, options), None
+
+
+def _refuse_bias_of_a_cache(position_bias: Tensor | None, mask: Mask) -> None:
+    name, expected = "attention_mask", "a causal mask with windows and padding only"
+    if position_bias is not None:
+        name, expected = "position_bias", "None"
+    bias = mask.bias if position_bias is None else position_bias
+    if bias is not None:
+        raise ValueError(
+            f"{name}: expected {expected} beside a KVOpsCache or a Decoder, which have no bias, got "
+            f"{checks.shown(bias)}: generate with the model's own cache"
+        )
 
 
 def _bias(position_bias: Tensor | None, mask: Mask, packed: bool) -> tuple[Tensor | None, Mask]:

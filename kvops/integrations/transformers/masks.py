@@ -134,11 +134,8 @@ class Mask(Placeholder):
         source = replace(
             self.source, q_offset=self.source.q_offset + queries[0], kv_offset=self.source.kv_offset + keys[0]
         )
-        windowed = max(self.window_left, self.window_right) >= 0
-        packing = None
-        if bias is None:
-            packing = _pack_rows_if_needed(source, q_length, kv_length, self.causal, windowed)
-        return replace(self, packing=packing, q_length=q_length, kv_length=kv_length, source=source, bias=bias)
+        part = replace(self, q_length=q_length, kv_length=kv_length, source=source, bias=bias)
+        return part if bias is not None else part.formed()
 
     def seen(self) -> Tensor:
         """bool ``[B, 1, T, S]``: which keys each query sees, of a mask that has a ``source``."""
@@ -155,10 +152,19 @@ class Mask(Placeholder):
         """This mask with its packing, where a cache was expected to attend without it."""
         if self.source is None or not isinstance(self.source.q_offset, QueryOffset):
             return self
-        source = replace(self.source, q_offset=int(self.source.q_offset))
+        return replace(self, source=replace(self.source, q_offset=int(self.source.q_offset))).formed()
+
+    def formed(self) -> Mask:
+        """This mask with what its ``source`` asks for: a packing, or a bias where rows have gaps."""
+        source, lengths = self.source, (self.q_length, self.kv_length)
+        if source is None:
+            return self
+        if source.padding is not None and not isinstance(source.q_offset, QueryOffset):
+            real = source.padding[:, source.kv_offset : source.kv_offset + self.kv_length]
+            if not torch.compiler.is_compiling() and _has_gaps(real):
+                return replace(self, packing=None, bias=self.seen())
         windowed = max(self.window_left, self.window_right) >= 0
-        packing = _pack_rows_if_needed(source, self.q_length, self.kv_length, self.causal, windowed)
-        return replace(self, packing=packing, source=source)
+        return replace(self, packing=_pack_rows_if_needed(source, *lengths, self.causal, windowed))
 
     def expect_lengths(self, batch: int, q_length: int, kv_length: int) -> None:
         """Raise ValueError for queries and keys that the mask was not made for."""
@@ -303,6 +309,9 @@ def make_mask(
         from transformers.masking_utils import sdpa_mask
 
         whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": use_vmap}
+        if isinstance(q_offset, QueryOffset):
+            q_offset.tell(Source(batch_size, q_offset, kv_offset, attention_mask, device))
+            q_offset = int(q_offset)
         places = q_length, kv_length, q_offset, kv_offset
         bias = sdpa_mask(batch_size, *places, mask_function, attention_mask, device=device, **whole)
         return Mask(False, -1, -1, None, q_length, kv_length, bias=bias)
@@ -315,8 +324,7 @@ def make_mask(
     source = Source(batch_size, q_offset, kv_offset, attention_mask, device)
     if isinstance(q_offset, QueryOffset):
         q_offset.tell(source)
-    packing = _pack_rows_if_needed(source, q_length, kv_length, pattern.causal, max(windows) >= 0)
-    return Mask(pattern.causal, *windows, packing, q_length, kv_length, source)
+    return Mask(pattern.causal, *windows, None, q_length, kv_length, source).formed()
 
 
 def _sequence_ids(function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> Tensor:
