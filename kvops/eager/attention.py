@@ -190,7 +190,7 @@ def score_tile(
         added = bias_tile(bias, tile.rows, tile.keys, scores.dtype)
         added = added.expand(-1, Hkv * G, -1, -1).unflatten(1, (Hkv, G))
         scores += added
-        scores.masked_fill_(added == -torch.inf, -torch.inf)  # also where the score is no number
+        scores.masked_fill_(added == -torch.inf, -torch.inf)  # also where the score is NaN
     return scores, capped
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# A bias below this hides a key, as in the kernels: times log2(e) it is no number of float32.
+# A bias below this hides a key, as in the kernels: times log2(e) it is below the range of float32.
 _HIDDEN = torch.finfo(torch.float32).min * math.log(2)
 
 
