@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import kvops
-from kvops.cli.environment import processor, what_runs
+from kvops.cli.environment import assemblers, processor, what_runs
 
 # Far more than any last-level cache of a GPU; writing it takes so long (0.3 ms at 3 TB/s) that the host, which is ahead
 # by then, has queued the launches that follow: what is timed is the GPU's work and not the host's.
@@ -169,6 +169,7 @@ def setting(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
+            "ptxas": {name: version for name, (version, _) in assemblers().items()},
             "hip": torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),
             "driver, power limit, clock limit": _command(

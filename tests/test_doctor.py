@@ -172,6 +172,18 @@ def test_old_versions_are_told_with_the_command(monkeypatch, no_self_check):
     assert "gguf >= 0.17 (there is 0.1)" in doctor.report()
 
 
+def test_the_assembler_that_triton_uses_is_told(monkeypatch, tmp_path, no_self_check):
+    pytest.importorskip("triton")
+    assert re.search(r"ptxas +\d+\.\d+ +/\S+", doctor.report())
+    other = tmp_path / "ptxas"
+    other.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.3, V13.3.20\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+    assert re.search(rf"ptxas +13\.3 +{other}", doctor.report())
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "ptxas" not in doctor.report()
+
+
 def gpu(name, major, minor, **more):
     return SimpleNamespace(name=name, major=major, minor=minor, total_memory=80 * 2**30, **more)
 

@@ -19,7 +19,7 @@ import torch
 
 import kvops
 from kvops.cli.console import table
-from kvops.cli.environment import processor
+from kvops.cli.environment import assemblers, processor
 
 _MIN_TORCH, _MIN_TRITON = "2.11", "3.6"
 _MIN_CAPABILITY = (8, 0)
@@ -127,6 +127,7 @@ def _software(problems: list[Problem]) -> list[Row]:
         else:
             rows.append((name, version, f"too old: {minimum} or later is supported"))
             problems.append(Problem(f"{name} {version} is too old", f'pip install --upgrade "{name}>={minimum}"'))
+    rows += [(name, *tool) for name, tool in assemblers().items()]
     return rows
 
 

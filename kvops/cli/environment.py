@@ -41,6 +41,17 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
+def assemblers() -> dict[str, tuple[str, str]]:
+    """Version and path of each ptxas with which Triton assembles kernels for NVIDIA: its own, or what
+    ``TRITON_PTXAS_PATH`` and ``TRITON_PTXAS_BLACKWELL_PATH`` (sm_100 and later) name. Empty without Triton."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return {}
+    tools = {name: getattr(knobs.nvidia, name, None) for name in ("ptxas", "ptxas_blackwell")}
+    return {name: (tool.version, tool.path) for name, tool in tools.items() if tool is not None}
+
+
 def what_runs(device: torch.device) -> str:
     """One line with the backend for tensors on ``device`` and the name of the device."""
     if device.type == "cuda":
