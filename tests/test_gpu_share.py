@@ -75,7 +75,7 @@ def test_two_processes_that_launch_a_kernel_at_once_compile_it_once(tmp_path, mo
     processes = [
         subprocess.Popen([*command, str(tmp_path / f"ready-{i}")], stdout=subprocess.PIPE, text=True) for i in range(2)
     ]
-    assert sorted(process.communicate(timeout=120)[0].strip() for process in processes) == ["0", "1"]
+    assert sorted(process.communicate(timeout=300)[0].strip() for process in processes) == ["0", "1"]
 
 
 def test_a_simulation_waits_for_a_kernel_that_another_process_compiles():
