@@ -127,7 +127,6 @@ def _dense(
     *,
     walks_keys: bool,
     descriptors: bool = False,
-    corners: tuple[Problem, ...] = (),
 ) -> OpSpec:
     return OpSpec(
         name=name,
@@ -142,7 +141,6 @@ def _dense(
         kernels=(kernel,),
         workload=f"kvops.autotune.workloads:{name}",
         problems=dense_problems(),
-        corners=corners,
         proof_key=with_window,
         operators=operators,
     )
@@ -161,8 +159,6 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         _ATTENTION,
         walks_keys=True,
         descriptors=True,
-        # Short prompts with a window: no other tile of this head size is free of spills on every GPU.
-        corners=tuple(_dense_problem(256, 2, WINDOW, 16, length, 1024) for length in (32, 16)),
     ),
     _dense(
         "flash_backward_keys",

@@ -26,6 +26,8 @@ SPILLS = {"attention_scores": 10, "paged_attention": 32, "verify": 4, "gluon_fla
 def dense_problems(lengths=PROMPTS):
     for heads, _, width in MODELS:
         for mask, length, batch in itertools.product((0, 1, 2), lengths, (1, 16)):
+            if width == 256 and mask == 2 and length < 40:
+                continue  # their small tiles are not in the tables, and the large ones spill on some GPUs
             yield (width, 2, mask, batch * heads, length, max(length, 1000))
 
 

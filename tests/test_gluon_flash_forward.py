@@ -309,7 +309,9 @@ def test_launchable_says_why_not(hopper, monkeypatch):
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (1, 700), (129, 65), (500, 1000), (1031, 1031), (300, 77)])
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu_it_computes_attention(name, seqlen_q, seqlen_k, head_dim, dtype):
-    q, k, v = inputs(2, seqlen_q, seqlen_k, 9, 3, head_dim, dtype, device="cuda")
+    # The float64 reference takes seconds of a core for long sequences, and there are hundreds of these tests.
+    batch = 2 if seqlen_q * seqlen_k < 100_000 else 1
+    q, k, v = inputs(batch, seqlen_q, seqlen_k, 6, 2, head_dim, dtype, device="cuda")
     out, lse = gluon_flash_forward(q, k, v, **CASES[name])
     assert_correct(out, lse, q, k, v, **CASES[name])
 
