@@ -202,6 +202,7 @@ class Attention(nn.Module):
         rows: Rows = slice(None),
         q_lens: Tensor | None = None,
         prefill: bool = False,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attention over dense inputs, over packed inputs, or over a cache.
 
@@ -220,6 +221,8 @@ class Attention(nn.Module):
             prefill: with a cache, whether x are whole prompts of one length for empty rows. Prompts are read by dense
                 attention and scored by the policy. Other tokens attend to what is in the cache and add to its scores
                 as the policy says.
+            bias: dense inputs only: a bool mask (True: may attend) or a float bias that broadcasts to
+                ``[B, heads, S, Sk]``, as :func:`kvops.flash_attention` takes it.
 
         Returns:
             A tensor of x's shape.
@@ -228,6 +231,8 @@ class Attention(nn.Module):
             ValueError: arguments that do not fit together; on the CPU and with ``KVOPS_DEBUG=1`` also ``prefill`` of
                 rows that are not empty.
         """
+        if bias is not None and (cache is not None or cu_seqlens is not None):
+            raise ValueError("bias: expected None along with cu_seqlens or cache, got a tensor")
         if cache is not None:
             return self._cached(x, positions, cache, rows, q_lens, prefill, context)
         if prefill or q_lens is not None:
@@ -256,7 +261,7 @@ class Attention(nn.Module):
         if cu_seqlens is not None and max_seqlen is not None:
             out, _ = flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
         else:
-            out, _ = flash_attention(q, k, v, **options)
+            out, _ = flash_attention(q, k, v, bias=bias, **options)
         return self.o_proj(out.flatten(-2))
 
     def _options(self) -> dict[str, Any]:

@@ -115,6 +115,18 @@ def test_the_projections_of_torchs_module_are_taken_over(causal, bias):
         torch.testing.assert_close(Attention.from_torch(theirs)(x, context=context), expected)
 
 
+def test_a_mask_and_a_bias_are_those_of_torchs_module():
+    theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    ours, x = Attention.from_torch(theirs, causal=False), torch.randn(3, 5, 16)
+    hidden = torch.rand(5, 5) < 0.4
+    hidden.fill_diagonal_(False)
+    added = torch.randn(5, 5)
+    for mask, bias in ((hidden, ~hidden), (added, added)):  # in torch's module True hides
+        torch.testing.assert_close(ours(x, bias=bias), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
+    with pytest.raises(ValueError, match="bias: expected None along with cu_seqlens or cache"):
+        ours(x[0], cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), max_seqlen=5, bias=added)
+
+
 def test_packed_sequences_attend_to_themselves(backend, device):
     module, lengths = make(device, window=4), (5, 0, 1, 3)
     x = torch.randn(sum(lengths), HIDDEN, device=device)
