@@ -148,8 +148,17 @@ def test_kvzip_keeps_the_same_keys_of_all_layers_and_heads():
         lambda: kvpress.PyramidKVPress(0.5, window_size=4, beta=2),
         lambda: kvpress.ChunkPress(kvpress.SnapKVPress(0.6, window_size=2), chunk_length=14),
         lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(0.6, window_size=4)),
+        lambda: kvpress.ComposedPress([kvpress.KnormPress(0.3), kvpress.StreamingLLMPress(0.4, n_sink=2)]),
+        lambda: kvpress.PerLayerCompressionPress(kvpress.KnormPress(), [0.3, 0.8]),
+        lambda: kvpress.ComposedPress(
+            [kvpress.PerLayerCompressionPress(kvpress.KnormPress(), [0.3, 0.6]), kvpress.KeyDiffPress(0.2)]
+        ),
+        lambda: kvpress.PrefillDecodingPress(kvpress.KnormPress(0.5), None),
     ],
-    ids=["knorm", "expected-attention", "pyramid-kv", "chunk", "ada-kv"],
+    ids=[
+        *("knorm", "expected-attention", "pyramid-kv", "chunk", "ada-kv"),
+        *("composed", "per-layer", "composed-per-layer", "prefill-only"),
+    ],
 )
 @torch.no_grad()
 def test_what_a_press_leaves_is_what_stays_in_the_cache(make_press):
@@ -178,10 +187,13 @@ def left_by(press, model, ids) -> dict[tuple[int, int, int], set[int]]:
 
     def record(module, args, kwargs, output):
         layer = theirs.layers[module.layer_idx]
+        keys = layer.keys
         module.masked_key_indices = None
-        left, _ = press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
+        positions = {"cache_position": torch.arange(PROMPT), "past_key_values": theirs}
+        press.forward_hook(module, args, kwargs | positions, (None, None))
+        left = layer.keys
         for row, head in product(range(2), range(2)):
-            same = (layer.keys[row, head][:, None] == left[row, head]).all(-1).any(1)
+            same = (keys[row, head][:, None] == left[row, head]).all(-1).any(1)
             found[module.layer_idx, row, head] = set(same.nonzero().flatten().tolist())
         if module.masked_key_indices is not None:
             for row, head, place in zip(*(index.tolist() for index in module.masked_key_indices), strict=True):
@@ -210,7 +222,7 @@ def test_presses_that_do_more_than_select_are_refused():
             cache = KVOpsCache(model.config, max_tokens=64, compression=compression)
             model(ids, past_key_values=cache, **inputs)
 
-    with pytest.raises(ValueError, match="press: expected a press of kvpress with a compress method, got str"):
+    with pytest.raises(ValueError, match="press: expected a press of kvpress, got str"):
         run("knorm")
     with pytest.raises(ValueError, match="press: expected one that needs no matrix of attention"):
         run(kvpress.ObservedAttentionPress(0.5))
@@ -296,19 +308,84 @@ def test_presses_that_change_keys_or_values_are_refused(make_press):
 @pytest.mark.parametrize(
     "make_press",
     [
-        lambda: kvpress.DecodingPress(kvpress.KnormPress(0.5), compression_interval=4, target_size=8),
-        lambda: kvpress.PrefillDecodingPress(kvpress.KnormPress(0.5), kvpress.DecodingPress(kvpress.KnormPress(0.5))),
-        lambda: kvpress.PrefillDecodingPress(kvpress.KnormPress(0.5), None),
-        lambda: kvpress.ComposedPress([kvpress.KnormPress(0.5)]),
         lambda: kvpress.KVzipPress(0.5),
         lambda: Around(kvpress.DecodingPress(kvpress.KnormPress(0.5))),
+        lambda: kvpress.ComposedPress([kvpress.DecodingPress(kvpress.KnormPress(0.5))]),
+        lambda: kvpress.DecodingPress(kvpress.AdaKVPress(kvpress.KnormPress(0.5))),
+        lambda: kvpress.BasePress(),
     ],
-    ids=["decoding", "prefill-decoding", "prefill-only", "composed", "kvzip", "inner-decoding"],
+    ids=["kvzip", "inner-decoding", "composed-decoding", "ada-kv-while-decoding", "base"],
 )
-def test_presses_that_act_at_other_times_are_refused(make_press):
-    """Their compress() was called on the prompt, whatever they do while decoding."""
-    with pytest.raises(ValueError, match=r"press: expected (one that acts once|a press of kvpress with a compress)"):
+def test_presses_that_cannot_be_shown_what_they_want_are_refused(make_press):
+    """Their compress() was called on the prompt, whatever they do at other times."""
+    expected = r"press: expected one (that acts once|with a compress|that keeps the same number)"
+    with pytest.raises(ValueError, match=expected):
         logits_with(make_press(), make_model("Llama"), torch.randint(1, 61, (2, PROMPT)))
+
+
+def decoding_presses():
+    yield lambda: kvpress.DecodingPress(kvpress.KnormPress(), compression_interval=4, target_size=20)
+    yield lambda: kvpress.DecodingPress(
+        kvpress.SnapKVPress(window_size=3, kernel_size=3), compression_interval=5, target_size=16
+    )
+    yield lambda: kvpress.PrefillDecodingPress(
+        kvpress.KnormPress(0.5), kvpress.DecodingPress(kvpress.KeyDiffPress(), compression_interval=3, target_size=12)
+    )
+    yield lambda: kvpress.CompressionRatioDecodingPress(
+        kvpress.KnormPress(), compression_interval=4, target_compression_ratio=0.5
+    )
+
+
+@pytest.mark.parametrize("make_press", list(decoding_presses()), ids=["knorm", "snapkv", "prefill-too", "ratio"])
+@torch.no_grad()
+def test_presses_that_act_while_decoding_choose_what_stays(make_press):
+    """Step by step the logits are those of transformers' cache, which the press itself compresses."""
+    model = make_model("Llama")
+    ids, more = torch.randint(1, 61, (2, PROMPT)), torch.randint(1, 61, (2, 14))
+    press = make_press()
+    with evicting(model, press) as compression:
+        cache = KVOpsCache(model.config, max_tokens=64, block_size=BLOCK, compression=compression)
+        got = [model(ids, past_key_values=cache).logits]
+        for step in range(14):
+            place = torch.full((2, 1), PROMPT + step)
+            got.append(model(more[:, step : step + 1], position_ids=place, past_key_values=cache).logits)
+    part = press.decoding_press if isinstance(press, kvpress.PrefillDecodingPress) else press
+    assert compression.every == part.compression_interval
+    assert not part.layer_step_counts  # reset for another run
+    expected, lens = decoded_by(make_press(), model, ids, more)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert cache.paged.seq_lens.unique().tolist() == [lens]
+    assert lens < PROMPT
+
+
+def decoded_by(press, model, ids, more) -> tuple[list[torch.Tensor], int]:
+    """Logits of the prompt and of each further token, and the length at the end, in a run of transformers alone."""
+    model.set_attn_implementation("sdpa")
+    press.post_init_from_model(model)
+    theirs, seen = transformers.DynamicCache(), torch.arange(0)
+
+    def act(module, args, kwargs, output):
+        press.forward_hook(module, args, kwargs | {"cache_position": seen, "past_key_values": theirs}, (None, None))
+
+    hooks = [layer.self_attn.register_forward_hook(act, with_kwargs=True) for layer in model.model.layers]
+    logits = []
+    for tokens in (ids, *more.split(1, 1)):
+        first = int(seen[-1]) + 1 if len(seen) else 0
+        seen = torch.arange(first, first + tokens.shape[1])
+        logits.append(model(tokens, position_ids=seen.expand(2, -1), past_key_values=theirs).logits)
+    for hook in hooks:
+        hook.remove()
+    return logits, theirs.layers[0].keys.shape[2]
+
+
+@torch.no_grad()
+def test_heads_of_different_length_are_refused_while_decoding():
+    model, ids = make_model("Llama"), torch.randint(1, 61, (2, PROMPT))
+    later = kvpress.DecodingPress(kvpress.KnormPress(), compression_interval=2, target_size=8)
+    press = kvpress.PrefillDecodingPress(kvpress.AdaKVPress(kvpress.SnapKVPress(0.6, window_size=4)), later)
+    with pytest.raises(ValueError, match="press: expected heads of one length, as a press that acts while decoding"):
+        logits_with(press, model, ids)
 
 
 def every_press():

@@ -23,8 +23,19 @@ if TYPE_CHECKING:
     from kvops.integrations.transformers.decoder import Decoder
     from kvops.integrations.transformers.folder import write_folder
     from kvops.integrations.transformers.layers import attention_module, replace
+    from kvops.integrations.transformers.serving import continuous_batching
 
-__all__ = ["NAME", "Decoder", "KVOpsCache", "attention", "attention_module", "enable", "replace", "write_folder"]
+__all__ = [
+    "NAME",
+    "Decoder",
+    "KVOpsCache",
+    "attention",
+    "attention_module",
+    "continuous_batching",
+    "enable",
+    "replace",
+    "write_folder",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -44,6 +55,10 @@ def __getattr__(name: str) -> Any:
         from kvops.integrations.transformers.folder import write_folder
 
         return write_folder
+    if name == "continuous_batching":
+        from kvops.integrations.transformers.serving import continuous_batching
+
+        return continuous_batching
     from kvops.integrations.transformers import layers
 
     return getattr(layers, name)
