@@ -7,8 +7,8 @@ from oracle import assert_accurate, attention
 from rounding import rounded
 
 
-@pytest.mark.parametrize(("window", "ragged"), [(-1, False), (9, True)])
-def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, device, window, ragged):
+@pytest.mark.parametrize(("window", "chunk", "ragged"), [(-1, 0, False), (9, 0, True), (-1, 13, True)])
+def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, device, window, chunk, ragged):
     """Two sequences, two layers, per-head lengths: against all tokens with the evicted ones masked out."""
     heads, group, tokens, dim = 2, 3, 25, 24
     sizes = {"num_kv_heads": heads, "head_dim": dim, "v_head_dim": dim, "max_batch": 2, "max_tokens": 48}
@@ -31,7 +31,8 @@ def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, devi
         cache.append(layer, k[layer, :, tokens:].to(device), v[layer, :, tokens:].to(device), new, q_lens=q_lens)
         q = torch.randn(2, 3, heads * group, dim)
         cache.scores.zero_()
-        out = cache.attend(layer, q.to(device), q_lens=q_lens, window_left=window, accumulate="sum").cpu()
+        reach = {"window_left": window, "chunk": chunk}
+        out = cache.attend(layer, q.to(device), q_lens=q_lens, **reach, accumulate="sum").cpu()
         allowed = torch.zeros(2, heads, 3, tokens + 3, dtype=torch.bool)
         for b in range(2):
             for h in range(heads):
@@ -39,6 +40,9 @@ def test_decoding_after_eviction_attends_to_exactly_the_kept_slots(backend, devi
         allowed[..., tokens:] = torch.ones(3, 3, dtype=torch.bool).tril()
         if window >= 0:
             allowed &= torch.arange(tokens, tokens + 3)[:, None] - torch.arange(tokens + 3) <= window
+        if chunk:  # the first of the new tokens is the last of the second chunk
+            places = torch.arange(tokens + 3) // chunk
+            allowed &= places[tokens:, None] == places
         mask = allowed.repeat_interleave(group, 1)
         exact = attention(q, k[layer], v[layer], mask=mask)[0]
         same = rounded(q.dtype, lambda *inputs, mask=mask: attention(*inputs, mask=mask)[0], q, k[layer], v[layer])

@@ -293,6 +293,33 @@ def test_models_that_compute_with_stored_keys_get_copies_of_them(make_model):
     assert plain == new_tokens(model, rows[:1])
 
 
+def llama4() -> torch.nn.Module:
+    """Chunks of 8 tokens in the first layer."""
+    sizes = {"num_local_experts": 2, "intermediate_size_mlp": 48, "moe_layers": [], "attention_chunk_size": 8}
+    types = {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "initializer_range": 0.2}
+    return shared(transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**TINY | sizes | types)))
+
+
+def test_layers_with_chunks_see_their_own_chunk_of_each_row():
+    model = llama4()
+    rows = [row[:length] for row, length in zip(prompts(), (21, 6, 13), strict=True)]
+    model.set_attn_implementation("eager")
+    alone = [new_tokens(model, [row])[0] for row in rows]
+    model.set_attn_implementation("kvops")
+    cache = KVOpsCache(model.config, max_tokens=64, block_size=4)
+    assert new_tokens(model, rows, past_key_values=cache) == alone
+    cache.stats()  # gives up the chunks that are over
+    assert cache.paged.seq_lens[0].max() < 8 + 8
+    chat = KVOpsCache(model.config, max_tokens=64, block_size=4)
+    logits, seen = run_turns(model, chat)
+    got, ids = torch.cat(logits, 1), torch.cat([ids for ids, _ in turns()], 1)
+    model.set_attn_implementation("eager")
+    for row in range(3):
+        with torch.no_grad():
+            expected = model(ids[row, seen[row]][None], use_cache=False).logits[0]
+        torch.testing.assert_close(got[row, seen[row]], expected, atol=1e-5, rtol=1e-4)
+
+
 def cache_for(model, **options) -> KVOpsCache:
     return KVOpsCache(model.config, max_tokens=64, block_size=4, **options)
 

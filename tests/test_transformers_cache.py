@@ -204,8 +204,8 @@ def test_misuse_is_told_apart():
     model.set_attn_implementation("eager")
     with pytest.raises(TypeError, match=r"attn_implementation: expected 'kvops' .* got 'eager'"), torch.no_grad():
         model(ids, past_key_values=cache())
-    config = transformers.LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"])
-    with pytest.raises(ValueError, match="config: expected layers of full or sliding attention, got chunked_attention"):
+    config = transformers.DeepseekV32Config(num_hidden_layers=2)
+    with pytest.raises(ValueError, match="config: expected layers of full or sliding attention, got indexed_attention"):
         KVOpsCache(config, max_tokens=16)
     config = transformers.LlamaConfig(num_hidden_layers=1, layer_types=["linear_attention"])
     with pytest.raises(ValueError, match="config: expected at least one layer of attention, got none"):

@@ -3,9 +3,8 @@
 A block holds ``block_size`` slots of one KV head. A sequence (a *row*) owns ``num_layers * num_kv_heads`` lists of
 blocks. Each list may be compressed at its own rate, and the blocks that it gives up are free for any other list.
 
-Its parts are files of this package: storage (keys, values, positions, scores), pool (the blocks of each
-list), bound (upper bounds on the host), prefix (remembered prompts), rows (selections of rows and their states),
-allocator (room for tokens, copy-on-write), eviction and file.
+Its parts are files of this package: storage (keys, values, positions, scores), pool (the blocks of each list), bound
+(upper bounds on the host), prefix, rows, fork, allocator (room for tokens, copy-on-write), eviction and file.
 """
 
 from __future__ import annotations
@@ -231,6 +230,7 @@ class PagedKVCache:
         rows: Rows = slice(None),
         query_positions: Tensor | None = None,
         window_left: int = -1,
+        chunk: int = 0,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         scale: float | None = None,
@@ -246,6 +246,7 @@ class PagedKVCache:
             q_lens: int32 ``[B']``, the number of real tokens of each row if it is not T; the output of padding is 0.
             query_positions: int32 ``[B', T]``, for windows; None for the positions that :meth:`extend` returned.
             window_left: the number of original positions before its own that a query sees, -1 for all.
+            chunk: queries see only their own chunk of so many original positions instead; 0 for no chunks.
             softcap, sinks, scale: as in :func:`kvops.flash_attention`.
             tree_mask: bool ``[B', T, T]``, which of the T tokens each of them sees, in place of causality
                 (:func:`kvops.tree_mask`).
@@ -259,13 +260,13 @@ class PagedKVCache:
         lists = self._selector.layer(layer, selection)
         expect_rows("q", q, len(lists[1]))
         storage = self._storage
-        options: dict[str, Any] = {"q_lens": q_lens, "window_left": window_left, "scale": scale, "softcap": softcap}
-        options |= {"sinks": sinks, "tree_mask": tree_mask, **storage.scales(layer)}
-        if window_left >= 0:
+        options: dict[str, Any] = {"q_lens": q_lens, "scale": scale, "softcap": softcap, "sinks": sinks}
+        options |= {"tree_mask": tree_mask, **storage.scales(layer)}
+        if window_left >= 0 or chunk:
             if query_positions is None:
                 first = self.next_positions[selection.index] - (q.shape[1] if q_lens is None else q_lens)
                 query_positions = first[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=self.device)
-            options |= {"positions": storage.positions, "query_positions": query_positions}
+            options |= storage.reach(query_positions, window_left, chunk)
         if accumulate is not None:
             checks.expect_choice("accumulate", accumulate, REDUCTIONS)
             checks.expect_at_least("decay", decay, 0)
@@ -418,8 +419,7 @@ class PagedKVCache:
     def remember(self, row: int, tokens: Sequence[int] | Tensor, *, salt: str = "") -> int:
         """Keep the full blocks of ``row`` that hold the first of its ``tokens``.
 
-        They stay for :meth:`recall` when the row goes on, is compressed or leaves, with the scores they have now. Takes
-        no blocks and copies nothing.
+        They stay for :meth:`recall` when the row goes on, is compressed or leaves, with the scores they have now.
 
         Args:
             row: a row that has not been compressed.
@@ -428,7 +428,7 @@ class PagedKVCache:
 
         Returns: how many tokens are remembered, including those remembered before.
 
-        Raises ValueError for a compressed row, or more tokens than the row has (which is read from the device).
+        Raises ValueError for a compressed row, or more tokens than the row has. Synchronises.
         """
         source = self._selector.one("row", row)
         tokens, held = tokens_of(tokens), int(self.next_positions[source])

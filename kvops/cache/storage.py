@@ -67,6 +67,13 @@ class BlockStorage:
             "v_scale": None if v_scale is None else v_scale[layer],
         }
 
+    def reach(self, query_positions: Tensor, window_left: int, chunk: int) -> dict[str, Any]:
+        """How far back queries see, in original positions, as keywords of ``paged_attention``."""
+        positions = self.positions
+        if chunk:  # two positions are of one chunk if no chunk begins between them
+            window_left, positions, query_positions = 0, positions // chunk, query_positions // chunk
+        return {"window_left": window_left, "positions": positions, "query_positions": query_positions}
+
     def append(
         self, layer: int, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor], positions: Tensor, q_lens: Tensor | None
     ) -> None:

@@ -55,7 +55,7 @@ class KVOpsCache(Cache):
     transformers' own cache. They cannot be compressed.
 
     Raises:
-        ValueError: the model has layers of another kind than full or sliding attention; the compression has a
+        ValueError: the model has layers of another kind than full, sliding or chunked attention; the compression has a
             ``chunk``, scores that cannot grow while decoding together with ``every``, or a policy with a recital.
             While the model runs: layers have heads that the config does not tell, attention is not causal, or there is
             a compression and the model computes with keys after storing them.
@@ -164,13 +164,18 @@ class KVOpsCache(Cache):
         if mask.source is None and mask.packing is not None:
             raise ValueError("position_ids: expected one sequence to a row with a KVOpsCache, got packed sequences")
         paged, place = self._pools.of(new.layer)
-        window = mask.window_left
+        if mask.chunk and self.compression is not None:
+            raise ValueError(
+                "compression: expected None with chunked attention, which policies do not know, got "
+                f"{type(self.compression.policy).__name__}"
+            )
+        window = mask.chunk - 1 if mask.chunk else mask.window_left
         widest = self._windows.setdefault(new.layer, window)
         self._windows[new.layer] = -1 if min(window, widest) < 0 else max(window, widest)
         if new.step is not None:
             return new.step.attend_again(paged, place, q, mask, options)
         step = new.step = self._begin(new, mask.real_queries())
-        out = step.store_and_attend(paged, place, (q, new.k, new.v), window, options, self.compression)
+        out = step.store_and_attend(paged, place, (q, new.k, new.v), mask, options, self.compression)
         self._stored(step, new.layer)
         return out
 

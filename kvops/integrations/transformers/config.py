@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Layer types that keep keys and values of all tokens, or of the tokens in a window.
 _ATTENTION = {"full_attention", "sliding_attention"}
+_CHUNKED = {"chunked_attention"}
 # Layer types that keep a state of fixed size, alone or beside keys and values.
 _STATE = {"linear_attention", "conv"}
 _BOTH = {"hybrid", "hybrid_sliding"}
@@ -34,8 +35,8 @@ class HeadGroup:
 
 def expect_layers(name: str, config: Any, *, states: bool, advice: str) -> None:
     """Raise ValueError for layers that are neither full nor sliding attention; ``states`` allows layers with a
-    state."""
-    allowed = _ATTENTION | _STATELESS | (_STATE | _BOTH if states else set())
+    state, and chunked attention."""
+    allowed = _ATTENTION | _STATELESS | (_STATE | _BOTH | _CHUNKED if states else set())
     others = set(layer_types_of(config)) - allowed
     if others:
         raise ValueError(
@@ -66,7 +67,7 @@ def storing_layers(config: Any) -> list[int]:
     return [
         layer
         for layer, (kind, mode) in enumerate(zip(types, modes, strict=True))
-        if kind in _ATTENTION | _BOTH and mode != "reuse"
+        if kind in _ATTENTION | _BOTH | _CHUNKED and mode != "reuse"
     ]
 
 

@@ -88,6 +88,7 @@ class Mask(Placeholder):
         source: the arguments that the mask was made from. None for packed sequences, which cannot be sliced.
         bias: what attention adds to the scores, or bool ``[B or 1, H or 1, T, S]`` with True where a query sees a key.
             It says all of the mask, ``causal`` and windows included. None for masks without such a tensor.
+        chunk: queries see only their own chunk of so many tokens. Only for a cache that attends by itself.
 
     Slicing queries and keys gives another mask (``mask[:, :, -1:, :]``). Any other use as a tensor raises
     :class:`~kvops.integrations.transformers.placeholders.NotATensorError`.
@@ -104,6 +105,7 @@ class Mask(Placeholder):
     kv_length: int
     source: Source | None = None
     bias: Tensor | None = None
+    chunk: int | None = None
     ndim: ClassVar[int] = 4
 
     def contiguous(self) -> Mask:
@@ -152,6 +154,10 @@ class Mask(Placeholder):
         """This mask with its packing, where a cache was expected to attend without it."""
         if self.source is None or not isinstance(self.source.q_offset, QueryOffset):
             return self
+        if self.chunk is not None and self.kv_length > self.chunk:
+            raise ValueError(
+                f"past_key_values: expected a model that does not compute with keys in chunks: {ELSEWHERE}"
+            )
         return replace(self, source=replace(self.source, q_offset=int(self.source.q_offset))).formed()
 
     def formed(self) -> Mask:
@@ -305,7 +311,8 @@ def make_mask(
             pattern.sequence_ids = _sequence_ids(mask_function, batch_size, q_length, device)
     else:
         known = _read(mask_function, pattern)
-    if not known or (pattern.chunk is not None and kv_offset + kv_length > pattern.chunk):
+    held = isinstance(q_offset, QueryOffset)  # a cache attends: it knows chunks
+    if not known or (pattern.chunk is not None and kv_offset + kv_length > pattern.chunk and not held):
         from transformers.masking_utils import sdpa_mask
 
         whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": use_vmap}
@@ -324,7 +331,9 @@ def make_mask(
     source = Source(batch_size, q_offset, kv_offset, attention_mask, device)
     if isinstance(q_offset, QueryOffset):
         q_offset.tell(source)
-    return Mask(pattern.causal, *windows, None, q_length, kv_length, source).formed()
+    return Mask(
+        pattern.causal, *windows, None, q_length, kv_length, source, chunk=pattern.chunk if held else None
+    ).formed()
 
 
 def _sequence_ids(function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> Tensor:

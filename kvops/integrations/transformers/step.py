@@ -107,7 +107,7 @@ class Step:
         paged: PagedKVCache,
         place: int,
         qkv: tuple[Tensor, Tensor, Tensor],
-        window_left: int,
+        mask: Mask,
         options: dict[str, Any],
         compression: Compression | None,
     ) -> Tensor:
@@ -115,14 +115,15 @@ class Step:
         q = self._rows.gather(qkv[0])
         k, v = self.store(paged, place, *qkv[1:])
         if self.empty and compression:
-            out = self._read_prompt(paged, place, (q, k, v), window_left, options, compression)
+            out = self._read_prompt(paged, place, (q, k, v), mask.window_left, options, compression)
         else:
             out = paged.attend(
                 place,
                 q,
                 q_lens=self._rows.counts,
                 query_positions=self._positions(paged),
-                window_left=window_left,
+                window_left=mask.window_left,
+                chunk=mask.chunk or 0,
                 accumulate=compression.policy.accumulate if compression and compression.every else None,
                 **options,
             )
@@ -132,7 +133,8 @@ class Step:
         """Queries ``[B, T', Hq, D]`` of another layer over keys that are stored: all of the pass' tokens or the last
         ones. They do not count in the scores of a compression."""
         rows = _RealTokens(mask.real_queries())
-        out = paged.attend(place, rows.gather(q), q_lens=rows.counts, window_left=mask.window_left, **options)
+        reach = {"window_left": mask.window_left, "chunk": mask.chunk or 0}
+        out = paged.attend(place, rows.gather(q), q_lens=rows.counts, **reach, **options)
         return rows.scatter(out)
 
     def _read_prompt(
