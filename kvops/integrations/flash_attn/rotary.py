@@ -113,7 +113,7 @@ def apply_rotary_emb_kv_(
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary embedding with tables that grow with the text.
+    """Rotary embedding of queries and keys. The tables of cosines and sines are computed at every call.
 
     Args:
         dim: R, the dimensions that are rotated.

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.utils import logging
 
 from kvops import checks
 from kvops.cache import CacheStats, PagedKVCache
@@ -191,6 +192,10 @@ class KVOpsCache(Cache):
                 "compression: expected None, as this model computes with keys after storing them, so that a policy "
                 f"cannot see what it attends to, got {type(self.compression.policy).__name__}"
             )
+        logging.get_logger(__name__).warning_once(
+            "KVOpsCache: this model computes with keys after storing them, so that it gets copies of all of them in "
+            "every pass, as from transformers' own cache."
+        )
         paged, place = self._pools.of(new.layer)
         step = new.step = self._begin(new, self._source.real_queries(new.k.shape[1]))
         length = self._length
