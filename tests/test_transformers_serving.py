@@ -12,9 +12,7 @@ from transformers.generation import continuous_batching as engine
 import kvops.integrations.transformers as kvops_transformers
 from kvops.integrations.transformers import serving
 
-ENGINE = transformers.ContinuousBatchingConfig(
-    page_size=16, max_batch_tokens=64, max_memory_percent=0.01, use_cuda_graph=False
-)
+ENGINE = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=64, use_cuda_graph=False)
 
 
 def serve(model) -> list[list[int]]:
