@@ -1,11 +1,12 @@
 """How the tests of the GPU run are shared out, and that no kernel is compiled twice."""
 
+import json
 import subprocess
 import sys
 import textwrap
 
 from bench.gpu import plan
-from bench.gpu.share import function_of, rank, shares
+from bench.gpu.share import COSTS, function_of, rank, shares
 
 
 def names(**functions):
@@ -89,3 +90,14 @@ def test_a_simulation_waits_for_a_kernel_that_another_process_compiles():
     assert simulated(["a"], ["c", "b"], once=False) == 15  # compiled again from 4 to 14
     assert simulated(["a"], ["c", "b"]) == 11  # waited for until 10
     assert simulated(["a", "c"], ["b"]) == 15
+
+
+def test_the_tests_of_the_check_phase_fit_its_eight_minutes_on_16_cores():
+    """By the committed computation; it takes minutes to repeat, so that this test only reads it."""
+    found = json.loads(COSTS.read_text())
+    assert "not measured" in found["about"]
+    assert found["workers"] == 16
+    assert found["seconds"] < 480
+    assert found["seconds"] < found["seconds_shared_out_by_turns"]
+    assert found["tests"] > 1900
+    assert {"paged_attention_kernel", "gluon_flash_forward_kernel"} <= found["variants"].keys()

@@ -40,13 +40,14 @@ TARGET = "sm_90"
 WORKERS = 16
 # Of the start of a process (imports, collecting): assumed.
 START_SECONDS = 40.0
-# Of a test of a Gluon kernel, besides compiling: its reference in float64 on one core.
-REFERENCE_SECONDS = 1.0
+# Of a test of a Gluon kernel, besides compiling: its references in float64 on one core, assumed.
+REFERENCE_SECONDS = 2.0
 _PATIENCE = 20
 _ABOUT = (
     "Computed by python -m bench.gpu.plan, not measured on a GPU: variants of kernels that the tests launch, from "
     "stubbed launches for sm_90; seconds of compiling one variant of a kernel on a shared CPU core; a simulation of "
-    "the processes, with an assumed time for the start of a process, and CPU times for tests besides compiling."
+    "the processes of the tests alone, with CPU times of tests besides compiling, and assumed times for the start of a "
+    "process and for the references of Gluon kernels."
 )
 
 Launched = dict[str, list[tuple[str, str]]]
