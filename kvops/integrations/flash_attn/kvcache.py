@@ -107,8 +107,10 @@ def flash_attn_with_kvcache(
         rows = k_cache[: len(q)], v_cache[: len(q)]
         out, lse = attend_to_rows(q, *rows, seq_lens, None, options, cache_leftpad, attention_chunk)
     else:
-        bounds = {"leftpad": cache_leftpad, "attention_chunk": attention_chunk}
-        out, lse = attend_to_pages(q, k_cache, v_cache, block_table, seq_lens, None, options, **bounds)
+        caches = k_cache, v_cache
+        out, lse = attend_to_pages(
+            q, *caches, block_table, seq_lens, None, options, leftpad=cache_leftpad, attention_chunk=attention_chunk
+        )
     return (out, lse) if return_softmax_lse else out
 
 

@@ -87,8 +87,8 @@ def attend_to_rows(
         leftpad_k=leftpad, seqused_q=q_lens, seqused_k=seq_lens, attention_chunk=attention_chunk
     )
     options = options | {"alibi_slopes": lengths.slopes(options["alibi_slopes"])}
-    packed = (x.flatten(0, 1) for x in (q, k, v))
-    out, lse = flash_attention_varlen(*packed, *lengths.arguments, **options)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse = flash_attention_varlen(q, k, v, *lengths.arguments, **options)
     return out.unflatten(0, (batch, num_tokens)), lse.unflatten(1, (batch, num_tokens)).transpose(0, 1)
 
 

@@ -139,6 +139,7 @@ class RotaryEmbedding(nn.Module):
             raise ValueError("pos_idx_in_fp32: expected True, as angles are computed in float32, got False")
         self.dim, self.base, self.interleaved = dim, float(base), interleaved
         inv_freq = self.base ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def tables(self, seqlen: int, like: Tensor) -> tuple[Tensor, Tensor]:

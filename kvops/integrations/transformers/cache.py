@@ -388,7 +388,7 @@ class KVOpsCache(Cache):
         for pool in self._pools:
             pool.reorder(order)
         for layer in self._states:
-            layer.reorder_cache(beam_idx)
+            layer.reorder_cache(beam_idx.long())  # type: ignore[arg-type]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times. The copies share their blocks."""
@@ -402,7 +402,7 @@ class KVOpsCache(Cache):
         self._settle_rows()
         self._pools.with_rows(order)
         for layer in self._states:
-            layer.reorder_cache(torch.tensor(order))
+            layer.reorder_cache(torch.tensor(order))  # type: ignore[arg-type]
 
     def _settle_rows(self) -> None:
         """What is due is done before rows move: rows that share blocks would need copies for it."""

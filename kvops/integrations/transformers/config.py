@@ -78,7 +78,8 @@ def head_groups(config: Any) -> list[HeadGroup]:
     by_layer = config.per_layer_config if getattr(config, "is_heterogeneous", False) else None
     groups: dict[Any, HeadGroup] = {}
     for layer in storing_layers(config):
-        heads, kind = 1, types[layer] if by_type else None
+        heads = 1
+        kind: Any = types[layer] if by_type else None
         if by_layer is not None:
             heads = getattr(by_layer[layer], "num_key_value_heads", None) or by_layer[layer].num_attention_heads
             kind = heads, head_dim_of(by_layer[layer])

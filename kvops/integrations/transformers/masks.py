@@ -320,7 +320,7 @@ def make_mask(
             q_offset.tell(Source(batch_size, q_offset, kv_offset, attention_mask, device))
             q_offset = int(q_offset)
         places = q_length, kv_length, q_offset, kv_offset
-        bias = sdpa_mask(batch_size, *places, mask_function, attention_mask, device=device, **whole)
+        bias = sdpa_mask(batch_size, *places, mask_function, attention_mask, device=device, **whole)  # type: ignore[arg-type]
         return Mask(False, -1, -1, None, q_length, kv_length, bias=bias)
     windows = pattern.window_left, pattern.window_right
     if pattern.sequence_ids is not None:

@@ -24,11 +24,11 @@ class Pools:
 
     def __init__(self, groups: Sequence[HeadGroup], num_blocks: int | None, max_tokens: int, block_size: int) -> None:
         self._groups, self.max_tokens, self.block_size = groups, max_tokens, block_size
-        self._num_blocks: list[int | None] = [None] * len(groups)
+        self._num_blocks = [0] * len(groups)  # 0 makes room for all rows
         if num_blocks is not None:
             lists = [group.kv_heads * len(group.layers) for group in groups]
             self._num_blocks = [num_blocks * count // sum(lists) for count in lists]
-            if min(self._num_blocks) < 1:  # type: ignore[type-var]
+            if min(self._num_blocks) < 1:
                 raise ValueError(f"num_blocks: expected at least one for each of {len(groups)} pools, got {num_blocks}")
         self._made: list[PagedKVCache | None] = [None] * len(groups)
         # For each layer: its group, and its place among the layers of the group.

@@ -133,8 +133,8 @@ class Step:
         """Queries ``[B, T', Hq, D]`` of another layer over keys that are stored: all of the pass' tokens or the last
         ones. They do not count in the scores of a compression."""
         rows = _RealTokens(mask.real_queries())
-        reach = {"window_left": mask.window_left, "chunk": mask.chunk or 0}
-        out = paged.attend(place, rows.gather(q), q_lens=rows.counts, **reach, **options)
+        window, chunk = mask.window_left, mask.chunk or 0
+        out = paged.attend(place, rows.gather(q), q_lens=rows.counts, window_left=window, chunk=chunk, **options)
         return rows.scatter(out)
 
     def _read_prompt(
