@@ -8,6 +8,7 @@ context and question as one prompt and compresses it as it goes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ from kvops.models.tokenizer import Tokenizer
 from kvops.policies import POLICIES, Compression, Policy
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-PAGE, CHUNK, STEP = 16, 8, 256
-"""Of vLLM: tokens of a page, pages that are compacted together, tokens of a step."""
+PAGE, STEP = 16, 256
+"""Of vLLM: tokens of a page, tokens of a step."""
 _SIZE = tasks.Size("answers", (), 0, ((1024, 0), (1024, 1)), 0, 0, 0)
 
 
@@ -65,14 +66,14 @@ def questions_of(units: Iterable[Unit]) -> list[Question]:
     ]
 
 
-def asked_of_vllm(folder: Path, questions: Sequence[Question], ratio: float, policy: str) -> dict[str, Any]:
+def asked_of_vllm(folder: Path, questions: Sequence[Question], ratio: float, policy: str, chunk: int) -> dict[str, Any]:
     """Which questions vLLM answers right, and how much smaller the caches are when they do."""
     vllm = require("vllm")
     longest = max(len(question.prompt) + len(question.answer) for question in questions)
     config = require("transformers").AutoConfig.from_pretrained(folder)
     llm = start(
         folder,
-        {"ratio": ratio, "policy": policy, "chunk": CHUNK},
+        {"ratio": ratio, "policy": policy, "chunk": chunk},
         block_size=PAGE,
         max_model_len=longest + 1,
         max_num_seqs=4,
@@ -101,16 +102,17 @@ def asked_of_vllm(folder: Path, questions: Sequence[Question], ratio: float, pol
 
 
 def chunked(policy: Policy) -> Reader:
-    """Our loop, which compresses after every chunk of as many tokens as vLLM's chunks have."""
+    """Our loop, which compresses to its budget after every chunk of as many tokens as a step of vLLM has."""
 
     def read(model: Decoder, tokens: Sequence[int], ratio: float, room: int) -> PagedKVCache:
         cache = new_cache(model, max_batch=1, max_tokens=len(tokens) + room)
-        read_prompt(model, cache, torch.tensor([list(tokens)]), 0, Compression(ratio, policy, chunk=CHUNK * PAGE))
+        read_prompt(model, cache, torch.tensor([list(tokens)]), 0, Compression(ratio, policy, chunk=STEP))
         return cache
 
     return read
 
 
+@torch.no_grad()
 def asked_of_our_loop(
     model: Llama, units: Sequence[Unit], ratios: Sequence[float], policy: str
 ) -> list[dict[str, Any]]:
@@ -129,7 +131,15 @@ def asked_of_our_loop(
     ]
 
 
-def run(folder: Path, json_path: Path | None, *, ratios: Sequence[float], policy: str, contexts: int) -> int:
+def run(
+    folder: Path,
+    json_path: Path | None,
+    *,
+    ratios: Sequence[float],
+    chunks: Sequence[int],
+    policy: str,
+    contexts: int,
+) -> int:
     loaded = load(progress=False)
     units = units_of(loaded.tokenizer, contexts)
     questions = questions_of(units)
@@ -139,10 +149,8 @@ def run(folder: Path, json_path: Path | None, *, ratios: Sequence[float], policy
         "policy": policy,
         "questions": len(questions),
         "tokens of a page": PAGE,
-        "pages of a chunk": CHUNK,
     }
     rows: list[dict[str, Any]] = []
-    known: list[str] = []
 
     def note(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -150,13 +158,13 @@ def run(folder: Path, json_path: Path | None, *, ratios: Sequence[float], policy
         if json_path:
             results.save(json_path, "answers", facts, rows)
 
-    for ratio in (1, *ratios):
-        got = asked_of_vllm(folder, questions, ratio, policy)
-        if ratio == 1:
-            known = got["names"]
-        kept = [name for name in known if name in got["names"]]
-        row = {"engine": "vLLM", "ratio": ratio, "smaller": got["smaller"], "right": len(kept)}
-        note(row | {"asked": len(questions) if ratio == 1 else len(known), "lost": sorted(set(known) - set(kept))})
     for row in asked_of_our_loop(Llama(loaded.config, loaded.weights), units, ratios, policy):
         note(row)
+    known = asked_of_vllm(folder, questions, 1, policy, 1)["names"]
+    note({"engine": "vLLM", "ratio": 1, "smaller": 1.0, "right": len(known), "asked": len(questions)})
+    for ratio, chunk in itertools.product(ratios, chunks):
+        got = asked_of_vllm(folder, questions, ratio, policy, chunk)
+        lost = [name for name in known if name not in got["names"]]
+        row = {"engine": f"vLLM, chunks of {chunk} pages", "ratio": ratio, "smaller": got["smaller"]}
+        note(row | {"right": len(known) - len(lost), "asked": len(known), "lost": lost})
     return 0
