@@ -398,18 +398,6 @@ def test_two_ranks_of_a_tensor_parallel_engine_free_the_same_pages(small, monkey
     assert manager.num_freed > 20
 
 
-def test_beams_are_searched_over_a_compressed_cache(small, monkeypatch):
-    llm = start_compressed(small, 60)
-    tokenizer = SimpleNamespace(eos_token_id=2, decode=lambda tokens: "")
-    monkeypatch.setattr(llm.renderer, "get_tokenizer", lambda: tokenizer)
-    beams = llm.beam_search(
-        [{"prompt_token_ids": ids} for ids in prompts([600, 40])],
-        vllm.sampling_params.BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True),
-    )
-    assert [[len(beam.tokens) for beam in each.sequences] for each in beams] == [[604, 604], [44, 44]]
-    expect_sound(llm, 60)
-
-
 def test_full_layers_are_compressed_beside_windows(tmp_path):
     model = random_model(tmp_path, "Gemma2", **MODELS["Gemma2"])
     with pytest.raises(ValueError, match="enable_prefix_caching: expected off where other layers"):
