@@ -24,6 +24,12 @@ def slot_strides(side: torch.Tensor | None) -> tuple[int, int, int]:
     return side.stride(0), side.stride(1), side.stride(2) if side.dim() == 3 else 0
 
 
+def in_every_row(cu_seqlens: torch.Tensor, *packed: torch.Tensor | None) -> tuple[Any, ...]:
+    """Packed tensors ``[tokens, ...]`` with a dimension of stride 0 for the sequences, whose tokens begin elsewhere."""
+    batch = cu_seqlens.shape[0] - 1
+    return tuple(x if x is None else x.expand(batch, *x.shape) for x in packed)
+
+
 def list_strides(per_list: torch.Tensor, k_cache: torch.Tensor) -> tuple[int, int]:
     """Sequence and head strides of tables or lengths; the heads of a 4-D cache share them."""
     return per_list.stride(0), 0 if k_cache.dim() == 4 else per_list.stride(1)

@@ -9,8 +9,17 @@ import triton.language as tl
 from kvops.autotune.config import PagedAppendConfig
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
-from kvops.kernels.paged import as_bytes, list_strides, padded, positional, scale_stride, slot_strides, strides
-from kvops.kernels.paged_tiles import READ_AS_SCALARS, UNSPECIALISED
+from kvops.kernels.paged import (
+    as_bytes,
+    in_every_row,
+    list_strides,
+    padded,
+    positional,
+    scale_stride,
+    slot_strides,
+    strides,
+)
+from kvops.kernels.paged_tiles import READ_AS_SCALARS, UNSPECIALISED, new_tokens
 from kvops.kernels.primitives import float32_to_e4m3, page_address
 from kvops.prepared import prepared
 
@@ -82,6 +91,7 @@ def paged_append_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FLOAT8: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -91,9 +101,7 @@ def paged_append_kernel(
     tokens = pid % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     head = pid // tiles % heads
     batch = pid // tiles // heads
-    count = num_tokens
-    if q_lens_ptr is not None:
-        count = tl.minimum(tl.load(q_lens_ptr + batch * stride_nb), num_tokens)
+    first_token, count, _ = new_tokens(batch, q_lens_ptr, stride_nb, num_tokens, PACKED)
     slots = tl.load(seq_lens_ptr + batch * stride_lb + head * stride_lh) - count + tokens
     written = (tokens < count) & (slots >= 0) & (slots < max_blocks.to(tl.int64) * BLOCK_SIZE)
     table_ptr += batch * stride_tb + head * stride_th
@@ -107,10 +115,11 @@ def paged_append_kernel(
         k_scale_ptr += head * stride_k_scale
     if v_scale_ptr is not None:
         v_scale_ptr += head * stride_v_scale
-    _copy_rows(k_ptr, stride_kt, tokens, k_cache_ptr, k_cell, written, k_scale_ptr, HEAD_DIM, BLOCK_D, FLOAT8)
-    _copy_rows(v_ptr, stride_vt, tokens, v_cache_ptr, v_cell, written, v_scale_ptr, VALUE_DIM, BLOCK_DV, FLOAT8)
+    places = first_token + tokens  # in this row of k and v
+    _copy_rows(k_ptr, stride_kt, places, k_cache_ptr, k_cell, written, k_scale_ptr, HEAD_DIM, BLOCK_D, FLOAT8)
+    _copy_rows(v_ptr, stride_vt, places, v_cache_ptr, v_cell, written, v_scale_ptr, VALUE_DIM, BLOCK_DV, FLOAT8)
     if positions_ptr is not None:
-        position = tl.load(token_positions_ptr + batch * stride_qpb + tokens * stride_qpt, mask=written)
+        position = tl.load(token_positions_ptr + batch * stride_qpb + places * stride_qpt, mask=written)
         tl.store(positions_ptr + block * stride_pb + offset * stride_ps + head * stride_ph, position, mask=written)
     if scores_ptr is not None:
         cell = block * stride_sb + offset * stride_ss + head * stride_sh
@@ -135,8 +144,14 @@ class AppendKind:
         scores: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
     ) -> None:
-        batch, self.num_tokens, heads, head_dim = k.shape
+        if cu_seqlens_q is not None:
+            k, v, token_positions = in_every_row(cu_seqlens_q, k, v, token_positions)
+            q_lens = cu_seqlens_q
+        batch, tokens, heads, head_dim = k.shape
+        self.num_tokens = tokens if max_seqlen_q is None else max_seqlen_q
         value_dim = v.shape[-1]
         block_d, block_dv = padded(head_dim), padded(value_dim)
         self.lists = batch * heads
@@ -162,6 +177,7 @@ class AppendKind:
             "VALUE_DIM": value_dim,
             "BLOCK_SIZE": k_cache.shape[1],
             "FLOAT8": self.float8,
+            "PACKED": cu_seqlens_q is not None,
             "BLOCK_D": block_d,
             "BLOCK_DV": block_dv,
         }
@@ -192,10 +208,12 @@ def paged_append(
     scores: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    **numbers: object,
 ) -> None:
     """Launch the kernel; see ``kvops.paged_append``. ``kind`` has the arguments that are not data."""
     config = choose("paged_append", current_device(), *kind.problem)
-    programs, numbers = kind.plan(config)
+    programs, plan = kind.plan(config)
     if programs == 0:
         return
     if kind.float8:
@@ -207,12 +225,12 @@ def paged_append(
         v_cache,
         block_tables,
         seq_lens,
-        q_lens,
+        q_lens if cu_seqlens_q is None else cu_seqlens_q,
         positions,
         token_positions,
         scores,
         k_scale,
         v_scale,
-        *numbers,
+        *plan,
         num_warps=config.num_warps,
     )

@@ -47,25 +47,36 @@ def paged_attention(
     v_scale: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
     schedule: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     **numbers: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels; see ``kvops.paged_attention``. ``kind`` has the arguments that are not tensors."""
-    out = q.new_empty(*kind.out_shape)  # sizes one by one: a tuple takes 0.5 µs more
-    lse = q.new_empty(*kind.lse_shape, dtype=torch.float32)
+    lse = q.new_empty(*kind.lse_shape, dtype=torch.float32)  # sizes one by one: a tuple takes 0.5 µs more
+    if out is None:
+        out = result = q.new_empty(*kind.out_shape)
+        if kind.packed:
+            out.zero_()
+    else:
+        result = q.new_empty(0)
+    if kind.packed:  # no program has the tokens of no sequence
+        lse.fill_(float("-inf"))
+        q_lens = cu_seqlens_q
     if kind.empty:
-        return out, lse
+        return result, lse
     if schedule is None:
         schedule = paged_schedule(seq_lens, kind.block_size, batch_invariant=kind.invariant)
     config = choose("paged_attention", current_device(), *kind.problem)
     plan = kind.plan(config, schedule.shape[0] - kind.lists - 2)
     stash = q.new_empty(plan.stash, dtype=torch.float32) if plan.stash else None
     partial = q.new_empty(plan.partial, dtype=torch.float32) if plan.partial else None
-    if kind.window_left < 0:
+    if not kind.by_place:
         positions = query_positions = None
     if tree_mask is not None:
         tree_mask = tree_mask.view(torch.uint8)
     keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.float8 else (k_cache, v_cache)
-    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale
+    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale, alibi_slopes
     paged_attention_kernel[plan.grid](
         q,
         keys,
@@ -84,7 +95,16 @@ def paged_attention(
     )
     if plan.merge_grid is not None:
         paged_merge_kernel[plan.merge_grid](
-            partial, schedule, sinks, values, v_scale, out, lse, *plan.merge_numbers, num_warps=plan.merge_warps
+            partial,
+            schedule,
+            cu_seqlens_q,
+            sinks,
+            values,
+            v_scale,
+            out,
+            lse,
+            *plan.merge_numbers,
+            num_warps=plan.merge_warps,
         )
     if scores is not None:
         paged_scores_kernel[plan.scores_grid](
@@ -99,4 +119,4 @@ def paged_attention(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return out, lse
+    return result, lse

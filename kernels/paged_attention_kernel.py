@@ -3,12 +3,15 @@
 import triton
 import triton.language as tl
 
+from kvops.kernels.flash_tiles import alibi_slope
 from kvops.kernels.paged_tiles import (
     READ_AS_SCALARS,
     UNSPECIALISED,
     cache_scale,
     load_slots,
+    new_tokens,
     row_limits,
+    slot_places,
     visible_range,
     visible_slots,
 )
@@ -31,6 +34,7 @@ def paged_attention_kernel(
     query_positions_ptr,
     tree_ptr,
     k_scale_ptr,
+    slopes_ptr,
     v_scale_ptr,
     sinks_ptr,
     schedule_ptr,
@@ -64,6 +68,7 @@ def paged_attention_kernel(
     stride_k_scale,
     stride_v_scale,
     stride_sinks,
+    stride_slopes_b,
     stride_ob,
     stride_ot,
     stride_oh,
@@ -89,6 +94,7 @@ def paged_attention_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
     INVARIANT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -134,22 +140,26 @@ def paged_attention_kernel(
             start = 0
             stop = length
 
-        query_slot, limit, oldest, token, new_slot = row_limits(
-            rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt, num_tokens,
-            window_left, GROUP, CAUSAL, HAS_WINDOW,
+        first_token, count, with_results = new_tokens(batch, q_lens_ptr, stride_nb, num_tokens, PACKED)
+        query_place, limit, oldest, token, new_slot = row_limits(
+            rows, length, batch, first_token, count, query_positions_ptr, stride_qpb, stride_qpt, window_left, GROUP,
+            CAUSAL,
         )  # fmt: skip
+        row_mask = rows < with_results * GROUP
+        place = first_token + token  # in this row of q
         start, stop = visible_range(limit, oldest, start, stop, HAS_WINDOW, query_positions_ptr is not None, BLOCK_SIZE)
         query_head = head * GROUP + rows % GROUP
         columns = tl.arange(0, BLOCK_D)
         q = tl.load(  # [BLOCK_M, BLOCK_D]
             q_ptr
             + batch * stride_qb
-            + (token.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
+            + (place.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
             + columns[None, :],
-            mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :],
+            mask=row_mask[:, None] & (columns < HEAD_DIM)[None, :],
             other=0.0,
         )
         list_scale = cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
+        slope = alibi_slope(slopes_ptr, batch, query_head[:, None], stride_slopes_b)
         table = table_ptr + batch * stride_tb + head * stride_th
 
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -162,26 +172,29 @@ def paged_attention_kernel(
             k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
             k = load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q.dtype)  # [BLOCK_N, BLOCK_D]
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
-            s, _ = log2_scores(s, 0, list_scale, softcap, 0.0, HAS_SOFTCAP, False)
-            seen = visible_slots(
-                slots, inside, block, offset, query_slot, limit, oldest, token, new_slot,
+            key_places = slot_places(
+                slots, inside, block, offset,
                 None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
+            )  # fmt: skip
+            distance = query_place[:, None] - key_places[None, :]
+            s, _ = log2_scores(s, distance, list_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
+            seen = visible_slots(
+                slots, inside, key_places, limit, oldest, token, new_slot,
                 None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
                 HAS_WINDOW,
             )  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
             if stash_ptr is not None:
-                place = tl.load(schedule_ptr + 1 + index).to(tl.int64) * UNIT + slots  # in the line of all lists
-                cell = (axis_head * num_rows + rows)[:, None] * line + place[None, :]
-                written = (slots < unit_stop) & (place < line)  # whole units: the stores stay wide
-                tl.store(stash_ptr + cell, s, mask=(rows < num_rows)[:, None] & written[None, :])
+                in_line = tl.load(schedule_ptr + 1 + index).to(tl.int64) * UNIT + slots  # of all lists
+                cell = (axis_head * num_rows + rows)[:, None] * line + in_line[None, :]
+                written = (slots < unit_stop) & (in_line < line)  # whole units: the stores stay wide
+                tl.store(stash_ptr + cell, s, mask=row_mask[:, None] & written[None, :])
             p, rescale, m, l = online_softmax_step(s, m, l)
             v_cell = block * stride_vb + offset * stride_vs + head * stride_vh
             v = load_slots(v_ptr, v_cell, inside, VALUE_DIM, BLOCK_DV, q.dtype)  # [BLOCK_N, BLOCK_DV]
             acc = dot(p.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_DV]
 
         value_columns = tl.arange(0, BLOCK_DV)
-        row_mask = rows < num_rows
         if SPLIT:
             partial_m_ptr, partial_l_ptr = _beside_sums(partial_ptr, places, num_rows, HEADS // LIST_HEADS, VALUE_DIM)
             if INVARIANT:
@@ -191,18 +204,18 @@ def paged_attention_kernel(
             else:
                 # A share's end and a list's end each move the sum on: no two results share a place.
                 part = program + index
-            place = (axis_head * places + part) * num_rows + rows
-            tl.store(partial_m_ptr + place, m, mask=row_mask)
-            tl.store(partial_l_ptr + place, l, mask=row_mask)
+            cell = (axis_head * places + part) * num_rows + rows
+            tl.store(partial_m_ptr + cell, m, mask=row_mask)
+            tl.store(partial_l_ptr + cell, l, mask=row_mask)
             mask = row_mask[:, None] & (value_columns < VALUE_DIM)[None, :]
-            tl.store(partial_ptr + place[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=mask)
+            tl.store(partial_ptr + cell[:, None] * VALUE_DIM + value_columns[None, :], acc, mask=mask)
         else:
             weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
             acc = acc * (weight * cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))[:, None]
-            out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
+            out_row = batch * stride_ob + place.to(tl.int64) * stride_ot + query_head * stride_oh
             mask = row_mask[:, None] & (value_columns < VALUE_DIM)[None, :]
             tl.store(out_ptr + out_row[:, None] + value_columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-            lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
+            lse_cell = batch * stride_lse_b + query_head * stride_lse_h + place
             tl.store(lse_ptr + lse_cell, lse, mask=row_mask)
         begin = part_end
         if INVARIANT:
@@ -243,11 +256,13 @@ def _normalise(m, l, sinks_ptr, sink_offset):
 def paged_merge_kernel(
     partial_ptr,
     schedule_ptr,
+    q_lens_ptr,
     sinks_ptr,
     v_ptr,
     v_scale_ptr,
     out_ptr,
     lse_ptr,
+    stride_nb,
     stride_sinks,
     stride_v_scale,
     stride_ob,
@@ -262,6 +277,7 @@ def paged_merge_kernel(
     AXIS_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
     INVARIANT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -276,6 +292,11 @@ def paged_merge_kernel(
     batch = (index // LIST_HEADS).to(tl.int64)
     head = index % LIST_HEADS + axis_head
     query_head = head * GROUP + row % GROUP
+    first_token = 0
+    if PACKED:
+        first_token, _, with_results = new_tokens(batch, q_lens_ptr, stride_nb, num_tokens, PACKED)
+        if token >= with_results:
+            return
 
     partial_m_ptr, partial_l_ptr = _beside_sums(partial_ptr, places, num_rows, AXIS_HEADS, VALUE_DIM)
     begin = tl.load(schedule_ptr + 1 + index)
@@ -312,7 +333,8 @@ def paged_merge_kernel(
 
     weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
     acc = acc * (weight * cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))
-    out_row = batch * stride_ob + token.to(tl.int64) * stride_ot + query_head * stride_oh
+    token_place = first_token + token
+    out_row = batch * stride_ob + token_place.to(tl.int64) * stride_ot + query_head * stride_oh
     tl.store(out_ptr + out_row + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
-    lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token
+    lse_cell = batch * stride_lse_b + query_head * stride_lse_h + token_place
     tl.store(lse_ptr + lse_cell + tl.arange(0, 1), lse)

@@ -8,7 +8,8 @@ import torch
 import triton
 
 from kvops.autotune.config import PagedAttentionConfig
-from kvops.kernels.paged import list_strides, padded, positional, scale_stride, slot_strides, strides
+from kvops.kernels.dense import slope_stride
+from kvops.kernels.paged import in_every_row, list_strides, padded, positional, scale_stride, slot_strides, strides
 from kvops.kernels.paged_attention_kernel import paged_attention_kernel, paged_merge_kernel
 from kvops.kernels.paged_schedule import schedule_unit
 from kvops.kernels.paged_scores import paged_scores_kernel
@@ -72,8 +73,17 @@ class PagedKind:
         score_decay: float = 1.0,
         schedule: torch.Tensor | None = None,
         batch_invariant: bool = False,
+        cu_seqlens_q: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        out: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
     ) -> None:
-        batch, self.num_tokens, query_heads, self.head_dim = q.shape
+        self.packed = cu_seqlens_q is not None
+        if cu_seqlens_q is not None:
+            q, query_positions, out = in_every_row(cu_seqlens_q, q, query_positions, out)
+            q_lens = cu_seqlens_q
+        batch, tokens, query_heads, self.head_dim = q.shape
+        self.num_tokens = tokens if max_seqlen_q is None else max_seqlen_q
         self.value_dim = v_cache.shape[-1]
         self.num_blocks, self.block_size = k_cache.shape[:2]
         self.max_blocks = block_tables.shape[-1]
@@ -85,9 +95,9 @@ class PagedKind:
         self.rows = self.num_tokens * self.group
         self.invariant = batch_invariant
         self.unit = schedule_unit(self.block_size, batch_invariant)
-        self.out_shape = batch, self.num_tokens, query_heads, self.value_dim
-        self.lse_shape = batch, query_heads, self.num_tokens
-        self.empty = 0 in self.lse_shape
+        self.out_shape = (batch, tokens, query_heads, self.value_dim)[self.packed :]
+        self.lse_shape = (batch, query_heads, tokens)[self.packed :]
+        self.empty = 0 in (batch, self.num_tokens, *self.lse_shape)
         self.float8 = k_cache.dtype == torch.float8_e4m3fn
         self.block_d, self.block_dv = padded(self.head_dim), padded(self.value_dim)
         # What the configuration is chosen by.
@@ -101,7 +111,9 @@ class PagedKind:
         self.scored = scores is not None
         if tree_mask is not None:
             tree_mask = tree_mask.expand(batch, -1, -1)
-        windowed = window_left >= 0
+        self.by_place = window_left >= 0 or alibi_slopes is not None  # positions count
+        row = 0 if self.packed else query_heads * tokens  # what separates two rows of results, times their width
+        out_strides = row * self.value_dim, query_heads * self.value_dim, self.value_dim
         self.numbers: dict[str, Any] = {  # by the kernels' parameter names
             **strides("stride_q", "bth", q.stride()[:3]),
             **strides("stride_k", "bsh", slot_strides(k_cache[..., 0])),
@@ -109,22 +121,18 @@ class PagedKind:
             **strides("stride_t", "bhn", (*list_strides(block_tables, k_cache), block_tables.stride(-1))),
             **strides("stride_l", "bh", list_strides(seq_lens, k_cache)),
             "stride_nb": 0 if q_lens is None else q_lens.stride(0),
-            **strides("stride_p", "bsh", slot_strides(positions if windowed else None)),
+            **strides("stride_p", "bsh", slot_strides(positions if self.by_place else None)),
             **strides(
-                "stride_qp", "bt", query_positions.stride() if windowed and query_positions is not None else (0, 0)
+                "stride_qp", "bt", query_positions.stride() if self.by_place and query_positions is not None else (0, 0)
             ),
             **strides("stride_m", "btj", (0, 0, 0) if tree_mask is None else tree_mask.stride()),
             **strides("stride_s", "bsh", slot_strides(scores)),
             "stride_k_scale": scale_stride(k_scale),
             "stride_v_scale": scale_stride(v_scale),
             "stride_sinks": 0 if sinks is None else sinks.stride(0),
-            # out and lse are contiguous
-            **strides(
-                "stride_o",
-                "bth",
-                (self.num_tokens * query_heads * self.value_dim, query_heads * self.value_dim, self.value_dim),
-            ),
-            **strides("stride_lse_", "bh", (query_heads * self.num_tokens, self.num_tokens)),
+            "stride_slopes_b": slope_stride(alibi_slopes),
+            **strides("stride_o", "bth", out_strides if out is None else out.stride()[:3]),
+            **strides("stride_lse_", "bh", (row, tokens)),
             "num_tokens": self.num_tokens,
             "max_blocks": self.max_blocks,
             "lists": self.lists,
@@ -141,8 +149,9 @@ class PagedKind:
             "BLOCK_SIZE": self.block_size,
             "UNIT": self.unit,
             "CAUSAL": causal and tree_mask is None,
-            "HAS_WINDOW": windowed,
+            "HAS_WINDOW": window_left >= 0,
             "HAS_SOFTCAP": softcap > 0,
+            "PACKED": self.packed,
             "INVARIANT": batch_invariant,
             "REDUCE": score_reduce,
             "BLOCK_D": self.block_d,
@@ -191,7 +200,7 @@ class PagedKind:
             partial=self.axis_heads * places * self.rows * sums if split else 0,
             stash=stash if 4 * stash <= MAX_STASH else 0,
             numbers=positional(paged_attention_kernel, "stride_qb", numbers),
-            merge_numbers=positional(paged_merge_kernel, "stride_sinks", numbers),
+            merge_numbers=positional(paged_merge_kernel, "stride_nb", numbers),
             scores_numbers=positional(paged_scores_kernel, "stride_qb", numbers | {"coarse": scores_coarse}),
             merge_warps=4 if self.block_dv >= 64 else 1,
         )

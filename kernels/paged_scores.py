@@ -3,12 +3,15 @@
 import triton
 import triton.language as tl
 
+from kvops.kernels.flash_tiles import alibi_slope
 from kvops.kernels.paged_tiles import (
     READ_AS_SCALARS,
     UNSPECIALISED,
     cache_scale,
     load_slots,
+    new_tokens,
     row_limits,
+    slot_places,
     visible_slots,
 )
 from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
@@ -29,6 +32,7 @@ def paged_scores_kernel(
     query_positions_ptr,
     tree_ptr,
     k_scale_ptr,
+    slopes_ptr,
     schedule_ptr,
     stash_ptr,
     lse_ptr,
@@ -54,6 +58,7 @@ def paged_scores_kernel(
     stride_mt,
     stride_mj,
     stride_k_scale,
+    stride_slopes_b,
     stride_lse_b,
     stride_lse_h,
     stride_sb,
@@ -76,6 +81,7 @@ def paged_scores_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PACKED: tl.constexpr,
     REDUCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,48 +108,57 @@ def paged_scores_kernel(
         stop = tl.minimum(length, unit_stop)
         list_scale = cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
         table = table_ptr + batch * stride_tb + head * stride_th
+        first_token, count, with_results = new_tokens(batch, q_lens_ptr, stride_nb, num_tokens, PACKED)
+        list_rows = with_results * GROUP
         for first in tl.range(start, stop, BLOCK_N):
             slots = first + tl.arange(0, BLOCK_N)
             inside = slots < stop
             block, offset = page_address(table, slots, inside, stride_tn, BLOCK_SIZE)
+            key_places = slot_places(
+                slots, inside, block, offset,
+                None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
+            )  # fmt: skip
             if stash_ptr is None:
                 k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
                 k = load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q_ptr.dtype.element_ty)
             reduced = tl.zeros([BLOCK_N], tl.float32)
             any_seen = tl.zeros([BLOCK_N], tl.int32)
-            for first_row in range(0, num_rows, BLOCK_M):
+            for first_row in range(0, list_rows, BLOCK_M):
                 rows = first_row + tl.arange(0, BLOCK_M)
-                query_slot, limit, oldest, token, new_slot = row_limits(
-                    rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt,
-                    num_tokens, window_left, GROUP, CAUSAL, HAS_WINDOW,
+                query_place, limit, oldest, token, new_slot = row_limits(
+                    rows, length, batch, first_token, count, query_positions_ptr, stride_qpb, stride_qpt, window_left,
+                    GROUP, CAUSAL,
                 )  # fmt: skip
+                row_mask = rows < list_rows
+                place = first_token + token  # in this row of q
                 query_head = head * GROUP + rows % GROUP
                 seen = visible_slots(
-                    slots, inside, block, offset, query_slot, limit, oldest, token, new_slot,
-                    None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
+                    slots, inside, key_places, limit, oldest, token, new_slot,
                     None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
                     HAS_WINDOW,
                 )  # fmt: skip
                 if stash_ptr is not None:
-                    place = list_begin.to(tl.int64) * UNIT + slots
-                    cell = (axis_head * num_rows + rows)[:, None] * line + place[None, :]
+                    in_line = list_begin.to(tl.int64) * UNIT + slots
+                    cell = (axis_head * num_rows + rows)[:, None] * line + in_line[None, :]
                     # What is not seen may never have been written; a mask of whole units keeps the loads wide.
-                    written = (slots < unit_stop) & (place < line)
-                    s = tl.load(stash_ptr + cell, mask=(rows < num_rows)[:, None] & written[None, :], other=0.0)
+                    written = (slots < unit_stop) & (in_line < line)
+                    s = tl.load(stash_ptr + cell, mask=row_mask[:, None] & written[None, :], other=0.0)
                 else:
                     columns = tl.arange(0, BLOCK_D)
                     q = tl.load(
                         q_ptr
                         + batch * stride_qb
-                        + (token.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
+                        + (place.to(tl.int64) * stride_qt + query_head * stride_qh)[:, None]
                         + columns[None, :],
-                        mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :],
+                        mask=row_mask[:, None] & (columns < HEAD_DIM)[None, :],
                         other=0.0,
                     )
                     s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
-                    s, _ = log2_scores(s, 0, list_scale, softcap, 0.0, HAS_SOFTCAP, False)
+                    distance = query_place[:, None] - key_places[None, :]
+                    slope = alibi_slope(slopes_ptr, batch, query_head[:, None], stride_slopes_b)
+                    s, _ = log2_scores(s, distance, list_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
                 lse = tl.load(
-                    lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + token, mask=rows < num_rows, other=0.0
+                    lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + place, mask=row_mask, other=0.0
                 )
                 lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
                 p = tl.exp2(tl.where(seen, s - lse[:, None], float("-inf")))

@@ -18,6 +18,7 @@ READ_AS_SCALARS = (
     "k_scale_ptr",
     "v_scale_ptr",
     "sinks_ptr",
+    "slopes_ptr",
     "schedule_ptr",
 )
 UNSPECIALISED = (
@@ -36,6 +37,7 @@ UNSPECIALISED = (
     "stride_k_scale",
     "stride_v_scale",
     "stride_sinks",
+    "stride_slopes_b",
     "stride_lse_b",
     "stride_lse_h",
 )
@@ -66,17 +68,23 @@ def cache_scale(scale, cache_ptr, scale_ptr, offset):
 
 
 @triton.jit
+def slot_places(slots, inside, block, offset, positions_ptr, stride_ps_block, stride_ps_slot):
+    """Where the slots are, for windows and ALiBi: their original positions if given, or else their numbers."""
+    places = slots
+    if positions_ptr is not None:
+        places = tl.load(positions_ptr + block * stride_ps_block + offset * stride_ps_slot, mask=inside, other=0)
+    return places
+
+
+@triton.jit
 def visible_slots(
-    slots, inside, block, offset, query_slot, limit, oldest, token, new_slot, positions_ptr, stride_ps_block,
-    stride_ps_slot, tree_ptr, stride_mt, stride_mj, num_tokens, HAS_WINDOW: tl.constexpr,
+    slots, inside, places, limit, oldest, token, new_slot, tree_ptr, stride_mt, stride_mj, num_tokens,
+    HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """bool [BLOCK_M, BLOCK_N]: which slots the rows see."""
     seen = inside[None, :] & (slots[None, :] < limit[:, None])
     if HAS_WINDOW:
-        place = slots
-        if positions_ptr is not None:
-            place = tl.load(positions_ptr + block * stride_ps_block + offset * stride_ps_slot, mask=inside, other=0)
-        seen &= place[None, :] >= oldest[:, None]
+        seen &= places[None, :] >= oldest[:, None]
     if tree_ptr is not None:
         new = slots - new_slot  # which of the new tokens, negative for older slots
         cell = token.to(tl.int64)[:, None] * stride_mt + new[None, :] * stride_mj
@@ -87,29 +95,41 @@ def visible_slots(
 
 
 @triton.jit
-def row_limits(
-    rows, length, batch, q_lens_ptr, stride_nb, query_positions_ptr, stride_qpb, stride_qpt, num_tokens, window_left,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """What bounds the sight of each row (token * GROUP + head of the group): the slot of its query, the first slot that
-    it does not see any more, the oldest place in its window, its token, and the slot of the first new token."""
+def new_tokens(batch, q_lens_ptr, stride_nb, num_tokens, PACKED: tl.constexpr):
+    """The new tokens of a sequence: where they begin among those of its row of q, how many are real, and how many have
+    results. PACKED: ``q_lens_ptr`` tells where each sequence begins, and where the last one ends."""
+    first = 0
     count = num_tokens
-    if q_lens_ptr is not None:
+    with_results = num_tokens
+    if PACKED:
+        first = tl.load(q_lens_ptr + batch * stride_nb)
+        count = tl.load(q_lens_ptr + (batch + 1) * stride_nb) - first
+        with_results = tl.minimum(count, num_tokens)
+    elif q_lens_ptr is not None:
         count = tl.minimum(tl.load(q_lens_ptr + batch * stride_nb), num_tokens)
+    return first, count, with_results
+
+
+@triton.jit
+def row_limits(
+    rows, length, batch, first_token, count, query_positions_ptr, stride_qpb, stride_qpt, window_left,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """What bounds the sight of each row (token * GROUP + head of the group): the place of its query (its slot, or its
+    original position), the first slot that it does not see any more, the oldest place in its window, its token, and the
+    slot of the first new token."""
     token = rows // GROUP
     new_slot = length - count
-    query_slot = new_slot + token
+    query_place = new_slot + token
     limit = tl.zeros_like(token) + length
     if CAUSAL:
-        limit = tl.minimum(limit, query_slot + 1)
+        limit = tl.minimum(limit, query_place + 1)
     limit = tl.where(token < count, limit, 0)
-    oldest = query_slot - window_left
-    if HAS_WINDOW and query_positions_ptr is not None:
-        position = tl.load(
-            query_positions_ptr + batch * stride_qpb + token * stride_qpt, mask=token < num_tokens, other=0
+    if query_positions_ptr is not None:
+        query_place = tl.load(
+            query_positions_ptr + batch * stride_qpb + (first_token + token) * stride_qpt, mask=token < count, other=0
         )
-        oldest = position - window_left
-    return query_slot, limit, oldest, token, new_slot
+    return query_place, limit, query_place - window_left, token, new_slot
 
 
 @triton.jit

@@ -34,10 +34,12 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
+    distance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention in float64 with the whole matrix in memory.
 
-    q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], mask bool broadcastable to [B, Hq, Sq, Sk] ->
+    q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], mask bool broadcastable to [B, Hq, Sq, Sk], ALiBi's
+    distance [Sq, Sk], by default from the bottom right corner ->
     out [B, Sq, Hq, Dv], lse [B, Hq, Sq], p [B, Hq, Sq, Sk]. Rows that see nothing: out 0, lse -inf, p 0.
     Order: scale, softcap, ALiBi -slope * |distance|, bias (bool: False hides), mask, sinks in the denominator only.
     """
@@ -50,7 +52,7 @@ def attention(
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     if alibi_slopes is not None:
-        s = s - _alibi(alibi_slopes, num_queries, num_keys)
+        s = s - _alibi(alibi_slopes, num_queries, num_keys, distance)
     if bias is not None:
         s = _biased(s, bias)
     if mask is not None:
@@ -70,11 +72,11 @@ def _biased(s: Tensor, bias: Tensor) -> Tensor:
     return (s if bias.dtype == torch.bool else s + bias).masked_fill(hidden, float("-inf"))
 
 
-def _alibi(slopes: Tensor, num_queries: int, num_keys: int) -> Tensor:
+def _alibi(slopes: Tensor, num_queries: int, num_keys: int, distance: Tensor | None = None) -> Tensor:
     """slope * |distance|, [1 or B, H, Sq, Sk]."""
-    position = torch.arange(num_queries)[:, None] + num_keys - num_queries
-    distance = (position - torch.arange(num_keys)[None, :]).abs()
-    return slopes.double().reshape(-1, slopes.shape[-1], 1, 1) * distance
+    if distance is None:
+        distance = torch.arange(num_queries)[:, None] + num_keys - num_queries - torch.arange(num_keys)[None, :]
+    return slopes.double().reshape(-1, slopes.shape[-1], 1, 1) * distance.abs()
 
 
 def attention_backward(

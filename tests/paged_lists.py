@@ -87,6 +87,7 @@ def expected(
     tree_mask: Tensor | None = None,
     score_reduce: str = "sum",
     score_decay: float = 1.0,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the updated scores in float64."""
     q, lists = q.cpu(), Lists(*(getattr(lists, name).cpu() for name in Lists.__dataclass_fields__))
@@ -115,11 +116,16 @@ def expected(
                 mask &= lists.positions[block, offset] >= query_positions.cpu()[b][:, None] - window_left
             elif window_left >= 0:
                 mask &= slot >= query[:, None] - window_left
+            distance = query[:, None] - slot
+            if query_positions is not None:
+                distance = query_positions.cpu()[b][:, None] - lists.positions[block, offset]
             heads = slice(h * group, (h + 1) * group)
             k, v = lists.k_cache[block, offset][None, :, None], lists.v_cache[block, offset][None, :, None]
             o, s, p = attention(
                 q[b : b + 1, :, heads], k, v, mask=mask, scale=scale, softcap=softcap,
                 sinks=None if sinks is None else sinks.cpu()[heads],
+                alibi_slopes=None if alibi_slopes is None else alibi_slopes.cpu().expand(B, Hq)[b, heads],
+                distance=distance,
             )  # fmt: skip
             out[b, :, heads], lse[b, heads] = o[0], s[0]
             p = p[0].flatten(0, 1)  # [group * T, length]
@@ -139,11 +145,14 @@ def check(
     batch_invariant: bool = False,
     cache: Lists | None = None,
     scales: tuple[float, float] | None = None,
+    packed: bool = False,
+    given_out: bool = False,
     **options,
 ) -> None:
     """Hold out, lse and scores to float64; slots that belong to no list keep their NaN.
 
-    ``cache`` is given to the operator in place of ``lists`` where the two differ (float8).
+    ``cache`` is given to the operator in place of ``lists`` where the two differ (float8). ``packed``: the real tokens
+    lie end to end, with poisoned ones around them. ``given_out``: the result is written into a strided tensor of NaN.
     """
     options = {name: value for name, value in options.items() if value is not None}
     exact = expected(q, lists, **options)
@@ -153,10 +162,28 @@ def check(
     updated = lists.scores.clone() if scores else None
     if scales is not None:
         options["k_scale"], options["v_scale"] = scales
-    out, lse = kvops.paged_attention(
-        q, *(cache or lists).arguments, positions=positions, scores=updated, schedule=schedule, **options
-    )
+    options |= {"positions": positions, "scores": updated, "schedule": schedule}
+    given, real = q, None
+    if packed:
+        given, real, options = pack(q, options)
+    if given_out:
+        shape = *given.shape[:-1], lists.v_cache.shape[-1]
+        options["out"] = torch.full((*shape[:-2], 2 * shape[-2], shape[-1]), math.nan, dtype=q.dtype, device=q.device)[
+            ..., ::2, :
+        ]
+    out, lse = kvops.paged_attention(given, *(cache or lists).arguments, **options)
     assert out.dtype == q.dtype
+    if given_out:
+        assert out is options["out"]
+    if real is not None:
+        outside = torch.ones(len(given), dtype=torch.bool, device=q.device)
+        outside[real[real >= 0]] = False
+        assert (out[outside].isnan() if given_out else out[outside] == 0).all()
+        assert (lse[:, outside] == -math.inf).all()
+        padding = outside.nonzero()[0, 0]  # has the zeros of a token that is not real
+        out[padding] = 0
+        places = torch.where(real < 0, padding, real)
+        out, lse = out[places], lse[:, places].transpose(0, 1)
     assert lse.dtype == torch.float32
     assert_accurate(out, exact[0], same[0], "out")
     assert_accurate(lse, exact[1], same[1], "lse")
@@ -164,6 +191,27 @@ def check(
         owned = ~exact[2].isnan()
         assert torch.equal(updated.cpu().isnan(), ~owned)
         assert_accurate(updated.cpu()[owned], exact[2][owned], same[2][:, owned], "scores")
+
+
+def pack(q: Tensor, options: dict) -> tuple[Tensor, Tensor, dict]:
+    """The real tokens of q [B, T, Hq, D] end to end between tokens of NaN, the place of each token among them [B, T]
+    (-1: not real), and the options of the packed call."""
+    B, T = q.shape[:2]
+    counts = [T] * B if options.get("q_lens") is None else options["q_lens"].tolist()
+    starts = [3, *(3 + sum(counts[: b + 1]) for b in range(B))]
+    packed = torch.full((starts[-1] + 2, *q.shape[2:]), math.nan, dtype=q.dtype, device=q.device)
+    positions = torch.full(packed.shape[:1], -(2**31), dtype=torch.int32, device=q.device)
+    real = torch.full((B, T), -1, device=q.device)
+    for b, (start, count) in enumerate(zip(starts, counts, strict=False)):
+        packed[start : start + count] = q[b, :count]
+        real[b, :count] = torch.arange(start, start + count, device=q.device)
+        if "query_positions" in options:
+            positions[start : start + count] = options["query_positions"][b, :count]
+    options = {name: value for name, value in options.items() if name != "q_lens"}
+    if "query_positions" in options:
+        options["query_positions"] = positions
+    starts = torch.tensor(starts, dtype=torch.int32, device=q.device)
+    return packed, real, options | {"cu_seqlens_q": starts, "max_seqlen_q": T}
 
 
 def queries(lists: Lists, group: int, num_tokens: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,6 +9,7 @@ from numba import float32, int32, int64, uint8
 from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
 from kvops.kernels.cpu.elements import FORMATS, padded, to_float8, widen
 from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.paged_items import list_of
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import copy
 from kvops.prepared import prepared
@@ -17,15 +18,16 @@ from kvops.prepared import prepared
 class Call(NamedTuple):
     """The arguments of one call; what is not given has size 0. Keys and values are bytes."""
 
-    k: uint8[:, :, :, :]  # [B, T, Hkv, D]
+    k: uint8[:, :, :, :]  # [B, T, Hkv, D]; packed [1, tokens, Hkv, D]
     v: uint8[:, :, :, :]
     k_cache: uint8[:, :, :, :]  # [num_blocks, block_size, Hkv, D]
     v_cache: uint8[:, :, :, :]
     tables: int32[:, :, :]  # [B, Hkv, max_blocks]
     lens: int32[:, :]  # [B, Hkv]
     counts: int32[:]  # [B], real tokens
+    starts: int32[:]  # [B + 1], where the tokens of each packed sequence begin
     positions: int32[:, :, :]  # [num_blocks, block_size, Hkv]
-    token_positions: int32[:, :]  # [B, T]
+    token_positions: int32[:, :]  # [B, T]; packed [1, tokens]
     scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
     k_scale: float32[:]  # [Hkv]
     v_scale: float32[:]
@@ -52,22 +54,30 @@ def _append_share(share, shares, call):
     room = np.empty(padded(max(call.k_cache.shape[3], call.v_cache.shape[3])), np.float32)
     rows = B * T * Hkv
     for row in range(rows * share // shares, rows * (share + 1) // shares):
-        b, t, h = row // (T * Hkv), row // Hkv % T, row % Hkv
-        count = min(np.int64(call.counts[b]), T) if call.counts.size else T
-        slot = call.lens[b, h] - count + t
-        if t >= count or slot < 0 or slot >= call.tables.shape[2] * size:
+        b, n, h = row // (T * Hkv), row // Hkv % T, row % Hkv
+        sequence, t, count = b, n, T
+        if call.starts.size:
+            sequence = list_of(call.starts, n)
+            t = n - np.int64(call.starts[sequence])
+            count = 0 if sequence == len(call.lens) else np.int64(call.starts[sequence + 1]) - n + t
+        elif call.counts.size:
+            count = min(np.int64(call.counts[b]), T)
+        if t < 0 or t >= count:
             continue
-        block, offset = call.tables[b, h, slot // size], slot % size
+        slot = call.lens[sequence, h] - count + t
+        if slot < 0 or slot >= call.tables.shape[2] * size:
+            continue
+        block, offset = call.tables[sequence, h, slot // size], slot % size
         k_scale = call.k_scale[h] if call.k_scale.size else np.float32(1)
         v_scale = call.v_scale[h] if call.v_scale.size else np.float32(1)
         _write(
-            call.k[b, t, h], call.element, call.k_cache[block, offset, h], call.k.shape[3], call.float8, k_scale, room
+            call.k[b, n, h], call.element, call.k_cache[block, offset, h], call.k.shape[3], call.float8, k_scale, room
         )
         _write(
-            call.v[b, t, h], call.element, call.v_cache[block, offset, h], call.v.shape[3], call.float8, v_scale, room
+            call.v[b, n, h], call.element, call.v_cache[block, offset, h], call.v.shape[3], call.float8, v_scale, room
         )
         if call.positions.size:
-            call.positions[block, offset, h] = call.token_positions[b, t]
+            call.positions[block, offset, h] = call.token_positions[b, n]
         if call.scores.size:
             call.scores[block, offset, h] = 0
 
@@ -85,8 +95,13 @@ def _bind(
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
     **given: Any,
 ) -> Binding:
+    token_positions = given.get("token_positions")
+    if cu_seqlens_q is not None:
+        k, v = k[None], v[None]
+        token_positions = None if token_positions is None else token_positions[None]
     heads = k.shape[2]
     if k_cache.dim() == 4:
         block_tables, seq_lens = (x.unsqueeze(1).expand(-1, heads, *x.shape[1:]) for x in (block_tables, seq_lens))
@@ -100,8 +115,9 @@ def _bind(
         tables=block_tables,
         lens=seq_lens,
         counts=given.get("q_lens"),
+        starts=cu_seqlens_q,
         positions=per_head(given.get("positions"), heads, 3),
-        token_positions=given.get("token_positions"),
+        token_positions=token_positions,
         scores=per_head(given.get("scores"), heads, 3),
         k_scale=for_heads(given.get("k_scale"), heads),
         v_scale=for_heads(given.get("v_scale"), heads),
@@ -126,8 +142,11 @@ def paged_append(
     scores: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    **bound: object,
 ) -> None:
     """See :func:`kvops.paged_append`."""
     binding(
-        k, v, k_cache, v_cache, block_tables, seq_lens, q_lens, positions, token_positions, scores, k_scale, v_scale
-    )
+        k, v, k_cache, v_cache, block_tables, seq_lens, q_lens, cu_seqlens_q, positions, token_positions, scores,
+        k_scale, v_scale,
+    )  # fmt: skip

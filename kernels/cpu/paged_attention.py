@@ -22,6 +22,7 @@ from kvops.kernels.cpu.paged_items import (
     first_item,
     item_slots,
     list_of,
+    new_tokens,
     seen_slots,
 )
 from kvops.kernels.cpu.threads import run_shares
@@ -38,12 +39,15 @@ _REDUCE = {"sum": SUM, "sumsq": SUM_OF_SQUARES, "max": MAX}
 
 
 @jit
-def _load_queries(q, b, first_head, group, first, rows, factor, queries):
-    """Rows ``first`` onward of [T * group], times ``factor``."""
+def _load_queries(call, b, h, first, rows, queries):
+    """Rows ``first`` onward of [T * group] of a list, times the scale of their scores."""
+    group = call.q.shape[2] // call.lens.shape[1]
+    row, first_token, _ = new_tokens(call, b)
+    factor = _query_factor(call, h)
     for r in range(rows):
-        t, head = (first + r) // group, first_head + (first + r) % group
-        for d in range(q.shape[3]):
-            queries[r, d] = q[b, t, head, d] * factor
+        t, head = first_token + (first + r) // group, h * group + (first + r) % group
+        for d in range(call.q.shape[3]):
+            queries[r, d] = call.q[row, t, head, d] * factor
 
 
 @jit
@@ -90,12 +94,32 @@ def _cap(softcap, rows, count, s):
 
 
 @jit
+def _distances(call, span, b, h, first_row, rows, first, count, s):
+    """ALiBi: take off each row's slope times the distance of a slot."""
+    group = call.q.shape[2] // call.lens.shape[1]
+    table, size = call.tables[b, h], call.k_cache.shape[1]
+    row, first_token, tokens = new_tokens(call, b)
+    for r in range(rows):
+        t = (first_row + r) // group
+        slope = call.slopes[b, h * group + (first_row + r) % group] * np.float32(LOG2_E)
+        own = (
+            np.int64(call.query_positions[row, first_token + t]) if call.query_positions.size else span[0] - tokens + t
+        )
+        for j in range(count):
+            place = np.int64(first + j)
+            if call.query_positions.size:
+                place = np.int64(call.positions[table[place // size], place % size, h])
+            s[r, j] -= slope * np.float32(abs(own - place))
+
+
+@jit
 def _mask(call, span, b, h, first_row, rows, first, count, s):
     """Put -inf where a row does not see a slot."""
     group = call.q.shape[2] // call.lens.shape[1]
     length, tokens = span[0], span[1]
     causal, window_left = by_slots(call)
     table, size = call.tables[b, h], call.k_cache.shape[1]
+    row, first_token, _ = new_tokens(call, b)
     for r in range(rows):
         t = (first_row + r) // group
         begin, end = seen_slots(length, tokens, t, causal, window_left)
@@ -103,12 +127,12 @@ def _mask(call, span, b, h, first_row, rows, first, count, s):
             s[r, j] = -np.inf
         for j in range(min(max(end - first, 0), count), count):
             s[r, j] = -np.inf
-        if call.query_positions.size and t < tokens:
-            oldest = np.int64(call.query_positions[b, t]) - call.window_left
+        if call.query_positions.size and call.window_left >= 0:
+            oldest = np.int64(call.query_positions[row, first_token + t]) - call.window_left
             for j in range(count):
                 if call.positions[table[(first + j) // size], (first + j) % size, h] < oldest:
                     s[r, j] = -np.inf
-        if call.tree.size and t < tokens:
+        if call.tree.size:
             for j in range(max(length - tokens - first, 0), count):
                 if not call.tree[b, t, first + j - (length - tokens)]:
                     s[r, j] = -np.inf
@@ -178,6 +202,8 @@ def _score(call, scratch, span, b, h, first_row, rows, first, count):
     multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s)
     if call.softcap > 0:
         _cap(call.softcap, rows, count, scratch.s)
+    if call.slopes.size:
+        _distances(call, span, b, h, first_row, rows, first, count, scratch.s)
     _mask(call, span, b, h, first_row, rows, first, count, scratch.s)
 
 
@@ -209,8 +235,8 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
     partial [rows, padded Dv + 2]: the weighted sum of V, the sum of the weights and the largest score. stash
     [rows, PIECE] keeps the scores, where it has room for them.
     """
-    group, Dv = call.q.shape[2] // call.lens.shape[1], scratch.values.shape[1]
-    _load_queries(call.q, b, h * group, group, first_row, rows, _query_factor(call, h), scratch.queries)
+    Dv = scratch.values.shape[1]
+    _load_queries(call, b, h, first_row, rows, scratch.queries)
     for r in range(len(partial)):
         partial[r, : Dv + 1] = 0
         partial[r, Dv + 1] = -np.inf
@@ -231,15 +257,15 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
 @jit
 def _attend_share(share, shares, call, items, scratches, partials, stash):
     Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
-    rows = call.q.shape[1] * group
     scratch = _own(scratches, share, call, items)
     for item in range(first_item(items, share, shares), first_item(items, share + 1, shares)):
         i = list_of(items.starts, item)
-        first_row = (item - items.starts[i]) * ROWS if items.row_tiles > 1 else 0
+        first_row = (item - items.starts[i]) * ROWS if items.tiles[i] > 1 else 0
+        rows = min(ROWS, items.spans[i, 1] * group - first_row)
         begin, end = item_slots(items, item, i)
         _attend(
-            call, scratch, items.spans[i], i // Hkv, i % Hkv, first_row, min(ROWS, rows - first_row), begin, end,
-            partials[item], stash[min(item, len(stash) - 1)],
+            call, scratch, items.spans[i], i // Hkv, i % Hkv, first_row, rows, begin, end, partials[item],
+            stash[min(item, len(stash) - 1)],
         )  # fmt: skip
 
 
@@ -253,25 +279,27 @@ def _merge_share(share, shares, call, items, partials):
     for i in range(lists * share // shares, lists * (share + 1) // shares):
         b, h = i // Hkv, i % Hkv
         factor = call.v_scale[h] if call.v_scale.size else np.float32(1)
-        for r in range(call.q.shape[1] * group):
-            t, head = r // group, h * group + r % group
-            out = call.out[b, t, head]
+        row, first_token, count = new_tokens(call, b)
+        for r in range((count if call.starts.size else call.tokens) * group):
+            t, head = first_token + r // group, h * group + r % group
+            out = call.out[row, t, head]
             out[:] = 0
-            if items.row_tiles > 1:
-                first = items.starts[i] + r // ROWS
-                last = min(first + 1, items.starts[i + 1])
-            else:
-                first, last = items.starts[i], items.starts[i + 1]
+            first, last = items.starts[i], items.starts[i + 1]
+            if r >= count * group:
+                last = first
+            elif items.tiles[i] > 1:
+                first += r // ROWS
+                last = min(first + 1, last)
             largest = np.float32(-np.inf)
             for item in range(first, last):
                 largest = max(largest, partials[item, r % ROWS, largest_score])
             if largest == -np.inf:
-                call.lse[b, head, t] = -np.inf
+                call.lse[row, head, t] = -np.inf
                 continue
             sink = call.sinks[head] * np.float32(LOG2_E) if call.sinks.size else np.float32(-np.inf)
             largest = max(largest, sink)
             if sink == np.inf:
-                call.lse[b, head, t] = np.inf
+                call.lse[row, head, t] = np.inf
                 continue
             total = exp2(sink - largest)
             for item in range(first, last):
@@ -282,14 +310,17 @@ def _merge_share(share, shares, call, items, partials):
                     out[d] += share_of_all * partial[d]
             for d in range(Dv):
                 out[d] *= factor / total
-            call.lse[b, head, t] = (largest + np.log2(total)) / np.float32(LOG2_E)
+            call.lse[row, head, t] = (largest + np.log2(total)) / np.float32(LOG2_E)
 
 
 @jit
-def _reduce(lse_of, first_head, group, reduce, first_row, rows, s, count, reduced, seen):
+def _reduce(call, b, h, first_row, rows, s, count, reduced, seen):
     """Add the rows' probabilities of each slot to ``reduced``, and mark the slots that a row sees."""
-    for r in range(rows):
-        lse = lse_of[first_head + (first_row + r) % group, (first_row + r) // group] * np.float32(LOG2_E)
+    group, reduce = call.q.shape[2] // call.lens.shape[1], call.reduce
+    row, first_token, tokens = new_tokens(call, b)
+    for r in range(max(0, (tokens - call.last) * group - first_row), rows):
+        head, t = h * group + (first_row + r) % group, first_token + (first_row + r) // group
+        lse = call.lse[row, head, t] * np.float32(LOG2_E)
         if lse == -np.inf:
             continue
         for j in range(count):
@@ -305,33 +336,21 @@ def _reduce(lse_of, first_head, group, reduce, first_row, rows, s, count, reduce
 def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
     """The reduced probabilities of the slots [begin, end) of a list whose scores were not kept."""
     group = call.q.shape[2] // call.lens.shape[1]
-    rows = call.q.shape[1] * group
+    rows, scored = span[1] * group, max(0, span[1] - call.last) * group
     for first in range(begin, end, TILE):
         count, done = min(TILE, end - first), first - begin
         _locate_keys(call, scratch, b, h, first, count)
-        for first_row in range(0, rows, ROWS):
+        for first_row in range(scored // ROWS * ROWS, rows, ROWS):
             some = min(ROWS, rows - first_row)
-            _load_queries(call.q, b, h * group, group, first_row, some, _query_factor(call, h), scratch.queries)
+            _load_queries(call, b, h, first_row, some, scratch.queries)
             _score(call, scratch, span, b, h, first_row, some, first, count)
-            _reduce(
-                call.lse[b],
-                h * group,
-                group,
-                call.reduce,
-                first_row,
-                some,
-                scratch.s,
-                count,
-                reduced[done:],
-                seen[done:],
-            )
+            _reduce(call, b, h, first_row, some, scratch.s, count, reduced[done:], seen[done:])
 
 
 @jit
 def _score_share(share, shares, call, items, scratches, stash):
     """Update the scores of a share of the pieces of lists."""
     Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
-    rows = call.q.shape[1] * group
     scratch = _own(scratches, share, call, items)
     reduced, seen = np.empty(PIECE, np.float32), np.empty(PIECE, np.bool_)
     size = call.k_cache.shape[1]
@@ -339,34 +358,35 @@ def _score_share(share, shares, call, items, scratches, stash):
         i = list_of(items.starts, item)
         b, h = i // Hkv, i % Hkv
         begin, end = item_slots(items, item, i)
+        decay = call.decays[b] if call.decays.size else np.float32(call.decay)
         reduced[:] = 0
         seen[:] = False
         if stash.size:
-            _reduce(call.lse[b], h * group, group, call.reduce, 0, rows, stash[item], end - begin, reduced, seen)
+            _reduce(call, b, h, 0, items.spans[i, 1] * group, stash[item], end - begin, reduced, seen)
         else:
             _score_again(call, scratch, items.spans[i], b, h, begin, end, reduced, seen)
         for j in range(end - begin):
             if seen[j]:
                 block, offset = call.tables[b, h, (begin + j) // size], (begin + j) % size
-                call.scores[block, offset, h] = np.float32(call.decay) * call.scores[block, offset, h] + reduced[j]
+                call.scores[block, offset, h] = decay * call.scores[block, offset, h] + reduced[j]
 
 
 @jit
 def _run(addresses, table, threads):
     call = unpack(Call, addresses, table)
-    rows = call.q.shape[1] * (call.q.shape[2] // call.lens.shape[1])
-    row_tiles = -(-rows // ROWS)
-    items = cut(call, row_tiles)
+    rows = call.tokens * (call.q.shape[2] // call.lens.shape[1])
+    items = cut(call, True)
     count, height = items.starts[-1], -(-min(rows, ROWS) // 4) * 4  # rows are multiplied by fours
     partials = np.empty((count, height, padded(call.out.shape[3]) + 2), np.float32)
     threads = max(1, min(threads, items.costs[-1] * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
     scored = call.scores.size > 0
-    stash = np.empty((max(count, 1), height, PIECE if scored and row_tiles == 1 else 0), np.float32)
+    kept = scored and rows <= ROWS
+    stash = np.empty((max(count, 1), height, PIECE if kept else 0), np.float32)
     scratches = _scratch(threads, call.q.shape[3], call.out.shape[3])
     succeeded = run_shares(_attend_share, (call, items, scratches, partials, stash), threads)
     succeeded &= run_shares(_merge_share, (call, items, partials), threads)
     if scored:
-        pieces = items if row_tiles == 1 else cut(call, 1)
+        pieces = items if kept else cut(call, False)
         succeeded &= run_shares(_score_share, (call, pieces, scratches, stash), threads)
     return succeeded
 
@@ -384,40 +404,64 @@ def _bind(
     softcap: float = 0.0,
     score_reduce: str = "sum",
     score_decay: float = 1.0,
+    score_last: int = -1,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    out: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     **given: Any,
 ) -> Binding:
-    B, T, Hq, D = q.shape
+    B, D = seq_lens.shape[0], q.shape[-1]
+    tokens = q.shape[1] if max_seqlen_q is None else max_seqlen_q
     heads = k_cache.shape[2] if k_cache.dim() == 4 else block_tables.shape[1]
     if k_cache.dim() == 4:
         block_tables, seq_lens = (x.unsqueeze(1).expand(B, heads, *x.shape[1:]) for x in (block_tables, seq_lens))
-    far = window_left >= 0 and given.get("query_positions") is not None
+    query_positions = given.get("query_positions") if window_left >= 0 or alibi_slopes is not None else None
     sinks, tree = given.get("sinks"), given.get("tree_mask")
+    result, lse = _results(q, v_cache, out)
+    q = q.float()
+    if cu_seqlens_q is not None:
+        q, result, lse = q[None], result[None], lse[None]
+        query_positions = None if query_positions is None else query_positions[None]
     return Binding(
         _run,
         Call,
-        q=q.float(),
+        q=q,
         k_cache=per_head(k_cache, heads, 4),
         v_cache=per_head(v_cache, heads, 4),
         element=FORMATS[k_cache.dtype],
         tables=block_tables,
         lens=seq_lens,
         counts=given.get("q_lens"),
-        positions=per_head(given.get("positions"), heads, 3) if far else None,
-        query_positions=given.get("query_positions") if far else None,
-        tree=None if tree is None else tree.expand(B, T, T),
+        starts=cu_seqlens_q,
+        positions=None if query_positions is None else per_head(given.get("positions"), heads, 3),
+        query_positions=query_positions,
+        tree=None if tree is None else tree.expand(B, tokens, tokens),
         sinks=None if sinks is None else sinks.float(),
+        slopes=None if alibi_slopes is None else alibi_slopes.float().expand(B, -1),
         k_scale=for_heads(given.get("k_scale"), heads),
         v_scale=for_heads(given.get("v_scale"), heads),
         scores=per_head(given.get("scores"), heads, 3),
-        out=torch.empty(B, T, Hq, v_cache.shape[-1], dtype=torch.float32, device="meta"),
-        lse=torch.empty(B, Hq, T, dtype=torch.float32, device="meta"),
+        decays=given.get("score_decays"),
+        out=result,
+        lse=lse,
         scale=D**-0.5 if scale is None else scale,
         softcap=softcap,
         decay=score_decay,
+        tokens=tokens,
         window_left=min(window_left, 1 << 33),  # further than two int32 positions lie apart
         causal=causal,
         reduce=_REDUCE[score_reduce],
+        last=tokens if score_last < 0 else min(score_last, tokens),
     )
+
+
+def _results(q: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse in float32, to be written; packed where q is."""
+    lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32, device=q.device)
+    if out is None or out.dtype != torch.float32:
+        out = torch.empty(*q.shape[:-1], v_cache.shape[-1], dtype=torch.float32, device=q.device)
+    return out, lse
 
 
 @prepared(_bind)
@@ -437,15 +481,26 @@ def paged_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    score_decays: torch.Tensor | None = None,
     **bound: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvops.paged_attention`. Every call is batch invariant and balanced without a ``schedule``."""
-    B, T, Hq, _ = q.shape
-    out = torch.empty(B, T, Hq, v_cache.shape[-1], dtype=torch.float32)
-    lse = torch.empty(B, Hq, T, dtype=torch.float32)
-    sinks = None if sinks is None else sinks.float()
+    sinks, slopes = (None if x is None else x.float() for x in (sinks, alibi_slopes))
+    result, lse = _results(q, v_cache, out)
+    if cu_seqlens_q is not None:  # the kernel does not write what belongs to no sequence
+        lse.fill_(-torch.inf)
+        if result is not out:
+            result.zero_() if out is None else result.copy_(out)
     binding(
-        q.float(), k_cache, v_cache, block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, sinks,
-        k_scale, v_scale, scores, out, lse,
+        q.float(), k_cache, v_cache, block_tables, seq_lens, q_lens, cu_seqlens_q, positions, query_positions,
+        tree_mask, sinks, slopes, k_scale, v_scale, scores, score_decays, result,
+        lse,
     )  # fmt: skip
-    return out.to(q.dtype), lse
+    if out is None:
+        return result.to(q.dtype), lse
+    if result is not out:
+        out.copy_(result)
+    return q.new_empty(0), lse

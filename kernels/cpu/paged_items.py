@@ -1,8 +1,8 @@
 """How attention over the ragged paged cache is cut into work on the CPU, and which slots a query token sees.
 
 A *list* is the blocks of one (sequence, KV head). Lists of few query rows are cut into pieces of ``PIECE`` slots, the
-rows of tall ones into tiles of ``ROWS``; either is an item of work with a partial result. The items of all lists are
-shared among the threads by the slots that they read.
+rows of tall ones into tiles of ``ROWS``; either is an item of work with a partial result. A list is cut by its own
+queries, whatever others have. The items of all lists are shared among the threads by the slots that they read.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ ROWS = 32  # query rows that walk a list together
 class Call(NamedTuple):
     """The arguments of one call, with their numba types; what is not given has size 0."""
 
-    q: float32[:, :, :, :]  # [B, T, Hq, D]
+    q: float32[:, :, :, :]  # [B, T, Hq, D]; packed [1, tokens, Hq, D]
     # [num_blocks, block_size, Hkv, D] bytes; the stride of Hkv is 0 where a block has the slots of one head
     k_cache: uint8[:, :, :, :]
     v_cache: uint8[:, :, :, :]
@@ -27,18 +27,21 @@ class Call(NamedTuple):
     tables: int32[:, :, :]  # [B, Hkv, max_blocks]
     lens: int32[:, :]  # [B, Hkv]
     counts: int32[:]  # [B], real query tokens, all of them where it is empty
+    starts: int32[:]  # [B + 1], where the tokens of each packed sequence begin
     positions: int32[:, :, :]  # [num_blocks, block_size, Hkv]
-    query_positions: int32[:, :]  # [B, T]
+    query_positions: int32[:, :]  # [B, T]; packed [1, tokens]
     tree: boolean[:, :, :]  # [B, T, T]
     sinks: float32[:]  # [Hq]
+    slopes: float32[:, :]  # [B, Hq]
     k_scale: float32[:]  # [Hkv]
     v_scale: float32[:]
     scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
-    out: float32[:, :, :, :]  # [B, T, Hq, Dv]
-    lse: float32[:, :, :]  # [B, Hq, T]
+    out: float32[:, :, :, :]  # as q
+    lse: float32[:, :, :]  # [B, Hq, T]; packed [1, Hq, tokens]
     scale: float64
     softcap: float64
     decay: float64
+    tokens: int64  # the most query tokens of a sequence
     window_left: int64
     causal: int64
     reduce: int64
@@ -50,7 +53,7 @@ class Items(NamedTuple):
     spans: int64[:, ::1]  # [lists, 4]: slots of the list, real query tokens, and the slots [begin, end) that they see
     starts: int64[::1]  # [lists + 1], the first item of each list
     costs: int64[::1]  # [lists + 1], slots that the lists before it read
-    row_tiles: int64
+    tiles: int64[::1]  # [lists], tiles of rows; a list of one is cut into pieces
 
 
 @jit
@@ -69,23 +72,37 @@ def by_slots(call):
 
 
 @jit
-def cut(call, row_tiles):
+def new_tokens(call, b):
+    """Where the query tokens of a sequence are, (row of q, first token), and how many of them are real."""
+    if call.starts.size:
+        first = np.int64(call.starts[b])
+        return 0, first, np.int64(call.starts[b + 1]) - first
+    if call.counts.size:
+        return b, np.int64(0), min(max(np.int64(call.counts[b]), 0), call.tokens)
+    return b, np.int64(0), call.tokens
+
+
+@jit
+def cut(call, by_rows):
+    """``by_rows``: lists whose rows fill several tiles are cut into these, and not into pieces."""
     B, Hkv = call.lens.shape
+    group = call.q.shape[2] // Hkv if Hkv else 1
     spans = np.zeros((B * Hkv, 4), np.int64)
     starts, costs = np.zeros(B * Hkv + 1, np.int64), np.zeros(B * Hkv + 1, np.int64)
+    tiles = np.ones(B * Hkv, np.int64)
     causal, window_left = by_slots(call)
     for i in range(B * Hkv):
         length = min(max(call.lens[i // Hkv, i % Hkv], 0), call.tables.shape[2] * call.k_cache.shape[1])
-        count = call.q.shape[1]
-        if call.counts.size:
-            count = min(max(np.int64(call.counts[i // Hkv]), 0), count)
+        _, _, count = new_tokens(call, i // Hkv)
         begin, _ = seen_slots(length, count, 0, causal, window_left)
         _, end = seen_slots(length, count, count - 1, causal, window_left)
         spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = length, count, begin, end
-        pieces = -(-end // PIECE) - begin // PIECE if row_tiles == 1 else row_tiles
+        if by_rows:
+            tiles[i] = max(1, -(-count * group // ROWS))
+        pieces = -(-end // PIECE) - begin // PIECE if tiles[i] == 1 else tiles[i]
         starts[i + 1] = starts[i] + (pieces if begin < end else 0)
-        costs[i + 1] = costs[i] + max(end - begin, 0) * row_tiles
-    return Items(spans, starts, costs, row_tiles)
+        costs[i + 1] = costs[i] + max(end - begin, 0) * tiles[i]
+    return Items(spans, starts, costs, tiles)
 
 
 @jit
@@ -116,7 +133,7 @@ def list_of(starts, place):
 def item_slots(items, item, i):
     """The slots [begin, end) of ``item``, which is one of list ``i``."""
     begin, end = items.spans[i, 2], items.spans[i, 3]
-    if items.row_tiles > 1:
+    if items.tiles[i] > 1:
         return begin, end
     first = (begin // PIECE + item - items.starts[i]) * PIECE
     return max(first, begin), min(first + PIECE, end)

@@ -7,8 +7,8 @@ tile of its query tokens may see into a matrix. The copies grow with the longest
 
 from __future__ import annotations
 
-from itertools import product
-from typing import NamedTuple
+from itertools import pairwise, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,33 +78,42 @@ def paged_append(
     scores: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> None:
     """See :func:`kvops.paged_append`."""
-    B, T, Hkv, _ = k.shape
-    size = k_cache.shape[1]
+    Hkv, size = k.shape[-2], k_cache.shape[1]
     uniform = k_cache.dim() == 4
     if uniform:
-        block_tables, seq_lens = block_tables[:, None].expand(B, Hkv, -1), seq_lens[:, None].expand(B, Hkv)
-    count = torch.full((B,), T) if q_lens is None else q_lens.clamp(max=T)
-    token = torch.arange(T)[:, None]
-    slot = seq_lens.long()[:, None] - count[:, None, None] + token  # [B, T, Hkv]
-    written = (token < count[:, None, None]) & (slot >= 0) & (slot < block_tables.shape[2] * size)
-    b, t, h = written.nonzero(as_tuple=True)
-    slot = slot[written]
-    block, offset = block_tables[b, h, slot // size].long(), slot % size
+        block_tables, seq_lens = block_tables[:, None].expand(-1, Hkv, -1), seq_lens[:, None].expand(-1, Hkv)
+    if cu_seqlens_q is None:
+        T = k.shape[1]
+        count = torch.full((len(k),), T) if q_lens is None else q_lens.clamp(0, T).long()
+        first = torch.arange(len(k)) * T
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        token_positions = None if token_positions is None else token_positions.flatten()
+    else:
+        first, count = cu_seqlens_q[:-1].long(), cu_seqlens_q.diff().long()
+    sequence = torch.repeat_interleave(count)  # of each real token
+    number = torch.arange(len(sequence)) - (count.cumsum(0) - count)[sequence]  # within its sequence
+    slot = seq_lens.long()[sequence] + (number - count[sequence])[:, None]  # [tokens, Hkv]
+    written = (slot >= 0) & (slot < block_tables.shape[2] * size)
+    t, h = written.nonzero(as_tuple=True)
+    slot, place = slot[written], (first[sequence] + number)[t]
+    block, offset = block_tables[sequence[t], h, slot // size].long(), slot % size
 
     def write(side: Tensor, values: Tensor, by_head: bool) -> None:
         _bits(side)[(block, offset, h) if by_head else (block, offset)] = _bits(values)
 
     for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
-        values = new[b, t, h]
+        values = new[place, h]
         if cache.dtype == _FLOAT8:
             values = values.float() if scale is None else values.float() / scale.expand(Hkv)[h, None]
             limit = torch.finfo(_FLOAT8).max
             values = values.clamp(-limit, limit).to(_FLOAT8)
         write(cache, values, uniform)
     if positions is not None and token_positions is not None:
-        write(positions, token_positions[b, t], positions.dim() == 3)
+        write(positions, token_positions[place], positions.dim() == 3)
     if scores is not None:
         write(scores, scores.new_zeros(len(slot)), uniform)
 
@@ -115,27 +124,34 @@ class _Tokens(NamedTuple):
     length: int  # slots of the list
     num_tokens: int  # real tokens, which stand in its last slots
     causal: bool
-    window_left: int  # in slots, -1 for no limit
+    window_left: int  # -1 for no limit
     tree: Tensor | None  # bool [T, T]
-    oldest: Tensor | None  # int64 [T], the least position that each token sees
+    positions: Tensor | None  # int64 [T], original positions, in which distances are then measured, or None: in slots
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """The slots [low, high) that some of the tokens ``first`` to ``last`` may see."""
         before = self.length - self.num_tokens  # slots before token 0
         high = max(0, before + last) if self.causal else self.length
-        low = max(0, before + first - self.window_left) if self.window_left >= 0 else 0
+        low = 0
+        if self.window_left >= 0 and self.positions is None:
+            low = max(0, before + first - self.window_left)
         return min(low, high), high
 
-    def seen(self, first: int, last: int, low: int, high: int, positions: Tensor | None) -> Tensor:
-        """bool [last - first, high - low]; positions [high - low] of the slots."""
+    def distances(self, first: int, last: int, low: int, high: int, positions: Tensor | None) -> Tensor:
+        """int64 [last - first, high - low], how far each token is behind each slot; positions [high - low] of the
+        slots."""
+        if positions is not None and self.positions is not None:
+            return self.positions[first:last, None] - positions
+        return torch.arange(first, last)[:, None] + (self.length - self.num_tokens) - torch.arange(low, high)
+
+    def seen(self, first: int, last: int, low: int, high: int, distances: Tensor) -> Tensor:
+        """bool [last - first, high - low]."""
         before = self.length - self.num_tokens
         query = torch.arange(first, last)[:, None] + before  # the slot of each token
         slot = torch.arange(low, high)
         seen = slot <= query if self.causal else torch.ones(last - first, high - low, dtype=torch.bool)
         if self.window_left >= 0:
-            seen &= slot >= query - self.window_left
-        if positions is not None and self.oldest is not None:
-            seen &= positions >= self.oldest[first:last, None]
+            seen &= distances <= self.window_left
         if self.tree is not None:
             new = (slot - before).clamp(max=self.tree.shape[1] - 1)  # the token of each slot
             seen &= (new < 0) | self.tree[first:last, new.clamp(min=0)]
@@ -177,7 +193,7 @@ class _Reduced:
         scores[place] = decay * scores[place] + self.values[slot].to(scores.dtype)
 
 
-# Over 80 lines: 24 are the signature.
+# Over 80 lines: 27 are the signature.
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -201,37 +217,52 @@ def paged_attention(
     score_decay: float = 1.0,
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    out: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvops.paged_attention`. Every call is batch invariant, and needs no ``schedule``: each product has a
     shape and an alignment that follow from its list alone."""
-    B, T, Hq, D = q.shape
+    B, (Hq, D) = len(seq_lens), q.shape[-2:]
+    T = q.shape[1] if max_seqlen_q is None else max_seqlen_q
     heads = k_cache.shape[2] if k_cache.dim() == 4 else block_tables.shape[1]
     if k_cache.dim() == 4:
         block_tables, seq_lens = block_tables[:, None].expand(B, heads, -1), seq_lens[:, None].expand(B, heads)
     group = Hq // heads
     dtype = compute_dtype(q.dtype)
     keys, values = _by_head(k_cache, heads, 3), _by_head(v_cache, heads, 3)
-    far = query_positions is not None and window_left >= 0  # the window is measured in positions
     window_left = min(window_left, 1 << 32)  # further than two int32 positions lie apart
-    places = _by_head(positions, heads, 2) if far and positions is not None else None
-    oldest = query_positions.long() - window_left if far and query_positions is not None else None
+    measured = window_left >= 0 or alibi_slopes is not None  # distances are
+    places = _by_head(positions, heads, 2) if measured and positions is not None else None
+    own_places = query_positions.long() if measured and query_positions is not None else None
+    slopes = None if alibi_slopes is None else alibi_slopes.to(dtype).expand(B, Hq)
     tree = None if tree_mask is None else tree_mask.expand(B, T, T)
     lens = seq_lens.clamp(0, block_tables.shape[2] * k_cache.shape[1]).tolist()
-    counts = [T] * B if q_lens is None else q_lens.clamp(0, T).tolist()
-    out = q.new_zeros(B, T, Hq, v_cache.shape[-1])
-    lse = q.new_full((B, Hq, T), -torch.inf, dtype=dtype)
+    if cu_seqlens_q is not None:
+        of_sequence: list[Any] = [(slice(start, end),) for start, end in pairwise(cu_seqlens_q.tolist())]
+    else:
+        counts = [T] * B if q_lens is None else q_lens.clamp(0, T).tolist()
+        of_sequence = [(b, slice(count)) for b, count in enumerate(counts)]
+    result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out
+    if out is not None and cu_seqlens_q is None:
+        out.zero_()
+    lse = q.new_full((*q.shape[:-3], Hq, q.shape[-3]), -torch.inf, dtype=dtype)
 
     for b, h in product(range(B), range(heads)):
+        new = of_sequence[b]  # the place of its tokens in q and in the results
+        own = slice(h * group, (h + 1) * group)
+        rows = (q[new][:, own].to(dtype) * default_scale(scale, D)).flatten(0, 1)  # a copy, aligned as any other
         tokens = _Tokens(
             lens[b][h],
-            counts[b],
+            len(rows) // group,
             causal and tree is None,
-            -1 if far else window_left,
+            window_left,
             None if tree is None else tree[b],
-            None if oldest is None else oldest[b],
+            None if own_places is None else own_places[new],
         )
-        table, own = block_tables[b, h], slice(h * group, (h + 1) * group)
-        rows = (q[b, :, own].to(dtype) * default_scale(scale, D)).reshape(T * group, D)  # a copy, aligned as any other
+        table, own_out, own_lse = block_tables[b, h], result[new][:, own], lse.mT[new][:, own]
+        own_out.zero_()
         if k_scale is not None:
             rows *= k_scale.expand(heads)[h]
         reduced = None if scores is None else _Reduced(tokens.length, score_reduce, dtype)
@@ -245,18 +276,23 @@ def paged_attention(
             s = rows[first * group : last * group] @ k.mT
             if softcap > 0:
                 s.div_(softcap).tanh_().mul_(softcap)
-            seen = tokens.seen(first, last, low, high, None if places is None else _read(places[h], table, low, high))
-            s.view(last - first, group, -1).masked_fill_(~seen[:, None], -torch.inf)
+            slot_places = None if places is None else _read(places[h], table, low, high)
+            distances = tokens.distances(first, last, low, high, slot_places)
+            by_token = s.view(last - first, group, -1)
+            if slopes is not None:
+                by_token -= slopes[b, own, None] * distances.abs()[:, None]
+            seen = tokens.seen(first, last, low, high, distances)
+            by_token.masked_fill_(~seen[:, None], -torch.inf)
             p, found = softmax(s)
             found = found.view(last - first, group)
             if sinks is not None:
                 weight, found = beside_sinks(found, sinks[own])
                 p *= weight.view(-1, 1)
             mean = p @ v if v_scale is None else (p @ v) * v_scale.expand(heads)[h]
-            out[b, first:last, own] = mean.view(last - first, group, -1).to(q.dtype)
-            lse[b, own, first:last] = found.mT
+            own_out[first:last] = mean.view(last - first, group, -1).to(q.dtype)
+            own_lse[first:last] = found
             if reduced is not None:
                 reduced.add(p, low, seen)
         if scores is not None and reduced is not None:
             reduced.write(_by_head(scores, heads, 2)[h], table, score_decay)
-    return out, lse
+    return (result if out is None else q.new_empty(0)), lse

@@ -80,14 +80,20 @@ def check_options(
         checks.expect_shape("sinks", sinks, "[heads]", heads)
         checks.expect_same_device("sinks", sinks, "q", q)
         checks.expect_last_contiguous("sinks", sinks)
-    if alibi_slopes is not None:
-        checks.expect_dtype("alibi_slopes", alibi_slopes, *checks.FLOAT_DTYPES)
-        if alibi_slopes.dim() == 2:
-            checks.expect_shape("alibi_slopes", alibi_slopes, "[batch, heads]", batch, heads)
-        else:
-            checks.expect_shape("alibi_slopes", alibi_slopes, "[heads]", heads)
-        checks.expect_same_device("alibi_slopes", alibi_slopes, "q", q)
-        checks.expect_last_contiguous("alibi_slopes", alibi_slopes)
+    check_slopes(alibi_slopes, batch, q)
+
+
+def check_slopes(alibi_slopes: Tensor | None, batch: int, q: Tensor) -> None:
+    if alibi_slopes is None:
+        return
+    heads = q.shape[-2]
+    checks.expect_dtype("alibi_slopes", alibi_slopes, *checks.FLOAT_DTYPES)
+    if alibi_slopes.dim() == 2:
+        checks.expect_shape("alibi_slopes", alibi_slopes, "[batch, heads]", batch, heads)
+    else:
+        checks.expect_shape("alibi_slopes", alibi_slopes, "[heads]", heads)
+    checks.expect_same_device("alibi_slopes", alibi_slopes, "q", q)
+    checks.expect_last_contiguous("alibi_slopes", alibi_slopes)
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
@@ -130,14 +136,20 @@ def check_lengths_data(
         ("k", tokens_k, cu_seqlens_k, max_seqlen_k),
     ):
         ends = cu_seqlens.tolist()
-        name = f"cu_seqlens_{side}"
         if ends[0] != 0:
-            raise ValueError(f"{name}: expected a leading 0, got {ends[0]}")
-        for sequence, (start, end) in enumerate(pairwise(ends)):
-            if not 0 <= end - start <= longest:
-                raise ValueError(
-                    f"{name}: expected lengths from 0 to max_seqlen_{side} = {longest}, got {end - start} of sequence "
-                    f"{sequence} (from {start} to {end})"
-                )
-        if ends[-1] > tokens:
-            raise ValueError(f"{name}: expected ends within the {tokens} tokens of {side}, got {ends[-1]}")
+            raise ValueError(f"cu_seqlens_{side}: expected a leading 0, got {ends[0]}")
+        check_ends(side, side, tokens, ends, longest)
+
+
+def check_ends(side: str, tokens_name: str, tokens: int, ends: list[int], longest: int) -> None:
+    """Check where packed sequences begin and end: ``cu_seqlens_<side>`` as a list."""
+    for sequence, (start, end) in enumerate(pairwise(ends)):
+        if not 0 <= end - start <= longest:
+            raise ValueError(
+                f"cu_seqlens_{side}: expected lengths from 0 to max_seqlen_{side} = {longest}, got {end - start} of "
+                f"sequence {sequence} (from {start} to {end})"
+            )
+    if ends[-1] > tokens:
+        raise ValueError(
+            f"cu_seqlens_{side}: expected ends within the {tokens} tokens of {tokens_name}, got {ends[-1]}"
+        )

@@ -9,12 +9,18 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import paged as eager
-from kvops.ops.paged_checks import check_append, check_attention, check_schedule, scale_tensor
+from kvops.ops.paged_checks import check_append, check_attention, check_packed_data, check_schedule, scale_tensor
 from kvops.ops.registry import LIBRARY, register
 from kvops.private_torch import schema_of
 
 # Programs per multiprocessor: they fit at once with any number of registers, so that all shares run together.
 _PROGRAMS_PER_SM = 2
+
+
+def _check_append_data(
+    k: Tensor, *args: Tensor, cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, **given: object
+) -> None:
+    check_packed_data("k", k, cu_seqlens_q, max_seqlen_q)
 
 
 def _fake_append(*args: object, **kwargs: object) -> None:
@@ -24,8 +30,9 @@ def _fake_append(*args: object, **kwargs: object) -> None:
 _append = register(
     "paged_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor seq_lens, *, "
     "Tensor? q_lens=None, Tensor(c!)? positions=None, Tensor? token_positions=None, Tensor(d!)? scores=None, "
-    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None) -> ()",
     check=check_append,
+    check_data=_check_append_data,
     fake=_fake_append,
     eager=eager.paged_append,
     kernel="kvops.kernels.paged_append:paged_append",
@@ -35,11 +42,18 @@ _append = register(
 )
 
 
+def _check_attention_data(
+    q: Tensor, *args: Tensor, cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, **given: object
+) -> None:
+    check_packed_data("q", q, cu_seqlens_q, max_seqlen_q)
+
+
 def _fake_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object, **kwargs: object
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object, out: Tensor | None = None, **kwargs: object
 ) -> tuple[Tensor, Tensor]:
-    B, T, Hq, _ = q.shape
-    return q.new_empty(B, T, Hq, v_cache.shape[-1]), q.new_empty(B, Hq, T, dtype=torch.float32)
+    *batch, T, Hq, _ = q.shape
+    result = q.new_empty(*batch, T, Hq, v_cache.shape[-1]) if out is None else q.new_empty(0)
+    return result, q.new_empty(*batch, Hq, T, dtype=torch.float32)
 
 
 _attention = register(
@@ -47,8 +61,10 @@ _attention = register(
     "Tensor? q_lens=None, bool causal=True, int window_left=-1, Tensor? positions=None, Tensor? query_positions=None, "
     "float? scale=None, float softcap=0.0, Tensor? sinks=None, Tensor? tree_mask=None, Tensor? k_scale=None, "
     'Tensor? v_scale=None, Tensor(a!)? scores=None, str score_reduce="sum", float score_decay=1.0, '
-    "Tensor? schedule=None, bool batch_invariant=False) -> (Tensor out, Tensor lse)",
+    "Tensor? schedule=None, bool batch_invariant=False, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, "
+    "Tensor(b!)? out=None, Tensor? alibi_slopes=None) -> (Tensor out, Tensor lse)",
     check=check_attention,
+    check_data=_check_attention_data,
     fake=_fake_attention,
     eager=eager.paged_attention,
     kernel="kvops.kernels.paged_attention:paged_attention",
@@ -131,6 +147,8 @@ def paged_append(
     scores: Tensor | None = None,
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> None:
     """Write new keys and values into the last slots of each head's list.
 
@@ -138,31 +156,37 @@ def paged_append(
     of the list. Tokens from ``q_lens[b]`` on are padding and are not written. A list that is shorter than ``q_lens[b]``
     keeps the last tokens that fit.
 
+    With ``cu_seqlens_q`` the tokens of all sequences are packed, without padding: those of sequence ``b`` are
+    ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``. Tokens of no sequence are not written.
+
     Under ``torch.compile(dynamic=True)`` a cache that is written must not be a view that begins inside a pool, such as
     ``pool[layer]``: inductor (PyTorch 2.13, pytorch issue 198068) loses the offset of the view, for any operator. Use a
     tensor for each layer, or one pool whose tables number the blocks of all layers.
 
     Args:
-        k: ``[B, T, Hkv, D]`` float16, bfloat16 or float32.
-        v: ``[B, T, Hkv, Dv]``, the same dtype.
+        k: ``[B, T, Hkv, D]``, or packed ``[tokens, Hkv, D]``; float16, bfloat16 or float32.
+        v: ``[B, T, Hkv, Dv]`` or ``[tokens, Hkv, Dv]``, the same dtype.
         k_cache: written; ``[num_blocks, block_size, D]`` with one head's slots to a block, or
             ``[num_blocks, block_size, Hkv, D]`` with any strides; the dtype of ``k``, or float8_e4m3fn.
         v_cache: written; the same with ``Dv``.
         block_tables: int32 ``[B, Hkv, max_blocks]`` (``[B, max_blocks]`` for a 4-D cache). Entries past a length are
             never read.
         seq_lens: int32 ``[B, Hkv]`` (``[B]``), with these tokens counted in.
-        q_lens: int32 ``[B]``, how many of the T tokens are real.
+        q_lens: int32 ``[B]``, how many of the T tokens are real; not with ``cu_seqlens_q``.
         positions: written with ``token_positions``; int32 ``[num_blocks, block_size]``; a 4-D cache may also have
             ``[num_blocks, block_size, Hkv]``.
-        token_positions: int32 ``[B, T]``, the tokens' original positions; along with ``positions``.
+        token_positions: int32 ``[B, T]`` or ``[tokens]``, the tokens' original positions; along with ``positions``.
         scores: zeroed in the new slots; float32 ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]``).
         k_scale: of a float8 cache, a float or float32 ``[Hkv]``: ``k / k_scale`` is stored, rounded to nearest and
             clamped to the 448 that float8 e4m3 can hold.
         v_scale: the same for ``v``.
+        cu_seqlens_q: int32 ``[B + 1]``, where the packed tokens of each sequence begin, and where the last ones end.
+        max_seqlen_q: along with ``cu_seqlens_q``: the most new tokens of a sequence, or more.
 
     Raises:
-        ValueError: wrong rank, shape, device or strides; a scale without a float8 cache; ``positions`` without
-            ``token_positions`` or the reverse; with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
+        ValueError: wrong rank, shape, device or strides; a scale without a float8 cache; one of two arguments that
+            belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``; with
+            ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
         TypeError: wrong dtype.
     """
     _append(
@@ -178,6 +202,8 @@ def paged_append(
         scores=scores,
         k_scale=scale_tensor("k_scale", k_scale, "k", k),
         v_scale=scale_tensor("v_scale", v_scale, "k", k),
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
     )
 
 
@@ -205,6 +231,10 @@ def paged_attention(
     score_decay: float = 1.0,
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    out: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over a paged cache in which every head has its own list and length.
 
@@ -214,28 +244,37 @@ def paged_attention(
     list order, so after eviction they are closer together than the original positions. One read of K and V
     serves all T tokens and all query heads of a group.
 
+    With ``cu_seqlens_q`` the tokens of all sequences are packed, without padding: those of sequence ``b`` are
+    ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, and T is ``max_seqlen_q``. Sequences that decode and sequences that
+    are prefilled run in one call. Nothing is read back to the host, and no temporary is padded to
+    ``[B, max_seqlen_q]``. On a GPU the longest sequence chooses the tile of query rows. If its rows fill several tiles
+    and the batch fills the GPU, no list is divided among programs: where single tokens attend to very long lists beside
+    a chunk of prefill, two calls are faster, with two parts of ``cu_seqlens_q`` and one ``out``.
+
     Args:
-        q: ``[B, T, Hq, D]`` float16, bfloat16 or float32; query head h reads KV head ``h // (Hq // Hkv)``.
+        q: ``[B, T, Hq, D]``, or packed ``[tokens, Hq, D]``; float16, bfloat16 or float32. Query head h reads KV head
+            ``h // (Hq // Hkv)``.
         k_cache: ``[num_blocks, block_size, D]`` with one head's slots to a block, or
             ``[num_blocks, block_size, Hkv, D]`` with any strides; the dtype of ``q``, or float8_e4m3fn.
         v_cache: the same with ``Dv``.
         block_tables: int32 ``[B, Hkv, max_blocks]`` (``[B, max_blocks]`` for a 4-D cache). Entries past a length are
             never read.
         seq_lens: int32 ``[B, Hkv]`` (``[B]``).
-        q_lens: int32 ``[B]``, how many of the T tokens are real; they come first.
+        q_lens: int32 ``[B]``, how many of the T tokens are real; they come first. Not with ``cu_seqlens_q``.
         causal: False lets every token see the whole list.
         window_left: the number of slots before its own that a token sees, -1 for no limit. With ``positions`` and
             ``query_positions`` it is measured in original positions: a slot is seen if
             ``query_position - position <= window_left``.
         positions: int32 ``[num_blocks, block_size]``, the original position of the token in a slot; a 4-D cache may
             also have ``[num_blocks, block_size, Hkv]``.
-        query_positions: int32 ``[B, T]``; along with ``positions``. ``query_position - window_left`` must stay within
-            int32.
+        query_positions: int32 ``[B, T]`` or ``[tokens]``; along with ``positions``. ``query_position - window_left``
+            must stay within int32.
         scale: of the scores, default ``D ** -0.5``.
         softcap: c > 0 replaces a scaled score s by ``c * tanh(s / c)``.
         sinks: ``[Hq]``, a logit that joins the softmax's denominator only, and lse with it.
         tree_mask: bool ``[B, T, T]`` or ``[T, T]``; row t, column j tells whether token t sees token j. It replaces
-            ``causal`` among the new tokens; every token sees all older slots.
+            ``causal`` among the new tokens; every token sees all older slots. With ``cu_seqlens_q`` T is
+            ``max_seqlen_q``; of a shorter sequence the first rows and columns count.
         k_scale: of a float8 cache, a float or float32 ``[Hkv]``: the keys are ``k_scale * k_cache``.
         v_scale: the same for the values.
         scores: updated; float32 ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]`` for a 4-D cache).
@@ -251,14 +290,23 @@ def paged_attention(
             number of programs. The ``schedule`` must be batch invariant too. On a GPU each 256 slots of a list have a
             separate partial result, in a buffer that is as long as the tables allow. If T x group is more than a tile
             of rows (64; 32 in float32 and for D above 128), each tile reads its list separately.
+        cu_seqlens_q: int32 ``[B + 1]``, where the packed tokens of each sequence begin, and where the last ones end.
+        max_seqlen_q: along with ``cu_seqlens_q``: the most tokens of a sequence, or more.
+        out: written and returned; the shape and dtype of the result, its last dimension contiguous (under
+            ``torch.compile`` all of it). The operator ``torch.ops.kvops.paged_attention`` then returns ``[0]`` in its
+            place.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``; the bias is ``-slope * |distance|`` between the slots of a token and a
+            key, or between their original positions where ``positions`` and ``query_positions`` are given.
 
     Returns:
-        out ``[B, T, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]``, natural logarithm.
+        out ``[B, T, Hq, Dv]`` or ``[tokens, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]`` or
+        ``[Hq, tokens]``, natural logarithm. Packed tokens of no sequence, such as padding at the end, have out 0 and
+        lse -inf; a given ``out`` keeps what it has there.
 
     Raises:
-        ValueError: wrong rank, shape, device, strides, head ratio or value; a scale without a float8 cache;
-            ``positions`` without ``query_positions`` or the reverse; with ``KVOPS_DEBUG=1`` also table entries
-            and lengths out of range.
+        ValueError: wrong rank, shape, device, strides, head ratio or value; a scale without a float8 cache; one of two
+            arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``;
+            with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
         TypeError: wrong dtype.
         RuntimeError: an input requires a gradient.
 
@@ -269,7 +317,7 @@ def paged_attention(
 
     Scores: H2O (Zhang et al., 2023) sums p, KV-Compress (Rehg, 2024) p squared.
     """
-    return _attention(  # type: ignore[no-any-return]
+    result, lse = _attention(
         q,
         k_cache,
         v_cache,
@@ -291,7 +339,12 @@ def paged_attention(
         score_decay=score_decay,
         schedule=schedule,
         batch_invariant=batch_invariant,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        out=out,
+        alibi_slopes=alibi_slopes,
     )
+    return (result if out is None else out), lse
 
 
 def paged_schedule(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager.paged import schedule_ends
-from kvops.ops.dense import check_scores
+from kvops.ops.dense import check_ends, check_scores, check_slopes
 
 REDUCTIONS = ("sum", "sumsq", "max")
 
@@ -22,23 +22,24 @@ def _check_cache(
     *,
     reference_name: str,
     reference: Tensor,
-    head_dim: int,
+    batch: int,
 ) -> int:
     """Checks of the arguments that append and attention share; returns the number of KV heads."""
+    head_dim = reference.shape[-1]
     if k_cache.dim() == 4:
         layout = "[num_blocks, block_size, heads, head_dim]"
         num_heads = k_cache.shape[2]
         checks.expect_shape("k_cache", k_cache, layout, None, None, None, head_dim)
         checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:3], None)
-        checks.expect_shape("block_tables", block_tables, "[batch, max_blocks]", reference.shape[0], None)
-        checks.expect_shape("seq_lens", seq_lens, "[batch]", reference.shape[0])
+        checks.expect_shape("block_tables", block_tables, "[batch, max_blocks]", batch, None)
+        checks.expect_shape("seq_lens", seq_lens, "[batch]", batch)
     else:
         layout = "[num_blocks, block_size, head_dim]"
         checks.expect_shape("k_cache", k_cache, layout, None, None, head_dim)
         checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:2], None)
-        checks.expect_shape("block_tables", block_tables, "[batch, heads, max_blocks]", reference.shape[0], None, None)
+        checks.expect_shape("block_tables", block_tables, "[batch, heads, max_blocks]", batch, None, None)
         num_heads = block_tables.shape[1]
-        checks.expect_shape("seq_lens", seq_lens, "[batch, heads]", reference.shape[0], num_heads)
+        checks.expect_shape("seq_lens", seq_lens, "[batch, heads]", batch, num_heads)
     checks.expect_at_least("k_cache.shape[1] (block_size)", k_cache.shape[1], 1)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.expect_at_least(f"{name}.shape[-1] (head_dim)", tensor.shape[-1], 1)
@@ -107,19 +108,45 @@ def _check_positions(
     reference_name: str,
     reference: Tensor,
 ) -> None:
-    """Positions of the slots and of the tokens ``[batch, tokens]``: both or neither."""
+    """Positions of the slots and of the tokens, ``[batch, tokens]`` or packed: both or neither."""
     if (positions is None) != (token_positions is None):
         missing, given = ("positions", token_name) if positions is None else (token_name, "positions")
         raise ValueError(f"{missing}: expected along with {given}, got None")
     if positions is not None and token_positions is not None:
         _check_slots("positions", positions, k_cache, torch.int32, shared=True)
         checks.expect_dtype(token_name, token_positions, torch.int32)
-        checks.expect_shape(token_name, token_positions, "[batch, tokens]", *reference.shape[:2])
+        tokens = reference.shape[:-2]
+        checks.expect_shape(token_name, token_positions, "[batch, tokens]" if len(tokens) == 2 else "[tokens]", *tokens)
         checks.expect_same_device(token_name, token_positions, reference_name, reference)
 
 
-def _check_tree_mask(tree_mask: Tensor, q: Tensor) -> None:
-    B, T = q.shape[:2]
+def _check_packed(
+    name: str,
+    tokens: Tensor,
+    layout: str,
+    q_lens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+) -> tuple[int, int]:
+    """Check how the tokens of q or k lie; returns the number of sequences and the most tokens of one."""
+    if cu_seqlens_q is None or max_seqlen_q is None:
+        if (cu_seqlens_q is None) != (max_seqlen_q is None):
+            missing, given = ("max_seqlen_q", "cu_seqlens_q")[:: 1 if max_seqlen_q is None else -1]
+            raise ValueError(f"{missing}: expected along with {given}, got None")
+        checks.expect_rank(name, tokens, f"[batch, tokens, {layout}]")
+        return tokens.shape[0], tokens.shape[1]
+    checks.expect_rank(name, tokens, f"[tokens, {layout}]")
+    if q_lens is not None:
+        raise ValueError("q_lens: expected None with cu_seqlens_q, which has the lengths")
+    checks.expect_rank("cu_seqlens_q", cu_seqlens_q, "[batch + 1]")
+    checks.expect_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    checks.expect_same_device("cu_seqlens_q", cu_seqlens_q, name, tokens)
+    checks.expect_at_least("cu_seqlens_q.shape[0] (batch + 1)", cu_seqlens_q.shape[0], 1)
+    checks.expect_at_least("max_seqlen_q", max_seqlen_q, 0)
+    return cu_seqlens_q.shape[0] - 1, max_seqlen_q
+
+
+def _check_tree_mask(tree_mask: Tensor, q: Tensor, B: int, T: int) -> None:
     checks.expect_dtype("tree_mask", tree_mask, torch.bool)
     if tree_mask.dim() == 2:
         checks.expect_shape("tree_mask", tree_mask, "[tokens, tokens]", T, T)
@@ -142,8 +169,10 @@ def check_append(
     scores: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> None:
-    checks.expect_rank("k", k, "[batch, tokens, heads, head_dim]")
+    batch, _ = _check_packed("k", k, "heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
     checks.expect_dtype("k", k, *checks.FLOAT_DTYPES)
     checks.expect_last_contiguous("k", k)
     num_heads = _check_cache(
@@ -155,12 +184,12 @@ def check_append(
         v_scale,
         reference_name="k",
         reference=k,
-        head_dim=k.shape[3],
+        batch=batch,
     )
-    B, T, Hkv, _ = k.shape
-    if num_heads != Hkv:
-        raise ValueError(f"k: expected the {num_heads} heads of the cache, got {Hkv}")
-    checks.expect_shape("v", v, "[batch, tokens, heads, value_dim]", B, T, Hkv, v_cache.shape[-1])
+    if num_heads != k.shape[-2]:
+        raise ValueError(f"k: expected the {num_heads} heads of the cache, got {k.shape[-2]}")
+    layout = "[batch, tokens, heads, value_dim]" if k.dim() == 4 else "[tokens, heads, value_dim]"
+    checks.expect_shape("v", v, layout, *k.shape[:-1], v_cache.shape[-1])
     checks.expect_same_dtype("v", v, "k", k)
     checks.expect_last_contiguous("v", v)
     checks.expect_same_device("v", v, "k", k)
@@ -170,6 +199,19 @@ def check_append(
         _check_slots("scores", scores, k_cache, torch.float32)
     if checks.debug() and checks.has_data(seq_lens):
         _check_tables_data(k_cache, block_tables, seq_lens)
+
+
+def check_packed_data(
+    name: str, tokens: Tensor, cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None
+) -> None:
+    """Check where packed sequences begin. Synchronises, so on a GPU under KVOPS_DEBUG=1 only. The first one need not
+    begin at 0: a call may have some of the sequences of a batch."""
+    if cu_seqlens_q is None or max_seqlen_q is None:
+        return
+    ends = cu_seqlens_q.tolist()
+    if ends[0] < 0:
+        raise ValueError(f"cu_seqlens_q: expected places of at least 0, got {ends[0]}")
+    check_ends("q", name, len(tokens), ends, max_seqlen_q)
 
 
 def check_attention(
@@ -195,8 +237,12 @@ def check_attention(
     score_decay: float = 1.0,
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    out: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> None:
-    checks.expect_rank("q", q, "[batch, tokens, query_heads, head_dim]")
+    B, T = _check_packed("q", q, "query_heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
     checks.expect_dtype("q", q, *checks.FLOAT_DTYPES)
     checks.expect_last_contiguous("q", q)
     num_heads = _check_cache(
@@ -208,9 +254,9 @@ def check_attention(
         v_scale,
         reference_name="q",
         reference=q,
-        head_dim=q.shape[3],
+        batch=B,
     )
-    B, _, Hq, _ = q.shape
+    Hq = q.shape[-2]
     checks.expect_head_ratio("q", Hq, "k_cache" if k_cache.dim() == 4 else "block_tables", num_heads)
     _check_q_lens(q_lens, "q", q)
     checks.expect_at_least("window_left", window_left, -1)
@@ -224,8 +270,15 @@ def check_attention(
         checks.expect_dtype("sinks", sinks, *checks.FLOAT_DTYPES)
         checks.expect_shape("sinks", sinks, "[query_heads]", Hq)
         checks.expect_same_device("sinks", sinks, "q", q)
+    check_slopes(alibi_slopes, B, q)
     if tree_mask is not None:
-        _check_tree_mask(tree_mask, q)
+        _check_tree_mask(tree_mask, q, B, T)
+    if out is not None:
+        checks.expect_dtype("out", out, q.dtype)
+        layout = "[batch, tokens, query_heads, value_dim]" if q.dim() == 4 else "[tokens, query_heads, value_dim]"
+        checks.expect_shape("out", out, layout, *q.shape[:-1], v_cache.shape[-1])
+        checks.expect_last_contiguous("out", out)
+        checks.expect_same_device("out", out, "q", q)
     checks.expect_choice("score_reduce", score_reduce, REDUCTIONS)
     checks.expect_at_least("score_decay", score_decay, 0.0)
     checks.expect_finite("score_decay", score_decay)
