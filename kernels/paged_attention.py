@@ -50,6 +50,7 @@ def paged_attention(
     cu_seqlens_q: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    score_decays: torch.Tensor | None = None,
     **numbers: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels; see ``kvops.paged_attention``. ``kind`` has the arguments that are not tensors."""
@@ -115,6 +116,7 @@ def paged_attention(
             stash,
             lse,
             scores,
+            score_decays,
             *plan.scores_numbers,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -77,6 +77,8 @@ class PagedKind:
         max_seqlen_q: int | None = None,
         out: torch.Tensor | None = None,
         alibi_slopes: torch.Tensor | None = None,
+        score_last: int = -1,
+        score_decays: torch.Tensor | None = None,
     ) -> None:
         self.packed = cu_seqlens_q is not None
         if cu_seqlens_q is not None:
@@ -140,6 +142,7 @@ class PagedKind:
             "scale": self.head_dim**-0.5 if scale is None else scale,
             "softcap": softcap,
             "decay": score_decay,
+            "score_last": min(score_last, 2**31 - 1),
             "HEADS": self.heads,
             "LIST_HEADS": self.list_heads,
             "AXIS_HEADS": self.axis_heads,
@@ -153,6 +156,7 @@ class PagedKind:
             "HAS_SOFTCAP": softcap > 0,
             "PACKED": self.packed,
             "INVARIANT": batch_invariant,
+            "HAS_LAST": score_last >= 0,
             "REDUCE": score_reduce,
             "BLOCK_D": self.block_d,
             "BLOCK_DV": self.block_dv,

@@ -19,7 +19,7 @@ from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
 
 # Over 80 lines: 62 are the signature; one loop over lists, as in paged_attention_kernel.
 @triton.jit(
-    do_not_specialize=[*UNSPECIALISED, "lists", "coarse", "window_left"],
+    do_not_specialize=[*UNSPECIALISED, "lists", "coarse", "window_left", "score_last"],
     do_not_specialize_on_alignment=READ_AS_SCALARS,
 )
 def paged_scores_kernel(
@@ -37,6 +37,7 @@ def paged_scores_kernel(
     stash_ptr,
     lse_ptr,
     scores_ptr,
+    decays_ptr,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -73,6 +74,7 @@ def paged_scores_kernel(
     scale,
     softcap,
     decay,
+    score_last,
     LIST_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -82,6 +84,7 @@ def paged_scores_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_LAST: tl.constexpr,
     REDUCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,6 +113,13 @@ def paged_scores_kernel(
         table = table_ptr + batch * stride_tb + head * stride_th
         first_token, count, with_results = new_tokens(batch, q_lens_ptr, stride_nb, num_tokens, PACKED)
         list_rows = with_results * GROUP
+        first_tile = 0
+        if HAS_LAST:  # rows before do not score
+            first_scored = tl.maximum(count - score_last, 0) * GROUP
+            first_tile = first_scored // BLOCK_M * BLOCK_M
+        list_decay = decay
+        if decays_ptr is not None:
+            list_decay = tl.load(decays_ptr + batch)
         for first in tl.range(start, stop, BLOCK_N):
             slots = first + tl.arange(0, BLOCK_N)
             inside = slots < stop
@@ -123,7 +133,7 @@ def paged_scores_kernel(
                 k = load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q_ptr.dtype.element_ty)
             reduced = tl.zeros([BLOCK_N], tl.float32)
             any_seen = tl.zeros([BLOCK_N], tl.int32)
-            for first_row in range(0, list_rows, BLOCK_M):
+            for first_row in range(first_tile, list_rows, BLOCK_M):
                 rows = first_row + tl.arange(0, BLOCK_M)
                 query_place, limit, oldest, token, new_slot = row_limits(
                     rows, length, batch, first_token, count, query_positions_ptr, stride_qpb, stride_qpt, window_left,
@@ -137,6 +147,8 @@ def paged_scores_kernel(
                     None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
                     HAS_WINDOW,
                 )  # fmt: skip
+                if HAS_LAST:
+                    seen &= (rows >= first_scored)[:, None]
                 if stash_ptr is not None:
                     in_line = list_begin.to(tl.int64) * UNIT + slots
                     cell = (axis_head * num_rows + rows)[:, None] * line + in_line[None, :]
@@ -172,6 +184,6 @@ def paged_scores_kernel(
             cell = block * stride_sb + offset * stride_ss + head * stride_sh
             updated = inside & (any_seen > 0)
             score = tl.load(scores_ptr + cell, mask=updated, other=0.0)
-            tl.store(scores_ptr + cell, decay * score + reduced, mask=updated)
+            tl.store(scores_ptr + cell, list_decay * score + reduced, mask=updated)
         begin = list_end
         index += 1

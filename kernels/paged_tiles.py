@@ -19,6 +19,7 @@ READ_AS_SCALARS = (
     "v_scale_ptr",
     "sinks_ptr",
     "slopes_ptr",
+    "decays_ptr",
     "schedule_ptr",
 )
 UNSPECIALISED = (

@@ -274,6 +274,30 @@ def paged_attention_head_dim_256():
     paged_attention(q, cache, cache, tables, lens)
 
 
+def paged_attention_packed_bf16():
+    from kvops.kernels.paged_append import paged_append
+    from kvops.kernels.paged_attention import paged_attention
+
+    q, new = torch.empty(2048, 32, 128, dtype=torch.bfloat16), torch.empty(2048, 8, 128, dtype=torch.bfloat16)
+    cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
+    packed = {"cu_seqlens_q": torch.empty(5, dtype=torch.int32)}
+    paged_append(new, new, cache, cache, tables, lens, max_seqlen_q=512, **packed)
+    for most in (1, 512):  # decoding, and beside it chunks of prefill
+        paged_attention(q, cache, cache, tables, lens, max_seqlen_q=most, out=q, **packed)
+    options = packed | {"scores": sides[1], "score_last": 32, "score_decays": torch.empty(4)}
+    paged_attention(q, cache, cache, tables, lens, max_seqlen_q=512, **options)
+
+
+def paged_attention_alibi_bf16():
+    from kvops.kernels.paged_attention import paged_attention
+
+    q, slopes = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16), torch.empty(32)
+    cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
+    paged_attention(q, cache, cache, tables, lens, alibi_slopes=slopes)
+    q = torch.empty(4, 512, 32, 128, dtype=torch.bfloat16)
+    paged_attention(q, cache, cache, tables, lens, alibi_slopes=slopes, scores=sides[1])
+
+
 _PAGED = ("paged_attention_kernel",)
 CASES += [
     CompileCase("paged-append", paged_append_bf16_and_float8),
@@ -283,6 +307,8 @@ CASES += [
     CompileCase("paged-uniform-fp8-d128", paged_attention_uniform_float8, matrix=_PAGED),
     CompileCase("paged-decode-fp32-d64", paged_attention_float32_head_dim_64),
     CompileCase("paged-decode-fp16-d256", paged_attention_head_dim_256, matrix=_PAGED),
+    CompileCase("paged-packed-bf16-d128", paged_attention_packed_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
+    CompileCase("paged-alibi-bf16-d128", paged_attention_alibi_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
 ]
 
 

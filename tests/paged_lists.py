@@ -88,6 +88,8 @@ def expected(
     score_reduce: str = "sum",
     score_decay: float = 1.0,
     alibi_slopes: Tensor | None = None,
+    score_last: int = -1,
+    score_decays: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the updated scores in float64."""
     q, lists = q.cpu(), Lists(*(getattr(lists, name).cpu() for name in Lists.__dataclass_fields__))
@@ -128,11 +130,13 @@ def expected(
                 distance=distance,
             )  # fmt: skip
             out[b, :, heads], lse[b, heads] = o[0], s[0]
-            p = p[0].flatten(0, 1)  # [group * T, length]
-            if length:
+            counted = slice(0 if score_last < 0 else max(0, count - score_last), None)
+            p, mask = p[0, :, counted].flatten(0, 1), mask[counted]  # [group * tokens, length]
+            if length and len(mask):
+                decay = score_decay if score_decays is None else float(score_decays[b])
                 reduced = p.amax(0) if score_reduce == "max" else (p * p if score_reduce == "sumsq" else p).sum(0)
                 old = scores[block, offset]
-                scores[block, offset] = torch.where(mask.any(0), score_decay * old + reduced, old)
+                scores[block, offset] = torch.where(mask.any(0), decay * old + reduced, old)
     return out, lse, scores
 
 

@@ -67,6 +67,10 @@ def test_packed_queries_in_any_combination(backend, device, seed, given_out):
         drawn = [min(count, least) for count, least in zip(drawn, lists.seq_lens.amin(1).tolist(), strict=True)]
         options["tree_mask"] = torch.rand(3, T, T, device=device) < 0.6
     if draw.random() < 0.5:
+        options["score_last"] = draw.choice([0, 1, 3])
+    if draw.random() < 0.5:
+        options |= {"score_decay": 1.0, "score_decays": torch.tensor([0.0, 0.5, 1.0], device=device)}
+    if draw.random() < 0.5:
         options["alibi_slopes"] = torch.rand(draw.choice([(2 * group,), (3, 2 * group)]), device=device) / 10
     window = draw.choice(["none", "slots", "positions"])
     if window != "none":
@@ -176,6 +180,18 @@ def test_packed_tokens_go_where_padded_ones_go(backend, device, dtype, uniform):
     assert (results[0][2] >= 0).any()
 
 
+@pytest.mark.parametrize("last", [0, 1, 4, 16, 2**40])
+def test_the_last_tokens_score_with_a_decay_for_each_sequence(backend, device, last):
+    """A chunk of prefill, whose last queries observe, beside drafts and decoding: in one call."""
+    lists = make_lists([[70, 33], [9, 41], [50, 17], [45, 30]], block_size=8, head_dim=32, device=device)
+    decays = torch.tensor([0.0, 0.5, 1.0, 2.0], device=device)
+    q_lens = counts(30, 1, 5, 0, device=device)
+    for reduce, packed in (("sum", True), ("max", False), ("sumsq", True)):
+        options = {"score_last": last, "score_decays": decays, "score_reduce": reduce, "packed": packed}
+        check(queries(lists, 3, 30), lists, q_lens=q_lens, scores=True, **options)
+    check(queries(lists, 3, 5), lists, scores=True, score_last=last, score_decay=0.5, window_left=20)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 4, 40])
 def test_alibi_slopes(backend, device, num_tokens):
     """By slots, and by original positions, which evicted lists have gaps in."""
@@ -224,6 +240,10 @@ ERRORS = [
     ({"out": torch.empty(5, 6, 32).half()}, TypeError, "out: expected dtype float32, got float16"),
     ({"out": torch.empty(5, 6, 31)}, ValueError, r"out: expected shape .* = \[5, 6, 32\], got"),
     ({"out": torch.empty(5, 6, 64)[..., ::2]}, ValueError, "out: expected the last dimension contiguous"),
+    ({"score_last": -2}, ValueError, "score_last: expected at least -1, got -2"),
+    ({"score_decays": torch.ones(3)}, ValueError, r"score_decays: expected shape \[batch\] = \[2\]"),
+    ({"score_decays": torch.ones(2).half()}, TypeError, "score_decays: expected dtype float32"),
+    ({"score_decays": torch.ones(2), "score_decay": 0.5}, ValueError, "score_decay: expected only one of"),
     ({"alibi_slopes": torch.ones(5)}, ValueError, r"alibi_slopes: expected shape \[heads\] = \[6\]"),
     ({"alibi_slopes": torch.ones(3, 6)}, ValueError, r"alibi_slopes: expected shape \[batch, heads\] = \[2, 6\]"),
     (

@@ -36,6 +36,7 @@ class Call(NamedTuple):
     k_scale: float32[:]  # [Hkv]
     v_scale: float32[:]
     scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
+    decays: float32[:]  # [B]
     out: float32[:, :, :, :]  # as q
     lse: float32[:, :, :]  # [B, Hq, T]; packed [1, Hq, tokens]
     scale: float64
@@ -45,6 +46,7 @@ class Call(NamedTuple):
     window_left: int64
     causal: int64
     reduce: int64
+    last: int64  # so many of the last tokens of a sequence score
 
 
 class Items(NamedTuple):

@@ -187,13 +187,13 @@ class _Reduced:
             values += (p.square() if self.reduce == "sumsq" else p).sum(0)
         self.seen[low : low + p.shape[1]] |= seen.any(0)
 
-    def write(self, scores: Tensor, table: Tensor, decay: float) -> None:
+    def write(self, scores: Tensor, table: Tensor, decay: float | Tensor) -> None:
         slot = self.seen.nonzero()[:, 0]
         place = table[slot // scores.shape[1]].long(), slot % scores.shape[1]
         scores[place] = decay * scores[place] + self.values[slot].to(scores.dtype)
 
 
-# Over 80 lines: 27 are the signature.
+# Over 80 lines: 30 are the signature.
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -221,6 +221,8 @@ def paged_attention(
     max_seqlen_q: int | None = None,
     out: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    score_last: int = -1,
+    score_decays: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvops.paged_attention`. Every call is batch invariant, and needs no ``schedule``: each product has a
     shape and an alignment that follow from its list alone."""
@@ -291,8 +293,11 @@ def paged_attention(
             mean = p @ v if v_scale is None else (p @ v) * v_scale.expand(heads)[h]
             own_out[first:last] = mean.view(last - first, group, -1).to(q.dtype)
             own_lse[first:last] = found
-            if reduced is not None:
-                reduced.add(p, low, seen)
+            scored = 0 if score_last < 0 else max(0, tokens.num_tokens - score_last - first)
+            if reduced is not None and scored < last - first:
+                reduced.add(p[scored * group :], low, seen[scored:])
         if scores is not None and reduced is not None:
-            reduced.write(_by_head(scores, heads, 2)[h], table, score_decay)
+            reduced.write(
+                _by_head(scores, heads, 2)[h], table, score_decay if score_decays is None else score_decays[b]
+            )
     return (result if out is None else q.new_empty(0)), lse

@@ -62,7 +62,8 @@ _attention = register(
     "float? scale=None, float softcap=0.0, Tensor? sinks=None, Tensor? tree_mask=None, Tensor? k_scale=None, "
     'Tensor? v_scale=None, Tensor(a!)? scores=None, str score_reduce="sum", float score_decay=1.0, '
     "Tensor? schedule=None, bool batch_invariant=False, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, "
-    "Tensor(b!)? out=None, Tensor? alibi_slopes=None) -> (Tensor out, Tensor lse)",
+    "Tensor(b!)? out=None, Tensor? alibi_slopes=None, int score_last=-1, "
+    "Tensor? score_decays=None) -> (Tensor out, Tensor lse)",
     check=check_attention,
     check_data=_check_attention_data,
     fake=_fake_attention,
@@ -235,6 +236,8 @@ def paged_attention(
     max_seqlen_q: int | None = None,
     out: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    score_last: int = -1,
+    score_decays: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over a paged cache in which every head has its own list and length.
 
@@ -297,6 +300,9 @@ def paged_attention(
             place.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``; the bias is ``-slope * |distance|`` between the slots of a token and a
             key, or between their original positions where ``positions`` and ``query_positions`` are given.
+        score_last: so many of the last tokens of each sequence count in ``scores``, for the slots that they see; -1 for
+            all tokens.
+        score_decays: float32 ``[B]``, in place of ``score_decay`` one for each sequence.
 
     Returns:
         out ``[B, T, Hq, Dv]`` or ``[tokens, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]`` or
@@ -343,6 +349,8 @@ def paged_attention(
         max_seqlen_q=max_seqlen_q,
         out=out,
         alibi_slopes=alibi_slopes,
+        score_last=score_last,
+        score_decays=score_decays,
     )
     return (result if out is None else out), lse
 

@@ -241,6 +241,8 @@ def check_attention(
     max_seqlen_q: int | None = None,
     out: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    score_last: int = -1,
+    score_decays: Tensor | None = None,
 ) -> None:
     B, T = _check_packed("q", q, "query_heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
     checks.expect_dtype("q", q, *checks.FLOAT_DTYPES)
@@ -282,6 +284,14 @@ def check_attention(
     checks.expect_choice("score_reduce", score_reduce, REDUCTIONS)
     checks.expect_at_least("score_decay", score_decay, 0.0)
     checks.expect_finite("score_decay", score_decay)
+    checks.expect_at_least("score_last", score_last, -1)
+    if score_decays is not None:
+        checks.expect_dtype("score_decays", score_decays, torch.float32)
+        checks.expect_shape("score_decays", score_decays, "[batch]", B)
+        checks.expect_last_contiguous("score_decays", score_decays)
+        checks.expect_same_device("score_decays", score_decays, "q", q)
+        if score_decay != 1.0:
+            raise ValueError(f"score_decay: expected only one of score_decay and score_decays, got {score_decay}")
     if scores is not None:
         _check_slots("scores", scores, k_cache, torch.float32)
     if schedule is not None:
