@@ -28,10 +28,11 @@ flash_attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlen
 merge_attention(out_a, lse_a, out_b, lse_b) -> (out, lse)
 merge_attention_backward(dout, out_a, lse_a, out_b, lse_b, *, dlse=None) -> (dout_a, dlse_a, dout_b, dlse_b)
 paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, positions=None!, token_positions=None,
-    scores=None!, k_scale=None, v_scale=None) -> ()
+    scores=None!, k_scale=None, v_scale=None, cu_seqlens_q=None, max_seqlen_q=None) -> ()
 paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, causal=True, window_left=-1,
     positions=None, query_positions=None, scale=None, softcap=0.0, sinks=None, tree_mask=None, k_scale=None,
-    v_scale=None, scores=None!, score_reduce="sum", score_decay=1.0, schedule=None) -> (out, lse)
+    v_scale=None, scores=None!, score_reduce="sum", score_decay=1.0, schedule=None, cu_seqlens_q=None,
+    max_seqlen_q=None, out=None!) -> (out, lse)
 paged_schedule(seq_lens, block_size, *, num_programs=0) -> (schedule)
 attention_scores(q, k, lse, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0,
     alibi_slopes=None, query_start=0, skip_recent=0, reduce="sum", group="sum") -> (scores)

@@ -66,6 +66,23 @@ def batch_invariant():
     return args, {"batch_invariant": True, "scores": keywords["scores"]}
 
 
+def decoding_and_prefill_packed():
+    args, keywords = SAMPLES["paged_attention"]()
+    q = torch.randn(70, HQ, D)
+    options = {"cu_seqlens_q": int32(0, 1, 68), "max_seqlen_q": 67, "out": torch.randn(70, HQ, args[2].shape[-1])}
+    return (q, *args[1:]), options | {"scores": keywords["scores"], "score_last": 2, "alibi_slopes": torch.rand(HQ)}
+
+
+def packed_decoding():
+    args, _ = SAMPLES["paged_attention"]()
+    return (torch.randn(2, HQ, D), *args[1:]), {"cu_seqlens_q": int32(0, 1, 2), "max_seqlen_q": 1}
+
+
+def packed_tokens():
+    (k, v, *cache), _ = SAMPLES["paged_append"]()
+    return (k.flatten(0, 1), v.flatten(0, 1), *cache), {"cu_seqlens_q": int32(0, 1, 6), "max_seqlen_q": 5}
+
+
 def every_head_for_itself():
     args, _ = SAMPLES["select_blocks"]()
     return args, {"min_per_head": 2, "scope": "head"}
@@ -76,8 +93,12 @@ PATHS = [
     *((name, sample) for name, sample in SAMPLES.items()),
     *(
         ("paged_attention", path)
-        for path in (uniform, float8, drafts_in_a_tree, a_chunk_of_prefill, a_planned_step, batch_invariant)
+        for path in (
+            *(uniform, float8, drafts_in_a_tree, a_chunk_of_prefill, a_planned_step, batch_invariant),
+            *(decoding_and_prefill_packed, packed_decoding),
+        )
     ),
+    ("paged_append", packed_tokens),
     ("select_blocks", every_head_for_itself),
 ]
 every_path = pytest.mark.parametrize(("name", "sample"), PATHS, ids=[sample.__name__ for _, sample in PATHS])

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kvops
 from kvops.integrations.vllm.compressed import CompressedLayers
 from kvops.integrations.vllm.judge import Judge, served
 from kvops.integrations.vllm.options import Options
 from kvops.integrations.vllm.rule import Rule
-from kvops.integrations.vllm.step import Slots, rectangles
+from kvops.integrations.vllm.step import Slots
 from kvops.policies import POLICIES
 
 
@@ -82,41 +83,6 @@ def test_options_are_found_in_vllms_own_place():
     assert "policy=kv-compress" in str(options)
 
 
-@pytest.mark.parametrize(
-    "lengths", [[1, 1, 1], [1, 1, 7], [7, 1, 1, 8, 300], [1, 5, 0, 6, 6], [0, 0], [4, 4], [9, 1, 9, 1], [3]]
-)
-def test_rectangles_hold_every_token_once(lengths):
-    starts = [sum(lengths[:row]) for row in range(len(lengths) + 1)]
-    packed = torch.arange(starts[-1])
-    copied, area = torch.full_like(packed, -1), 0
-    for rectangle in rectangles(starts):
-        rows = range(len(lengths))[rectangle.rows] if isinstance(rectangle.rows, slice) else rectangle.rows.tolist()
-        got = rectangle.pack(packed)
-        B, T = rectangle.shape
-        assert got.shape == (B, T)
-        area += B * T
-        for place, row in enumerate(rows):
-            count = T if rectangle.q_lens is None else int(rectangle.q_lens[place])
-            assert count == lengths[row]
-            assert got[place, :count].tolist() == list(range(starts[row], starts[row] + count))
-        rectangle.unpack(got, copied)
-    assert torch.equal(copied, packed)
-    assert area <= 1.25 * starts[-1]
-
-
-def test_random_steps_need_few_rectangles_with_little_padding():
-    draw = random.Random(0)
-    for _ in range(50):
-        lengths = [1] * draw.randrange(9) + [draw.randrange(1, 300) for _ in range(draw.randrange(5))]
-        starts = [sum(lengths[:row]) for row in range(len(lengths) + 1)]
-        cut = list(rectangles(starts))
-        assert sum(B * T for B, T in (each.shape for each in cut)) <= 1.25 * starts[-1]
-        assert len(cut) <= len(set(lengths))
-        if set(lengths) == {1}:  # decoding alone
-            assert len(cut) == 1
-            assert isinstance(cut[0].tokens, slice)
-
-
 def test_padding_of_a_step_is_written_nowhere():
     slots = Slots.of(torch.tensor([0, 31, 32, 100, -1]), 32)
     assert slots.lens.tolist() == [1, 32, 1, 5, 0]
@@ -172,7 +138,8 @@ class PretendEngine:
         at = torch.cat([torch.arange(computed, computed + new) for _, computed, new in work])
         row = torch.repeat_interleave(torch.arange(len(work)), torch.tensor([new for _, _, new in work]))
         slots = table[row, at // self.size].long() * self.size + at % self.size
-        step = self.layers.build(starts[-1], starts, tokens, table, Slots.of(slots, self.size))
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+        step = self.layers.build(starts[-1], starts, cu_seqlens, tokens, table, Slots.of(slots, self.size))
         for name, cache in zip(self.layers.number, self.cache, strict=True):
             q, k, v = (torch.randn(starts[-1], heads, self.head_dim, generator=self.generator) for heads in self.heads)
             output = torch.full_like(q, torch.nan)
@@ -251,6 +218,40 @@ def test_softcap_and_sinks_are_those_of_the_layer():
     assert engine.layers.check.worst < 2e-5
 
 
+def test_alibi_counts_original_positions():
+    options = Options(ratio=4, policy="snapkv", chunk=4, protect_last=4, check=True)
+    engine = PretendEngine(40, options)
+    slopes = {"alibi_slopes": torch.tensor([0.5, 0.1, 0.02, 0.3])}
+    engine.pages_of("a", 0, 100)
+    engine.step([("a", 0, 100)], **slopes)
+    engine.pages_of("a", 100, 103)
+    engine.step([("a", 100, 3)], **slopes)
+    assert engine.layers.check.count == 8
+    assert engine.layers.check.worst < 2e-5
+
+
+def test_one_call_attends_however_the_requests_of_a_step_differ(monkeypatch):
+    """No Python for each request and layer: the calls of a step are those of its layers."""
+    calls = []
+    attend = kvops.paged_attention
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape[0])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(kvops, "paged_attention", counted)
+    engine = PretendEngine(80, Options(ratio=4, policy="snapkv", chunk=4, protect_last=4, check=True), layers=3)
+    for name, tokens in (("a", 100), ("b", 7)):
+        engine.pages_of(name, 0, tokens)
+        engine.step([(name, 0, tokens)])
+    calls.clear()
+    for name, computed, new in (("a", 100, 1), ("b", 7, 40), ("c", 0, 3)):
+        engine.pages_of(name, computed, computed + new)
+    engine.step([("a", 100, 1), ("b", 7, 40), ("c", 0, 3)])
+    assert calls == [44] * 3
+    assert engine.layers.check.worst < 2e-5
+
+
 def test_a_policy_that_needs_more_than_an_engine_keeps_is_refused():
     with pytest.raises(ValueError, match=r"policy: ExpectedAttention needs the .*, which vLLM does not keep"):
         Judge(POLICIES["expected-attention"](), 2)
@@ -265,6 +266,7 @@ def test_a_policy_that_needs_more_than_an_engine_keeps_is_refused():
 def test_scores_are_those_of_about_the_last_queries():
     judge = Judge(POLICIES["kv-compress"](observe=4), 2)
     assert (judge.reduce, judge.observe) == ("sumsq", 4)
-    assert judge.decay(1) == 0.75
-    assert Judge(POLICIES["h2o"](), 2).decay(5) == 1
+    # of more queries than four the last four score, from 0
+    torch.testing.assert_close(judge.decays(torch.tensor([0, 1, 4, 5])), torch.tensor([1, 0.75, 0.75**4, 0]))
+    assert Judge(POLICIES["h2o"](), 2).decays(torch.tensor([5])) is None
     assert Judge(POLICIES["knorm"](), 2).reduce is None

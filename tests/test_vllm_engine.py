@@ -82,6 +82,7 @@ VARIANTS = {
     "window": {"sliding_window": 20},
     "softcap": {"logits_soft_cap": 5.0},
     "sinks": {"sinks": True},
+    "alibi": {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625, 0.03, 0.0]},
 }
 
 
@@ -92,6 +93,7 @@ def attend(dtype, step, variant, *, heads=(6, 2), head_size=64, cache_dtype="aut
     variant = dict(VARIANTS[variant])
     Hq, Hkv = heads
     sinks = torch.randn(Hq, generator=generator) if variant.pop("sinks", False) else None
+    slopes = variant.get("alibi_slopes")
     common, pages = metadata(lengths, totals, generator)
     dense = [
         [torch.randn(1, total, n, head_size, generator=generator).to(dtype) for n in (Hq, Hkv, Hkv)] for total in totals
@@ -121,7 +123,7 @@ def attend(dtype, step, variant, *, heads=(6, 2), head_size=64, cache_dtype="aut
 
     with set_current_vllm_config(config):
         layer = KVOpsBackend.get_impl_cls()(
-            Hq, head_size, head_size**-0.5, Hkv, None, variant.get("sliding_window"), cache_dtype,
+            Hq, head_size, head_size**-0.5, Hkv, slopes, variant.get("sliding_window"), cache_dtype,
             variant.get("logits_soft_cap"), sinks=sinks,
         )  # fmt: skip
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=Hkv, head_size=head_size, dtype=dtype)
@@ -131,11 +133,16 @@ def attend(dtype, step, variant, *, heads=(6, 2), head_size=64, cache_dtype="aut
     exact, same = [], []
     window = {"window_left": variant["sliding_window"] - 1} if "sliding_window" in variant else {}
     softcap = variant.get("logits_soft_cap", 0.0)
+    alibi = None if slopes is None else torch.tensor(slopes)
     for (q, k, v), length, total in zip(dense, lengths, totals, strict=True):
         q = q[:, total - length :]
         mask = oracle.attention_mask(length, total, causal=True, **window)
-        exact.append(oracle.attention(q, k, v, mask=mask, softcap=softcap, sinks=sinks)[0][0])
-        same.append(kvops.flash_attention(q, k, v, causal=True, softcap=softcap, sinks=sinks, **window)[0][0])
+        exact.append(oracle.attention(q, k, v, mask=mask, softcap=softcap, sinks=sinks, alibi_slopes=alibi)[0][0])
+        same.append(
+            kvops.flash_attention(q, k, v, causal=True, softcap=softcap, sinks=sinks, alibi_slopes=alibi, **window)[0][
+                0
+            ]
+        )
     return out, torch.cat(exact), torch.cat(same)
 
 
@@ -159,7 +166,6 @@ def test_a_layer_attends_over_a_float8_cache(step):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alibi_slopes": [0.5, 0.25]}, "alibi_slopes: .* does not serve models with ALiBi. Next step"),
         ({"attn_type": "encoder_only"}, "attn_type: .* serves decoders, got encoder_only. Next step"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from kvops.integrations.vllm.check import Check
 from kvops.integrations.vllm.compressed import CompressedLayers
 from kvops.integrations.vllm.engine import Engine
 from kvops.integrations.vllm.spec import CompressedSpec
-from kvops.integrations.vllm.step import Group, Request, Slots, Step, rectangles
+from kvops.integrations.vllm.step import Request, Slots, Step
 
 _FLOAT8 = ("fp8", "fp8_e4m3")
 
@@ -67,8 +66,6 @@ class KVOpsBackend(AttentionBackend):  # type: ignore[misc]
 class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
     """Builds the :class:`Step` of a group of layers, before any of them runs."""
 
-    reorder_batch_threshold: int | None = 1  # single tokens first: they are one rectangle
-
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._compressed: CompressedLayers | None = None
@@ -84,19 +81,22 @@ class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         if m.causal is not True:
             raise NotImplementedError("causal: kvops' backend for vLLM expects causal attention")
         slots = Slots.of(m.slot_mapping[: m.num_actual_tokens], self.kv_cache_spec.block_size)
-        starts = m.query_start_loc_cpu[: m.num_reqs + 1].tolist()
+        starts, known_starts = (each[: m.num_reqs + 1] for each in (m.query_start_loc, m.query_start_loc_cpu))
         tables, lens = m.block_table_tensor[: m.num_reqs], m.seq_lens[: m.num_reqs]
         if isinstance(self.kv_cache_spec, CompressedSpec):
             if self._compressed is None:  # vLLM has given the layers their caches by now
                 self._compressed = self._compress()
             known = m.seq_lens_cpu_upper_bound if m.seq_lens_cpu_upper_bound is not None else lens
-            return self._compressed.build(m.num_actual_tokens, starts, known[: m.num_reqs].tolist(), tables, slots)
-        groups = [Group.of(rectangle, tables, lens, 0) for rectangle in rectangles(starts, self.device)]
-        if self._check is None:
-            return Step(m.num_actual_tokens, slots, groups)
-        rows = zip(tables[:, 0].tolist(), lens.tolist(), itertools.pairwise(starts), strict=True)
-        requests = tuple(Request(first, total - (end - start), total) for first, total, (start, end) in rows)
-        return Step(m.num_actual_tokens, slots, groups, requests=requests, check=self._check)
+            return self._compressed.build(
+                m.num_actual_tokens, known_starts.tolist(), starts, known[: m.num_reqs].tolist(), tables, slots
+            )
+        requests: tuple[Request, ...] = ()
+        if self._check is not None:
+            rows = zip(tables[:, 0].tolist(), lens.tolist(), known_starts.diff().tolist(), strict=True)
+            requests = tuple(Request(first, total - new, total) for first, total, new in rows)
+        return Step(
+            m.num_actual_tokens, slots, starts, m.max_query_len, tables, lens, requests=requests, check=self._check
+        )
 
     def _expect_compressible(self) -> None:
         """Raises ValueError where the layers of this group cannot be compressed beside the others."""
@@ -143,11 +143,6 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        if alibi_slopes is not None:
-            raise NotImplementedError(
-                "alibi_slopes: kvops' backend for vLLM does not serve models with ALiBi. Next step: another "
-                "--attention-backend"
-            )
         if attn_type != AttentionType.DECODER:
             raise NotImplementedError(
                 f"attn_type: kvops' backend for vLLM serves decoders, got {attn_type}. Next step: another "
@@ -160,6 +155,8 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         self.options: dict[str, Any] = {"scale": self.scale, "softcap": float(logits_soft_cap or 0), "sinks": sinks}
         if sliding_window is not None:
             self.options["window_left"] = sliding_window - 1
+        if alibi_slopes is not None:
+            self.options["alibi_slopes"] = torch.tensor(alibi_slopes, dtype=torch.float32)
         engine = Engine.building(get_current_vllm_config())
         if self.is_reader and (engine.options.compresses or engine.options.check):
             raise NotImplementedError(
@@ -198,15 +195,11 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         if not self.is_reader and key is not None and value is not None:
             slots = step.slots
             kvops.paged_append(key[:n, None], value[:n, None], *caches, slots.pages, slots.lens, **scales)
-        for group in step.groups:
-            q = group.rectangle.pack(query)
-            k_cache, v_cache = caches
-            got, _ = kvops.paged_attention(
-                q, k_cache, v_cache, group.tables, group.lens, q_lens=group.rectangle.q_lens, **scales, **self.options
-            )
-            group.rectangle.unpack(got, output)
-            if step.check is not None and "window_left" not in self.options:
-                step.check.look(layer.layer_name, step, group, q, key, value, got, self.options)
+        kvops.paged_attention(
+            query, *caches, step.tables, step.lens, out=output, **step.packed, **scales, **self.options
+        )
+        if step.check is not None and "window_left" not in self.options:
+            step.check.look(layer.layer_name, step, query, key, value, output, self.options)
         return output
 
     def _caches(self, layer: Any, kv_cache: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:

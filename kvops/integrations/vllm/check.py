@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvops.integrations.vllm.options import Options
-from kvops.integrations.vllm.step import Group, Request, Step
+from kvops.integrations.vllm.step import Request, Step
 
 
 class Check:
@@ -40,7 +40,6 @@ class Check:
         self,
         layer: Hashable,
         step: Step,
-        group: Group,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -48,30 +47,27 @@ class Check:
         options: Any,
         lists: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Compare ``got``, the attention of ``q`` ``[B, T, Hq, D]`` of a group of requests in one layer.
+        """Compare ``got``, the attention of ``q`` in one layer.
 
         Args:
-            k, v: the new keys and values of the whole step, packed.
+            q, k, v, got: of all tokens of the step, packed ``[tokens, ...]``.
             lists: int32 ``[B, Hkv, W]`` cells and ``[B, Hkv]`` slots of a compressed cache.
 
         Raises AssertionError if a list lacks a protected token or is not in order, or if the attention is not finite.
         """
-        rectangle = group.rectangle
-        new_k, new_v = rectangle.pack(k), rectangle.pack(v)
-        rows = torch.arange(len(step.requests))[rectangle.rows].tolist()
-        for place, request in enumerate(step.requests[row] for row in rows):
-            if request.first_page == 0:
+        end = 0
+        for row, request in enumerate(step.requests):
+            new = slice(end, end + request.tokens - request.computed)
+            end = new.stop
+            if request.first_page == 0 or new.start == end:
                 continue
-            count = request.tokens - request.computed
-            keys, values = self._all(layer, request, new_k[place, :count], new_v[place, :count])
-            for head, part in enumerate(torch.arange(q.shape[2]).chunk(self._num_heads)):
+            keys, values = self._all(layer, request, k[new], v[new])
+            for head, part in enumerate(torch.arange(q.shape[1]).chunk(self._num_heads)):
                 kept = torch.arange(request.tokens)
                 if lists is not None:
-                    kept = self._positions(lists[0][place, head], int(lists[1][place, head]), request)
-                truth = self._truth(
-                    q[place, :count, part], keys[kept, head], values[kept, head], kept, request, part, options
-                )
-                error = (truth - got[place, :count, part].float()).abs().max().item()
+                    kept = self._positions(lists[0][row, head], int(lists[1][row, head]), request)
+                truth = self._truth(q[new, part], keys[kept, head], values[kept, head], kept, request, part, options)
+                error = (truth - got[new, part].float()).abs().max().item()
                 assert math.isfinite(error), f"not finite: head {head} of layer {layer} of {request}"
                 self.count, self.worst = self.count + 1, max(self.worst, error)
 
@@ -109,6 +105,8 @@ class Check:
         if options["softcap"]:
             logits = options["softcap"] * torch.tanh(logits / options["softcap"])
         token = torch.arange(request.computed, request.tokens, device=q.device)
+        if "alibi_slopes" in options:
+            logits -= options["alibi_slopes"][heads, None] * (token[:, None, None] - positions).abs()
         logits = logits.masked_fill(positions > token[:, None, None], -torch.inf)
         if options["sinks"] is not None:
             sinks = options["sinks"][heads].float()[None, :, None].expand(len(q), -1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvops.integrations.vllm.check import Check
 from kvops.integrations.vllm.judge import Judge
 from kvops.integrations.vllm.options import Options
 from kvops.integrations.vllm.rule import Rule
-from kvops.integrations.vllm.step import Group, Request, Slots, Step, rectangles
+from kvops.integrations.vllm.step import Request, Slots, Step
 
 
 class CompressedLayers:
@@ -40,7 +41,15 @@ class CompressedLayers:
         cells = self.cells
         self.check = Check(cells.num_heads, cells.page_size, options, cells.positions) if options.check else None
 
-    def build(self, num_tokens: int, starts: Sequence[int], tokens: Sequence[int], table: Tensor, slots: Slots) -> Step:
+    def build(
+        self,
+        num_tokens: int,
+        starts: Sequence[int],
+        cu_seqlens: Tensor,
+        tokens: Sequence[int],
+        table: Tensor,
+        slots: Slots,
+    ) -> Step:
         """Compact what is due, and give the step its lists.
 
         Pages that are emptied now may belong to another request of this very step. They are read here, before any layer
@@ -49,6 +58,7 @@ class CompressedLayers:
         Args:
             num_tokens: real tokens of the step.
             starts: where the query tokens of each request begin, and where those of the last one end.
+            cu_seqlens: the same on the device, int32 ``[B + 1]``.
             tokens: of each request, with those of this step.
             table: int32 ``[B, columns]``, vLLM's pages.
             slots: where the new tokens go.
@@ -69,12 +79,22 @@ class CompressedLayers:
                 cells.compact(first, pages[row], wanted)
             chunks.append(wanted)
         lists = cells.lists(pages, tokens, chunks)
-        device = table.device
-        counts = torch.tensor([request.tokens - request.computed for request in requests])
-        ends = torch.tensor(tokens, dtype=torch.int32) - torch.tensor(starts[1:], dtype=torch.int32)
-        positions = torch.repeat_interleave(ends, counts) + torch.arange(int(counts.sum()), dtype=torch.int32)
-        groups = [Group.of(each, lists.tables, lists.lens, 1) for each in rectangles(starts, device)]
-        return Step(num_tokens, slots, groups, self, positions[:num_tokens, None].to(device), tuple(requests))
+        # The new tokens of a request stand at its end.
+        token = torch.arange(num_tokens, dtype=torch.int32, device=table.device)
+        row = torch.searchsorted(cu_seqlens[1:], token, right=True)
+        ends = torch.tensor(tokens, dtype=torch.int32).to(table.device) - cu_seqlens[1:]
+        return Step(
+            num_tokens,
+            slots,
+            cu_seqlens,
+            max(end - start for start, end in itertools.pairwise(starts)),
+            lists.tables,
+            lists.lens,
+            layers=self,
+            positions=(token + ends[row])[:, None],
+            decays=self.judge.decays(cu_seqlens.diff()),
+            requests=tuple(requests),
+        )
 
     def forward(
         self,
@@ -100,24 +120,14 @@ class CompressedLayers:
             scores=cells.scores_of(layer),
         )
 
-        def attend(queries: Tensor, tables: Tensor, lens: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-            return kvops.paged_attention(queries, cells.k, cells.v, tables, lens, **options)
-
-        for group in step.groups:
-            rectangle, tables, lens = group.rectangle, group.tables[layer], group.lens[layer]
-            queries, T = rectangle.pack(q), rectangle.shape[1]
-            observe = T if judge.observe is None else judge.observe
-            scored: dict[str, Any] = {}
-            if judge.reduce is not None:
-                scored = {"scores": cells.scores, "score_reduce": judge.reduce}
-            if scored and observe < T:  # of a chunk, only the last queries score, from 0
-                got, _ = attend(queries, tables, lens, q_lens=rectangle.q_lens, **options)
-                last, q_lens = rectangle.last(queries, observe)
-                attend(last, tables, lens, q_lens=q_lens, **scored, score_decay=0.0, **options)
-            else:
-                if scored:
-                    scored["score_decay"] = judge.decay(T)
-                got, _ = attend(queries, tables, lens, q_lens=rectangle.q_lens, **scored, **options)
-            rectangle.unpack(got, output)
-            if self.check is not None:
-                self.check.look(layer, step, group, queries, k, v, got, options, (tables, lens))
+        scored: dict[str, Any] = {}
+        if judge.reduce is not None:
+            scored = {"scores": cells.scores, "score_reduce": judge.reduce, "score_decays": step.decays}
+            if judge.observe is not None:
+                scored["score_last"] = judge.observe
+        if "alibi_slopes" in options and step.positions is not None:  # slots are closer together than their tokens were
+            options = options | {"positions": cells.positions, "query_positions": step.positions[:, 0]}
+        lists = step.tables[layer], step.lens[layer]
+        kvops.paged_attention(q[:n], cells.k, cells.v, *lists, out=output[:n], **step.packed, **scored, **options)
+        if self.check is not None:
+            self.check.look(layer, step, q, k, v, output, options, lists)

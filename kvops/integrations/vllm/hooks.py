@@ -38,7 +38,15 @@ HOOKS = (
         "vllm.v1.attention.backend",
         "CommonAttentionMetadata",
         (
-            *("query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs", "num_actual_tokens"),
+            *(
+                "query_start_loc",
+                "query_start_loc_cpu",
+                "max_query_len",
+                "seq_lens",
+                "seq_lens_cpu_upper_bound",
+                "num_reqs",
+                "num_actual_tokens",
+            ),
             *("block_table_tensor", "slot_mapping", "causal", "req_idx"),
         ),
     ),

@@ -124,9 +124,15 @@ class Judge:
         if asked:
             self.observe, self.reduce, _ = asked.pop()
 
-    def decay(self, queries: int) -> float:
-        """What remains of a score when ``queries`` further ones are added: about the last ``observe`` count."""
-        return 1.0 if self.observe is None else (1 - 1 / self.observe) ** queries
+    def decays(self, queries: Tensor) -> Tensor | None:
+        """What remains of a score when so many further ``queries`` ``[B]`` come: about the last ``observe`` count.
+
+        float32 ``[B]``, or None where all queries count alike. Of more than ``observe`` the last ones score, from 0.
+        """
+        if self.observe is None:
+            return None
+        remaining = (1 - 1 / self.observe) ** queries.float()
+        return remaining.masked_fill_(queries > self.observe, 0.0)
 
     def keep(self, cells: Cells, tables: Tensor, lens: Tensor, pages: int, protect_first: int) -> Tensor:
         """bool ``[lists, W * page_size]``: the slots that survive in ``pages`` pages.
