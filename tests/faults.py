@@ -23,6 +23,7 @@ DENSE_EAGER = named("attention", "agrees or joins", "not triton")
 GRADIENT = named("attention_backward", "agrees", "triton", "float32")
 GRADIENT_EAGER = named("attention_backward", "agrees or lse", "eager")
 PAGED = named("paged", "triton", "decoding_reads or drafts or windows or float8 or softcap")
+PACKED = "tests/test_paged_packed.py -k 'triton and (two_calls or last_tokens or alibi_slopes)'"
 PAGED_EAGER = "tests/test_paged.py tests/test_paged_eager.py -k 'eager and not triton'"
 BIAS = named("attention_bias", "agrees", "triton")
 SCORES = named("scores", "triton", "reduction or queries_that_count or windows")
@@ -256,16 +257,51 @@ FAULTS = [
     Mutation(
         "paged: a window one slot short",
         "kernels/paged_tiles.py",
-        "oldest = query_slot - window_left",
-        "oldest = query_slot - window_left + 1",
+        "return query_place, limit, query_place - window_left, token",
+        "return query_place, limit, query_place - window_left + 1, token",
         PAGED,
     ),
     Mutation(
         "paged: drafts see the token behind them",
         "kernels/paged_tiles.py",
-        "limit = tl.minimum(limit, query_slot + 1)",
-        "limit = tl.minimum(limit, query_slot + 2)",
+        "limit = tl.minimum(limit, query_place + 1)",
+        "limit = tl.minimum(limit, query_place + 2)",
         PAGED,
+    ),
+    Mutation(
+        "paged: packed tokens of a sequence are those of the next",
+        "kernels/paged_tiles.py",
+        "first = tl.load(q_lens_ptr + batch * stride_nb)",
+        "first = tl.load(q_lens_ptr + (batch + 1) * stride_nb)",
+        PACKED,
+    ),
+    Mutation(
+        "paged: rows of a packed sequence reach into the next",
+        "kernels/paged_tiles.py",
+        "with_results = tl.minimum(count, num_tokens)",
+        "with_results = num_tokens",
+        PACKED,
+    ),
+    Mutation(
+        "paged: the token before the last ones scores, too",
+        "kernels/paged_scores.py",
+        "first_scored = tl.maximum(count - score_last, 0)",
+        "first_scored = tl.maximum(count - score_last - 1, 0)",
+        PACKED,
+    ),
+    Mutation(
+        "paged: ALiBi by slots where positions are given",
+        "kernels/paged_attention_kernel.py",
+        "distance = query_place[:, None] - key_places[None, :]",
+        "distance = new_slot + token[:, None] - slots[None, :]",
+        PACKED,
+    ),
+    Mutation(
+        "paged, eager: packed scores decay by the sequence before",
+        "kvops/eager/paged.py",
+        "score_decays[b]",
+        "score_decays[b - 1]",
+        "tests/test_paged_packed.py -k 'eager and last_tokens'",
     ),
     Mutation(
         "paged: float8's factor is off by two",

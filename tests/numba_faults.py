@@ -92,9 +92,30 @@ NUMBA_FAULTS = [
     Mutation(
         "numba: tokens are appended one slot too early",
         "kernels/cpu/paged_append.py",
-        "slot = call.lens[b, h] - count + t\n",
-        "slot = call.lens[b, h] - count + t - 1\n",
+        "slot = call.lens[sequence, h] - count + t\n",
+        "slot = call.lens[sequence, h] - count + t - 1\n",
         APPEND_NUMBA,
+    ),
+    Mutation(
+        "numba: packed tokens have the places of padded ones",
+        "kernels/cpu/paged_append.py",
+        "t = n - np.int64(call.starts[sequence])",
+        "t = n",
+        "tests/test_paged_packed.py -k 'numba and packed_tokens_go'",
+    ),
+    Mutation(
+        "a packed sequence is as tall as the longest",
+        "kernels/cpu/paged_items.py",
+        "return 0, first, np.int64(call.starts[b + 1]) - first",
+        "return 0, first, call.tokens",
+        "tests/test_paged_packed.py -k 'numba and two_calls'",
+    ),
+    Mutation(
+        "the token before the last ones scores, too",
+        "kernels/cpu/paged_attention.py",
+        "(tokens - call.last) * group - first_row",
+        "(tokens - call.last - 1) * group - first_row",
+        "tests/test_paged_packed.py -k 'numba and last_tokens'",
     ),
     Mutation(
         "numba: new slots keep the scores of those that were there before",
