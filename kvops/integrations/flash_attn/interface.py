@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.integrations.flash_attn.lengths import Lengths
-from kvops.integrations.flash_attn.pages import attend_to_pages, attend_to_rows, rows_of_pages
+from kvops.integrations.flash_attn.pages import attend_to_pages, attend_to_rows, rows_of_pages, sees_no_later_slots
 from kvops.ops.attention import flash_attention
 from kvops.ops.dense import check_lengths, check_lengths_data
+from kvops.ops.paged import paged_attention
 from kvops.ops.varlen import flash_attention_varlen
 
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -167,7 +168,9 @@ def flash_attn_varlen_func(
         check_lengths_data(len(q), block_table.numel() * k.shape[1], *lengths.arguments)
         checks.expect_data("block_table", "room for the keys of every sequence", seq_lens <= room)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    attend = _packed_over_rows if differentiable or alibi_slopes is not None else _packed_over_pages
+    plain = not attention_chunk and seqused_q is None and sees_no_later_slots(options, max_seqlen_q)
+    copied = differentiable or (alibi_slopes is not None and not plain)
+    attend = _packed_over_rows if copied else _packed_over_pages
     out, lse = attend(q, k, v, block_table, lengths, seq_lens, seqused_q, options, attention_chunk)
     return _result(out, lse, return_attn_probs)
 
@@ -203,8 +206,13 @@ def _packed_over_pages(
     options: dict[str, Any],
     attention_chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Packed queries and pages in place. The paged operator takes the queries of each sequence in a separate row."""
+    """Packed queries and pages in place; the queries of each sequence in a row of their own where chunks, right windows
+    or unused queries are to be cut off."""
     cu_seqlens = lengths.cu_seqlens_q
+    if q_lens is None and not attention_chunk and sees_no_later_slots(options, lengths.max_seqlen_q):
+        packed = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": lengths.max_seqlen_q}
+        plain = {name: value for name, value in options.items() if name != "window_right"}
+        return paged_attention(q, k, v, block_table, seq_lens, **packed, **plain)
     q_lens = cu_seqlens.diff() if q_lens is None else q_lens
     token = torch.arange(lengths.max_seqlen_q if len(q) else 0, device=q.device)
     place = (cu_seqlens[:-1, None] + token).clamp(max=max(len(q) - 1, 0))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.integrations.flash_attn.interface import last_contiguous, options_of
-from kvops.integrations.flash_attn.pages import attend_to_pages, attend_to_rows
+from kvops.integrations.flash_attn.pages import attend_to_pages, attend_to_rows, sees_no_later_slots
 from kvops.integrations.flash_attn.rotary import rotate_by_positions
 from kvops.ops.paged import paged_append
 
@@ -55,8 +55,8 @@ def flash_attn_with_kvcache(
 
     Returns ``[B, T, Hq, D]``. With ``return_softmax_lse`` it also returns lse, float32 ``[B, Hq, T]``.
 
-    Keys are read in place, but for ALiBi: with ``alibi_slopes`` the rows are packed sequences, and pages or rows that
-    ``cache_batch_idx`` selects are copied.
+    Keys are read in place. With ``alibi_slopes`` and one of ``cache_leftpad``, ``attention_chunk`` and a window to the
+    right the rows are packed sequences, and pages or rows that ``cache_batch_idx`` selects are copied.
 
     Raises ValueError for wrong shapes, and for ``cache_leftpad`` along with a ``block_table``, as flash-attn does. On
     the CPU and with ``KVOPS_DEBUG=1`` it is also raised for tokens that do not fit and for rows out of range. Raises
@@ -103,7 +103,8 @@ def flash_attn_with_kvcache(
         raise ValueError("rotary_cos: expected None without new keys k and v: only those and their queries are rotated")
     options = options_of(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     q = last_contiguous(q)
-    if alibi_slopes is not None and in_order:
+    bounded = cache_leftpad is not None or attention_chunk or not sees_no_later_slots(options, q.shape[1])
+    if alibi_slopes is not None and bounded and in_order:
         rows = k_cache[: len(q)], v_cache[: len(q)]
         out, lse = attend_to_rows(q, *rows, seq_lens, None, options, cache_leftpad, attention_chunk)
     else:

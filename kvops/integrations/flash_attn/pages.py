@@ -35,13 +35,13 @@ def attend_to_pages(
         leftpad: int32 ``[B]``, how many slots at the beginning of each row are not part of it.
         attention_chunk: queries see the slots of their own chunk of so many, counted from ``leftpad``; 0 for no chunks.
     """
-    options = dict(options)
-    if options["alibi_slopes"] is not None:
+    plain = leftpad is None and not attention_chunk and sees_no_later_slots(options, q.shape[1])
+    if options["alibi_slopes"] is not None and not plain:
         k, v = rows_of_pages(k_cache, v_cache, block_table)
         return attend_to_rows(q, k, v, seq_lens, q_lens, options, leftpad, attention_chunk)
-    del options["alibi_slopes"]
+    options = dict(options)
     right = options.pop("window_right")
-    if leftpad is None and not attention_chunk and (right < 0 or options["causal"] or q.shape[1] == 1):
+    if plain:
         return paged_attention(q, k_cache, v_cache, block_table, seq_lens, q_lens=q_lens, **options)
     num_tokens = q.shape[1]
     own = (seq_lens if q_lens is None else seq_lens - q_lens)[:, None] - (num_tokens if q_lens is None else 0)
@@ -63,6 +63,11 @@ def attend_to_pages(
         options |= {"window_left": 0, "query_positions": oldest.to(torch.int32).contiguous()}
         options["positions"] = _slots_in_rows(k_cache, block_table, seq_lens)
     return paged_attention(q, k_cache, v_cache, block_table, seq_lens, q_lens=q_lens, **options)
+
+
+def sees_no_later_slots(options: dict[str, Any], num_tokens: int) -> bool:
+    """Whether a window to the right of ``num_tokens`` queries hides nothing that causality does not hide."""
+    return options["window_right"] < 0 or options["causal"] or num_tokens == 1
 
 
 def rows_of_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
