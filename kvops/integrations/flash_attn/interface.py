@@ -210,9 +210,9 @@ def _packed_over_pages(
     or unused queries are to be cut off."""
     cu_seqlens = lengths.cu_seqlens_q
     if q_lens is None and not attention_chunk and sees_no_later_slots(options, lengths.max_seqlen_q):
-        packed = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": lengths.max_seqlen_q}
         plain = {name: value for name, value in options.items() if name != "window_right"}
-        return paged_attention(q, k, v, block_table, seq_lens, **packed, **plain)
+        plain |= {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": lengths.max_seqlen_q}
+        return paged_attention(q, k, v, block_table, seq_lens, **plain)
     q_lens = cu_seqlens.diff() if q_lens is None else q_lens
     token = torch.arange(lengths.max_seqlen_q if len(q) else 0, device=q.device)
     place = (cu_seqlens[:-1, None] + token).clamp(max=max(len(q) - 1, 0))

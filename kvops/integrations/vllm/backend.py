@@ -195,9 +195,9 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         if not self.is_reader and key is not None and value is not None:
             slots = step.slots
             kvops.paged_append(key[:n, None], value[:n, None], *caches, slots.pages, slots.lens, **scales)
-        kvops.paged_attention(
-            query, *caches, step.tables, step.lens, out=output, **step.packed, **scales, **self.options
-        )
+        k_cache, v_cache = caches
+        options = step.packed | scales | self.options
+        kvops.paged_attention(query, k_cache, v_cache, step.tables, step.lens, out=output, **options)
         if step.check is not None and "window_left" not in self.options:
             step.check.look(layer.layer_name, step, query, key, value, output, self.options)
         return output

@@ -81,7 +81,7 @@ class CompressedLayers:
         lists = cells.lists(pages, tokens, chunks)
         # The new tokens of a request stand at its end.
         token = torch.arange(num_tokens, dtype=torch.int32, device=table.device)
-        row = torch.searchsorted(cu_seqlens[1:], token, right=True)
+        row_of = torch.searchsorted(cu_seqlens[1:], token, right=True)
         ends = torch.tensor(tokens, dtype=torch.int32).to(table.device) - cu_seqlens[1:]
         return Step(
             num_tokens,
@@ -91,7 +91,7 @@ class CompressedLayers:
             lists.tables,
             lists.lens,
             layers=self,
-            positions=(token + ends[row])[:, None],
+            positions=(token + ends[row_of])[:, None],
             decays=self.judge.decays(cu_seqlens.diff()),
             requests=tuple(requests),
         )
@@ -127,7 +127,7 @@ class CompressedLayers:
                 scored["score_last"] = judge.observe
         if "alibi_slopes" in options and step.positions is not None:  # slots are closer together than their tokens were
             options = options | {"positions": cells.positions, "query_positions": step.positions[:, 0]}
-        lists = step.tables[layer], step.lens[layer]
-        kvops.paged_attention(q[:n], cells.k, cells.v, *lists, out=output[:n], **step.packed, **scored, **options)
+        tables, lens = step.tables[layer], step.lens[layer]
+        kvops.paged_attention(q[:n], cells.k, cells.v, tables, lens, out=output[:n], **step.packed, **scored, **options)
         if self.check is not None:
-            self.check.look(layer, step, q, k, v, output, options, lists)
+            self.check.look(layer, step, q, k, v, output, options, (tables, lens))
