@@ -202,7 +202,7 @@ def flash_backward_bias_kernel(
 
 
 def _tile(width: int, itemsize: int) -> tuple[int, int, int]:
-    """block_m, block_n and warps, which compile without spills on every architecture that was tried."""
+    """block_m, block_n and warps, which compile with next to no spills (4 stores on sm_80) on what was tried."""
     if itemsize == 4 or width > 256:
         return 16, 16, 4
     if width <= 128:
