@@ -250,6 +250,7 @@ def _normalise(m, l, sinks_ptr, sink_offset):
     return weight / total, lse
 
 
+# Over 80 lines: 29 are the signature.
 @triton.jit(
     do_not_specialize=[*UNSPECIALISED, "coarse", "places"], do_not_specialize_on_alignment=[*READ_AS_SCALARS, "v_ptr"]
 )

@@ -24,6 +24,7 @@ from kvops.kernels.cpu.paged_items import (
     list_of,
     new_tokens,
     seen_slots,
+    take_off_distances,
 )
 from kvops.kernels.cpu.threads import run_shares
 from kvops.kernels.cpu.vector import multiply_add, multiply_transposed, touch
@@ -91,25 +92,6 @@ def _cap(softcap, rows, count, s):
     for r in range(rows):
         for j in range(count):
             s[r, j] = np.float32(softcap * LOG2_E) * np.tanh(s[r, j] / np.float32(softcap))
-
-
-@jit
-def _distances(call, span, b, h, first_row, rows, first, count, s):
-    """ALiBi: take off each row's slope times the distance of a slot."""
-    group = call.q.shape[2] // call.lens.shape[1]
-    table, size = call.tables[b, h], call.k_cache.shape[1]
-    row, first_token, tokens = new_tokens(call, b)
-    for r in range(rows):
-        t = (first_row + r) // group
-        slope = call.slopes[b, h * group + (first_row + r) % group] * np.float32(LOG2_E)
-        own = (
-            np.int64(call.query_positions[row, first_token + t]) if call.query_positions.size else span[0] - tokens + t
-        )
-        for j in range(count):
-            place = np.int64(first + j)
-            if call.query_positions.size:
-                place = np.int64(call.positions[table[place // size], place % size, h])
-            s[r, j] -= slope * np.float32(abs(own - place))
 
 
 @jit
@@ -203,7 +185,7 @@ def _score(call, scratch, span, b, h, first_row, rows, first, count):
     if call.softcap > 0:
         _cap(call.softcap, rows, count, scratch.s)
     if call.slopes.size:
-        _distances(call, span, b, h, first_row, rows, first, count, scratch.s)
+        take_off_distances(call, span, b, h, first_row, rows, first, count, scratch.s)
     _mask(call, span, b, h, first_row, rows, first, count, scratch.s)
 
 

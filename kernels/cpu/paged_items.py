@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import boolean, float32, float64, int32, int64, uint8
 
+from kvops.kernels.cpu.elements import LOG2_E
 from kvops.kernels.cpu.jit import jit
 
 PIECE = 256  # slots of a piece
@@ -139,3 +140,22 @@ def item_slots(items, item, i):
         return begin, end
     first = (begin // PIECE + item - items.starts[i]) * PIECE
     return max(first, begin), min(first + PIECE, end)
+
+
+@jit
+def take_off_distances(call, span, b, h, first_row, rows, first, count, s):
+    """ALiBi: take off each row's slope times the distance of a slot."""
+    group = call.q.shape[2] // call.lens.shape[1]
+    table, size = call.tables[b, h], call.k_cache.shape[1]
+    row, first_token, tokens = new_tokens(call, b)
+    for r in range(rows):
+        t = (first_row + r) // group
+        slope = call.slopes[b, h * group + (first_row + r) % group] * np.float32(LOG2_E)
+        own = (
+            np.int64(call.query_positions[row, first_token + t]) if call.query_positions.size else span[0] - tokens + t
+        )
+        for j in range(count):
+            place = np.int64(first + j)
+            if call.query_positions.size:
+                place = np.int64(call.positions[table[place // size], place % size, h])
+            s[r, j] -= slope * np.float32(abs(own - place))
