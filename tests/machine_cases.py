@@ -200,20 +200,6 @@ def paged_chunk_scores():
 
 
 @case
-def paged_packed():
-    lists = _lists([[150, 90], [40, 33], [70, 5]])
-    options = {"cu_seqlens_q": torch.tensor([0, 40, 41, 43], dtype=torch.int32), "max_seqlen_q": 40}
-    options |= {"scores": lists.scores, "score_last": 8, "score_decays": torch.rand(3)}
-    return _decode(lists, torch.randn(45, 4, 64).half(), 1e-2, alibi_slopes=torch.rand(4) / 8, **options)
-
-
-@case
-def paged_packed_decode():
-    starts = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
-    return _decode(_lists(), torch.randn(4, 4, 64).half(), cu_seqlens_q=starts, max_seqlen_q=2)
-
-
-@case
 def paged_append():
     from kvops.kernels.paged_append import paged_append as launch
 
