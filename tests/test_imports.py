@@ -249,8 +249,8 @@ def test_a_forbidden_import_is_found(name, source):
 # What stands behind a check that Triton is there: kernels by the registry, these by the commands that need them.
 BEHIND_TRITON = ("kvops.kernels", "kvops.autotune.inspect", "kvops.autotune.machine", "kvops.autotune.relaunch")
 # The registry imports kvops.kernels.cpu where numba is installed.
-# Imported after `require("transformers")`, by the package's __getattr__.
-BEHIND_TRANSFORMERS = ("kvops.integrations.transformers.cache",)
+# Imported after `require("transformers")`, by the package's __getattr__; transformers itself asks for masks.
+BEHIND_TRANSFORMERS = ("kvops.integrations.transformers.cache", "kvops.integrations.transformers.masks")
 # Imported by vLLM, which finds the plugin by its entry point.
 BEHIND_VLLM = ("kvops.integrations.vllm",)
 

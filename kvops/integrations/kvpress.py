@@ -216,8 +216,7 @@ def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
 
 def _parts(press: Any) -> tuple[Any, Any]:
     """What acts on the prompt and what acts while decoding. Raises ValueError for a press that cannot be shown."""
-    import kvpress
-
+    kvpress = require("kvpress")
     if not isinstance(press, kvpress.BasePress):
         raise ValueError(f"press: expected a press of kvpress, got {type(press).__name__}")
     parts = press, None
