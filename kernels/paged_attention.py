@@ -23,6 +23,7 @@ from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.paged import as_bytes
 from kvops.kernels.paged_attention_kernel import paged_attention_kernel, paged_merge_kernel
+from kvops.kernels.paged_parts import PartedKind, kind_of, launch_in_parts
 from kvops.kernels.paged_plan import PagedKind
 from kvops.kernels.paged_schedule import paged_schedule
 from kvops.kernels.paged_scores import paged_scores_kernel
@@ -30,9 +31,9 @@ from kvops.prepared import prepared
 
 
 # Over 80 lines: 24 are the signature, and a launch takes a line for each argument.
-@prepared(PagedKind)
+@prepared(kind_of)
 def paged_attention(
-    kind: PagedKind,
+    kind: PagedKind | PartedKind,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -55,6 +56,24 @@ def paged_attention(
     **numbers: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels; see ``kvops.paged_attention``. ``kind`` has the arguments that are not tensors."""
+    if isinstance(kind, PartedKind):
+        return launch_in_parts(
+            paged_attention.__wrapped__,  # type: ignore[attr-defined]
+            kind,
+            *(q, k_cache, v_cache, block_tables, seq_lens),
+            q_lens=q_lens,
+            positions=positions,
+            query_positions=query_positions,
+            sinks=sinks,
+            tree_mask=tree_mask,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            scores=scores,
+            cu_seqlens_q=cu_seqlens_q,
+            out=out,
+            alibi_slopes=alibi_slopes,
+            score_decays=score_decays,
+        )
     lse = q.new_empty(*kind.lse_shape, dtype=torch.float32)  # sizes one by one: a tuple takes 0.5 µs more
     if out is None:
         out = result = q.new_empty(*kind.out_shape)

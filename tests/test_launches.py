@@ -8,7 +8,7 @@ import torch
 import kvops
 from kvops.autotune import override, specs, watch
 from kvops.autotune.config import paged_attention_config
-from kvops.kernels import paged_plan
+from kvops.kernels import paged_parts, paged_plan
 from kvops.kernels.paged import positional
 from kvops.kernels.paged_attention_kernel import paged_attention_kernel
 from kvops.ops import registry
@@ -173,6 +173,36 @@ def test_scores_beyond_the_largest_buffer_are_computed_again(num_tokens, monkeyp
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     assert results[0][2].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batch_invariant_calls_with_large_temporaries_run_in_parts_with_the_same_bits(packed, monkeypatch, prepared):
+    tables = torch.arange(6, dtype=torch.int32).view(3, 2, 1)
+    lens = torch.tensor([[2, 4], [3, 2], [4, 2]], dtype=torch.int32)
+    given = inputs(q=torch.randn(3, 2, 4, 16), block_tables=tables, seq_lens=lens)
+    options = {
+        "batch_invariant": True,
+        "tree_mask": torch.tensor([[True, False], [False, True]]).expand(3, 2, 2),
+        "score_decays": torch.tensor([1.0, 0.5, 0.25]),
+        "sinks": torch.randn(4),
+    }
+    if packed:
+        given["q"] = given["q"].flatten(0, 1)
+        options |= {"cu_seqlens_q": torch.tensor([0, 2, 3, 5], dtype=torch.int32), "max_seqlen_q": 2, "tree_mask": None}
+    else:
+        options["q_lens"] = torch.tensor([2, 1, 2], dtype=torch.int32)
+    whole = paged_parts.kind_of(*given.values(), **options)
+    results = []
+    for limit in (paged_parts.MAX_PARTIAL, 0, paged_parts._partial_bytes(whole) - 1):
+        monkeypatch.setattr(paged_parts, "MAX_PARTIAL", limit)
+        registry.forget_launches()
+        scores = torch.ones_like(given["k_cache"][..., 0])
+        results.append((*kvops.paged_attention(**given, **options, scores=scores), scores))
+    parts = paged_parts.kind_of(*given.values(), **options).parts
+    assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 2), (2, 3)]
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
 
 
 @pytest.mark.parametrize("invariant", [False, True])

@@ -318,8 +318,10 @@ def paged_attention(
 
     Temporary memory of a call on a GPU, in bytes: with ``R = T * Hq / Hkv`` rows to a list and ``N`` lists, the partial
     results of ``P`` programs take ``4 * (P + N) * R * (Dv + 2)``; batch invariant, ``P + N`` is ``N * ceil(max_blocks *
-    block_size / 256)``. ``scores`` of a tile of rows keep ``4 * R`` for each slot of the tables or of the pool,
-    whichever is less. Above 256 MiB (``kvops.kernels.paged_plan.MAX_STASH``) they keep nothing and are computed twice.
+    block_size / 256)``, and above 256 MiB (``kvops.kernels.paged_parts.MAX_PARTIAL``) the sequences are served in parts
+    of the batch, at least one at a time, without the ``schedule`` of the whole. ``scores`` of a tile of rows keep
+    ``4 * R`` for each slot of the tables or of the pool, whichever is less. Above 256 MiB
+    (``kvops.kernels.paged_plan.MAX_STASH``) they keep nothing and are computed twice.
 
     Scores: H2O (Zhang et al., 2023) sums p, KV-Compress (Rehg, 2024) p squared.
     """
