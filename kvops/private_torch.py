@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ __all__ = [
     "call_below_autograd",
     "flash_attention",
     "flash_attention_backward",
+    "has_any_global_hook",
     "leads_straight_to_cpu",
     "schema_of",
     "tangents_exist",
@@ -55,6 +57,9 @@ below_autograd: Callable[[], AbstractContextManager[None]] = torch._C._AutoDispa
 # Whether torch.func transforms are active, under which an operator's own gradient would be lost without an error. There
 # is no documented way to find out.
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# Whether hooks of all modules exist, which a module that is not called would not run. There is no documented way.
+has_any_global_hook: Callable[[], bool] = _has_any_global_hook
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # The key set of plain CPU tensors after autograd: no mode, wrapper or trace comes between autograd and the CPU.

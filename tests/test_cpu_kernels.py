@@ -231,7 +231,12 @@ def test_a_norm_before_a_product_is_that_of_torch(rows, two_threads):
         result = linear.linear(x, weight, norm.weight, norm.eps)
         assert (result - exact).abs().max() <= 2 * error + 1e-6
         layer = Linear(96, 48, bias=True)
-        torch.testing.assert_close(layer(x, norm), layer(norm(x)))
+        torch.testing.assert_close(layer.after(norm, x), layer(norm(x)))
+        seen = []
+        for module in (norm, layer):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(module))
+        assert torch.equal(layer.after(norm, x), layer(norm(x)))
+        assert seen == 2 * [norm, layer]
 
 
 @pytest.mark.parametrize("reduce", ["sum", "sumsq", "max"])

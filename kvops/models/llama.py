@@ -47,13 +47,13 @@ class LlamaLayer(nn.Module):
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         config = self.config
-        qkv = self.qkv(x, self.attention_norm).unflatten(-1, (-1, config.head_dim))
+        qkv = self.qkv.after(self.attention_norm, x).unflatten(-1, (-1, config.head_dim))
         rotating = qkv[:, :, : -config.num_kv_heads]
         rotated = torch.addcmul(rotating * cos, rotating.roll(config.head_dim // 2, -1), sin)
         q, k = rotated.split((config.num_heads, config.num_kv_heads), dim=2)
         v = qkv[:, :, -config.num_kv_heads :]
         x = x + self.out(attend(q, k, v).flatten(2))
-        gate, up = self.gate_up(x, self.mlp_norm).chunk(2, dim=-1)
+        gate, up = self.gate_up.after(self.mlp_norm, x).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
