@@ -255,3 +255,18 @@ def dense_backward() -> tuple[Peer, ...]:
 
     theirs = (Peer(name, backward(prepare), package) for name, package, trains, prepare in _DENSE if trains)
     return (Peer("kvops Gluon", _gluon_backward, "kvops"), *theirs)
+
+
+def bias_backward() -> tuple[Peer, ...]:
+    """For cases of the gradient of a bias: what autograd computes through attention that has it in memory."""
+
+    def gradient(prepare: Callable[[Inputs], Attend]) -> Callable[[Inputs], Callable[[], Outputs]]:
+        def ready(inputs: Inputs) -> Callable[[], Outputs]:
+            bias = inputs["bias"].detach().requires_grad_()
+            out = prepare({**inputs, "bias": bias})(inputs["q"], inputs["k"], inputs["v"])
+            return lambda: torch.autograd.grad(out, bias, inputs["dout"], retain_graph=True)
+
+        return ready
+
+    theirs = {"SDPA math": _sdpa(SDPBackend.MATH), "plain torch": _plain}
+    return tuple(Peer(name, gradient(prepare), "torch") for name, prepare in theirs.items())

@@ -49,8 +49,8 @@ def attention(
 ) -> dict[str, Tensor]:
     """One KV head: q [Sq, group, D], k and v [Sk, D], bias [group, Sq, Sk] -> out [Sq, group, D], lse [group, Sq].
 
-    Operands in ``dtype``, softmax and results in at least float32. With ``dout`` [Sq, group, D] also dq, dk and dv;
-    with ``score_from`` also scores [Sk], p of the queries from there on, reduced over them and added over the group;
+    Operands in ``dtype``, softmax and results in at least float32. With ``dout`` [Sq, group, D] also dq, dk, dv
+    and dbias; with ``score_from`` also scores [Sk], p of the queries from there on, reduced over them and added over the group;
     the other queries are left out then.
     """
     work = torch.promote_types(dtype, torch.float32)
@@ -60,6 +60,7 @@ def attention(
     lse = torch.empty(group, num_queries, dtype=work, device=q.device)
     dk, dv = (torch.zeros(num_keys, D, dtype=work, device=q.device) for _ in range(2))
     scores = torch.zeros(group, num_keys, dtype=work, device=q.device)
+    dbias = torch.empty(group, num_queries if dout is not None else 0, num_keys, dtype=work, device=q.device)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         return (a.to(dtype) @ b.to(dtype)).to(work)
@@ -85,8 +86,9 @@ def attention(
                 gradient = dout[rows, h]
                 delta = (gradient.to(work) * out[rows, h].to(dtype).to(work)).sum(-1, keepdim=True)
                 ds = (product(gradient, v.T) - delta) * p
+                dbias[h, rows] = ds
                 ds = ds if t is None else ds * (1 - t * t)
                 dq[rows, h] = product(ds, k) * scale
                 dk += product(ds.T, q[rows, h]) * scale
                 dv += product(p.T, gradient)
-    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "scores": scores.sum(0)}
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "scores": scores.sum(0)}

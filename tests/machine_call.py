@@ -1,8 +1,8 @@
-"""One call of a launch function on the machine for PTX, beside the same call of the eager operator."""
+"""One call of a launch function on the machine for PTX, beside the same call of the eager operator; and all cases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,3 +54,21 @@ class Call:
 
 def _tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+CASES: dict[str, Callable[[], Call]] = {}
+HOPPER = "gluon"  # cases whose names begin so run on sm_90 alone
+
+
+def case(function: Callable[[], Call]) -> Callable[[], Call]:
+    CASES[function.__name__] = function
+    return function
+
+
+def names_for(target: str, only: str = "", skip: Collection[str] = ()) -> list[str]:
+    """The cases of a target whose names contain ``only`` and begin with none of ``skip``."""
+    return [
+        name
+        for name in CASES
+        if only in name and not name.startswith(tuple(skip)) and (target == "sm_90" or not name.startswith(HOPPER))
+    ]

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine_call import Call
+from machine_call import CASES, Call, case, names_for
 from paged_lists import make_lists
 
 import kvops  # noqa: F401 - registers the operators
 from kvops.autotune.machine import Machine, Options, on_machine
 
 OPS = torch.ops.kvops
-
-
-CASES: dict[str, Callable[[], Call]] = {}
-HOPPER = "gluon"  # cases whose names begin so run on sm_90 alone
-
-
-def case(function: Callable[[], Call]) -> Callable[[], Call]:
-    CASES[function.__name__] = function
-    return function
 
 
 # --- dense attention ---
@@ -103,6 +94,16 @@ def flash_backward_window():
     options = {"causal": True, "window_left": 30}
     args = _backward_arguments(torch.bfloat16, 64, 80, **options)
     return Call(flash_backward, OPS.flash_attention_backward, args, options, 0.2)
+
+
+@case
+def flash_backward_bias():
+    """A bias of one row of queries: its gradient is a sum over them."""
+    from kvops.kernels.flash_backward_bias import flash_bias_backward
+
+    bias = torch.randn(1, 2, 1, 70).half()
+    args = *_backward_arguments(length=70, causal=True, bias=bias), bias
+    return Call(flash_bias_backward, OPS.flash_attention_bias_backward, args, {"causal": True}, 3e-2)
 
 
 @case
@@ -430,15 +431,6 @@ def gluon_backward_causal():
 
     args = _backward_arguments(length=160, causal=True)
     return Call(gluon_flash_backward, OPS.flash_attention_backward, args, {"causal": True}, 3e-2)
-
-
-def names_for(target: str, only: str = "", skip: Collection[str] = ()) -> list[str]:
-    """The cases of a target whose names contain ``only`` and begin with none of ``skip``."""
-    return [
-        name
-        for name in CASES
-        if only in name and not name.startswith(tuple(skip)) and (target == "sm_90" or not name.startswith(HOPPER))
-    ]
 
 
 def run(name: str, target: str, options: Options, **context: Any) -> tuple[Machine, str]:

@@ -81,6 +81,12 @@ def _backward(inputs: Inputs) -> Outputs:
     return kvops.flash_attention_backward(*(inputs[name] for name in names), **options(inputs))[:3]
 
 
+def _bias_backward(inputs: Inputs) -> Outputs:
+    names = ("dout", "q", "k", "v", "out", "lse", "bias")
+    masks = {name: value for name, value in options(inputs).items() if name != "bias"}
+    return (kvops.flash_attention_bias_backward(*(inputs[name] for name in names), **masks),)
+
+
 def _sample_forward(inputs: Inputs, outputs: Outputs) -> Outputs:
     kv_heads = inputs["k"].shape[2]
     dims = (1, 0)  # of the heads, once the batch is gone
@@ -95,6 +101,11 @@ def _sample_backward(inputs: Inputs, outputs: Outputs) -> Outputs:
     return tuple(
         None if x is None else torch.stack([of_group(x[b], h, kv_heads, 1) for b, h in heads(inputs)]) for x in outputs
     )
+
+
+def _sample_bias(inputs: Inputs, outputs: Outputs) -> Outputs:
+    kv_heads = inputs["k"].shape[2]
+    return (torch.stack([of_group(outputs[0][0], h, kv_heads, 0) for _, h in heads(inputs)]),)
 
 
 def _truth(inputs: Inputs, dtype: torch.dtype, names: tuple[str, ...]) -> Outputs:
@@ -151,6 +162,23 @@ def backward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> C
     )
 
 
+def bias_backward(model: Model, tokens: int) -> Case:
+    """The gradient of a bias [1, heads, tokens, tokens], which two of the five products of a backward pass give."""
+    elements, added = tokens * model.heads * model.head_dim, model.heads * tokens * tokens
+    return Case(
+        op="flash_attention_bias_backward",
+        model=model.name,
+        shape=shape(model, 1, tokens, False) | {"bias": "heads"},
+        make_inputs=make_inputs(model, 1, tokens, False, backward=True, biased=True),
+        run=_bias_backward,
+        oracle=lambda inputs, dtype: _truth(inputs, dtype, ("dbias",)),
+        sample=_sample_bias,
+        flops=4 * added * model.head_dim,
+        bytes=lambda size: (3 * elements + 2 * tokens * model.kv_heads * model.head_dim + 2 * added) * size,
+        peers=peers.bias_backward(),
+    )
+
+
 def shape(model: Model, batch: int, tokens: int, causal: bool) -> dict[str, int | str]:
     facts: dict[str, int | str] = {"batch": batch, "tokens": tokens, "mask": "causal" if causal else "full"}
     return facts | ({"window": model.window} if model.window >= 0 else {})
@@ -169,3 +197,4 @@ def cases(scale: Scale) -> Iterator[Case]:
     for model in (LLAMA_8B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA):
         yield backward(scale.model(model), 1, scale.prompts[len(scale.prompts) // 2])
     yield backward(scale.model(SMOLLM), 1, longest, causal=False)
+    yield bias_backward(scale.model(T5), scale.prompts[len(scale.prompts) // 2])
