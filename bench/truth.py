@@ -50,8 +50,8 @@ def attention(
     """One KV head: q [Sq, group, D], k and v [Sk, D], bias [group, Sq, Sk] -> out [Sq, group, D], lse [group, Sq].
 
     Operands in ``dtype``, softmax and results in at least float32. With ``dout`` [Sq, group, D] also dq, dk, dv
-    and dbias; with ``score_from`` also scores [Sk], p of the queries from there on, reduced over them and added over the group;
-    the other queries are left out then.
+    and dbias; with ``score_from`` also scores [Sk], p of the queries from there on, reduced over them and added over
+    the group; the other queries are left out then.
     """
     work = torch.promote_types(dtype, torch.float32)
     num_queries, group, D = q.shape
