@@ -148,7 +148,7 @@ bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving
 	$(BIN)/python -m bench run --device cpu --seconds 1 --json $(OUT)/operators.json
 	$(BIN)/python -m bench growth --device cpu --json $(OUT)/growth.json || echo "growth is not as theory: see the table"
 	$(BIN)/python bench/generate_cpu.py --rounds 2 --json $(OUT)/generate.json
-	$(BIN)/python bench/steps_cpu.py --json $(OUT)/steps.json
+	$(BIN)/python -m bench.steps_cpu --json $(OUT)/steps.json
 	$(BIN)/python -m bench.throughput --device cpu --json $(OUT)/throughput.json
 	$(BIN)/python -m bench report
 

@@ -1,6 +1,6 @@
 """A decoding step of the real model by context and batch, from the full cache and from one of an eighth of the tokens.
 
-    python bench/steps_cpu.py --json bench/results/cpu/steps.json
+    python -m bench.steps_cpu --json bench/results/cpu/steps.json
 
 A step is the model, the cache and attention for one new token of each sequence, with the choice of the likeliest token.
 Keys and values are random and all lists have the same length: what a step costs does not depend on either.
