@@ -277,7 +277,9 @@ class _Attention:
         inputs, options = self._for_torch(tile)
         out, lse = _forward(*inputs, 0.0, tile.causal, **options)
         if self.bias is not None:  # torch's lse of rows that its mask hides from all keys is 0
-            lse = lse.masked_fill((options["attn_mask"] == -torch.inf).all(-1), -torch.inf)
+            mask = options["attn_mask"]
+            hidden = mask.amax(-1) == -torch.inf if mask.shape[-1] else mask.new_ones(mask.shape[:-1]).bool()
+            lse = lse.masked_fill(hidden, -torch.inf)
         return out[..., : self.v.shape[3]], lse
 
     def plain(self, tile: Tile) -> tuple[Tensor, Tensor]:

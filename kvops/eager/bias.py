@@ -22,5 +22,6 @@ def bias_tile(bias: Tensor, rows: slice, keys: slice, dtype: torch.dtype) -> Ten
     if part.dtype == torch.bool:
         return torch.where(part, 0.0, -torch.inf).to(dtype)
     part = part.to(dtype)
-    hidden = part < _HIDDEN
-    return part.masked_fill(hidden, -torch.inf) if hidden.any() else part
+    if part.numel() == 0 or part.amin() >= _HIDDEN:
+        return part
+    return part.masked_fill(part < _HIDDEN, -torch.inf)
