@@ -295,6 +295,10 @@ class PagedAttentionConfig:
     num_stages: int
 
 
+LARGEST_PAGED_TILE = 64
+"""Query rows: with more of them, a batch-invariant call has no partial results."""
+
+
 def paged_attention_config(
     head_dim: int, itemsize: int, rows: int, arch: str, *, cache_itemsize: int | None = None
 ) -> PagedAttentionConfig:
@@ -307,7 +311,7 @@ def paged_attention_config(
     """
     arch = family(arch)
     # Wider heads leave registers and shared memory for 32 rows.
-    most = 64 if head_dim <= 128 else 32
+    most = LARGEST_PAGED_TILE if head_dim <= 128 else 32
     block_m = 16
     while block_m < min(rows, most):
         block_m *= 2

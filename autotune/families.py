@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from kvops.autotune.config import (
+    LARGEST_PAGED_TILE,
     CompactConfig,
     LookupConfig,
     PagedAppendConfig,
@@ -60,7 +61,7 @@ def _why_streaming(what: str, problem: Problem, device: DeviceFacts, config: Con
 
 def _paged_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAttentionConfig]:
     rows = 16
-    while rows < min(problem["rows"], 64 if problem["width"] <= 128 else 32):
+    while rows < min(problem["rows"], LARGEST_PAGED_TILE if problem["width"] <= 128 else 32):
         rows *= 2
     stages = ((5, 4), (3, 4), (5, 8)) if device.nvidia else ((2, 4), (1, 4), (2, 8))
     slot_bytes = 2 * problem["width"] * max(2, problem["cache_itemsize"])

@@ -9,7 +9,6 @@ Keys and values are random and all lists have the same length: what a step costs
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import sys
 import time
@@ -19,10 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import kvops
 from bench import results, table
+from bench.timing import setting
 from kvops.cli.console import positive, quiet_without_reader
-from kvops.cli.environment import processor
 from kvops.generation.passes import decode, new_cache
 from kvops.models.llama import Llama
 from kvops.models.loading import find_default_model, load
@@ -79,18 +77,9 @@ def main() -> int:
     arguments = parser.parse_args()
     loaded = load(find_default_model())
     rows = measure(Llama(loaded.config, loaded.weights), arguments.steps)
-    setting = {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "kvops": kvops.__version__,
-        "model": loaded.name,
-        "dtype": "float32",
-        "steps": arguments.steps,
-        "date": datetime.date.today().isoformat(),
-    }
+    facts = setting(torch.device("cpu")) | {"model": loaded.name, "dtype": "float32", "steps": arguments.steps}
     if arguments.json:
-        results.save(arguments.json, "steps", setting, rows)
+        results.save(arguments.json, "steps", facts, rows)
     print(
         table.render(
             [[*map(str, list(row.values())[:3]), *(f"{x:.2f}" for x in list(row.values())[3:])] for row in rows],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvops.autotune.config import LARGEST_PAGED_TILE
 from kvops.kernels.paged_plan import PagedKind
 
 # The largest buffer of batch-invariant partial results, in bytes, unless one sequence alone needs more.
@@ -27,23 +28,16 @@ class PartedKind:
 
 def kind_of(*args: Any, **given: Any) -> PagedKind | PartedKind:
     whole = PagedKind(*args, **given)
-    batch = args[3].shape[0]
-    size = _partial_bytes(whole) // max(batch, 1)
-    if not whole.invariant or size * batch <= MAX_PARTIAL or batch == 1:
+    batch, size = args[3].shape[0], 4 * whole.partial_size(whole.units)
+    if not whole.invariant or whole.rows > LARGEST_PAGED_TILE or size <= MAX_PARTIAL or batch == 1:
         return whole
-    step = max(1, MAX_PARTIAL // size)
+    step = max(1, MAX_PARTIAL * batch // size)
     parts = []
     for first in range(0, batch, step):
         rows = slice(first, min(first + step, batch))
         own_args, own = _of_rows(rows, args, given)
         parts.append((rows, PagedKind(*own_args, **own)))
     return PartedKind(whole, tuple(parts))
-
-
-def _partial_bytes(kind: PagedKind) -> int:
-    """Of the partial results of all units of all lists, where one tile has all rows."""
-    units = kind.lists * -(-kind.max_blocks * kind.block_size // kind.unit)
-    return 4 * kind.axis_heads * units * kind.rows * (kind.value_dim + 2)
 
 
 def launch_in_parts(

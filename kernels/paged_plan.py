@@ -97,6 +97,7 @@ class PagedKind:
         self.rows = self.num_tokens * self.group
         self.invariant = batch_invariant
         self.unit = schedule_unit(self.block_size, batch_invariant)
+        self.units = self.lists * triton.cdiv(self.max_blocks * self.block_size, self.unit)
         self.out_shape = (batch, tokens, query_heads, self.value_dim)[self.packed :]
         self.lse_shape = (batch, query_heads, tokens)[self.packed :]
         self.empty = 0 in (batch, self.num_tokens, *self.lse_shape)
@@ -170,6 +171,10 @@ class PagedKind:
             plan = self._plan = self._new_plan(config, shares)
         return plan
 
+    def partial_size(self, places: int) -> int:
+        """float32 elements of so many partial results: of a row the weighted sum of V, its maximum and its sum."""
+        return self.axis_heads * places * self.rows * (self.value_dim + 2)
+
     def _new_plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
         row_tiles = triton.cdiv(self.rows, config.block_m)
         all_heads = self.lists * self.axis_heads
@@ -181,11 +186,9 @@ class PagedKind:
         scores_coarse = min(shares, self.axis_heads)
         # The slots of all lists, padded to units, form a line. The most units that it can have: by the tables, and for
         # scores by the pool, as lists with scores own their blocks.
-        units = self.lists * triton.cdiv(self.max_blocks * self.block_size, self.unit)
-        line = min(units, triton.cdiv(self.num_blocks * self.block_size, self.unit) + self.lists) * self.unit
+        line = min(self.units, triton.cdiv(self.num_blocks * self.block_size, self.unit) + self.lists) * self.unit
         stash = self.axis_heads * self.rows * line if self.scored and row_tiles == 1 else 0
-        places = max(units, 1) if self.invariant else programs + self.lists  # a kernel cannot take an empty buffer
-        sums = self.value_dim + 2  # a row's weighted sum of V, its maximum and its sum of exponentials
+        places = max(self.units, 1) if self.invariant else programs + self.lists  # a kernel cannot take an empty buffer
         numbers = self.numbers | {
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
@@ -201,7 +204,7 @@ class PagedKind:
             grid=(programs * row_tiles, self.axis_heads) if split else (programs * row_tiles,),
             merge_grid=(all_heads * self.rows,) if split else None,
             scores_grid=(triton.cdiv(shares, scores_coarse), self.axis_heads),
-            partial=self.axis_heads * places * self.rows * sums if split else 0,
+            partial=self.partial_size(places) if split else 0,
             stash=stash if 4 * stash <= MAX_STASH else 0,
             numbers=positional(paged_attention_kernel, "stride_qb", numbers),
             merge_numbers=positional(paged_merge_kernel, "stride_nb", numbers),

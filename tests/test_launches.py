@@ -193,11 +193,14 @@ def test_batch_invariant_calls_with_large_temporaries_run_in_parts_with_the_same
         options["q_lens"] = torch.tensor([2, 1, 2], dtype=torch.int32)
     whole = paged_parts.kind_of(*given.values(), **options)
     results = []
-    for limit in (paged_parts.MAX_PARTIAL, 0, paged_parts._partial_bytes(whole) - 1):
+    for limit in (paged_parts.MAX_PARTIAL, 0, 4 * whole.partial_size(whole.units) - 1):
         monkeypatch.setattr(paged_parts, "MAX_PARTIAL", limit)
         registry.forget_launches()
         scores = torch.ones_like(given["k_cache"][..., 0])
         results.append((*kvops.paged_attention(**given, **options, scores=scores), scores))
+    tall = {**given, "q": torch.empty(*given["q"].shape[:-2], 4 * 64, 16)}
+    tall_options = {**options, "sinks": None}
+    assert isinstance(paged_parts.kind_of(*tall.values(), **tall_options), paged_plan.PagedKind)  # nothing to merge
     parts = paged_parts.kind_of(*given.values(), **options).parts
     assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 2), (2, 3)]
     for other in results[1:]:

@@ -11,7 +11,7 @@ import torch
 from numba import float32, float64, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, unpack
-from kvops.kernels.cpu.elements import FORMATS, exp2, padded, widen
+from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded, widen
 from kvops.kernels.cpu.jit import jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import multiply_add
@@ -19,7 +19,6 @@ from kvops.prepared import prepared
 
 KEYS = 64  # of a tile
 ROWS = 32  # queries of a tile
-LOG2_E = np.float32(np.log2(np.e))
 _FAR = 1 << 40  # a limit beyond every distance
 SUM, SUM_OF_SQUARES, MAX, MEAN = range(4)
 _REDUCE = {"sum": SUM, "sumsq": SUM_OF_SQUARES, "max": MAX, "mean": MEAN}
@@ -110,7 +109,7 @@ def _logarithms(s, scale, softcap, slope, place, lse):
             s[j] = s[j] * scale - slope * np.float32(abs(place - j))
         scale = np.float32(1)
     for j in range(KEYS):
-        s[j] = (s[j] * scale - lse) * LOG2_E
+        s[j] = (s[j] * scale - lse) * np.float32(LOG2_E)
 
 
 @jit
