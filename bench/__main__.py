@@ -210,7 +210,7 @@ def answers(arguments: argparse.Namespace) -> int:
         _model_folder(arguments.folder),
         arguments.json,
         ratios=arguments.ratios,
-        chunks=arguments.chunks,
+        slacks=arguments.slack,
         policy=arguments.policy,
         contexts=arguments.contexts,
     )
@@ -250,7 +250,7 @@ def _in_vllm(commands: Any) -> None:
 
     asked = commands.add_parser("answers", help="the same questions to vLLM and to our own loop (make bench-answers)")
     asked.add_argument("--ratios", nargs="+", type=float, default=[4, 8], metavar="N", help="default: 4 8")
-    asked.add_argument("--chunks", nargs="+", type=positive, default=[8], metavar="N", help="pages (default: 8)")
+    asked.add_argument("--slack", nargs="+", type=int, default=[0], metavar="N", help="pages (default: 0)")
     asked.add_argument("--contexts", type=int, default=1, metavar="N", help="of the study (default: %(default)s)")
     asked.set_defaults(function=answers)
 

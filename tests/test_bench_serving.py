@@ -128,7 +128,7 @@ def test_rounds_of_a_soak_are_the_same_each_time_and_their_longest_request_fits(
     assert drawn == Round.drawn(seed)
     assert 25 <= drawn.pages <= 200
     assert 1 <= drawn.ratio <= 16
-    rule = Rule.for_ratio(drawn.ratio, drawn.chunk, drawn.page_size, drawn.protect_last)
+    rule = Rule(drawn.ratio, drawn.slack, drawn.chunk, drawn.page_size, drawn.protect_first, drawn.protect_last)
     in_flight = drawn.max_num_batched_tokens * (2 if drawn.async_scheduling else 1)
     assert rule.peak(drawn.max_model_len, in_flight) <= drawn.pages
 

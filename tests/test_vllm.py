@@ -24,32 +24,42 @@ def most_held(rule: Rule, tokens: int, in_flight: int) -> int:
     )
 
 
-@pytest.mark.parametrize("keep_of", [(1, 1), (1, 4), (2, 8), (3, 4), (1, 16)])
+RULES = [(ratio, slack, chunk) for ratio in (1.5, 4, 12.5) for slack in (0, 3) for chunk in (1, 2, 5)]
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("protect_last", [0, 5, 32])
-def test_the_peak_of_a_request_is_what_it_holds_at_most(keep_of, protect_last):
-    rule = Rule(*keep_of, 4, protect_last)
-    for tokens in (1, 3, 4, 5, 17, 63, 64, 65, 130, 201):
-        for in_flight in (1, 7, 40, 300):
+def test_the_peak_of_a_request_is_what_it_holds_at_most(rule, protect_last):
+    rule = Rule(*rule, 4, 4, protect_last)
+    for tokens in (1, 3, 17, 64, 65, 130):
+        for in_flight in (1, 7, 90):
             assert rule.peak(tokens, in_flight) == most_held(rule, tokens, in_flight), (tokens, in_flight)
     assert rule.peak(0, 8) == 0
 
 
-@pytest.mark.parametrize(
-    ("ratio", "keep", "chunk"), [(1, 8, 8), (1.5, 5, 8), (2, 4, 8), (4, 2, 8), (8, 1, 8), (16, 1, 16), (12.5, 1, 13)]
-)
-def test_a_ratio_keeps_at_most_its_share_of_a_chunk(ratio, keep, chunk):
-    rule = Rule.for_ratio(ratio, 8, 16, 0)
-    assert (rule.keep, rule.chunk) == (keep, chunk)
-    assert rule.chunk / rule.keep >= ratio
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("protect", [(0, 0), (4, 32), (9, 7)])
+def test_a_request_holds_its_share_and_a_constant(rule, protect):
+    rule = Rule(*rule, 4, *protect)
+    least = rule.slack + rule.columns(protect[0]) + rule.columns(protect[1])
+    for tokens in range(1, 500):
+        share = rule.columns(tokens) / rule.ratio
+        assert rule.held(tokens, tokens) <= max(share, least) + rule.slack + rule.chunk + 1, tokens
+        assert rule.held(tokens, tokens) >= min(rule.columns(tokens), int(share)), tokens
 
 
-def test_a_rule_empties_and_keeps_every_column_of_a_chunk_once():
-    rule = Rule(2, 5, 16, 32)
-    assert rule.done(5 * 16 + 31) == 0
-    assert rule.done(5 * 16 + 32) == 1
-    emptied = [column for chunk in range(3) for column in rule.emptied(chunk)]
-    assert sorted(emptied + rule.kept(3)) == list(range(15))
-    assert rule.held(3 * 80 + 32, 300) == 19 - len(emptied)
+@pytest.mark.parametrize("rule", RULES)
+def test_columns_that_stay_do_not_depend_on_when_they_are_compacted(rule):
+    rule = Rule(*rule, 4, 4, 8)
+    for before in range(0, 60, 7):
+        for after in range(before, 61):
+            emptied = {*rule.emptied(0, before), *rule.emptied(before, after)}
+            assert emptied == set(rule.emptied(0, after))
+            assert len(emptied) == after - rule.keep(after)
+    olds = [rule.old(computed) for computed in range(400)]
+    assert olds == sorted(olds)
+    assert all(rule.emptied(0, old) for old in olds if old)
+    assert rule.stays(0)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,7 @@ def test_a_rule_empties_and_keeps_every_column_of_a_chunk_once():
         ({"policy_options": {"window": 3}}, TypeError, "policy_options: expected some of .*observe.* for standout"),
         ({"policy_options": [3]}, TypeError, "policy_options: expected names and values"),
         ({"chunk": 0}, ValueError, "chunk"),
+        ({"slack": -1}, ValueError, "slack"),
         ({"protect_last": -1}, ValueError, "protect_last"),
         ({"check": 1}, TypeError, "check: expected true or false, got 1"),
         ({"ratios": 4, "x": 1}, ValueError, 'expected some of ratio, policy, .* in "kvops", got ratios, x'),
@@ -100,30 +111,28 @@ class PretendEngine:
         self.cache = torch.full((layers, pages + 1, kv_heads, size, 2 * head_dim), torch.nan)
         impl = SimpleNamespace(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_size=head_dim)
         named = {f"{n}": SimpleNamespace(impl=impl, kv_cache=cache) for n, cache in enumerate(self.cache)}
-        self.rule = Rule.for_ratio(options.ratio, options.chunk, size, options.protect_last)
+        self.rule = Rule.of(options, size)
         self.layers = CompressedLayers(named, self.rule, options)
         self.free = list(range(1, pages + 1))
         self.draw.shuffle(self.free)
         self.heads, self.size, self.head_dim = (kv_heads * group, kv_heads, kv_heads), size, head_dim
-        self.tables, self.done = {}, {}
+        self.tables, self.old = {}, {}
 
     def pages_of(self, request, computed, tokens):
         """The request's table with pages for ``tokens``, or None; what ``computed`` tokens free is free from now on."""
-        table, done = self.tables.setdefault(request, []), self.rule.done(computed)
-        freed = [c for chunk in range(self.done.get(request, 0), done) for c in self.rule.emptied(chunk)]
+        table, old = self.tables.setdefault(request, []), self.rule.old(computed)
+        freed = self.rule.emptied(self.old.get(request, 0), old)
         wanted = self.rule.columns(tokens) - len(table)
         if wanted > len(self.free) + len(freed):
             return None
         self.free += [table[column] for column in freed]  # the worker is not told: its table keeps the pages
-        self.done[request] = done
+        self.old[request] = old
         table += [self.free.pop(0) for _ in range(wanted)]
         return table
 
     def drop(self, request):
-        table, emptied = self.tables.pop(request, []), set()
-        for chunk in range(self.done.pop(request, 0)):
-            emptied |= set(self.rule.emptied(chunk))
-        self.free += [page for column, page in enumerate(table) if column not in emptied]
+        emptied = set(self.rule.emptied(0, self.old.pop(request, 0)))
+        self.free += [page for column, page in enumerate(self.tables.pop(request, [])) if column not in emptied]
 
     def step(self, work, **options):
         """``work``: (request, computed, new tokens) of those that run, their pages given."""
@@ -139,7 +148,9 @@ class PretendEngine:
         row = torch.repeat_interleave(torch.arange(len(work)), torch.tensor([new for _, _, new in work]))
         slots = table[row, at // self.size].long() * self.size + at % self.size
         cu_seqlens = torch.tensor(starts, dtype=torch.int32)
-        step = self.layers.build(starts[-1], starts, cu_seqlens, tokens, table, Slots.of(slots, self.size))
+        step = self.layers.build(
+            starts[-1], cu_seqlens, cu_seqlens, torch.tensor(tokens), table, Slots.of(slots, self.size)
+        )
         for name, cache in zip(self.layers.number, self.cache, strict=True):
             q, k, v = (torch.randn(starts[-1], heads, self.head_dim, generator=self.generator) for heads in self.heads)
             output = torch.full_like(q, torch.nan)
@@ -182,9 +193,9 @@ def run_requests(engine, lengths, most=6):
 
 
 @pytest.mark.parametrize("policy", ["kv-compress", "standout", "snapkv", "knorm", "h2o", "ada-kv", "pyramid-kv"])
-@pytest.mark.parametrize(("ratio", "chunk"), [(4, 4), (1.5, 3), (8, 2)])
-def test_every_attention_is_over_the_tokens_that_were_kept(policy, ratio, chunk):
-    options = Options(ratio=ratio, policy=policy, chunk=chunk, protect_first=2, protect_last=5, check=True)
+@pytest.mark.parametrize(("ratio", "chunk", "slack"), [(4, 4, 0), (1.5, 3, 2), (8, 1, 1)])
+def test_every_attention_is_over_the_tokens_that_were_kept(policy, ratio, chunk, slack):
+    options = Options(ratio=ratio, policy=policy, chunk=chunk, slack=slack, protect_first=2, protect_last=5, check=True)
     engine = PretendEngine(60, options)
     run_requests(engine, [engine.draw.randrange(1, 150) for _ in range(12)])
     assert len(engine.free) == 60
@@ -196,14 +207,14 @@ def test_every_attention_is_over_the_tokens_that_were_kept(policy, ratio, chunk)
 def test_heads_of_all_layers_share_what_stays():
     """A head that matters more holds more, in the pages of its request alone."""
     engine = PretendEngine(
-        40, Options(ratio=4, policy="knorm", policy_options={"scope": "sequence"}, chunk=4, check=True)
+        40, Options(ratio=4, policy="knorm", policy_options={"scope": "sequence"}, protect_last=4, slack=2, check=True)
     )
     engine.pages_of("a", 0, 120)
     engine.step([("a", 0, 120)])
     engine.pages_of("a", 120, 121)
     engine.step([("a", 120, 1)])
     kept = engine.layers.cells._kept[engine.tables["a"][0]]
-    assert int(kept.sum()) == len(engine.rule.kept(engine.rule.done(120))) * 4
+    assert int(kept.sum()) == engine.rule.keep(engine.rule.old(120)) * 4
     assert kept.min() < kept.max()
 
 

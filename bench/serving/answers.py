@@ -3,13 +3,14 @@
 The questions are those of ``examples/questions.jsonl`` and of ``python -m bench quality``, in contexts of about a
 thousand tokens. An answer counts if greedy decoding gives all of its tokens, and if the same engine gives them with the
 whole cache. Our loop compresses the context, at its end or chunk by chunk, and reads the question then. vLLM reads
-context and question as one prompt and compresses it as it goes.
+context and question as one prompt and compresses it as it goes. Sizes are those at the begin of an answer, with the
+question.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,14 @@ def questions_of(units: Iterable[Unit]) -> list[Question]:
     ]
 
 
-def asked_of_vllm(folder: Path, questions: Sequence[Question], ratio: float, policy: str, chunk: int) -> dict[str, Any]:
+def asked_of_vllm(folder: Path, questions: Sequence[Question], ratio: float, policy: str, slack: int) -> dict[str, Any]:
     """Which questions vLLM answers right, and how much smaller the caches are when they do."""
     vllm = require("vllm")
     longest = max(len(question.prompt) + len(question.answer) for question in questions)
     config = require("transformers").AutoConfig.from_pretrained(folder)
     llm = start(
         folder,
-        {"ratio": ratio, "policy": policy, "chunk": chunk},
+        {"ratio": ratio, "policy": policy, "slack": slack},
         block_size=PAGE,
         max_model_len=longest + 1,
         max_num_seqs=4,
@@ -118,17 +119,33 @@ def asked_of_our_loop(
 ) -> list[dict[str, Any]]:
     variants = [Variant("our loop, at the end", POLICIES[policy]())]
     readers = {"our loop, in chunks": chunked(POLICIES[policy]())}
-    found = evaluate(model, units, variants, ratios, readers=readers)
+    rows = [row for row, _ in evaluate(model, units, variants, ratios, readers=readers)]
+    tails = {unit.name: [len(probe.tail) for probe in unit.probes] for unit in units}
     return [
         {
             "engine": "our loop" if line.policy == FULL else line.policy,
             "ratio": line.ratio,
-            "smaller": line.smaller,
+            "smaller": smaller(
+                [row for row in rows if (row["policy"], row["ratio"]) == (line.policy, line.ratio)], tails
+            ),
             "right": line.right,
             "asked": line.asked,
         }
-        for line in summarize(row for row, _ in found)
+        for line in summarize(rows)
     ]
+
+
+def smaller(rows: Iterable[Mapping[str, Any]], tails: Mapping[str, Sequence[int]]) -> float:
+    """Tokens that are read before an answer over those that are held then, on average over heads.
+
+    ``rows`` are those of :func:`evaluate`, ``tails`` the tokens that each unit's questions add to its compressed cache.
+    """
+    whole = held = 0.0
+    for row in rows:
+        for tail in tails[row["unit"]]:
+            whole += row["length"] + tail
+            held += row["length"] * row["blocks"] / row.get("full_blocks", row["blocks"]) + tail
+    return whole / held
 
 
 def run(
@@ -136,7 +153,7 @@ def run(
     json_path: Path | None,
     *,
     ratios: Sequence[float],
-    chunks: Sequence[int],
+    slacks: Sequence[int],
     policy: str,
     contexts: int,
 ) -> int:
@@ -160,11 +177,11 @@ def run(
 
     for row in asked_of_our_loop(Llama(loaded.config, loaded.weights), units, ratios, policy):
         note(row)
-    known = asked_of_vllm(folder, questions, 1, policy, 1)["names"]
+    known = asked_of_vllm(folder, questions, 1, policy, 0)["names"]
     note({"engine": "vLLM", "ratio": 1, "smaller": 1.0, "right": len(known), "asked": len(questions)})
-    for ratio, chunk in itertools.product(ratios, chunks):
-        got = asked_of_vllm(folder, questions, ratio, policy, chunk)
+    for ratio, slack in itertools.product(ratios, slacks):
+        got = asked_of_vllm(folder, questions, ratio, policy, slack)
         lost = [name for name in known if name not in got["names"]]
-        row = {"engine": f"vLLM, chunks of {chunk} pages", "ratio": ratio, "smaller": got["smaller"]}
+        row = {"engine": f"vLLM, slack {slack}", "ratio": ratio, "smaller": got["smaller"]}
         note(row | {"right": len(known) - len(lost), "asked": len(known), "lost": lost})
     return 0

@@ -44,10 +44,9 @@ def serving(result: Result) -> str:
 def answers(result: Result) -> str:
     """What each engine answers right."""
     text = (
-        "Right answers among those that the same engine gives with the whole cache. `smaller` is the number of blocks "
-        "of the whole cache over those that are held when the answer begins. Our loop compresses the context alone, at "
-        "its end or after every chunk, and then reads the question; vLLM compresses a chunk once `protect_last` tokens "
-        "follow it, so that the last chunk of a prompt is still whole."
+        "Right answers among those that the same engine gives with the whole cache. `smaller` is the size of the whole "
+        "cache over the size when the answer begins, context and question together. Our loop compresses the context "
+        "alone, at its end or after every chunk, and then reads the question; vLLM reads both as one prompt."
     )
     cells = [
         [row["engine"], f"{row['ratio']:g}x", f"{row['smaller']:.1f}x", f"{row['right']} of {row['asked']}"]

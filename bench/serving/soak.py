@@ -40,6 +40,7 @@ class Round:
     ratio: float
     policy: str
     chunk: int
+    slack: int
     protect_first: int
     protect_last: int
     pages: int
@@ -57,12 +58,12 @@ class Round:
         """``longest``: the most tokens of a prompt. It is less where the pool has no room for it."""
         draw = random.Random(seed)
         ratio = draw.choice([1, 1.5, 2, 4, 8, 12.5, 16])
-        chunk, page_size = draw.choice([4, 8]), draw.choice([16, 32])
+        chunk, slack, page_size = draw.choice([1, 2, 4]), draw.choice([0, 1, 3]), draw.choice([16, 32])
         pages, batched = draw.randrange(25, 201), draw.choice([64, 128, 256, 512])
         drafts = draw.choice([0, 0, 3])
         concurrent = draw.choice([False, True]) and not drafts
         first, last = draw.choice([0, 4]), draw.choice([0, 7, 40])
-        rule = Rule.for_ratio(ratio, chunk, page_size, last)
+        rule = Rule(ratio, slack, chunk, page_size, first, last)
         # Long answers grow until the pool is full: requests are preempted.
         most_new = draw.choice([20, 60, 300])
         room = longest + most_new
@@ -73,6 +74,7 @@ class Round:
             ratio=ratio,
             policy=draw.choice(_POLICIES),
             chunk=chunk,
+            slack=slack,
             protect_first=first,
             protect_last=last,
             pages=pages,
@@ -92,6 +94,7 @@ class Round:
             "ratio": self.ratio,
             "policy": self.policy,
             "chunk": self.chunk,
+            "slack": self.slack,
             "protect_first": self.protect_first,
             "protect_last": self.protect_last,
             "check": True,

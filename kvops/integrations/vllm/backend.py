@@ -15,8 +15,9 @@ import kvops
 from kvops.integrations.vllm.check import Check
 from kvops.integrations.vllm.compressed import CompressedLayers
 from kvops.integrations.vllm.engine import Engine
+from kvops.integrations.vllm.rule import Rule
 from kvops.integrations.vllm.spec import CompressedSpec
-from kvops.integrations.vllm.step import Request, Slots, Step
+from kvops.integrations.vllm.step import Slots, Step, requests_of
 
 _FLOAT8 = ("fp8", "fp8_e4m3")
 
@@ -60,7 +61,7 @@ class KVOpsBackend(AttentionBackend):  # type: ignore[misc]
         engine = Engine.built_last()
         if engine is None or not engine.options.compresses:
             return spec
-        return CompressedSpec.of(spec, engine.rule(spec.block_size), engine.in_flight)
+        return CompressedSpec.of(spec, Rule.of(engine.options, spec.block_size), engine.in_flight)
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
@@ -86,14 +87,9 @@ class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         if isinstance(self.kv_cache_spec, CompressedSpec):
             if self._compressed is None:  # vLLM has given the layers their caches by now
                 self._compressed = self._compress()
-            known = m.seq_lens_cpu_upper_bound if m.seq_lens_cpu_upper_bound is not None else lens
-            return self._compressed.build(
-                m.num_actual_tokens, known_starts.tolist(), starts, known[: m.num_reqs].tolist(), tables, slots
-            )
-        requests: tuple[Request, ...] = ()
-        if self._check is not None:
-            rows = zip(tables[:, 0].tolist(), lens.tolist(), known_starts.diff().tolist(), strict=True)
-            requests = tuple(Request(first, total - new, total) for first, total, new in rows)
+            known = m.seq_lens_cpu_upper_bound if m.seq_lens_cpu_upper_bound is not None else lens.cpu()
+            return self._compressed.build(m.num_actual_tokens, known_starts, starts, known[: m.num_reqs], tables, slots)
+        requests = () if self._check is None else requests_of(tables[:, 0], known_starts.diff(), lens)
         return Step(
             m.num_actual_tokens, slots, starts, m.max_query_len, tables, lens, requests=requests, check=self._check
         )

@@ -2,8 +2,8 @@
 
 vLLM's page p has a place for every layer and KV head: a *cell* of ``page_size`` slots. A request that owns pages owns
 their cells, and any head of any layer may use any of them. As long as a page is filled every head has its own cell in
-it. When a chunk is compacted, the slots that survive move into the cells of the pages that stay, and this class writes
-down whose cell each of them now is, and the how manieth of its head's list.
+it. When columns are compacted, the slots that survive move into the cells of the pages that stay, and this class writes
+down whose cell each of them now is, and its place in its head's list.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import kvops
+from kvops import checks
 from kvops.integrations.vllm.judge import Judge
 from kvops.integrations.vllm.rule import Rule
 
@@ -35,18 +36,17 @@ class Cells:
         head_dim: D.
         rule: which pages stay.
         judge: who decides which slots survive.
-        protect_first: so many first tokens always survive.
 
     Attributes:
         k, v: the cells of all layers, ``[L * pages * Hkv, page_size, D]`` and ``[..., Dv]``.
         scores, positions: float32 and int32 ``[L * pages * Hkv, page_size]``, what queries paid to a slot and the
             position of its token.
-        compactions: how often chunks of a request were compacted.
+        compactions: how often columns of a request were compacted.
     """
 
-    def __init__(self, caches: Sequence[Tensor], head_dim: int, rule: Rule, judge: Judge, protect_first: int) -> None:
+    def __init__(self, caches: Sequence[Tensor], head_dim: int, rule: Rule, judge: Judge) -> None:
         first = caches[0]
-        self.rule, self.judge, self.protect_first = rule, judge, protect_first
+        self.rule, self.judge = rule, judge
         self.num_layers, (self.num_pages, self.num_heads, self.page_size, width) = len(caches), first.shape
         step = first.numel() * first.element_size()
         for layer, cache in enumerate(caches):
@@ -69,19 +69,18 @@ class Cells:
         # Of the pages that stay: whose each cell is (num_lists: nobody's), and its place in that head's list.
         self._owner = torch.full((self.num_pages, self.num_lists), self.num_lists, dtype=torch.int32, device=device)
         self._place = torch.zeros(self.num_pages, self.num_lists, dtype=torch.int32, device=device)
-        # By the first page of a request: the cells of each head in the pages that stay. The first page always stays.
+        # By the first page of a request, which always stays: the cells of each head in the pages that stay, and (on the
+        # host) how many columns are compacted.
         self._kept = torch.zeros(self.num_pages, self.num_lists, dtype=torch.int32, device=device)
-        self._done: dict[int, int] = {}
+        self._old = torch.zeros(self.num_pages, dtype=torch.int64)
+        self._keep = torch.zeros(1, dtype=torch.int64)
         self.compactions = 0
 
-    def begin(self, first_page: int) -> None:
-        """A request that has nothing in the cache begins in this page."""
-        self._done[first_page] = 0
-        self._kept[first_page] = 0
-
-    def done(self, first_page: int) -> int:
-        """Chunks of a request that are compacted."""
-        return self._done.get(first_page, 0)
+    def _keeps(self, columns: int) -> Tensor:
+        """``rule.keep`` of 0 to ``columns`` columns, and perhaps more: int64, known to the host."""
+        if len(self._keep) <= columns:
+            self._keep = torch.tensor([self.rule.keep(old) for old in range(columns + 1)])
+        return self._keep
 
     def _side(self, side: Tensor, layer: int) -> Tensor:
         """A side array of one layer as vLLM's pages lie: ``[pages, page_size, Hkv]``."""
@@ -93,20 +92,45 @@ class Cells:
     def positions_of(self, layer: int) -> Tensor:
         return self._side(self.positions, layer)
 
-    def lists(self, table: Tensor, tokens: Sequence[int], chunks: Sequence[int]) -> Lists:
+    def compact_due(self, first_pages: Tensor, table: Tensor, computed: Tensor) -> Tensor:
+        """Compact the requests that have old columns enough.
+
+        Args:
+            first_pages: int64 ``[B]``, known to the host; 0, which is vLLM's null page, for a row without a request.
+            table: int64 ``[B, columns]``, vLLM's pages.
+            computed: int64 ``[B]``, known to the host: tokens in the cache. A request of 0 begins.
+
+        Returns:
+            int64 ``[B]``, known to the host: how many columns of each request are compacted now.
+        """
+        rule, keeps = self.rule, self._keeps(table.shape[1])
+        self._old[first_pages[computed == 0]] = 0
+        before = self._old[first_pages]
+        old = (computed - rule.protect_last).clamp(min=0) // (rule.chunk * self.page_size) * rule.chunk
+        old = torch.where((keeps[old] < old) & (first_pages > 0), old, 0)
+        # Never back: an optimistic count of accepted drafts may have been taken back.
+        old = torch.maximum(old, before)
+        for row in (old > before).nonzero().flatten().tolist():
+            self._compact(int(first_pages[row]), table[row], int(before[row]), int(old[row]))
+        self._old[first_pages] = old
+        return old
+
+    def lists(self, table: Tensor, tokens: Tensor, old: Tensor) -> Lists:
         """The lists of all heads of requests.
 
         Args:
             table: int64 ``[B, columns]``, vLLM's pages.
-            tokens: of each request, with those of this step.
-            chunks: of each request, how many are compacted.
+            tokens: int64 ``[B]``, known to the host: tokens of each request, with those of this step.
+            old: int64 ``[B]``, known to the host: how many of its columns are compacted.
         """
-        B, size, rule, device = len(tokens), self.page_size, self.rule, table.device
-        width = max(map(rule.columns, tokens), default=0)  # no list is longer than its tokens
-        most = max(chunks, default=0)
-        total, done = (torch.tensor(each, device=device)[:, None] for each in (tokens, chunks))
+        B, size, device = len(tokens), self.page_size, table.device
+        columns, keeps = (tokens + size - 1) // size, self._keeps(table.shape[1])
+        kept, filling = int(keeps[old].max()), int((columns - old).max())
+        counts = torch.where(old.to(device)[:, None] > 0, self._kept[table[:, 0]], 0)  # [B, lists]
+        # No list is longer than its tokens; how much shorter it is is known to the device.
+        width = filling + int(counts.max()) if checks.may_look(counts) else int(columns.max())
+        total, first, staying = (each.to(device)[:, None] for each in (tokens, old, keeps[old]))
         row = torch.arange(B, device=device)[:, None, None]
-        counts = torch.where(done > 0, self._kept[table[:, 0]], 0)  # [B, lists]
         tables = torch.zeros(self.num_layers * B * self.num_heads * width + 1, dtype=torch.int32, device=device)
 
         def write(pages: Tensor, owner: Tensor, place: Tensor, inside: Tensor) -> None:
@@ -116,47 +140,47 @@ class Cells:
             cells = pages[..., None] * self.num_heads + self._own_cell
             tables.scatter_(0, torch.where(inside, entry, len(tables) - 1).flatten(), cells.flatten().int())
 
-        number = torch.arange(most * rule.keep, device=device)  # of the pages that stay
-        real = number < done * rule.keep
-        pages = _gather(table, number // rule.keep * rule.chunk + number % rule.keep, real)
+        real = torch.arange(kept, device=device) < staying
+        pages = _gather(table, self._staying(kept).to(device), real)
         owner = self._owner[pages]
         write(pages, owner, self._place[pages], real[..., None] & (owner < self.num_lists))
-        number = torch.arange(width - min(chunks, default=0) * rule.chunk, device=device)  # of those behind the chunks
-        column = done * rule.chunk + number
-        real = column * size < total
+        number = torch.arange(filling, device=device)  # of the columns behind those that are compacted
+        real = (first + number) * size < total
         place = counts[:, None] + number[:, None]
         write(
-            _gather(table, column, real),
-            self._list.expand(B, len(number), -1),
+            _gather(table, first + number, real),
+            self._list.expand(B, filling, -1),
             place,
             real[..., None].expand_as(place),
         )
-        lens = counts * size + total - done * rule.chunk * size
+        lens = counts * size + total - first * size
         shape = (B, self.num_layers, self.num_heads)
         return Lists(
             tables[:-1].view(self.num_layers, B, self.num_heads, width),
             lens.view(shape).transpose(0, 1).contiguous().int(),
         )
 
-    def compact(self, first_page: int, table: Tensor, chunks: int) -> None:
-        """Compact a request until ``chunks`` of its chunks are compacted.
+    def _staying(self, number: int) -> Tensor:
+        """The first ``number`` columns that stay: int64, known to the host."""
+        return self._keep.diff().nonzero().flatten()[:number]
+
+    def _compact(self, first_page: int, table: Tensor, before: int, old: int) -> None:
+        """Compact ``old`` columns of a request of which ``before`` are compacted.
 
         ``table`` int64 ``[columns]`` has the pages with which it computed so far, ``first_page`` the first of them. The
         host need not know what the device decides: all shapes follow from the rule.
         """
-        before = self.done(first_page)
-        rule, size = self.rule, self.page_size
-        lists = self.lists(table[None], [chunks * rule.chunk * size], [before])
+        size = self.page_size
+        lists = self.lists(table[None], torch.tensor([old * size]), torch.tensor([before]))
         tables, lens = (part.flatten(0, 2) for part in (lists.tables, lists.lens))  # [lists, W], [lists]
-        staying = table[torch.tensor(rule.kept(chunks), device=table.device)]
-        keep = self.judge.keep(self, tables, lens, len(staying), self.protect_first)
+        staying = table[self._staying(self.rule.keep(old)).to(table.device)]
+        keep = self.judge.keep(self, tables, lens, len(staying), self.rule.protect_first)
         # Survivors move to the front of their head's list, then out of the pages that go.
         kvops.compact(
             self.k, self.v, tables[None], lens[None], keep[None], positions=self.positions, scores=self.scores
         )
         self._assign(tables, lens // size, staying)
         self._kept[first_page] = lens // size
-        self._done[first_page] = chunks
         self.compactions += 1
 
     def _assign(self, tables: Tensor, blocks: Tensor, staying: Tensor) -> None:

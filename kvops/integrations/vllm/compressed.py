@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from kvops.integrations.vllm.check import Check
 from kvops.integrations.vllm.judge import Judge
 from kvops.integrations.vllm.options import Options
 from kvops.integrations.vllm.rule import Rule
-from kvops.integrations.vllm.step import Request, Slots, Step
+from kvops.integrations.vllm.step import Slots, Step, requests_of
 
 
 class CompressedLayers:
@@ -36,19 +34,13 @@ class CompressedLayers:
         first = next(iter(layers.values()))
         self.judge = Judge(options.make_policy(), first.impl.num_heads // first.impl.num_kv_heads)
         caches = [layer.kv_cache for layer in layers.values()]
-        self.cells = Cells(caches, first.impl.head_size, rule, self.judge, options.protect_first)
+        self.cells = Cells(caches, first.impl.head_size, rule, self.judge)
         self.number = {name: number for number, name in enumerate(layers)}
         cells = self.cells
         self.check = Check(cells.num_heads, cells.page_size, options, cells.positions) if options.check else None
 
     def build(
-        self,
-        num_tokens: int,
-        starts: Sequence[int],
-        cu_seqlens: Tensor,
-        tokens: Sequence[int],
-        table: Tensor,
-        slots: Slots,
+        self, num_tokens: int, known_starts: Tensor, starts: Tensor, tokens: Tensor, table: Tensor, slots: Slots
     ) -> Step:
         """Compact what is due, and give the step its lists.
 
@@ -57,43 +49,32 @@ class CompressedLayers:
 
         Args:
             num_tokens: real tokens of the step.
-            starts: where the query tokens of each request begin, and where those of the last one end.
-            cu_seqlens: the same on the device, int32 ``[B + 1]``.
-            tokens: of each request, with those of this step.
+            known_starts: int32 ``[B + 1]``, known to the host: where the query tokens of each request begin, and where
+                those of the last one end.
+            starts: the same on the device.
+            tokens: int32 ``[B]``, known to the host: of each request, with those of this step.
             table: int32 ``[B, columns]``, vLLM's pages.
             slots: where the new tokens go.
         """
-        pages, cells, rule = table.long(), self.cells, self.cells.rule
-        requests, chunks = [], []
-        for row, (first, total) in enumerate(zip(pages[:, 0].tolist(), tokens, strict=True)):
-            computed = total - (starts[row + 1] - starts[row])
-            requests.append(Request(first, computed, total))
-            if first == 0:  # vLLM's null page: the row is padding, or a step that vLLM makes up to warm up
-                chunks.append(0)
-                continue
-            if computed == 0:
-                cells.begin(first)
-            # Never back: an optimistic count of accepted drafts may have been taken back.
-            wanted = max(rule.done(computed), cells.done(first))
-            if wanted > cells.done(first):
-                cells.compact(first, pages[row], wanted)
-            chunks.append(wanted)
-        lists = cells.lists(pages, tokens, chunks)
+        pages, cells = table.long(), self.cells
+        first_pages, new, total = pages[:, 0].cpu(), known_starts.diff(), tokens.long()
+        old = cells.compact_due(first_pages, pages, total - new)
+        lists = cells.lists(pages, total, old)
         # The new tokens of a request stand at its end.
         token = torch.arange(num_tokens, dtype=torch.int32, device=table.device)
-        row_of = torch.searchsorted(cu_seqlens[1:], token, right=True)
-        ends = torch.tensor(tokens, dtype=torch.int32).to(table.device) - cu_seqlens[1:]
+        row_of = torch.searchsorted(starts[1:], token, right=True)
+        ends = tokens.int().to(table.device) - starts[1:]
         return Step(
             num_tokens,
             slots,
-            cu_seqlens,
-            max(end - start for start, end in itertools.pairwise(starts)),
+            starts,
+            int(new.max()),
             lists.tables,
             lists.lens,
             layers=self,
             positions=(token + ends[row_of])[:, None],
-            decays=self.judge.decays(cu_seqlens.diff()),
-            requests=tuple(requests),
+            decays=self.judge.decays(starts.diff()),
+            requests=requests_of(first_pages, new, total) if self.check is not None else (),
         )
 
     def forward(

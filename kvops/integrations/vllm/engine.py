@@ -9,7 +9,6 @@ from vllm.logger import init_logger
 
 from kvops.integrations.vllm.judge import Judge
 from kvops.integrations.vllm.options import Options
-from kvops.integrations.vllm.rule import Rule
 
 logger = init_logger(__name__)
 
@@ -51,20 +50,6 @@ class Engine:
         vLLM customises the specs of layers without a configuration that could be asked, right after it built them.
         """
         return cls._last
-
-    def rule(self, block_size: int) -> Rule:
-        """The rule of layers whose pages hold ``block_size`` tokens.
-
-        Raises ValueError where the first tokens, which are protected, have no room in what stays.
-        """
-        options = self.options
-        rule = Rule.for_ratio(options.ratio, options.chunk, block_size, options.protect_last)
-        if options.protect_first > rule.keep * block_size:
-            raise ValueError(
-                f"protect_first: expected at most the {rule.keep * block_size} tokens that stay of {rule.chunk} pages "
-                f"of {block_size}, got {options.protect_first}. Next step: a larger chunk, or a smaller ratio"
-            )
-        return rule
 
 
 def _expect_checkable(config: Any, options: Options) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import re
+import warnings
 from typing import Any, NamedTuple
 
-SUPPORTED = "0.31 to 0.33"
+OLDEST, NEWEST = (0, 31), (0, 33)
+SUPPORTED = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
 
 
 class Hook(NamedTuple):
@@ -91,12 +94,19 @@ def missing(hook: Hook) -> str | None:
 
 
 def check() -> None:
-    """Raises RuntimeError with every hook that this vLLM does not have."""
+    """Raises RuntimeError with every hook that this vLLM does not have. Warns of a version that is not supported."""
     lost = [text for text in map(missing, HOOKS) if text is not None]
     if lost:
         raise RuntimeError(
             f"kvops' plugin needs vLLM {SUPPORTED}; this is {_version()}, which lacks {'; '.join(lost)}. Next step: "
             'install a supported vLLM, or a newer kvops, or keep vLLM from loading the plugin with VLLM_PLUGINS=""'
+        )
+    found = re.search(r"(\d+)\.(\d+)", _version())
+    if found is None or not OLDEST <= tuple(map(int, found.groups())) <= NEWEST:
+        warnings.warn(
+            f"kvops' plugin supports vLLM {SUPPORTED}; this is {_version()}. Every place that kvops uses is there, but "
+            "nothing was run with it. Next step: make test-vllm, or install a supported vLLM",
+            stacklevel=2,
         )
 
 

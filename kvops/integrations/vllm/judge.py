@@ -1,6 +1,6 @@
 """Which slots survive: kvops' policies, by what an engine can know of a request without reading it again.
 
-While an engine runs, each layer adds to the scores of the slots what its newest queries paid to them. When a chunk is
+While an engine runs, each layer adds to the scores of the slots what its newest queries paid to them. When columns are
 compacted the policy is shown the keys, the values, the positions and these scores. Earlier queries are gone by then,
 and a prompt is read once: policies that need either cannot serve.
 """
@@ -21,17 +21,26 @@ if TYPE_CHECKING:
 
 Reduce = Literal["sum", "sumsq", "max"]
 
+_BYTES_AT_ONCE = 2**26
+"""Keys that a policy is shown at once, in float32."""
+
 
 class UnseenError(Exception):
     """A policy asked for something that an engine does not have."""
 
 
 class _EngineSeen(Seen):
-    """What a policy sees of a layer. What an engine does not keep raises :class:`UnseenError`."""
+    """What a policy sees. What an engine does not keep raises :class:`UnseenError`."""
 
     window_left, scale, softcap, recited = -1, None, 0.0, None
-    layer: int
-    num_layers: int
+
+    @property
+    def layer(self) -> int:  # type: ignore[override]
+        raise UnseenError("the number of a layer")
+
+    @property
+    def num_layers(self) -> int:  # type: ignore[override]
+        raise UnseenError("the number of layers")
 
     @property
     def q(self) -> Tensor:  # type: ignore[override]
@@ -46,7 +55,6 @@ class _Question(_EngineSeen):
     """Keys of no layer, shown to a policy once to learn what attention it will ask for."""
 
     def __init__(self) -> None:
-        self.layer, self.num_layers = 0, 1
         self.k = self.v = torch.zeros(1, 64, 1, 8, dtype=torch.float32)
         self.positions = torch.arange(64).view(1, 1, 64)
         self.end = torch.tensor([64])
@@ -58,24 +66,23 @@ class _Question(_EngineSeen):
         return torch.zeros(1, 1, 64, dtype=torch.float32)
 
 
-class _Layer(_EngineSeen):
-    """The lists of one layer, as a policy wants them: ``[1, S, Hkv, ...]``, padded in front."""
+class _Layers(_EngineSeen):
+    """The lists of layers, each a row, as a policy wants them: ``[layers, S, Hkv, ...]``, padded in front."""
 
-    def __init__(self, cells: Cells, tables: Tensor, lens: Tensor, layer: int, group: int) -> None:
+    def __init__(self, cells: Cells, tables: Tensor, lens: Tensor, group: int) -> None:
         size = cells.page_size
-        self._cells, self._group = cells, group
-        self.layer, self.num_layers = layer, cells.num_layers
-        width = tables.shape[1] * size
-        slot = torch.arange(width, device=tables.device) - (width - lens.long()[:, None])  # [Hkv, S]
+        self._cells, self._group, self._recent = cells, group, cells.rule.protect_last
+        width = tables.shape[-1] * size
+        slot = torch.arange(width, device=tables.device) - (width - lens.long()[..., None])  # [layers, Hkv, S]
         self._padded = slot < 0
         slot = slot.clamp(min=0)
-        self._slots = tables.long().gather(1, slot // size) * size + slot % size
-        self.positions = cells.positions.flatten()[self._slots].masked_fill_(self._padded, -1)[None]
+        self._slots = tables.long().gather(-1, slot // size) * size + slot % size
+        self.positions = cells.positions.flatten()[self._slots].masked_fill_(self._padded, -1)
         self.end = self.positions.amax((1, 2)) + 1
-        self.earlier = torch.zeros(1, *slot.shape, dtype=torch.float32, device=tables.device)
+        self.earlier = torch.zeros(slot.shape, dtype=torch.float32, device=tables.device)
 
     def _vectors(self, side: Tensor) -> Tensor:
-        return side.flatten(0, 1)[self._slots].masked_fill_(self._padded[..., None], 0).transpose(0, 1)[None]
+        return side.flatten(0, 1)[self._slots].masked_fill_(self._padded[..., None], 0).transpose(1, 2)
 
     @cached_property
     def k(self) -> Tensor:  # type: ignore[override]
@@ -85,8 +92,11 @@ class _Layer(_EngineSeen):
     def v(self) -> Tensor:  # type: ignore[override]
         return self._vectors(self._cells.v)
 
+    def pool(self, scores: Tensor, width: int, *, last: int, kind: Literal["max", "mean"] = "max") -> Tensor:
+        return super().pool(scores, width, last=max(0, last - self._recent), kind=kind)  # the newest keys are not here
+
     def attention(self, *, last: int | None = None, reduce: Reduce = "sum", group: str = "sum") -> Tensor:
-        paid = self._cells.scores.flatten()[self._slots].masked_fill_(self._padded, 0)[None]
+        paid = self._cells.scores.flatten()[self._slots].masked_fill_(self._padded, 0)
         return paid / self._group if group == "mean" else paid
 
 
@@ -141,13 +151,12 @@ class Judge:
         """
         policy, (L, H) = self.policy, (cells.num_layers, cells.num_heads)
         (lists, width), size = tables.shape, cells.page_size
-        scores = torch.empty(lists, width * size, dtype=torch.float32, device=tables.device)
-        for layer in range(L):
-            rows = slice(layer * H, (layer + 1) * H)
-            seen = _Layer(cells, tables[rows], lens[rows], layer, self._group)
-            padded = policy.checked_score(seen)[0]  # the last slots of each list stand last
-            place = torch.arange(width * size, device=tables.device) + (width * size - lens[rows].long()[:, None])
-            scores[rows] = padded.gather(1, place.clamp(max=width * size - 1))
+        place = torch.arange(width * size, device=tables.device) + (width * size - lens.long()[:, None])
+        place.clamp_(max=width * size - 1)  # the last slots of each list stand last
+        at_once = max(1, _BYTES_AT_ONCE // (H * width * size * cells.k.shape[-1] * 4))
+        parts = zip(tables.view(L, H, width).split(at_once), lens.view(L, H).split(at_once), strict=True)
+        scores = torch.cat([policy.checked_score(_Layers(cells, *part, self._group)) for part in parts])
+        scores = scores.flatten(0, 1).gather(1, place)
         # Numbered from 0, so that only the scores and positions of these lists are read.
         local = torch.arange(lists * width, dtype=torch.int32, device=tables.device).view(lists, width)
         positions = cells.positions[tables.long()].flatten(0, 1)

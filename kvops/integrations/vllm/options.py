@@ -20,8 +20,9 @@ class Options:
         ratio: how many times smaller a request's cache becomes, at least 1; 1 is a plain attention backend.
         policy: a name of ``kvops.policies.POLICIES`` that an engine can serve, see :mod:`.judge`.
         policy_options: keyword arguments of the policy, such as ``{"observe": 16}``.
-        chunk: how many of vLLM's blocks are compacted together; more where ``ratio`` is larger. More blocks compete
-            for the room that stays, and a request holds more of them before they are compacted.
+        chunk: how many of vLLM's blocks are compacted together while decoding. More cost less time, and a request then
+            holds up to that many more.
+        slack: how many of vLLM's blocks a request keeps on top of its share, 1 / ``ratio``.
         protect_first: the first tokens of a request, which are never evicted.
         protect_last: the newest tokens of a request, which are never evicted.
         check: compare every attention with dense attention in float32 over the tokens that were kept, except in layers
@@ -31,7 +32,8 @@ class Options:
     ratio: float = 1.0
     policy: str = "standout"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
-    chunk: int = 8
+    chunk: int = 1
+    slack: int = 0
     protect_first: int = 4
     protect_last: int = 32
     check: bool = False
@@ -45,6 +47,7 @@ class Options:
         if not isinstance(self.policy_options, Mapping):
             raise TypeError(f"policy_options: expected names and values, got {self.policy_options!r}")
         checks.expect_int("chunk", self.chunk, 1)
+        checks.expect_int("slack", self.slack, 0)
         checks.expect_int("protect_first", self.protect_first, 0)
         checks.expect_int("protect_last", self.protect_last, 0)
         if not isinstance(self.check, bool):

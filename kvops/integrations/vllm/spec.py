@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -31,14 +31,15 @@ class CompressedManager(FullAttentionManager):
         self.rule = kv_cache_spec.rule
         self.in_flight = kv_cache_spec.in_flight
         self.num_freed = 0
-        self._freed_chunks: dict[str, int] = {}
-        self._done_chunks: dict[str, int] = {}
+        # Of each request: the columns that are compacted and freed, and those that are compacted when it runs again.
+        self._freed: dict[str, int] = {}
+        self._old: dict[str, int] = {}
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Note what is emptied once the request runs again; :meth:`allocate_new_blocks` frees it."""
-        self._done_chunks[request_id] = self.rule.done(processed_computed_tokens)
+        self._old[request_id] = self.rule.old(processed_computed_tokens)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
@@ -48,29 +49,25 @@ class CompressedManager(FullAttentionManager):
             held = sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
             return min(wanted, max(0, self.rule.peak(num_tokens, self.in_flight) - held))
         # Not below 0: other groups may be given their pages before this one frees any.
-        return max(0, wanted - sum(len(columns) for columns in self._emptied(request_id)))
+        return max(0, wanted - len(self._emptied(request_id)))
 
     def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[Any]:
-        for columns in self._emptied(request_id):
-            self._remove_blocks_in_range(request_id, columns.start, columns.stop)
-            self.num_freed += len(columns)
-        if request_id in self._done_chunks:
-            self._freed_chunks[request_id] = max(
-                self._done_chunks.pop(request_id), self._freed_chunks.get(request_id, 0)
-            )
+        emptied = self._emptied(request_id)
+        for column in emptied:
+            self._remove_blocks_in_range(request_id, column, column + 1)
+        self.num_freed += len(emptied)
+        if request_id in self._old:
+            self._freed[request_id] = max(self._old.pop(request_id), self._freed.get(request_id, 0))
         return super().allocate_new_blocks(request_id, *args, **kwargs)  # type: ignore[no-any-return]
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        self._freed_chunks.pop(request_id, None)
-        self._done_chunks.pop(request_id, None)
+        self._freed.pop(request_id, None)
+        self._old.pop(request_id, None)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
 
-    def _emptied(self, request_id: str) -> list[range]:
+    def _emptied(self, request_id: str) -> list[int]:
         """Columns of the request that the worker empties now and that are not free yet."""
-        return [
-            self.rule.emptied(chunk)
-            for chunk in range(self._freed_chunks.get(request_id, 0), self._done_chunks.get(request_id, 0))
-        ]
+        return self.rule.emptied(self._freed.get(request_id, 0), self._old.get(request_id, 0))
 
 
 @register_kv_cache_spec(manager_class=CompressedManager, uniform_type_base_spec=FullAttentionSpec)
@@ -79,18 +76,16 @@ class CompressedSpec(FullAttentionSpec):  # type: ignore[misc]
     """Full attention whose cache is compressed.
 
     Attributes:
-        keep, chunk, protect_last: of the :class:`~kvops.integrations.vllm.rule.Rule`.
+        asked: the rule, for the size of pages that vLLM had first.
         in_flight: the most tokens of a request that the steps under way may compute.
     """
 
-    keep: int
-    chunk: int
-    protect_last: int
+    asked: Rule
     in_flight: int
 
     @property
     def rule(self) -> Rule:
-        return Rule(self.keep, self.chunk, self.block_size, self.protect_last)
+        return replace(self.asked, block_size=self.block_size)
 
     @property
     def prefix_cacheable(self) -> bool:
@@ -102,16 +97,14 @@ class CompressedSpec(FullAttentionSpec):  # type: ignore[misc]
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, rule: Rule, in_flight: int) -> CompressedSpec:
-        return cls(
-            **_fields(spec), keep=rule.keep, chunk=rule.chunk, protect_last=rule.protect_last, in_flight=in_flight
-        )
+        return cls(**_fields(spec), asked=rule, in_flight=in_flight)
 
     @classmethod
     def merge(cls, specs: Sequence[CompressedSpec]) -> CompressedSpec:  # type: ignore[override]
         """vLLM merges the specs of layers by the fields that it knows: ours are those of the first."""
         first = specs[0]
         merged = FullAttentionSpec.merge([FullAttentionSpec(**_fields(spec)) for spec in specs])
-        return cls.of(merged, first.rule, first.in_flight)
+        return cls.of(merged, first.asked, first.in_flight)
 
 
 def _fields(spec: FullAttentionSpec) -> dict[str, Any]:

@@ -37,6 +37,12 @@ class Request:
     tokens: int
 
 
+def requests_of(first_pages: Tensor, new: Tensor, total: Tensor) -> tuple[Request, ...]:
+    """The requests of a step with ``new`` tokens of ``total`` each, int ``[B]``."""
+    rows = zip(first_pages.tolist(), new.tolist(), total.tolist(), strict=True)
+    return tuple(Request(first, after - added, after) for first, added, after in rows)
+
+
 @dataclass(frozen=True)
 class Step:
     """The attention metadata of one step.
@@ -52,7 +58,7 @@ class Step:
         layers: the compressed layers (typed loosely: their module stands above this one), or None.
         positions: int32 ``[num_tokens, 1]``, of compressed layers.
         decays: float32 ``[B]``, of compressed layers: what remains of the scores that a request's slots have.
-        requests: one for each row, of compressed layers and where ``check`` is given.
+        requests: one for each row, where attention is compared.
         check: of layers that are not compressed, compares their attention; or None.
     """
 
