@@ -68,14 +68,17 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 test: $(SETUP)  ## every test; PYTEST="..." for a part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
-# Hours: MACHINES="sm_90" SEEDS="0" PYTEST="tests/test_paged.py" for a part.
+# An hour or two; goes on where it stopped. MACHINES="sm_90" SEEDS="0" PYTEST="tests/test_paged.py" for a part.
 MACHINES ?= sm_80 sm_90
 SEEDS ?= 0 1 2
+RECORDS := .cache/machine
 test-machine: $(SETUP)  ## every kernel test on the compiled code, without a GPU: races, bounds, results; MACHINES="sm_90"
-	@for machine in $(MACHINES); do for seed in $(SEEDS); do \
-	  echo "== the kernel tests on $$machine, seed $$seed"; \
-	  KVOPS_TEST_MACHINE=$$machine KVOPS_TEST_SEED=$$seed OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -k triton || exit 1; \
-	done; done
+	@for machine in $(MACHINES); do \
+	  echo "== the kernel tests on $$machine, seeds $(SEEDS)"; \
+	  KVOPS_TEST_MACHINE=$$machine KVOPS_TEST_SEED="$(SEEDS)" KVOPS_TEST_RECORD=$(RECORDS)/suite-$$machine.jsonl \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) || exit 1; \
+	done
+	$(BIN)/python tests/machine_suite.py $(RECORDS)/suite-*.jsonl
 
 test-oldest: $(OLDEST).txt  ## every test with the oldest torch and Triton that are supported, in 5 GB of their own
 	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$<

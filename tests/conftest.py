@@ -3,7 +3,7 @@
 ``backend`` runs a test twice: once on the eager implementation and once on the Triton kernels, which run in Triton's
 interpreter on a machine without a GPU and as compiled kernels where ``KVOPS_TEST_DEVICE=cuda``. With
 ``KVOPS_TEST_MACHINE=sm_90`` (or sm_80) their PTX runs on the machine of ``kvops.autotune.machine``, and a fault fails
-the test; ``KVOPS_TEST_SEED`` draws another order of the warps.
+the test: see machine_suite.py.
 """
 
 import contextlib
@@ -12,9 +12,11 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+import machine_suite
 import numpy as np
 import pytest
 import torch
+from machine_suite import MACHINE, pytest_runtest_call, pytest_runtest_makereport  # noqa: F401 - hooks
 from margins import (  # noqa: F401 - hooks
     pytest_addoption,
     pytest_configure,
@@ -66,7 +68,6 @@ def _round_bfloat16_to_nearest() -> None:
 
 
 DEVICE = os.environ.get("KVOPS_TEST_DEVICE", "cpu")
-MACHINE = os.environ.get("KVOPS_TEST_MACHINE", "")
 if DEVICE == "cpu":
     # Triton reads this when a kernel is decorated: import every kernel now, for the interpreter or for the machine.
     os.environ["TRITON_INTERPRET"] = "0" if MACHINE else "1"
@@ -94,7 +95,7 @@ def backend(request, monkeypatch) -> Iterator[str]:
     if MACHINE and request.param != "triton":
         pytest.skip("runs no kernel")
     if MACHINE:
-        where = _on_machine(request.node)
+        where = machine_suite.on_test_machine(request.node)
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1" if request.param == "triton" else "0")
         monkeypatch.setenv("KVOPS_CPU", "eager" if request.param == "eager" else "")
@@ -106,39 +107,12 @@ def backend(request, monkeypatch) -> Iterator[str]:
         yield request.param
 
 
-@contextlib.contextmanager
-def _on_machine(item: pytest.Item) -> Iterator[None]:
-    from kvops.autotune.machine import Options, on_machine
-
-    options = Options(seed=int(os.environ.get("KVOPS_TEST_SEED", "0")))
-    with on_machine(MACHINE, options=options, track_empty=False) as machine:
-        item.stash[_EXECUTIONS] = machine.executions
-        yield
-
-
-_EXECUTIONS = pytest.StashKey[list]()
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test whose launches had a fault on the machine fails, whatever their results."""
-    outcome = yield
-    executions = item.stash.get(_EXECUTIONS, [])
-    if executions and outcome.excinfo is None:
-        from kvops.autotune.machine import MachineFaultError, raise_faults
-
-        try:
-            raise_faults(executions)
-        except MachineFaultError as error:
-            outcome.force_exception(error)
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(items, config) -> None:
     # A file whose operators have CPU kernels says so: elsewhere "numba" would run the eager implementation once more.
     items[:] = [
         item
@@ -147,6 +121,8 @@ def pytest_collection_modifyitems(items) -> None:
         or item.callspec.params.get("backend") != "numba"
     ]  # fmt: skip
     _longest_first(items)
+    if MACHINE:
+        machine_suite.select(items, config)
 
 
 def _longest_first(items) -> None:

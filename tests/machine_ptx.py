@@ -72,10 +72,35 @@ def run(
     **options,
 ) -> Execution:
     """A kernel on these buffers, its parameters; ``written`` says False of a buffer that holds no data yet."""
+    return prepared(
+        body,
+        *buffers,
+        warps=warps,
+        shared=shared,
+        grid=grid,
+        written=written,
+        descriptors=descriptors,
+        without=without,
+        **options,
+    ).run()
+
+
+def prepared(
+    body: str,
+    *buffers: np.ndarray,
+    warps: int = 1,
+    shared: int = 1024,
+    grid: int = 1,
+    written: dict[int, bool] | None = None,
+    descriptors=None,
+    without=(),
+    **options,
+) -> Grid:
+    """What :func:`run` runs."""
     held = program(body, len(buffers), 32 * warps, without)
     allocations = []
     for number, buffer in enumerate(buffers):
         flags = None if (written or {}).get(number, True) else np.zeros(buffer.nbytes, bool)
         allocations.append(Allocation(buffer.ctypes.data, buffer.nbytes, flags))
     parameters = {f"kernel_param_{n}": buffer.ctypes.data.to_bytes(8, "little") for n, buffer in enumerate(buffers)}
-    return Grid(held, (grid,), parameters, allocations, shared, warps, descriptors, options=Options(**options)).run()
+    return Grid(held, (grid,), parameters, allocations, shared, warps, descriptors, options=Options(**options))

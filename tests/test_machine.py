@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from machine_ptx import program, run
+from machine_ptx import prepared, program, run
 
 from kvops.autotune.machine.counts import Counter, matrix_work
+from kvops.autotune.machine.grid import run_with_seeds
 from kvops.autotune.machine.instructions.asynchronous import Descriptor
 from kvops.autotune.machine.memory import DESCRIPTORS
 from kvops.autotune.machine.report import MachineFaultError, raise_faults
@@ -224,6 +225,74 @@ ret;"""
     matrix = np.zeros((8, 8), np.uint16)
     matrix[:, ::2] = np.arange(32).reshape(8, 4)
     np.testing.assert_array_equal(buffer, np.ascontiguousarray(matrix.T).view(np.uint32).reshape(-1))
+
+
+# Every warp loads the same 32 words; %p1 holds for warp 0.
+UPDATE = """mov.u32 %r1, %laneid;
+mov.u32 %r6, %tid.x;
+setp.lt.u32 %p1, %r6, 32;
+ld.param.b64 %rd1, [kernel_param_0];
+mul.wide.u32 %rd2, %r1, 4;
+add.s64 %rd3, %rd1, %rd2;
+ld.global.b32 %r2, [%rd3];
+add.u32 %r3, %r2, %r1;
+"""
+
+
+def test_what_other_warps_load_and_drop_may_be_updated_by_one(lockstep):
+    """Triton gives the elements of a small tensor to several warps: all load them, one stores."""
+    buffer = words(32)
+    assert kinds(run(f"{UPDATE}@%p1 st.global.b32 [%rd3], %r3;\nret;", buffer, warps=2, lockstep=lockstep)) == []
+    assert buffer.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        # The others store what they have loaded somewhere else, ask it where to go, or load it anew behind the store.
+        "@%p1 st.global.b32 [%rd3], %r3;\n@!%p1 st.global.b32 [%rd3+128], %r2;\nret;",
+        "setp.eq.u32 %p2, %r2, 0;\n@%p1 st.global.b32 [%rd3], %r3;\n@!%p2 st.global.b32 [%rd3+128], %r1;\nret;",
+        "@%p1 st.global.b32 [%rd3], %r3;\nld.global.b32 %r4, [%rd3];\n@!%p1 st.global.b32 [%rd3+128], %r4;\nret;",
+        # The place has moved between.
+        "add.s64 %rd3, %rd3, 4;\n@%p1 st.global.b32 [%rd3], %r3;\nret;",
+    ],
+)
+def test_what_other_warps_load_and_use_is_not_updated_by_one(lockstep, rest):
+    found = kinds(run(UPDATE + rest, words(128), warps=2, lockstep=lockstep))
+    assert found
+    assert all(kind.startswith("race in global memory within a program") for kind in found)
+
+
+def test_two_warps_do_not_update_one_place_even_to_equal_values(lockstep):
+    """In step both store the same; on a GPU the second may have loaded what the first has stored."""
+    found = kinds(run(f"{UPDATE}st.global.b32 [%rd3], %r3;\nret;", words(32), warps=2, lockstep=lockstep))
+    assert found == ["race in global memory within a program, write after write"]
+
+
+def test_a_launch_runs_with_each_seed_from_the_same_memory_and_must_give_the_same_bits():
+    """Programs add to one word: with races the last may win, and another order has another last."""
+    body = f"{OWN_GLOBAL}mov.u32 %r2, %ctaid.x;\nadd.u32 %r2, %r2, 1;\nSTORE\nret;"
+    runs = []
+
+    def launch(store, grid):
+        buffer = words(64)
+        runs.clear()
+
+        def prepare(seed):
+            held = prepared(body.replace("STORE", store), buffer, grid=grid, seed=seed, lockstep="warp")
+            runs.append(held)
+            return held
+
+        run_with_seeds(prepare, (0, 1, 2, 3))
+        return buffer, [kinds(held.execution) for held in runs]
+
+    buffer, found = launch("atom.global.add.u32 %r3, [%rd3], %r2;", grid=3)
+    assert found == [[]] * 4
+    assert buffer[:32].tolist() == [6] * 32
+    _, found = launch("st.global.b32 [%rd3], %r2;", grid=5)
+    assert any("another seed gives other results" in kinds for kinds in found)
+    _, found = launch("st.global.b32 [%rd3], %r2;", grid=1)
+    assert found == [[]]  # one warp: nothing is drawn
 
 
 def test_atomic_operations_meet_without_a_race_and_are_counted_one_by_one(lockstep):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -20,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kvops.autotune.inspect import TARGETS, CompileOnlyDriver, resolve_grid
-from kvops.autotune.machine.grid import Grid, Options
+from kvops.autotune.machine.grid import Grid, Options, run_with_seeds
 from kvops.autotune.machine.instructions.asynchronous import Descriptor
 from kvops.autotune.machine.memory import DESCRIPTORS, Allocation
 from kvops.autotune.machine.ptx import Program, Unsupported
@@ -36,10 +35,13 @@ _INTEGERS = {f"{letter}{bits}" for letter in "iu" for bits in (1, 8, 16, 32, 64)
 class Machine:
     """The launches of a context, in their order, and how they are run.
 
+    ``more_seeds``: each launch runs again with these, from the same memory, and must give the same bits. A launch in
+    which nothing was drawn is the same with every seed and runs once.
     ``without``: by kernel name, indices of instructions to leave out, as the mutation table does.
     """
 
     options: Options
+    more_seeds: Sequence[int] = ()
     without: Mapping[str, frozenset[int]] = field(default_factory=dict)
     executions: list[Execution] = field(default_factory=list)
 
@@ -53,6 +55,7 @@ def on_machine(
     target: str = "sm_80",
     *,
     options: Options | None = None,
+    more_seeds: Sequence[int] = (),
     num_sms: int = 4,
     track_empty: bool = True,
     without: Mapping[str, frozenset[int]] | None = None,
@@ -73,7 +76,7 @@ def on_machine(
             "Ampere and Hopper; use `inspect` for other GPUs"
         )
     gpu = replace(TARGETS[target], name=f"{target} machine of {num_sms}", num_sms=num_sms)
-    machine = Machine(options or Options(), without or {})
+    machine = Machine(options or Options(), more_seeds, without or {})
     written = _Written()
     original, previous = JITFunction.run, driver._active
     assemble, folder = CUDABackend.make_cubin, knobs.cache.dir
@@ -168,21 +171,23 @@ def _launch(
         for entry in _flatten(kind, value):
             arguments.add(*entry)
     arguments.finish(int(np.prod(shape)), getattr(kernel.metadata, "global_scratch_size", 0))
-    held = Grid(
-        program,
-        shape,
-        arguments.parameters,
-        arguments.allocations,
-        kernel.metadata.shared,
-        kernel.metadata.num_warps,
-        arguments.descriptors,
-        machine.options,
-    )
-    held.execution.kernel = name
-    machine.executions.append(held.execution)
-    start = time.perf_counter()
-    held.run()
-    held.execution.seconds = time.perf_counter() - start
+
+    def prepared(seed: int) -> Grid:
+        held = Grid(
+            program,
+            shape,
+            arguments.parameters,
+            arguments.allocations,
+            kernel.metadata.shared,
+            kernel.metadata.num_warps,
+            arguments.descriptors,
+            replace(machine.options, seed=seed),
+        )
+        held.execution.kernel = name
+        machine.executions.append(held.execution)
+        return held
+
+    held = run_with_seeds(prepared, (machine.options.seed, *machine.more_seeds))
     if held.memory.shadow is not None:
         for number, allocation in enumerate(held.memory.allocations):
             if allocation.start in written.flags:

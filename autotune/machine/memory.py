@@ -142,6 +142,15 @@ class GlobalMemory(Space):
                     first = self.first_cell[number]
                     self.shadow.initialised[first : first + len(written) // granule] = written[::granule]
 
+    def contents(self) -> list[np.ndarray]:
+        """A copy of each allocation."""
+        bytes_ = self.views[1]
+        return [bytes_[a.start - _FIRST : a.start - _FIRST + a.size].copy() for a in self.allocations]
+
+    def restore(self, contents: Sequence[np.ndarray]) -> None:
+        for allocation, held in zip(self.allocations, contents, strict=True):
+            ctypes.memmove(allocation.start, held.ctypes.data, allocation.size)
+
     def written(self, number: int) -> np.ndarray:
         """A flag for each byte of allocation ``number``: it was written, in this launch or before."""
         assert self.shadow is not None

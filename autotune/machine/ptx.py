@@ -7,7 +7,7 @@ It covers what LLVM and Triton's inline assembly write for one kernel: an ``.ent
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -151,6 +151,7 @@ class Program:
         self.instructions: list[Instruction] = []
         self.blocks: list[list[Instruction]] = [[]]
         self.functions: dict[tuple[int, bool], Callable[..., Any]] = {}  # what was made of the blocks, see translate
+        self.updates: dict[int, int] | None = None  # see updates
         self._registers: dict[str, Register] = {}
         for entry in _Body(ptx[header.end() :], self):
             if isinstance(entry, str):
@@ -206,6 +207,21 @@ class Program:
                 if any(part.startswith(space) for part in entry.parts) or entry.base in ("wgmma",):
                     found[space] = min(found[space], size)
         return found
+
+
+def registers_in(operands: Iterable[Operand]) -> set[Register]:
+    """Every register that these operands name, in vectors and addresses, too."""
+    found: set[Register] = set()
+    for operand in operands:
+        if isinstance(operand, Register):
+            found.add(operand)
+        elif isinstance(operand, Vector):
+            found |= registers_in(operand.parts)
+        elif isinstance(operand, Pair):
+            found |= registers_in((operand.first, operand.second))
+        elif isinstance(operand, Address):
+            found |= registers_in((operand.base, *operand.coordinates))
+    return found
 
 
 def is_barrier(instruction: Instruction) -> bool:

@@ -9,7 +9,7 @@ Shadow memory has one cell for each granule, the size of the smallest access of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -248,6 +248,8 @@ class GlobalShadow(_Shadow):
         self.read_clock = np.zeros(size, np.int32)
         self.many_warps = np.zeros(size, bool)  # several warps have read since they were last in step
         self.many_programs = np.zeros(size, bool)
+        # Loads whose value only one store to the same place uses, and that store: see updates.py.
+        self.updates: Mapping[int, int] = {}
 
     @staticmethod
     def _unordered(team: Team, lanes: np.ndarray, other: np.ndarray, clock: np.ndarray) -> np.ndarray:
@@ -263,6 +265,11 @@ class GlobalShadow(_Shadow):
         return "global memory between programs" if between else "global memory within a program"
 
     def read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
+        bad = ~self.initialised[cells]
+        if bad.any():
+            self.execution.fault("global memory is read before it is written", at, lanes=int(bad.any(1).sum()))
+        if at in self.updates:
+            return
         me = team.identity[lanes][:, None]
         writer = self.writer[cells]
         if writer.any():
@@ -270,9 +277,6 @@ class GlobalShadow(_Shadow):
             if bad.any():
                 kind = f"race in {self._where(team, lanes, bad, writer)}, read after write"
                 self._race(kind, team, lanes, bad, at, self.write_at[cells], False)
-        bad = ~self.initialised[cells]
-        if bad.any():
-            self.execution.fault("global memory is read before it is written", at, lanes=int(bad.any(1).sum()))
         before = self.reader[cells]
         if before.any():
             same_program = ((before - 1) >> _WARP_BITS) == team.program[lanes][:, None]
@@ -305,7 +309,7 @@ class GlobalShadow(_Shadow):
         if writer.any():
             bad = (writer != me) & ~ordered & self._unordered(team, lanes, writer, self.write_clock[cells])
             if bad.any():
-                benign = same is not None and bool(same()[bad.any(1)].all())
+                benign = same is not None and self._may_meet(at) and bool(same()[bad.any(1)].all())
                 kind = f"race in {self._where(team, lanes, bad, writer)}, write after write"
                 self._race(
                     kind + (" of the same value" if benign else ""), team, lanes, bad, at, self.write_at[cells], benign
@@ -327,11 +331,15 @@ class GlobalShadow(_Shadow):
         self.initialised[cells] = True
         self.atomic[cells] = atomic
 
+    def _may_meet(self, at: int) -> bool:
+        """Whether two warps may store one value by this instruction: not where each of them has loaded it before."""
+        return at not in self.updates.values()
+
     def meet(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int, same: Callable[[], np.ndarray]) -> None:
         """See :meth:`SharedShadow.meet`."""
         bad = self.writer[cells] != team.identity[lanes][:, None]
         if bad.any():
-            benign = bool(same()[bad.any(1)].all())
+            benign = self._may_meet(at) and bool(same()[bad.any(1)].all())
             kind = f"race in {self._where(team, lanes, bad, self.writer[cells])}, write after write"
             kind += " of the same value" if benign else ""
             self._race(kind, team, lanes, bad, at, self.write_at[cells], benign)

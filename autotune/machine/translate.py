@@ -18,13 +18,13 @@ from kvops.autotune.machine.ptx import (
     Immediate,
     Instruction,
     Operand,
-    Pair,
     Program,
     Register,
     Symbol,
     Unsupported,
     Vector,
     is_barrier,
+    registers_in,
 )
 from kvops.autotune.machine.team import dtype_of
 
@@ -112,8 +112,10 @@ class BlockWriter:
         """Whether it touches the registers of a product under way; a product may go on in another's accumulators."""
         if operation.tensor_product:
             return
-        reads = frozenset(_registers(operand for operand, _ in operation.sources)) & self.watched
-        writes = frozenset(_registers(operand for operand, _ in operation.results)) & self.watched
+        reads, writes = (
+            frozenset((r.kind, r.index) for r in registers_in(operand for operand, _ in operands)) & self.watched
+            for operands in (operation.sources, operation.results)
+        )
         if reads or writes:
             names = f"{self._name(reads)}, {self._name(writes)}"
             self.lines.append(f"if t.product_groups or t.products: t.touch({instruction.index}, {names})")
@@ -198,22 +200,11 @@ def constant(text: str, dtype: str) -> Any:
     return np.frombuffer((bits & ((1 << 8 * width) - 1)).to_bytes(width, "little"), kind)[0]
 
 
-def _registers(operands: Any) -> Any:
-    for operand in operands:
-        if isinstance(operand, Register):
-            yield operand.kind, operand.index
-        elif isinstance(operand, Vector):
-            yield from _registers(operand.parts)
-        elif isinstance(operand, Pair):
-            yield from _registers((operand.first, operand.second))
-        elif isinstance(operand, Address):
-            yield from _registers((operand.base, *operand.coordinates))
-
-
 def watched_registers(program: Program) -> frozenset[tuple[str, int]]:
     """Accumulators and register operands of all wgmma."""
     found: set[tuple[str, int]] = set()
     for instruction in program.instructions:
         if instruction.opcode.startswith("wgmma.mma_async"):
-            found.update(_registers(operand for operand in instruction.operands[:2] if isinstance(operand, Vector)))
+            operands = (operand for operand in instruction.operands[:2] if isinstance(operand, Vector))
+            found.update((register.kind, register.index) for register in registers_in(operands))
     return frozenset(found)
