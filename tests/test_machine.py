@@ -263,6 +263,20 @@ def test_what_other_warps_load_and_use_is_not_updated_by_one(lockstep, rest):
     assert all(kind.startswith("race in global memory within a program") for kind in found)
 
 
+@pytest.mark.parametrize("writer", [0, 32])
+def test_a_warp_that_writes_what_it_has_read_itself_does_not_forget_the_other_readers(lockstep, writer):
+    """The machine knew the last reader alone: where that was the writer, the reads of others were lost."""
+    body = f"{UPDATE}setp.eq.u32 %p2, %r6, {writer};\nadd.s64 %rd4, %rd3, 128;\nst.global.b32 [%rd4], %r2;\nBARRIER"
+    body += "@%p2 st.global.b32 [%rd3], %r6;\nret;"
+    same = "race in global memory within a program, write after write of the same value"
+    good = run(body.replace("BARRIER", "bar.sync 0;\n"), words(128), warps=2, lockstep=lockstep)
+    assert kinds(good) == []
+    assert [fault.kind for fault in good.found.values()] == [same]
+    found = kinds(run(body.replace("BARRIER", ""), words(128), warps=2, lockstep=lockstep))
+    assert found
+    assert all(kind.startswith("race in global memory within a program") for kind in found)
+
+
 def test_two_warps_do_not_update_one_place_even_to_equal_values(lockstep):
     """In step both store the same; on a GPU the second may have loaded what the first has stored."""
     found = kinds(run(f"{UPDATE}st.global.b32 [%rd3], %r3;\nret;", words(32), warps=2, lockstep=lockstep))

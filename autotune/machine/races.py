@@ -238,15 +238,14 @@ class SharedShadow(_Shadow):
 
 
 class GlobalShadow(_Shadow):
-    """Global memory: ``writer`` and ``reader`` are program * 64 + warp + 1, and 0 for nobody. Programs of one launch
-    are never ordered."""
+    """Global memory: ``writer`` is program * 64 + warp + 1, ``reader`` program + 1, and 0 is nobody. Programs of one
+    launch are never ordered."""
 
     def __init__(self, execution: Execution, size: int, num_warps: int) -> None:
         super().__init__(execution, size, num_warps)
         self.initialised = np.ones(size, bool)
         self.reader = np.zeros(size, np.int64)
-        self.read_clock = np.zeros(size, np.int32)
-        self.many_warps = np.zeros(size, bool)  # several warps have read since they were last in step
+        self.reads = np.zeros((size, num_warps), np.int32)  # clock of the last read of each of the reader's warps
         self.many_programs = np.zeros(size, bool)
         # Loads whose value only one store to the same place uses, and that store: see updates.py.
         self.updates: Mapping[int, int] = {}
@@ -277,21 +276,18 @@ class GlobalShadow(_Shadow):
             if bad.any():
                 kind = f"race in {self._where(team, lanes, bad, writer)}, read after write"
                 self._race(kind, team, lanes, bad, at, self.write_at[cells], False)
+        program = team.program[lanes][:, None] + 1
         before = self.reader[cells]
-        if before.any():
-            same_program = ((before - 1) >> _WARP_BITS) == team.program[lanes][:, None]
-            again = (before > 0) & same_program & (self.many_warps[cells] | (before != me))
-            self.many_warps[cells] = again & self._unordered(team, lanes, before, self.read_clock[cells])
-            self.many_programs[cells] |= (before > 0) & ~same_program
-        self.reader[cells] = me
-        self.read_clock[cells] = team.clocks.table[team.row[lanes], team.warp[lanes]][:, None]
-        self.read_at[cells] = at
-        if team.wide:
-            other = self.reader[cells] != me
-            if other.any():
-                self.many_warps[cells[other]] = True
-                elsewhere = other & ((self.reader[cells] - 1) >> _WARP_BITS != team.program[lanes][:, None])
+        elsewhere = (before > 0) & (before != program)
+        if elsewhere.any():
+            self.many_programs[cells[elsewhere]] = True
+        self.reader[cells] = program
+        if len(team.slots) > 1:  # several programs read by this instruction
+            elsewhere = self.reader[cells] != program
+            if elsewhere.any():
                 self.many_programs[cells[elsewhere]] = True
+        self.reads[cells, team.warp[lanes][:, None]] = team.clocks.table[team.row[lanes], team.warp[lanes]][:, None]
+        self.read_at[cells] = at
 
     def write(
         self,
@@ -316,12 +312,12 @@ class GlobalShadow(_Shadow):
                 )
         reader = self.reader[cells]
         if reader.any():
-            elsewhere = ((reader - 1) >> _WARP_BITS) != team.program[lanes][:, None]
-            unordered = self._unordered(team, lanes, reader, self.read_clock[cells])
-            bad = elsewhere | self.many_programs[cells] | (((reader != me) | self.many_warps[cells]) & unordered)
+            elsewhere = (reader != team.program[lanes][:, None] + 1) | self.many_programs[cells]
+            known = team.clocks.table[team.row[lanes], : self.num_warps][:, None, :]
+            bad = elsewhere | (self.reads[cells] > known).any(2)
             bad &= (reader > 0) & ~ordered
             if bad.any():
-                between = bool((elsewhere | self.many_programs[cells])[bad][0])
+                between = bool(elsewhere[bad][0])
                 where = "between programs" if between else "within a program"
                 kind = f"race in global memory {where}, write after read"
                 self._race(kind, team, lanes, bad, at, self.read_at[cells], False)
