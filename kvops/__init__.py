@@ -23,6 +23,7 @@ from kvops.ops.scores import attention_scores, attention_scores_varlen
 from kvops.ops.varlen import flash_attention_varlen, flash_attention_varlen_backward
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import tree_mask, verify_tree
+from kvops.ops.verify_varlen import verify_draft_varlen, verify_tree_varlen
 from kvops.sampling import process_logits
 from kvops.sdpa import scaled_dot_product_attention
 
@@ -68,7 +69,9 @@ __all__ = [
     "select_blocks",
     "tree_mask",
     "verify_draft",
+    "verify_draft_varlen",
     "verify_tree",
+    "verify_tree_varlen",
 ]
 
 _ON_DEMAND = {

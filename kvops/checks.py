@@ -72,6 +72,12 @@ def expect_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_names([tensor.dtype])}")
 
 
+def expect_tokens(name: str, tensor: Tensor) -> Tensor:
+    """Token numbers, int64 or int32, as int64."""
+    expect_dtype(name, tensor, torch.int64, torch.int32)
+    return tensor.long()
+
+
 def expect_same_dtype(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
     if tensor.dtype != reference.dtype:
         raise TypeError(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvops import checks
+
+BadWords = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
+LogitBias = Mapping[int, float] | Sequence[Mapping[int, float] | None] | Tensor
 
 _PARTIAL_SORT = 1024  # on a CPU a nucleus is first sought among this many largest logits: a full sort costs 20 times
 
@@ -27,14 +31,17 @@ def process_logits(
     prompt_lens: Tensor | None = None,
     draft_tokens: Tensor | None = None,
     parents: Tensor | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
+    bad_words: BadWords = (),
+    logit_bias: LogitBias | None = None,
+    min_p_first: bool = False,
 ) -> Tensor:
     """Apply penalties and filters to logits. The softmax of the result is the distribution to sample from.
 
-    The order is penalties, bad words, temperature, top-k, top-p, min-p. Excluded tokens get -inf. Process the drafter's
-    logits, sample the draft from their softmax, and pass this softmax to ``verify_draft`` as ``draft_probs``. Process
-    the target's logits with the same arguments and pass the result to ``verify_draft`` with a temperature of 1 (0 for
-    greedy requests), because the temperature has been applied. Row t follows the context and the first t drafts.
+    The order is logit bias, penalties, bad words, temperature, top-k, top-p, min-p. Excluded tokens get -inf. Process
+    the drafter's logits, sample the draft from their softmax, and pass this softmax to ``verify_draft`` as
+    ``draft_probs``. Process the target's logits with the same arguments and pass the result to ``verify_draft`` with a
+    temperature of 1 (0 for greedy requests), because the temperature has been applied. Row t follows the context and
+    the first t drafts.
 
     Args:
         logits: float16, bfloat16 or float32 ``[B, T, V]``.
@@ -43,16 +50,22 @@ def process_logits(
         top_p: keeps the largest until their probabilities sum to p, at least one token; 1 keeps all (Holtzman et al.,
             arXiv 1904.09751). Applies to what top-k kept.
         min_p: keeps tokens of at least this share of the largest probability (Nguyen et al., arXiv 2407.01082).
+        min_p_first: apply min-p before top-k and top-p, as vLLM does, and not after them, as transformers does. The
+            results differ where top-p then divides what min-p has left.
         repetition_penalty: divides the positive and multiplies the negative logits of every token of the context
             (Keskar et al., arXiv 1909.05858); 1 changes nothing.
         presence_penalty, frequency_penalty: subtracted once, and once for each occurrence, from the logits of the
             tokens of the context after ``prompt_lens``.
-        context: int64 ``[B, L]``, the tokens so far, padded with -1 on the right. None for an empty context.
+        context: int64 or int32 ``[B, L]``, the tokens so far, padded with -1 on the right. None for an empty context.
         prompt_lens: int32 or int64 ``[B]``, the length of the prompt within the context. None for 0.
-        draft_tokens: int64 ``[B, T - 1]`` or wider, padded with -1: row t follows the first t drafts.
+        draft_tokens: int64 or int32 ``[B, T - 1]`` or wider, padded with -1: row t follows the first t drafts.
         parents: int32 ``[B, T]``, for trees of drafts, as in :func:`verify_tree`: ``draft_tokens`` is then ``[B, T]``,
             node 0 is the root (the context's last token), and row t follows node t and its ancestors.
-        bad_words: token sequences that may not be completed, for all requests.
+        bad_words: token sequences that may not be completed: ``[[17], [3, 5]]`` for all requests, or one such list for
+            each request, ``[[[17], [3, 5]], []]``.
+        logit_bias: what is added to the logits of tokens: ``{17: -2.5}`` for all requests, one such mapping (or None)
+            for each request, or a float32 tensor ``[V]`` or ``[B, V]``. Only tensors can change between runs of a CUDA
+            graph.
 
     Returns:
         float32 ``[B, T, V]``. A row without an allowed token has no finite logit, and a row with a NaN keeps it:
@@ -76,22 +89,27 @@ def process_logits(
     presence = number.floats("presence_penalty", presence_penalty, -highest, highest)
     frequency = number.floats("frequency_penalty", frequency_penalty, -highest, highest)
     before = _Prefixes(_context(context, prompt_lens, logits), *_drafts(draft_tokens, parents, logits))
-    bad_words = _bad_words(bad_words, V)
+    words = _bad_words(bad_words, B, V)
+    added = _logit_bias(logit_bias, logits)
 
     x = logits.to(torch.float32, copy=True)
     if V == 0 or B * T == 0:
         return x
+    if added is not None:
+        x += added
     x = _penalise(x, before, repetition, presence, frequency, prompt_lens)
-    if bad_words:
-        _forbid(x, before, bad_words)
+    if words:
+        _forbid(x, before, words)
     if divisor is not None:
         # The largest logit becomes 0, so that no temperature overflows; one below 1e-30 counts as 1e-30.
         largest = x.amax(-1, keepdim=True)
         x = torch.where((divisor > 0) & largest.isfinite(), (x - largest) / divisor.clamp_min(1e-30), x)
+    if floor is not None and min_p_first:
+        x = _keep_likely(x, floor)
     if k is not None or p is not None:
         x = _keep_largest(x, k, p, top_k if isinstance(top_k, int) else None)
-    if floor is not None:  # log(0) is -inf: min_p 0 keeps everything
-        x = x.masked_fill(x < x.amax(-1, keepdim=True) + floor.log(), -math.inf)
+    if floor is not None and not min_p_first:
+        x = _keep_likely(x, floor)
     return x
 
 
@@ -140,10 +158,10 @@ def _context(context: Tensor | None, prompt_lens: Tensor | None, logits: Tensor)
         checks.expect_shape("prompt_lens", prompt_lens, "[batch]", logits.shape[0])
     if context is None:
         return torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
-    checks.expect_dtype("context", context, torch.int64)
+    tokens = checks.expect_tokens("context", context)
     checks.expect_shape("context", context, "[batch, length]", logits.shape[0], None)
     checks.expect_same_device("context", context, "logits", logits)
-    return context
+    return tokens
 
 
 def _drafts(draft_tokens: Tensor | None, parents: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -159,7 +177,7 @@ def _drafts(draft_tokens: Tensor | None, parents: Tensor | None, logits: Tensor)
         checks.expect_shape("draft_tokens", draft_tokens, "[batch, rows]", B, T)
     if draft_tokens is None:
         return torch.full((B, rows), -1, dtype=torch.int64, device=logits.device), None
-    checks.expect_dtype("draft_tokens", draft_tokens, torch.int64)
+    draft_tokens = checks.expect_tokens("draft_tokens", draft_tokens)
     checks.expect_shape("draft_tokens", draft_tokens, "[batch, rows - 1 or more]", B, None)
     checks.expect_at_least("draft_tokens.shape[1]", draft_tokens.shape[1], rows)
     checks.expect_same_device("draft_tokens", draft_tokens, "logits", logits)
@@ -206,13 +224,74 @@ class _Prefixes:
         return ending
 
 
-def _bad_words(bad_words: Sequence[Sequence[int]], V: int) -> list[list[int]]:
-    if not all(isinstance(word, Sequence) and not isinstance(word, str) for word in bad_words):
+def _bad_words(bad_words: BadWords, B: int, V: int) -> list[tuple[list[int], Sequence[int] | None]]:
+    """Each word, and the requests that may not complete it (None: all)."""
+    if not all(_is_list(word) for word in bad_words):
         raise TypeError(f"bad_words: expected sequences of tokens, such as [[17], [3, 5]], got {bad_words}")
-    words = [checks.ints("bad_words", word) for word in bad_words]
-    if any(len(word) == 0 or min(word) < 0 or max(word) >= V for word in words):
-        raise ValueError(f"bad_words: expected sequences of tokens inside the vocabulary of {V}, got {words}")
-    return words
+    of_request: dict[tuple[int, ...], list[int]] = {}
+    if any(_is_list(item) for given in bad_words for item in given) or (bad_words and not any(map(len, bad_words))):
+        if len(bad_words) != B:
+            raise ValueError(
+                "bad_words: expected sequences of tokens for all requests, or a list of them for each of "
+                f"{B} requests, got {len(bad_words)} lists"
+            )
+        for request, given in enumerate(bad_words):
+            for word in _words(given, V):
+                of_request.setdefault(tuple(word), []).append(request)
+        return [(list(word), requests) for word, requests in of_request.items()]
+    return [(word, None) for word in _words(bad_words, V)]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _words(words: Sequence[Any], V: int) -> list[list[int]]:
+    if not all(map(_is_list, words)):
+        raise TypeError(f"bad_words: expected sequences of tokens, such as [[17], [3, 5]], got {words}")
+    given = [checks.ints("bad_words", word) for word in words]
+    if any(len(word) == 0 or min(word) < 0 or max(word) >= V for word in given):
+        raise ValueError(f"bad_words: expected sequences of tokens inside the vocabulary of {V}, got {given}")
+    return given
+
+
+def _logit_bias(logit_bias: LogitBias | None, logits: Tensor) -> Tensor | None:
+    """float32 [1 or B, 1, V]."""
+    B, _, V = logits.shape
+    if isinstance(logit_bias, Tensor):
+        checks.expect_dtype("logit_bias", logit_bias, torch.float32)
+        if logit_bias.dim() == 1:
+            checks.expect_shape("logit_bias", logit_bias, "[vocab]", V)
+        else:
+            checks.expect_shape("logit_bias", logit_bias, "[batch, vocab]", B, V)
+        checks.expect_same_device("logit_bias", logit_bias, "logits", logits)
+        if checks.debug():
+            checks.expect_data("logit_bias", "numbers below inf", logit_bias < math.inf)
+        return logit_bias.view(-1, 1, V)
+    if logit_bias is None:
+        return None
+    of_request = [logit_bias] if isinstance(logit_bias, Mapping) else logit_bias
+    if not _is_list(of_request) or not all(given is None or isinstance(given, Mapping) for given in of_request):
+        raise TypeError(
+            "logit_bias: expected a mapping from tokens to numbers, such as {17: -2.5}, one for each request, or a "
+            f"float32 tensor, got {checks.shown(logit_bias)}"
+        )
+    if not isinstance(logit_bias, Mapping) and len(of_request) != B:
+        raise ValueError(f"logit_bias: expected a mapping for each of {B} requests, got {len(of_request)}")
+    places, numbers = [], []
+    for request, given in enumerate(of_request):
+        for token, number in zip(checks.ints("logit_bias", list(given or ())), (given or {}).values(), strict=True):
+            if not 0 <= token < V:
+                raise ValueError(f"logit_bias: expected tokens inside the vocabulary of {V}, got {token}")
+            # -inf forbids a token. A NaN or +inf would spoil the row.
+            if not checks.holds("logit_bias", number, lambda value: value < math.inf):
+                raise ValueError(f"logit_bias: expected numbers below inf, got {number} of token {token}")
+            places.append(request * V + token)
+            numbers.append(float(number))
+    added = torch.zeros(len(of_request), 1, V, dtype=torch.float32, device=logits.device)
+    at = torch.tensor(places, dtype=torch.int64, device=logits.device)
+    added.view(-1)[at] = torch.tensor(numbers, dtype=torch.float32, device=logits.device)
+    return added
 
 
 def _penalise(
@@ -237,14 +316,19 @@ def _penalise(
     return x
 
 
-def _forbid(x: Tensor, before: _Prefixes, bad_words: Sequence[Sequence[int]]) -> None:
-    ending = before.endings(max(1, max(map(len, bad_words)) - 1))
-    for *head, last in bad_words:
-        matches = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+def _forbid(x: Tensor, before: _Prefixes, words: Sequence[tuple[list[int], Sequence[int] | None]]) -> None:
+    ending = before.endings(max(1, max(len(word) for word, _ in words) - 1))
+    for (*head, last), requests in words:
+        rows: Any = slice(None) if requests is None else torch.tensor(requests, device=x.device)
+        column = x[rows, :, last]
+        forbidden = ~column.isnan()  # a NaN is refused, forbidden or not
         for back, token in enumerate(reversed(head)):
-            matches &= ending[..., back] == token
-        column = x[:, :, last]
-        column.masked_fill_(matches & ~column.isnan(), -math.inf)  # a NaN is refused, forbidden or not
+            forbidden &= ending[rows, :, back] == token
+        x[rows, :, last] = column.masked_fill(forbidden, -math.inf)
+
+
+def _keep_likely(x: Tensor, min_p: Tensor) -> Tensor:
+    return x.masked_fill(x < x.amax(-1, keepdim=True) + min_p.log(), -math.inf)  # log(0) keeps everything
 
 
 def _keep_largest(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, common_k: int | None) -> Tensor:

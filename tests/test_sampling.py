@@ -94,6 +94,56 @@ def test_requests_have_their_own_numbers():
     )[0].argmax(-1))  # fmt: skip
 
 
+def test_requests_have_their_own_bad_words_and_biases():
+    x = logits_batch(2)
+    words = [[[4], [2, 11]], [], [[4], [7]]]
+    biases = [{5: -3.0, 6: 1.5}, None, {4: 100.0}]
+    drafts = torch.tensor([[2], [2], [2]])
+    keywords = {"context": CONTEXT, "draft_tokens": drafts, "repetition_penalty": 1.3}
+    together = kvops.process_logits(x, bad_words=words, logit_bias=biases, **keywords)
+    table = torch.zeros(3, V)
+    table[0, 5], table[0, 6], table[2, 4] = -3.0, 1.5, 100.0
+    assert torch.equal(together, kvops.process_logits(x, bad_words=words, logit_bias=table, **keywords))
+    for b in range(3):
+        own = {name: value[b : b + 1] for name, value in keywords.items() if isinstance(value, torch.Tensor)}
+        alone = kvops.process_logits(
+            x[b : b + 1], bad_words=words[b], logit_bias=biases[b] or {}, repetition_penalty=1.3, **own
+        )
+        assert torch.equal(together[b : b + 1], alone)
+    assert torch.equal(together[0, :, 4].isinf(), torch.tensor([True, True]))
+    assert torch.equal(together[0, :, 11].isinf(), torch.tensor([True, True]))  # the text ends with 2, and so the draft
+    assert together[1].isfinite().all()
+    everybody_without = kvops.process_logits(x, bad_words=[[], [], []])
+    assert torch.equal(everybody_without, x)
+    assert kvops.process_logits(x, logit_bias={7: -math.inf})[..., 7].eq(-math.inf).all()
+    shifted = kvops.process_logits(x, logit_bias=torch.full((V,), 2.0))
+    assert torch.equal(shifted, x + 2.0)
+
+
+def test_min_p_can_come_before_top_p_as_in_vllm():
+    """By hand: of 0.5, 0.3, 0.15, 0.05 min-p 0.2 leaves 10/19, 6/19, 3/19; top-p 0.84 then needs two of them, and three
+    of the four."""
+    x = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]]).log()
+    kept = kvops.process_logits(x, top_p=0.84, min_p=0.2, min_p_first=True)[0, 0].isfinite()
+    assert kept.tolist() == [True, True, False, False]
+    kept = kvops.process_logits(x, top_p=0.84, min_p=0.2)[0, 0].isfinite()
+    assert kept.tolist() == [True, True, True, False]
+    x = logits_batch(vocab=5000)
+    got = kvops.process_logits(x, temperature=1.5, top_k=40, top_p=0.9, min_p=0.05, min_p_first=True)
+    for b in range(3):
+        want = TemperatureLogitsWarper(1.5)(None, x[b])
+        for step in (MinPLogitsWarper(0.05), TopKLogitsWarper(40), TopPLogitsWarper(0.9)):
+            want = step(None, want)
+        expect_same_distribution(got[b], want)
+
+
+def test_int32_tokens_are_taken():
+    x, drafts = logits_batch(2), torch.tensor([[2], [3], [8]])
+    keywords = {"frequency_penalty": 0.5, "bad_words": [[2, 2], [3, 5]]}
+    want = kvops.process_logits(x, context=CONTEXT, draft_tokens=drafts, **keywords)
+    assert torch.equal(kvops.process_logits(x, context=CONTEXT.int(), draft_tokens=drafts.int(), **keywords), want)
+
+
 def test_ties_are_cut_to_the_lower_index():
     x = torch.zeros(1, 1, 2000)
     x[0, 0, 1500] = 1
@@ -231,11 +281,21 @@ def test_hopeless_rows_stay_hopeless():
         ({"context": torch.zeros(3, 3)}, TypeError, "context: expected dtype int64"),
         ({"prompt_lens": torch.zeros(2, dtype=torch.int32)}, ValueError, "prompt_lens: expected shape"),
         ({"draft_tokens": torch.zeros(3, 0, dtype=torch.int64)}, ValueError, r"draft_tokens.shape\[1\]: expected at l"),
-        ({"draft_tokens": torch.zeros(3, 1, dtype=torch.int32)}, TypeError, "draft_tokens: expected dtype int64"),
+        ({"draft_tokens": torch.zeros(3, 1)}, TypeError, "draft_tokens: expected dtype int64 or int32"),
         ({"bad_words": [5]}, TypeError, "bad_words: expected sequences of tokens, such as"),
         ({"bad_words": [[1.5]]}, TypeError, "bad_words: expected whole numbers"),
         ({"bad_words": [[]]}, ValueError, "bad_words: expected sequences"),
         ({"bad_words": [[V]]}, ValueError, "bad_words: expected sequences"),
+        ({"bad_words": [[[1]], []]}, ValueError, "bad_words: expected sequences of tokens for all requests, or a list"),
+        ({"bad_words": [[[1]], [], [2]]}, TypeError, "bad_words: expected sequences of tokens, such as"),
+        ({"logit_bias": {V: 1.0}}, ValueError, f"logit_bias: expected tokens inside the vocabulary of {V}"),
+        ({"logit_bias": {1: math.inf}}, ValueError, "logit_bias: expected numbers below inf, got inf of token 1"),
+        ({"logit_bias": {1: math.nan}}, ValueError, "logit_bias: expected numbers below inf, got nan of token 1"),
+        ({"logit_bias": {"a": 1.0}}, TypeError, "logit_bias: expected whole numbers"),
+        ({"logit_bias": [{1: 1.0}]}, ValueError, "logit_bias: expected a mapping for each of 3 requests, got 1"),
+        ({"logit_bias": 3.0}, TypeError, "logit_bias: expected a mapping from tokens to numbers"),
+        ({"logit_bias": torch.zeros(V).double()}, TypeError, "logit_bias: expected dtype float32"),
+        ({"logit_bias": torch.zeros(2, V)}, ValueError, "logit_bias: expected shape"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):

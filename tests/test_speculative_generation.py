@@ -178,6 +178,9 @@ def test_filters_hold_for_each_prompt_as_they_would_alone_and_reach_every_positi
     given = {"repetition_penalty": [1.0, 3.0], "top_k": 5, "presence_penalty": [0.0, 2.0], "bad_words": [[plain[0][4]]]}
     filtered = generate(model, prompts, max_new_tokens=10, **given)
     assert plain[0][4] not in filtered.tokens[0]
+    own_words = generate(model, prompts, max_new_tokens=10, bad_words=[[[plain[0][4]]], []]).tokens
+    assert plain[0][4] not in own_words[0]
+    assert own_words[1] == plain[1]
     assert filtered.tokens[0][:4] == plain[0][:4]
     assert filtered.tokens[1] != plain[1]
     for tree in (1, 2):

@@ -22,6 +22,7 @@ from kvops.generation.sampler import Sampler
 from kvops.generation.speculation import make_drafter
 from kvops.generation.stats import GenerationStats
 from kvops.policies import Compression
+from kvops.sampling import BadWords
 
 __all__ = ["Generation", "GenerationOptions", "GenerationStats", "generate", "stream"]
 
@@ -47,7 +48,7 @@ def stream(
     repetition_penalty: float | Sequence[float] | None = None,
     presence_penalty: float | Sequence[float] | None = None,
     frequency_penalty: float | Sequence[float] | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
+    bad_words: BadWords = (),
     stop_tokens: Sequence[int] = (),
     compression: Compression | Sequence[Compression | None] | None = None,
     draft: Literal["prompt_lookup"] | Decoder | None = None,
@@ -92,7 +93,7 @@ def generate(
     repetition_penalty: float | Sequence[float] | None = None,
     presence_penalty: float | Sequence[float] | None = None,
     frequency_penalty: float | Sequence[float] | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
+    bad_words: BadWords = (),
     stop_tokens: Sequence[int] = (),
     compression: Compression | Sequence[Compression | None] | None = None,
     draft: Literal["prompt_lookup"] | Decoder | None = None,

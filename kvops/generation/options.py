@@ -10,6 +10,7 @@ from typing import Any, Literal
 from kvops import checks
 from kvops.generation.passes import Decoder
 from kvops.policies import Compression
+from kvops.sampling import BadWords
 
 PerPrompt = float | Sequence[float] | None
 """One number for all prompts, or one for each."""
@@ -31,7 +32,7 @@ class GenerationOptions:
         top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: as in
             :func:`kvops.process_logits`; one number, or one for each prompt. They apply to a drafting model and to
             every position of a draft as they would without drafts.
-        bad_words: token sequences that are never generated, for all prompts.
+        bad_words: token sequences that are never generated, for all prompts, or one list of them for each prompt.
         stop_tokens: a prompt ends after any of these tokens.
         compression: how the cache is compressed: one for all prompts, or one for each. None keeps the whole cache.
         draft: the source of drafts of up to ``num_draft`` tokens. One pass of the model verifies a draft. Sampled
@@ -56,7 +57,7 @@ class GenerationOptions:
     repetition_penalty: float | Sequence[float] | None = None
     presence_penalty: float | Sequence[float] | None = None
     frequency_penalty: float | Sequence[float] | None = None
-    bad_words: Sequence[Sequence[int]] = ()
+    bad_words: BadWords = ()
     stop_tokens: Sequence[int] = ()
     compression: Compression | Sequence[Compression | None] | None = None
     draft: Literal["prompt_lookup"] | Decoder | None = None

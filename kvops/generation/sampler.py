@@ -13,7 +13,7 @@ from kvops import checks
 from kvops.generation.options import GenerationOptions
 from kvops.generation.passes import Decoder
 from kvops.ops.verify import verify_draft
-from kvops.sampling import process_logits
+from kvops.sampling import BadWords, process_logits
 
 # Drafts are sampled with another seed. With the seed of the verification, the same noise would decide twice.
 _DRAFTER_KEY = 0x6A09E667F3BCC908
@@ -41,7 +41,7 @@ class Sampler:
         prompt_lens: Tensor,
         temperature: float | Sequence[float],
         seed: int | Sequence[int],
-        bad_words: Sequence[Sequence[int]] = (),
+        bad_words: BadWords = (),
         filters: Mapping[str, float | Sequence[float] | None] | None = None,
     ) -> None:
         heat = one_each("temperature", temperature, batch)
@@ -64,7 +64,7 @@ class Sampler:
             same, kind = len(set(values)) == 1, torch.int64 if name == "top_k" else torch.float32
             self._filters[name] = values[0] if same else torch.tensor(values, dtype=kind, device=device)
         if bad_words:
-            process_logits(logits, bad_words=bad_words)
+            process_logits(logits.expand(batch, 1, vocab), bad_words=bad_words)
             self._filters["bad_words"] = bad_words
         self.needs_text = bool(bad_words) or any("penalty" in name for name in self._filters)
         if self.needs_text:

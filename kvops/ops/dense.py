@@ -138,18 +138,18 @@ def check_lengths_data(
         ends = cu_seqlens.tolist()
         if ends[0] != 0:
             raise ValueError(f"cu_seqlens_{side}: expected a leading 0, got {ends[0]}")
-        check_ends(side, side, tokens, ends, longest)
+        check_ends(f"_{side}", side, tokens, ends, longest)
 
 
-def check_ends(side: str, tokens_name: str, tokens: int, ends: list[int], longest: int) -> None:
-    """Check where packed sequences begin and end: ``cu_seqlens_<side>`` as a list."""
+def check_ends(suffix: str, tokens_name: str, tokens: int, ends: list[int], longest: int) -> None:
+    """Check where packed sequences begin and end: ``cu_seqlens<suffix>`` as a list."""
     for sequence, (start, end) in enumerate(pairwise(ends)):
         if not 0 <= end - start <= longest:
             raise ValueError(
-                f"cu_seqlens_{side}: expected lengths from 0 to max_seqlen_{side} = {longest}, got {end - start} of "
+                f"cu_seqlens{suffix}: expected lengths from 0 to max_seqlen{suffix} = {longest}, got {end - start} of "
                 f"sequence {sequence} (from {start} to {end})"
             )
     if ends[-1] > tokens:
         raise ValueError(
-            f"cu_seqlens_{side}: expected ends within the {tokens} tokens of {tokens_name}, got {ends[-1]}"
+            f"cu_seqlens{suffix}: expected ends within the {tokens} tokens of {tokens_name}, got {ends[-1]}"
         )

@@ -211,7 +211,7 @@ def check_packed_data(
     ends = cu_seqlens_q.tolist()
     if ends[0] < 0:
         raise ValueError(f"cu_seqlens_q: expected places of at least 0, got {ends[0]}")
-    check_ends("q", name, len(tokens), ends, max_seqlen_q)
+    check_ends("_q", name, len(tokens), ends, max_seqlen_q)
 
 
 # Over 80 lines: 32 are the signature.

@@ -155,7 +155,8 @@ def verify_draft(
     Args:
         target_logits: float16, bfloat16 or float32 ``[B, T + 1, V]``, the last dimension contiguous: row t is the
             target's prediction for the place of draft t, row T for the place after the last draft.
-        draft_tokens: int64 ``[B, T]``. A token outside the vocabulary (-1 pads) ends the draft there.
+        draft_tokens: int64 or int32 ``[B, T]``. A token outside the vocabulary (-1 pads) ends the draft there. int32
+            is converted (the operator itself takes int64).
         draft_lens: int32 (or int64) ``[B]``, the number of drafts of each request, 0 to T; None for T. Rows of
             ``target_logits`` past it are not read.
         draft_probs: float32 ``[B, T, V]``: the distribution that each draft was sampled from, with the drafter's
@@ -170,9 +171,9 @@ def verify_draft(
             logits a second time. Greedy requests are the same in both.
 
     Returns:
-        ``tokens`` int64 ``[B, T + 1]``: the accepted drafts, then the corrected or the bonus token, then -1; and
-        ``num_accepted`` int32 ``[B]``. A row of logits with a NaN, a +inf or nothing but -inf is refused: a request
-        that reaches it gets the drafts accepted before it and -1 in place of its next token.
+        ``tokens`` ``[B, T + 1]`` in the dtype of ``draft_tokens``: the accepted drafts, then the corrected or the bonus
+        token, then -1; and ``num_accepted`` int32 ``[B]``. A row of logits with a NaN, a +inf or nothing but -inf is
+        refused: a request that reaches it gets the drafts accepted before it and -1 in place of its next token.
 
     Raises:
         ValueError: shapes, layouts or devices that do not fit.
@@ -180,9 +181,9 @@ def verify_draft(
         ValueError: under ``KVOPS_DEBUG=1``, lengths out of range, drafts outside the vocabulary, refused rows,
             negative temperatures, and draft probabilities that do not form a distribution or exclude their own draft.
     """
-    return _verify_draft(
+    tokens, num_accepted = _verify_draft(
         target_logits,
-        draft_tokens,
+        checks.expect_tokens("draft_tokens", draft_tokens),
         draft_lens=draft_lens,
         draft_probs=draft_probs,
         temperature=temperature,
@@ -190,6 +191,7 @@ def verify_draft(
         step=step,
         method=method,
     )
+    return tokens.to(draft_tokens.dtype), num_accepted
 
 
 def _check_prompt_lookup(
@@ -237,18 +239,21 @@ def prompt_lookup(
     (Saxena, "Prompt Lookup Decoding", 2023).
 
     Args:
-        tokens: int64 ``[B, L]``, the last dimension contiguous: the text of each request, from the left.
+        tokens: int64 or int32 ``[B, L]``, the last dimension contiguous: the text of each request, from the left.
+            int32 is converted, which copies the whole text (the operator itself takes int64).
         lens: int32 (or int64) ``[B]``, the length of each text, 0 to L; tokens past it are not read.
         num_draft: the most tokens to draft.
         max_ngram: the longest suffix to search for.
         min_ngram: the shortest suffix, at least 1.
 
     Returns:
-        ``draft_tokens`` int64 ``[B, num_draft]``, padded with -1, and ``draft_lens`` int32 ``[B]``: at most
-        ``num_draft`` tokens and never past the end of the text; 0 without a match.
+        ``draft_tokens`` ``[B, num_draft]`` in the dtype of ``tokens``, padded with -1, and ``draft_lens`` int32
+        ``[B]``: at most ``num_draft`` tokens and never past the end of the text; 0 without a match.
 
     Raises:
         ValueError, TypeError: an argument out of range, or of the wrong shape or dtype, by its name; under
             ``KVOPS_DEBUG=1`` also a length out of range (clamped to the row otherwise).
     """
-    return _prompt_lookup(tokens, lens, num_draft=num_draft, max_ngram=max_ngram, min_ngram=min_ngram)
+    text = checks.expect_tokens("tokens", tokens)
+    drafts, draft_lens = _prompt_lookup(text, lens, num_draft=num_draft, max_ngram=max_ngram, min_ngram=min_ngram)
+    return drafts.to(tokens.dtype), draft_lens

@@ -128,8 +128,9 @@ def verify_tree(
     Args:
         target_logits: float16, bfloat16 or float32 ``[B, N, V]``, the last dimension contiguous: row n is the
             target's prediction after node n, computed under :func:`tree_mask`.
-        draft_tokens: int64 ``[B, N]``: the nodes' tokens; node 0 is the root, the last token accepted before, and
-            its token is not read. A node whose token is outside the vocabulary is refused.
+        draft_tokens: int64 or int32 ``[B, N]``: the nodes' tokens; node 0 is the root, the last token accepted before,
+            and its token is not read. A node whose token is outside the vocabulary is refused. int32 is converted (the
+            operator itself takes int64).
         parents: int32 ``[B, N]``: each node's parent, a node of a smaller number; -1 for the root and for padding.
         draft_probs: float32 ``[B, N, V]``: row n is the distribution that node n's token was drawn from (row 0 is
             not looked at). Siblings drawn independently share one row; siblings drawn without replacement have the
@@ -137,24 +138,25 @@ def verify_tree(
         temperature, seed, step: as in :func:`verify_draft`.
 
     Returns:
-        ``path`` int32 ``[B, N]``: the root and the accepted nodes below it, then -1; ``tokens`` int64 ``[B, N]``:
-        the accepted drafts, then the corrected or bonus token, then -1 (``tokens[b, i]`` was decided at node
-        ``path[b, i]``); ``num_accepted`` int32 ``[B]``, the root not counted. A row of logits with a NaN, a +inf or
-        nothing but -inf is refused: a request that comes to it gets -1 where its next token would stand.
+        ``path`` int32 ``[B, N]``: the root and the accepted nodes below it, then -1; ``tokens`` ``[B, N]`` in the dtype
+        of ``draft_tokens``: the accepted drafts, then the corrected or bonus token, then -1 (``tokens[b, i]`` was
+        decided at node ``path[b, i]``); ``num_accepted`` int32 ``[B]``, the root not counted. A row of logits with a
+        NaN, a +inf or nothing but -inf is refused: a request that comes to it gets -1 where its next token would stand.
 
     Raises:
         ValueError, TypeError: as :func:`verify_draft`; under ``KVOPS_DEBUG=1`` also for parents that are not earlier
             nodes (such nodes are never reached otherwise).
     """
-    return _verify_tree(
+    path, tokens, num_accepted = _verify_tree(
         target_logits,
-        draft_tokens,
+        checks.expect_tokens("draft_tokens", draft_tokens),
         parents,
         draft_probs=draft_probs,
         temperature=temperature,
         seed=draw_seed(temperature, seed),
         step=step,
     )
+    return path, tokens.to(draft_tokens.dtype), num_accepted
 
 
 def tree_mask(parents: Tensor) -> Tensor:
