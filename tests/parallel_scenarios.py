@@ -19,8 +19,9 @@ from kvops.parallel import gather_attention, ring_attention, shard, unshard
 from kvops.policies import Compression, SnapKV
 
 WORLD = 4
-# The second pair of the world: a group in which ranks and global ranks differ.
-PAIR = [2, 3]
+# Groups in which ranks and global ranks differ.
+PAIR, TRIO = [2, 3], [1, 2, 3]
+EVEN = [len(PAIR), WORLD]  # sizes that the model's heads and tokens divide into
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -77,6 +78,25 @@ ATTENTION: dict[str, dict] = {
     "ring causal": {"method": ring_attention},
     "ring causal sinks softcap": {"method": ring_attention, "softcap": 3.0, "sinks": True},
     "ring full": {"method": ring_attention, "causal": False, "scale": 0.4},
+    "ring causal window": {"method": ring_attention, "window_left": 9},
+    "ring causal window of one": {"method": ring_attention, "window_left": 0, "sinks": True},
+    "ring window on both sides": {"method": ring_attention, "causal": False, "window_left": 5, "window_right": 14},
+    "ring window to the right": {"method": ring_attention, "causal": False, "window_right": 3, "softcap": 3.0},
+    "ring documents": {"method": ring_attention, "cu_seqlens": [0, 5, 5, 29, 43], "sinks": True},
+    "ring documents window softcap": {
+        "method": ring_attention,
+        "cu_seqlens": [0, 24, 48],
+        "window_left": 7,
+        "softcap": 3.0,
+    },
+    "ring documents full": {"method": ring_attention, "causal": False, "cu_seqlens": [0, 17, 48]},
+    "ring documents window on both sides": {
+        "method": ring_attention,
+        "causal": False,
+        "cu_seqlens": [0, 2, 41],
+        "window_left": 3,
+        "window_right": 6,
+    },
     "gather causal window": {"method": gather_attention, "window_left": 9},
     "gather causal sinks softcap": {"method": gather_attention, "softcap": 3.0, "sinks": True},
     "gather full": {"method": gather_attention, "causal": False},
@@ -89,16 +109,25 @@ def attention(group: dist.ProcessGroup, case: str) -> dict[str, Tensor]:
     method, sinks = options.pop("method"), options.pop("sinks", False)
     whole = inputs(sinks=sinks)
     local = {name: shard(whole[name], group, dim=2 if name == "dlse" else 1) for name in whole if name != "sinks"}
+    packed = "cu_seqlens" in options
+    if packed:
+        local = {name: value[0] for name, value in local.items()}
     leaves = {name: local[name].requires_grad_() for name in ("q", "k", "v")}
     if sinks:
         leaves["sinks"] = whole["sinks"].requires_grad_()
         options["sinks"] = leaves["sinks"]
     out, lse = method(leaves["q"], leaves["k"], leaves["v"], group, **options)
-    ((out * local["dout"]).sum() + (lse * local["dlse"]).sum()).backward()
+    loss_of(out, lse, local).backward()
     results = {"out": out, "lse": lse} | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
     if sinks:
         dist.all_reduce(results["dsinks"], group=group)
-    return {name: value.detach() for name, value in results.items()}
+    results = {name: value.detach() for name, value in results.items()}
+    return {name: value[None] if packed and name != "dsinks" else value for name, value in results.items()}
+
+
+def loss_of(out: Tensor, lse: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """A sum over out and lse, without the lse of rows that see no key."""
+    return (out * weights["dout"]).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * weights["dlse"]).sum()
 
 
 def training(group: dist.ProcessGroup) -> dict[str, Tensor]:
@@ -147,6 +176,7 @@ def refusals(group: dist.ProcessGroup) -> dict[str, str]:
     for name, call in {
         "shard": lambda: shard(torch.zeros(1, 6), group),
         "heads": lambda: tensor_parallel(dataclasses.replace(CONFIG, num_kv_heads=3, num_heads=9), {}, mesh),
+        "documents": lambda: ring_attention(*(torch.zeros(2, 1, 8),) * 3, group, cu_seqlens=[0, 99]),
         "window": lambda: gather_attention(*(torch.zeros(1, 2, 1, 8),) * 3, group, causal=False, window_left=1),
         "lengths": lambda: ring_attention(
             torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), group
@@ -164,14 +194,16 @@ def run(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    pair = dist.new_group(PAIR)
     groups = {WORLD: dist.group.WORLD}
-    if rank in PAIR:
-        groups[len(PAIR)] = pair
+    for members in (PAIR, TRIO):
+        group = dist.new_group(members)
+        if rank in members:
+            groups[len(members)] = group
     results: dict[tuple[int, str], object] = {}
     for size, group in groups.items():
         tasks = {case: lambda group, case=case: attention(group, case) for case in ATTENTION}
-        tasks |= {"training": training, "tensor parallel": tensor_parallel_model, "refusals": refusals}
+        if size in EVEN:
+            tasks |= {"training": training, "tensor parallel": tensor_parallel_model, "refusals": refusals}
         for name, task in tasks.items():
             try:
                 results[size, name] = task(group)
