@@ -91,6 +91,7 @@ def gather_attention(
     *,
     causal: bool = True,
     window_left: int = -1,
+    window_right: int = -1,
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
@@ -102,8 +103,8 @@ def gather_attention(
         q: ``[B, S / P, Hq, D]``, this process's :func:`shard`.
         k, v: ``[B, S / P, Hkv, D]`` and ``[..., Dv]``, likewise.
         group: of P processes; None for all.
-        causal, window_left, scale, softcap, sinks, alibi_slopes: as in :func:`kvops.flash_attention`; without
-            ``causal`` a window is refused.
+        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes: as in :func:`kvops.flash_attention`;
+            ``alibi_slopes`` only with ``causal``.
 
     Returns:
         out ``[B, S / P, Hq, Dv]`` and lse ``[B, Hq, S / P]`` of this process's tokens. The gradients of k and v are
@@ -113,23 +114,30 @@ def gather_attention(
     section 3.3).
     """
     _check(q, k, v)
-    if window_left >= 0 and not causal:
-        raise ValueError(f"window_left: expected -1 without causal, got {window_left}")
-    options: dict[str, Any] = {
-        "window_left": window_left,
-        "scale": scale,
-        "softcap": softcap,
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-    }
+    if alibi_slopes is not None and not causal:
+        raise ValueError(
+            "alibi_slopes: expected None without causal, got a tensor: chunks of queries have no position of their own"
+        )
+    checks.expect_at_least("window_left", window_left, -1)
+    checks.expect_at_least("window_right", window_right, -1)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
     keys, values = unshard(k, group), unshard(v, group)
-    if not causal:
+    if not causal and window_left < 0 and window_right < 0:
         return flash_attention(q, keys, values, **options)
     size, rank, half = dist.get_world_size(group), dist.get_rank(group), q.shape[1] // 2
+    limit = 0 if causal else window_right
     parts = []
     for chunk, rows in ((rank, q[:, :half]), (2 * size - 1 - rank, q[:, half:])):
-        seen = (chunk + 1) * half  # causal masks are aligned to the last key
-        parts.append(flash_attention(rows, keys[:, :seen], values[:, :seen], causal=True, **options))
+        end = (chunk + 1) * half
+        first = 0 if window_left < 0 else max(0, end - half - window_left)
+        last = keys.shape[1] if limit < 0 else min(keys.shape[1], end + limit)
+        # The operator takes the last row and the last key to stand at the same position.
+        windows = {
+            "window_left": window_left if window_left < 0 else window_left + last - end,
+            "window_right": -1 if limit < 0 else limit - (last - end),
+        }
+        seen = slice(first, last)
+        parts.append(flash_attention(rows, keys[:, seen], values[:, seen], causal=causal, **windows, **options))
     (first, first_lse), (second, second_lse) = parts
     return torch.cat((first, second), 1), torch.cat((first_lse, second_lse), 2)
 

@@ -100,6 +100,8 @@ ATTENTION: dict[str, dict] = {
     "gather causal window": {"method": gather_attention, "window_left": 9},
     "gather causal sinks softcap": {"method": gather_attention, "softcap": 3.0, "sinks": True},
     "gather full": {"method": gather_attention, "causal": False},
+    "gather window on both sides": {"method": gather_attention, "causal": False, "window_left": 5, "window_right": 14},
+    "gather window to the left": {"method": gather_attention, "causal": False, "window_left": 4},
 }
 
 
@@ -177,7 +179,9 @@ def refusals(group: dist.ProcessGroup) -> dict[str, str]:
         "shard": lambda: shard(torch.zeros(1, 6), group),
         "heads": lambda: tensor_parallel(dataclasses.replace(CONFIG, num_kv_heads=3, num_heads=9), {}, mesh),
         "documents": lambda: ring_attention(*(torch.zeros(2, 1, 8),) * 3, group, cu_seqlens=[0, 99]),
-        "window": lambda: gather_attention(*(torch.zeros(1, 2, 1, 8),) * 3, group, causal=False, window_left=1),
+        "slopes": lambda: gather_attention(
+            *(torch.zeros(1, 2, 1, 8),) * 3, group, causal=False, alibi_slopes=torch.ones(1)
+        ),
         "lengths": lambda: ring_attention(
             torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), group
         ),
