@@ -316,6 +316,37 @@ def test_the_schema_is_the_contract(name):
 
 
 @every_operator
+def test_the_public_function_hands_on_what_differs_from_the_defaults(name, monkeypatch):
+    """The dispatcher takes 0.5 µs for a keyword, and paged_attention has 23 of them."""
+    args, keywords = SAMPLES[name]()
+    handed = keywords_of(name, monkeypatch)
+    getattr(kvops, name)(*args, **keywords)
+    assert handed == [set(keywords)]
+
+
+def test_what_is_no_value_of_a_default_is_handed_on(monkeypatch):
+    """None for a flag, 1 for True: what they mean is the dispatcher's to say."""
+    args, _ = paged_attention()
+    handed = keywords_of("paged_attention", monkeypatch)
+    kvops.paged_attention(*args, causal=1, softcap=0, scale=None)
+    assert handed == [{"causal", "softcap"}]
+
+
+def keywords_of(name: str, monkeypatch) -> list[set[str]]:
+    """The keywords of the operator's calls, from now on."""
+    handed, kind = [], type(operator(name))
+    call = kind.__call__
+
+    def noted(self, /, *args, **given):
+        if self is operator(name):
+            handed.append(set(given))
+        return call(self, *args, **given)
+
+    monkeypatch.setattr(kind, "__call__", noted)
+    return handed
+
+
+@every_operator
 def test_the_public_function_takes_what_the_operator_takes(name):
     assert name in kvops.__all__
     parameters = inspect.signature(getattr(kvops, name)).parameters

@@ -94,6 +94,18 @@ def test_what_was_valid_once_does_not_let_the_invalid_through(interpreted, monke
         kvops.paged_attention(**inputs(seq_lens=torch.full((2, 2), 99, dtype=torch.int32)))
 
 
+@pytest.mark.parametrize("interpreted", ["1", "0"], ids=["kernels", "eager"])
+def test_where_packed_sequences_begin_is_checked_in_every_call(interpreted, monkeypatch, prepared):
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    packed = {"q": torch.randn(3, 4, 16), "cu_seqlens_q": torch.tensor([0, 1, 3], dtype=torch.int32)}
+    for _ in range(2):
+        kvops.paged_attention(**inputs(**packed), max_seqlen_q=2)
+        with pytest.raises(ValueError, match=r"max_seqlen_q|cu_seqlens_q"):
+            kvops.paged_attention(
+                **inputs(**packed | {"cu_seqlens_q": torch.tensor([0, 0, 3], dtype=torch.int32)}), max_seqlen_q=2
+            )
+
+
 def test_the_eager_path_and_the_kernels_remember_for_themselves(monkeypatch, prepared):
     with pytest.MonkeyPatch.context() as eager:
         eager.delenv("TRITON_INTERPRET")

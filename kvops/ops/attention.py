@@ -19,7 +19,7 @@ from kvops.ops.dense import (
     check_values,
 )
 from kvops.ops.gradients import register_gradient
-from kvops.ops.registry import register
+from kvops.ops.registry import caller, register
 
 OPTIONS = (
     "bool causal=False, int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, "
@@ -115,6 +115,7 @@ _bias_backward_op = register(
 
 
 register_gradient(_forward_op, _backward_op, _bias_backward_op)
+_call_forward, _call_backward, _call_bias_backward = map(caller, (_forward_op, _backward_op, _bias_backward_op))
 
 
 def flash_attention(
@@ -164,7 +165,7 @@ def flash_attention(
     FlashAttention (Dao et al., 2022, arXiv:2205.14135; Dao, 2023, arXiv:2307.08691); ALiBi (Press et al., 2021,
     arXiv:2108.12409); sinks in the denominator as in GPT-OSS (Xiao et al., 2023, arXiv:2309.17453).
     """
-    return _forward_op(
+    return _call_forward(
         q,
         k,
         v,
@@ -214,7 +215,7 @@ def flash_attention_backward(
     Raises:
         ValueError, TypeError: as :func:`flash_attention`.
     """
-    return _backward_op(
+    return _call_backward(
         dout,
         q,
         k,
@@ -265,7 +266,7 @@ def flash_attention_bias_backward(
     Raises:
         ValueError, TypeError: as :func:`flash_attention`; TypeError for a bool mask, which has no gradient.
     """
-    return _bias_backward_op(  # type: ignore[no-any-return]
+    return _call_bias_backward(  # type: ignore[no-any-return]
         dout,
         q,
         k,

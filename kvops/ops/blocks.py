@@ -8,7 +8,7 @@ from torch import Tensor
 from kvops import checks
 from kvops.eager import blocks as eager
 from kvops.eager.eviction import INTEGERS
-from kvops.ops.registry import register
+from kvops.ops.registry import caller, register
 
 
 def _check_copy_blocks(
@@ -50,14 +50,16 @@ def _fake_copy_blocks(*args: object, **kwargs: object) -> None:
     return None
 
 
-_copy_blocks = register(
-    "copy_blocks(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor source, Tensor target, *, "
-    "Tensor(c!)? positions=None, Tensor(d!)? scores=None) -> ()",
-    check=_check_copy_blocks,
-    fake=_fake_copy_blocks,
-    eager=eager.copy_blocks,
-    kernel="kvops.kernels.copy_blocks:copy_blocks",
-    cpu="kvops.kernels.cpu.copy_blocks:copy_blocks",
+_copy_blocks = caller(
+    register(
+        "copy_blocks(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor source, Tensor target, *, "
+        "Tensor(c!)? positions=None, Tensor(d!)? scores=None) -> ()",
+        check=_check_copy_blocks,
+        fake=_fake_copy_blocks,
+        eager=eager.copy_blocks,
+        kernel="kvops.kernels.copy_blocks:copy_blocks",
+        cpu="kvops.kernels.cpu.copy_blocks:copy_blocks",
+    )
 )
 
 

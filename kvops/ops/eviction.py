@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import eviction as eager
-from kvops.ops.registry import register
+from kvops.ops.registry import caller, register
 
 SCOPES = ("head", "sequence")
 
@@ -136,24 +136,28 @@ def _fake_compact(
     return seq_lens.new_empty(seq_lens.shape)
 
 
-_select_blocks = register(
-    "select_blocks(Tensor scores, Tensor block_tables, Tensor seq_lens, Tensor budget, *, Tensor? positions=None, "
-    'int protect_first=0, int protect_last=0, int min_per_head=0, str scope="head") -> (Tensor, Tensor)',
-    check=_check_select_blocks,
-    fake=_fake_select_blocks,
-    eager=eager.select_blocks,
-    kernel="kvops.kernels.select_blocks:select_blocks",
-    cpu="kvops.kernels.cpu.select_blocks:select_blocks",
+_select_blocks = caller(
+    register(
+        "select_blocks(Tensor scores, Tensor block_tables, Tensor seq_lens, Tensor budget, *, Tensor? positions=None, "
+        'int protect_first=0, int protect_last=0, int min_per_head=0, str scope="head") -> (Tensor, Tensor)',
+        check=_check_select_blocks,
+        fake=_fake_select_blocks,
+        eager=eager.select_blocks,
+        kernel="kvops.kernels.select_blocks:select_blocks",
+        cpu="kvops.kernels.cpu.select_blocks:select_blocks",
+    )
 )
 
-_compact = register(
-    "compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor(c!) seq_lens, Tensor keep, *, "
-    "Tensor(d!)? positions=None, Tensor(e!)? scores=None) -> Tensor",
-    check=_check_compact,
-    fake=_fake_compact,
-    eager=eager.compact,
-    kernel="kvops.kernels.compact:compact",
-    cpu="kvops.kernels.cpu.compact:compact",
+_compact = caller(
+    register(
+        "compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor(c!) seq_lens, Tensor keep, *, "
+        "Tensor(d!)? positions=None, Tensor(e!)? scores=None) -> Tensor",
+        check=_check_compact,
+        fake=_fake_compact,
+        eager=eager.compact,
+        kernel="kvops.kernels.compact:compact",
+        cpu="kvops.kernels.cpu.compact:compact",
+    )
 )
 
 

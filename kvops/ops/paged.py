@@ -10,7 +10,7 @@ from torch import Tensor
 from kvops import checks
 from kvops.eager import paged as eager
 from kvops.ops.paged_checks import check_append, check_attention, check_packed_data, check_schedule, scale_tensor
-from kvops.ops.registry import LIBRARY, register
+from kvops.ops.registry import LIBRARY, caller, register
 from kvops.private_torch import schema_of
 
 # Programs per multiprocessor: they fit at once with any number of registers, so that all shares run together.
@@ -33,6 +33,7 @@ _append = register(
     "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None) -> ()",
     check=check_append,
     check_data=_check_append_data,
+    data="cu_seqlens_q",
     fake=_fake_append,
     eager=eager.paged_append,
     kernel="kvops.kernels.paged_append:paged_append",
@@ -66,6 +67,7 @@ _attention = register(
     "Tensor? score_decays=None) -> (Tensor out, Tensor lse)",
     check=check_attention,
     check_data=_check_attention_data,
+    data="cu_seqlens_q",
     fake=_fake_attention,
     eager=eager.paged_attention,
     kernel="kvops.kernels.paged_attention:paged_attention",
@@ -132,6 +134,7 @@ def _define_with_numbers(overload: object, function: object) -> None:
 
 _define_with_numbers(_append, _append_with_numbers)
 _define_with_numbers(_attention, _attention_with_numbers)
+_call_append, _call_attention, _call_schedule = map(caller, (_append, _attention, _schedule))
 
 
 def paged_append(
@@ -190,7 +193,7 @@ def paged_append(
             ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
         TypeError: wrong dtype.
     """
-    _append(
+    _call_append(
         k,
         v,
         k_cache,
@@ -325,7 +328,7 @@ def paged_attention(
 
     Scores: H2O (Zhang et al., 2023) sums p, KV-Compress (Rehg, 2024) p squared.
     """
-    result, lse = _attention(
+    result, lse = _call_attention(
         q,
         k_cache,
         v_cache,
@@ -381,6 +384,6 @@ def paged_schedule(
         TypeError: wrong dtype.
     """
     checks.expect_tensor("seq_lens", seq_lens)  # without a tensor the dispatcher does not know the device
-    return _schedule(  # type: ignore[no-any-return]
+    return _call_schedule(  # type: ignore[no-any-return]
         seq_lens, block_size, num_programs=num_programs, batch_invariant=batch_invariant
     )

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from kvops import checks, private_torch
@@ -54,7 +55,8 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return function if prepare is None else prepare(*args, **kwargs)
 
 
-_facts, _strides = attrgetter("shape", "dtype", "device", "requires_grad"), torch.Tensor.stride
+_facts, _strides = attrgetter("shape", "dtype", "device"), Tensor.stride
+_facts_and_gradient = attrgetter("shape", "dtype", "device", "requires_grad")
 _operators: dict[str, _Operator] = {}
 
 
@@ -67,16 +69,27 @@ def forget_launches() -> None:
 
 
 def _call_key(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The key of a call in the cache: shapes, dtypes, devices, strides, numbers and ``requires_grad``, but no data.
-    ``args`` begins with the given number of tensors."""
-    first = args[:tensors]
-    facts = [torch.is_grad_enabled(), *map(_facts, first), *map(_strides, first), *kwargs]
-    for value in (*args[tensors:], *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            facts += _facts(value), value.stride()
+    """The key of a call in the cache: shapes, dtypes, devices, strides and numbers, but no data; where gradients are
+    on, ``requires_grad`` as well. ``args`` begins with the given number of tensors."""
+    gradients, first = torch.is_grad_enabled(), args[:tensors]
+    facts_of = _facts_and_gradient if gradients else _facts
+    facts = [gradients, *map(facts_of, first), *map(_strides, first), *kwargs]
+    for value in kwargs.values() if len(args) == tensors else (*args[tensors:], *kwargs.values()):
+        if isinstance(value, Tensor):
+            facts += facts_of(value), _strides(value)
         else:
             facts.append(value)
     return tuple(facts)
+
+
+def _below_autograd(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with private_torch.below_autograd():
+        return launch(*args, **kwargs)
+
+
+def _checked(check_data: Callable[..., None], launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    check_data(*args, **kwargs)
+    return launch(*args, **kwargs)
 
 
 class _Operator:
@@ -89,6 +102,7 @@ class _Operator:
         *,
         check: Callable[..., None],
         check_data: Callable[..., None] | None,
+        data: str | None,
         fake: Callable[..., Any],
         eager: Callable[..., Any],
         kernel: str,
@@ -96,7 +110,7 @@ class _Operator:
         differentiable: bool,
     ) -> None:
         self.name = schema.split("(", 1)[0]
-        self.check, self.check_data, self.fake = check, check_data, fake
+        self.check, self.check_data, self.data, self.fake = check, check_data, data, fake
         self.eager, self.kernel, self.cpu, self.differentiable = eager, kernel, cpu, differentiable
         # Launches by the key of a call; separate ones for the interpreter (TRITON_INTERPRET=1) and for numba.
         self.served: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -118,16 +132,10 @@ class _Operator:
         launches = self.interpreted
         if not checks.interpreting():
             launches = self.served if checks.eager_on_cpu() else self.compiled
-        launch = self._launch_for(launches, args, kwargs)
-        if self.check_data is not None:
-            self.check_data(*args, **kwargs)
-        with private_torch.below_autograd():
-            return launch(*args, **kwargs)
+        return self._launch_for(launches, args, kwargs)(*args, **kwargs)
 
     def on_gpu(self, *args: Any, **kwargs: Any) -> Any:
         launch = self._launch_for(self.served, args, kwargs)
-        if self.check_data is not None and checks.debug():
-            self.check_data(*args, **kwargs)
         index = args[0].device.index
         try:
             if index == torch.cuda.current_device():
@@ -175,7 +183,14 @@ class _Operator:
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """The implementation for this call, after its checks, and for all calls that differ in data alone."""
         self._validate(args, kwargs)
-        return _launch(self._implementation(args[0].device), args, kwargs)
+        on_cpu, function = args[0].device.type == "cpu", self._implementation(args[0].device)
+        launch = _launch(function, args, kwargs)
+        if function is self.eager:
+            launch = partial(_below_autograd, launch)
+        read = self.data is None or kwargs.get(self.data) is not None
+        if self.check_data is not None and read and (on_cpu or checks.debug()):
+            launch = partial(_checked, self.check_data, launch)
+        return launch
 
     def _implementation(self, device: torch.device) -> Callable[..., Any]:
         serving = backend(device)
@@ -201,7 +216,7 @@ class _Operator:
 
     def _refuse_tangents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and unpack_dual(value).tangent is not None:
+            if isinstance(value, Tensor) and unpack_dual(value).tangent is not None:
                 raise RuntimeError(
                     f"kvops.{self.name} has no forward-mode derivative (jvp), and an input carries a tangent: "
                     "differentiate backwards with torch.autograd.grad"
@@ -210,7 +225,7 @@ class _Operator:
 
 def _some_requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     for value in (*args, *kwargs.values()):  # noqa: SIM110 - any() over a generator takes 1 µs longer
-        if isinstance(value, torch.Tensor) and value.requires_grad:
+        if isinstance(value, Tensor) and value.requires_grad:
             return True
     return False
 
@@ -223,6 +238,7 @@ def register(
     eager: Callable[..., Any],
     kernel: str,
     check_data: Callable[..., None] | None = None,
+    data: str | None = None,
     cpu: str | None = None,
     differentiable: bool = False,
     autocast: tuple[str, ...] = (),
@@ -234,7 +250,8 @@ def register(
     defaults (the dispatcher drops arguments that equal their default). ``check`` raises ValueError or TypeError and
     runs before everything else, while tracing too. It must not read the data of tensors, except with ``KVOPS_DEBUG=1``,
     because calls that differ in data alone share one check. ``check_data`` reads data, in every call with CPU tensors,
-    and with ``KVOPS_DEBUG=1`` in every call. ``kernel`` is ``"module:function"``, imported at its first launch.
+    and with ``KVOPS_DEBUG=1`` in every call; where it reads that of one optional argument, ``data`` names it, and calls
+    without it have nothing to check. ``kernel`` is ``"module:function"``, imported at its first launch.
     ``cpu`` is the same for the numba kernel, where there is one.
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
 
@@ -246,6 +263,7 @@ def register(
         schema,
         check=check,
         check_data=check_data,
+        data=data,
         fake=fake,
         eager=eager,
         kernel=kernel,
@@ -257,6 +275,25 @@ def register(
         for device_type in ("cpu", "cuda"):
             _register_autocast(operator, device_type, autocast, autocast_like)
     return operator.overload
+
+
+def caller(overload: Any) -> Callable[..., Any]:
+    """``overload`` for public functions, which name every option: hands on those that differ from their defaults.
+
+    The dispatcher takes 0.5 µs for a keyword, the comparison 0.1.
+    """
+    options = [x for x in private_torch.schema_of(overload).arguments if x.kwarg_only]
+    defaults = {x.name: x.default_value if x.has_default_value() else ... for x in options}
+
+    def call(*args: Any, **given: Any) -> Any:
+        changed = {}
+        for name, value in given.items():
+            default = defaults[name]
+            if value is not default and (type(value) is not type(default) or value != default):
+                changed[name] = value
+        return overload(*args, **changed)
+
+    return call
 
 
 def register_autograd(overload: Any, apply: Callable[..., Any]) -> None:
@@ -292,7 +329,7 @@ def _register_autocast(operator: _Operator, device_type: str, names: tuple[str, 
         if like is not None and given[like].dtype in checks.FLOAT_DTYPES:
             dtype = given[like].dtype
         for name in names:
-            if isinstance(given[name], torch.Tensor) and given[name].dtype in checks.FLOAT_DTYPES:
+            if isinstance(given[name], Tensor) and given[name].dtype in checks.FLOAT_DTYPES:
                 given[name] = given[name].to(dtype, memory_format=torch.contiguous_format)
         with outside():
             return operator.overload(*(given[name] for name in order[: len(args)]), **{n: given[n] for n in kwargs})

@@ -19,7 +19,7 @@ from kvops.ops.dense import (
     check_queries_and_keys,
     check_rows,
 )
-from kvops.ops.registry import register
+from kvops.ops.registry import caller, register
 
 _OPTIONS = (
     "bool causal=False, int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, "
@@ -54,14 +54,16 @@ def _fake_scores(q: Tensor, k: Tensor, lse: Tensor, **options: object) -> Tensor
     return q.new_empty(k.shape[0], k.shape[2], k.shape[1], dtype=torch.float32)
 
 
-_scores_op = register(
-    f"attention_scores(Tensor q, Tensor k, Tensor lse, *, {_OPTIONS}) -> Tensor",
-    check=_check_scores,
-    fake=_fake_scores,
-    eager=eager.attention_scores,
-    kernel="kvops.kernels.attention_scores:attention_scores",
-    cpu="kvops.kernels.cpu.attention_scores:attention_scores",
-    autocast=("q", "k"),
+_scores_op = caller(
+    register(
+        f"attention_scores(Tensor q, Tensor k, Tensor lse, *, {_OPTIONS}) -> Tensor",
+        check=_check_scores,
+        fake=_fake_scores,
+        eager=eager.attention_scores,
+        kernel="kvops.kernels.attention_scores:attention_scores",
+        cpu="kvops.kernels.cpu.attention_scores:attention_scores",
+        autocast=("q", "k"),
+    )
 )
 
 
@@ -88,16 +90,18 @@ def _fake_varlen(q: Tensor, k: Tensor, *rest: object, **options: object) -> Tens
     return q.new_empty(k.shape[1], k.shape[0], dtype=torch.float32)
 
 
-_varlen_op = register(
-    "attention_scores_varlen(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    f"SymInt max_seqlen_q, SymInt max_seqlen_k, *, {_OPTIONS}) -> Tensor",
-    check=_check_varlen,
-    check_data=_check_varlen_data,
-    fake=_fake_varlen,
-    eager=eager_varlen.attention_scores_varlen,
-    kernel="kvops.kernels.attention_scores:attention_scores_varlen",
-    cpu="kvops.kernels.cpu.attention_scores:attention_scores_varlen",
-    autocast=("q", "k"),
+_varlen_op = caller(
+    register(
+        "attention_scores_varlen(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+        f"SymInt max_seqlen_q, SymInt max_seqlen_k, *, {_OPTIONS}) -> Tensor",
+        check=_check_varlen,
+        check_data=_check_varlen_data,
+        fake=_fake_varlen,
+        eager=eager_varlen.attention_scores_varlen,
+        kernel="kvops.kernels.attention_scores:attention_scores_varlen",
+        cpu="kvops.kernels.cpu.attention_scores:attention_scores_varlen",
+        autocast=("q", "k"),
+    )
 )
 
 

@@ -21,7 +21,7 @@ from kvops.ops.dense import (
     check_values,
 )
 from kvops.ops.gradients import register_gradient
-from kvops.ops.registry import register
+from kvops.ops.registry import caller, register
 
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 
@@ -130,6 +130,7 @@ _backward_op = register(
 )
 
 register_gradient(_forward_op, _backward_op)
+_call_forward, _call_backward = caller(_forward_op), caller(_backward_op)
 
 
 def flash_attention_varlen(
@@ -172,7 +173,7 @@ def flash_attention_varlen(
             with ``KVOPS_DEBUG=1``, because it synchronises.
         TypeError: dtypes that do not fit.
     """
-    return _forward_op(
+    return _call_forward(
         q,
         k,
         v,
@@ -227,7 +228,7 @@ def flash_attention_varlen_backward(
     Raises:
         ValueError, TypeError: as :func:`flash_attention_varlen`.
     """
-    return _backward_op(
+    return _call_backward(
         dout,
         q,
         k,

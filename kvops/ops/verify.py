@@ -11,7 +11,7 @@ from kvops import checks
 from kvops.eager import verify as eager
 from kvops.eager.verify import lookup_key as lookup_key
 from kvops.eager.verify import lookup_start as lookup_start
-from kvops.ops.registry import register
+from kvops.ops.registry import caller, register
 
 
 def check_per_request(name: str, value: Tensor | None, reference: Tensor, *dtypes: torch.dtype) -> None:
@@ -123,14 +123,16 @@ def _fake_verify_draft(
     return draft_tokens.new_empty((B, rows)), draft_tokens.new_empty(B, dtype=torch.int32)
 
 
-_verify_draft = register(
-    "verify_draft(Tensor target_logits, Tensor draft_tokens, *, Tensor? draft_lens=None, Tensor? draft_probs=None, "
-    "Tensor? temperature=None, Tensor? seed=None, Tensor? step=None, str method='token') -> (Tensor, Tensor)",
-    check=_check_verify_draft,
-    fake=_fake_verify_draft,
-    eager=eager.verify_draft,
-    kernel="kvops.kernels.verify_draft:verify_draft",
-    cpu="kvops.kernels.cpu.verify_draft:verify_draft",
+_verify_draft = caller(
+    register(
+        "verify_draft(Tensor target_logits, Tensor draft_tokens, *, Tensor? draft_lens=None, Tensor? draft_probs=None, "
+        "Tensor? temperature=None, Tensor? seed=None, Tensor? step=None, str method='token') -> (Tensor, Tensor)",
+        check=_check_verify_draft,
+        fake=_fake_verify_draft,
+        eager=eager.verify_draft,
+        kernel="kvops.kernels.verify_draft:verify_draft",
+        cpu="kvops.kernels.cpu.verify_draft:verify_draft",
+    )
 )
 
 
@@ -217,14 +219,16 @@ def _fake_prompt_lookup(
     return tokens.new_empty((B, num_draft)), tokens.new_empty(B, dtype=torch.int32)
 
 
-_prompt_lookup = register(
-    "prompt_lookup(Tensor tokens, Tensor lens, *, SymInt num_draft, int max_ngram=3, int min_ngram=1) "
-    "-> (Tensor, Tensor)",
-    check=_check_prompt_lookup,
-    fake=_fake_prompt_lookup,
-    eager=eager.prompt_lookup,
-    kernel="kvops.kernels.prompt_lookup:prompt_lookup",
-    cpu="kvops.kernels.cpu.prompt_lookup:prompt_lookup",
+_prompt_lookup = caller(
+    register(
+        "prompt_lookup(Tensor tokens, Tensor lens, *, SymInt num_draft, int max_ngram=3, int min_ngram=1) "
+        "-> (Tensor, Tensor)",
+        check=_check_prompt_lookup,
+        fake=_fake_prompt_lookup,
+        eager=eager.prompt_lookup,
+        kernel="kvops.kernels.prompt_lookup:prompt_lookup",
+        cpu="kvops.kernels.cpu.prompt_lookup:prompt_lookup",
+    )
 )
 
 

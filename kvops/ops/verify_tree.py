@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import verify_tree as eager
-from kvops.ops.registry import register
+from kvops.ops.registry import caller, register
 from kvops.ops.verify import check_per_request, draw_seed
 
 
@@ -96,14 +96,16 @@ def _fake_verify_tree(
     return parents.new_empty((B, N)), draft_tokens.new_empty((B, N)), parents.new_empty(B)
 
 
-_verify_tree = register(
-    "verify_tree(Tensor target_logits, Tensor draft_tokens, Tensor parents, *, Tensor? draft_probs=None, "
-    "Tensor? temperature=None, Tensor? seed=None, Tensor? step=None) -> (Tensor, Tensor, Tensor)",
-    check=_check_verify_tree,
-    fake=_fake_verify_tree,
-    eager=eager.verify_tree,
-    kernel="kvops.kernels.verify_tree:verify_tree",
-    cpu="kvops.kernels.cpu.verify_tree:verify_tree",
+_verify_tree = caller(
+    register(
+        "verify_tree(Tensor target_logits, Tensor draft_tokens, Tensor parents, *, Tensor? draft_probs=None, "
+        "Tensor? temperature=None, Tensor? seed=None, Tensor? step=None) -> (Tensor, Tensor, Tensor)",
+        check=_check_verify_tree,
+        fake=_fake_verify_tree,
+        eager=eager.verify_tree,
+        kernel="kvops.kernels.verify_tree:verify_tree",
+        cpu="kvops.kernels.cpu.verify_tree:verify_tree",
+    )
 )
 
 
