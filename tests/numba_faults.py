@@ -49,9 +49,16 @@ NUMBA_FAULTS = [
     Mutation(
         "the last four outputs of a share are left out",
         "kernels/cpu/linear.py",
-        "rows, last - first, x.shape[1]",
-        "rows, last - first - 4, x.shape[1]",
+        "len(x), rows, last - first, x",
+        "len(x), rows, last - first - 4, x",
         named("cpu_kernels", "few_rows"),
+    ),
+    Mutation(
+        "a gate below 0 lets everything through",
+        "kernels/cpu/linear.py",
+        "if gate >= 0 else decay",
+        "if gate >= -np.inf else decay",
+        named("cpu_kernels", "gate_of_a_feed"),
     ),
     Mutation(
         "a norm leaves out its weight",

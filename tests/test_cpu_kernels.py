@@ -1,6 +1,7 @@
 """What the numba kernels share: threads, the cache of compiled code, elements of every dtype, and when they run."""
 
 import ast
+import copy
 import math
 import os
 import subprocess
@@ -18,7 +19,7 @@ from kvops import checks
 pytest.importorskip("numba")
 
 from kvops.kernels.cpu import elements, jit, linear, threads
-from kvops.models.linear import Linear
+from kvops.models.linear import Linear, feed_forward
 from kvops.ops.registry import forget_launches
 
 
@@ -237,6 +238,44 @@ def test_a_norm_before_a_product_is_that_of_torch(rows, two_threads):
             module.register_forward_hook(lambda module, inputs, output: seen.append(module))
         assert torch.equal(layer.after(norm, x), layer(norm(x)))
         assert seen == 2 * [norm, layer]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_feed_forward_block_is_that_of_torch(rows, two_threads):
+    norm, gate_up, down = torch.nn.RMSNorm(96, eps=1e-5), Linear(96, 64, bias=False), Linear(32, 96, bias=False)
+    torch.nn.init.normal_(norm.weight)
+    x = 30 * torch.randn(rows, 1, 96)
+
+    def reference(x, norm, gate_up, down):
+        gate, up = gate_up(norm(x)).chunk(2, -1)
+        return x + down(torch.nn.functional.silu(gate) * up)
+
+    modules = norm, gate_up, down
+    with torch.no_grad():
+        exact = reference(x.double(), *(copy.deepcopy(module).double() for module in modules))
+        error = (reference(x, *modules) - exact).abs().max()
+        result = feed_forward(x, *modules)
+        assert (result - exact).abs().max() <= 2 * error + 1e-6
+        torch.set_num_threads(3)
+        for row in range(rows):
+            assert torch.equal(feed_forward(x[row : row + 1], *modules)[0], result[row])
+        seen = []
+        for module in modules:
+            module.register_forward_hook(lambda module, inputs, output: seen.append(module))
+        torch.testing.assert_close(feed_forward(x, *modules), result)
+        assert seen == [*modules]
+
+
+@pytest.mark.parametrize("gate", [0.0, 100.0, -100.0, 300.0, -300.0, math.nan])
+def test_the_gate_of_a_feed_forward_block_takes_every_number(gate):
+    gate_up = torch.zeros(64, 32)
+    gate_up[:32, 0] = gate_up[32:, 1] = 1  # the normalised x has the gate in front, then what it lets through
+    x = torch.zeros(1, 32)
+    x[0, :2] = torch.tensor([1.0, -1.0]) * 4  # whose root mean square is 1
+    norm = torch.tensor([gate / 4, -0.5] + 30 * [1.0])
+    out = linear.feed_forward(x, norm, gate_up, torch.eye(32), 0.0)
+    expected = x + torch.nn.functional.silu(torch.tensor(gate).double()).float() * 2
+    torch.testing.assert_close(out, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "sumsq", "max"])

@@ -9,9 +9,11 @@ from test_generate import prompts_of, tiny_model
 from variants import recorded_variants
 
 from kvops.__main__ import main
+from kvops.cli import demo
 from kvops.generation.generate import generate
 from kvops.generation.options import GenerationOptions
 from kvops.generation.warm_up import warm_up
+from kvops.ops.registry import forget_launches
 from kvops.policies import Compression, SnapKV
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the interpreter's launches")
@@ -76,3 +78,16 @@ def test_the_command_warms_up_for_its_options(monkeypatch, capsys):
     said = capsys.readouterr()
     assert "kept on disk (" in said.out
     assert said.err.count("prompts of") == 9
+
+
+def test_the_demo_times_nothing_that_compiles(monkeypatch):
+    """In a new environment the first row had the compilation of the CPU kernels in its time."""
+    jit = pytest.importorskip("kvops.kernels.cpu.jit")
+    model, bar = tiny_model(num_layers=1, head_dim=24), SimpleNamespace(update=lambda: None, set_postfix_str=str)
+    forget_launches()
+    jit.compiled.cache_clear()
+    demo._compile(model, torch.device("cpu"), bar)
+    compiled = jit.compiled.cache_info().misses
+    demo._answer(model, prompts_of(40)[0], demo.Size(document=0, held_out=0, answer=6), bar)
+    assert compiled
+    assert jit.compiled.cache_info().misses == compiled

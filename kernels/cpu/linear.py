@@ -8,9 +8,12 @@ import torch
 from numba import float32, float64
 
 from kvops.kernels.cpu.arguments import Binding, unpack
+from kvops.kernels.cpu.elements import LOG2_E, exp2
 from kvops.kernels.cpu.jit import jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import LANES, multiply_transposed
+
+AHEAD = 4  # rows of a matrix that are on their way from memory: what is multiplied at once
 
 
 class Call(NamedTuple):
@@ -36,15 +39,25 @@ def _normalised(x, weight, eps):
 
 
 @jit
-def _multiply_share(share, shares, call):
-    """The outputs of a share of the rows of the weight, by fours."""
-    fours = call.weight.shape[0] // 4
-    first, last = 4 * (fours * share // shares), 4 * (fours * (share + 1) // shares)
+def _share_of(columns, share, shares):
+    """The columns [first, last) of a share, by fours."""
+    return 4 * (columns // 4 * share // shares), 4 * (columns // 4 * (share + 1) // shares)
+
+
+@jit
+def _multiply_by(x, weight, share, shares, out):
+    """The columns of out = x @ weight.T that belong to a share."""
+    first, last = _share_of(len(weight), share, shares)
     rows = np.empty(last - first, np.int64)
     for j in range(last - first):
-        rows[j] = call.weight.ctypes.data + (first + j) * call.weight.strides[0]
+        rows[j] = weight.ctypes.data + (first + j) * weight.strides[0]
+    multiply_transposed(x, len(x), rows, last - first, x.shape[1], out[:, first:last], AHEAD * weight.strides[0])
+
+
+@jit
+def _multiply_share(share, shares, call):
     x = _normalised(call.x, call.norm, call.eps) if call.norm.size else call.x
-    multiply_transposed(x, len(x), rows, last - first, x.shape[1], call.out[:, first:last])
+    _multiply_by(x, call.weight, share, shares, call.out)
 
 
 @jit
@@ -53,19 +66,72 @@ def _multiply(addresses, table, threads):
     return run_shares(_multiply_share, (call,), worth(threads, 4 * call.weight.size))
 
 
+class FeedForward(NamedTuple):
+    x: float32[:, ::1]  # [rows, features]
+    norm: float32[:]  # [features]
+    gate_up: float32[:, :]  # [2 * hidden, features]
+    down: float32[:, :]  # [features, hidden]
+    out: float32[:, :]  # as x
+    eps: float64
+
+
+@jit
+def _expand_share(share, shares, call, hidden):
+    _multiply_by(_normalised(call.x, call.norm, call.eps), call.gate_up, share, shares, hidden)
+
+
+@jit
+def _contract_share(share, shares, call, hidden):
+    rows, width = len(hidden), hidden.shape[1] // 2
+    gated = np.empty((rows, width), np.float32)  # each thread has its own, as of the norm
+    for r in range(rows):
+        for d in range(width):
+            gate = hidden[r, d]
+            decay = exp2(-abs(gate) * LOG2_E)
+            gated[r, d] = gate * hidden[r, width + d] * ((np.float32(1) if gate >= 0 else decay) / (1 + decay))
+    _multiply_by(gated, call.down, share, shares, call.out)
+    first, last = _share_of(len(call.down), share, shares)
+    for r in range(rows):
+        for d in range(first, last):
+            call.out[r, d] += call.x[r, d]
+
+
+@jit
+def _feed_forward(addresses, table, threads):
+    call = unpack(FeedForward, addresses, table)
+    hidden = np.empty((len(call.x), len(call.gate_up)), np.float32)
+    succeeded = run_shares(_expand_share, (call, hidden), worth(threads, 4 * call.gate_up.size))
+    return succeeded & run_shares(_contract_share, (call, hidden), worth(threads, 4 * call.down.size))
+
+
+def _layout(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")
+
+
 @functools.lru_cache(maxsize=256)
 def _bound(rows: int, out_features: int, in_features: int, eps: float | None) -> Binding:
-    def layout(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device="meta")
-
     return Binding(
         _multiply,
         Call,
-        x=layout(rows, in_features),
-        norm=None if eps is None else layout(in_features),
-        weight=layout(out_features, in_features),
-        out=layout(rows, out_features),
+        x=_layout(rows, in_features),
+        norm=None if eps is None else _layout(in_features),
+        weight=_layout(out_features, in_features),
+        out=_layout(rows, out_features),
         eps=0.0 if eps is None else eps,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _bound_feed_forward(rows: int, features: int, hidden: int, eps: float) -> Binding:
+    return Binding(
+        _feed_forward,
+        FeedForward,
+        x=_layout(rows, features),
+        norm=_layout(features),
+        gate_up=_layout(2 * hidden, features),
+        down=_layout(features, hidden),
+        out=_layout(rows, features),
+        eps=eps,
     )
 
 
@@ -85,4 +151,17 @@ def linear(
     """
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     _bound(x.shape[0], *weight.shape, eps)(x, norm, weight, out)
+    return out
+
+
+def feed_forward(
+    x: torch.Tensor, norm: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """x [rows, features] + (silu(gate) * up) @ down.T, where [gate, up] = rms_norm(x) @ gate_up.T.
+
+    gate_up is [2 * hidden, features] and down [features, hidden]: see :func:`serves`. The same holds for the bits as
+    in :func:`linear`.
+    """
+    out = torch.empty_like(x)
+    _bound_feed_forward(*x.shape, down.shape[1], eps)(x, norm, gate_up, down, out)
     return out

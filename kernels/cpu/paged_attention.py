@@ -181,7 +181,7 @@ def _locate_values(call, scratch, b, h, first, count):
 @jit
 def _score(call, scratch, span, b, h, first_row, rows, first, count):
     """scratch.s [rows, count]: the scores of the loaded queries and keys, as logarithms to base 2."""
-    multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s)
+    multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s, 0)
     if call.softcap > 0:
         _cap(call.softcap, rows, count, scratch.s)
     if call.slopes.size:

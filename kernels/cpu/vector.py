@@ -237,12 +237,29 @@ def touch(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
     return types.void(types.intp), generate
 
 
+@intrinsic
+def prefetch_once(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
+    """Ask for memory that is read once, which then does not push out of the caches what is read again."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer, number, number, number]), "llvm.prefetch.p0i8"
+        )
+        reads, once, data = number(0), number(0), number(1)
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), reads, once, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
 @jit
-def multiply_transposed(a, rows, b, columns, width, out):
+def multiply_transposed(a, rows, b, columns, width, out, ahead):
     """out [rows, columns] = a [rows, width] @ b [columns, width].T; widths are multiples of ``LANES``.
 
     ``b`` has the addresses of its rows. Two rows of ``a`` by four of ``b`` at a time: every number that is loaded is
-    used more than once. ``b`` and ``out`` have room for columns by fours.
+    used more than once. ``b`` and ``out`` have room for columns by fours. What stands ``ahead`` bytes behind the rows
+    of ``b`` is asked for early, unless that is 0: it waits for memory less where ``b`` is far and in one piece.
     """
     step = 4 * LANES
     for j in range(0, columns, 4):
@@ -253,6 +270,9 @@ def multiply_transposed(a, rows, b, columns, width, out):
             x0, x1, x2, x3 = zero(), zero(), zero(), zero()
             y0, y1, y2, y3 = zero(), zero(), zero(), zero()
             for d in range(0, 4 * width, step):
+                if ahead and i == 0:
+                    for row in (b0, b1, b2, b3):
+                        prefetch_once(row + d + ahead)
                 x, y = load(a0 + d), load(a1 + d)
                 c = load(b0 + d)
                 x0, y0 = fma(x, c, x0), fma(y, c, y0)
@@ -270,6 +290,9 @@ def multiply_transposed(a, rows, b, columns, width, out):
             a0 = a.ctypes.data + i * a.strides[0]
             x0, x1, x2, x3 = zero(), zero(), zero(), zero()
             for d in range(0, 4 * width, step):
+                if ahead and i == 0:
+                    for row in (b0, b1, b2, b3):
+                        prefetch_once(row + d + ahead)
                 x = load(a0 + d)
                 x0, x1 = fma(x, load(b0 + d), x0), fma(x, load(b1 + d), x1)
                 x2, x3 = fma(x, load(b2 + d), x2), fma(x, load(b3 + d), x3)

@@ -118,10 +118,10 @@ def _compression(ratio: int) -> Compression | None:
 def _compile(model: Decoder, device: torch.device, bar: Any) -> None:
     """Compile the kernels first: in a new environment the first rows would otherwise have that in their times."""
     bar.set_postfix_str("compiling")
-    lengths = {"lengths": (64,)} if device.type == "cpu" else {}  # a GPU has other tiles for longer prompts
+    lengths = (64,) if device.type == "cpu" else (64, 300)  # a GPU has other tiles for a prompt that fills several
     for ratio in RATIOS[:2]:  # other ratios launch the same kernels
         for draft in (None, "prompt_lookup"):
-            warm_up(model, GenerationOptions(compression=_compression(ratio), draft=draft), **lengths)
+            warm_up(model, GenerationOptions(compression=_compression(ratio), draft=draft), lengths=lengths)
     bar.update()
 
 

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvops.models.config import LlamaConfig
-from kvops.models.linear import Linear
+from kvops.models.linear import Linear, feed_forward
 from kvops.models.rope import YarnRopeScaling, frequencies
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -53,8 +52,7 @@ class LlamaLayer(nn.Module):
         q, k = rotated.split((config.num_heads, config.num_kv_heads), dim=2)
         v = qkv[:, :, -config.num_kv_heads :]
         x = x + self.out(attend(q, k, v).flatten(2))
-        gate, up = self.gate_up.after(self.mlp_norm, x).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return feed_forward(x, self.mlp_norm, self.gate_up, self.down)
 
 
 class Llama(nn.Module):
