@@ -36,16 +36,17 @@ class Linear(nn.Linear):
 
     def _has_kernel(self, x: Tensor) -> bool:
         """Whether numba's kernel takes these rows: few, no subclasses, and nothing that is traced."""
+        weight = self.weight  # modules search for a parameter, which takes a microsecond
         return (
             not torch.is_grad_enabled()
             and x.dtype == torch.float32
             and 0 < x.numel() <= _FEW * x.shape[-1]
             and x.is_cpu
             and type(x) is Tensor
-            and type(self.weight) is nn.Parameter
+            and type(weight) is nn.Parameter
             and not torch.compiler.is_compiling()
             and backend() == "numba"
-            and _kernels().serves(self.weight)
+            and _kernels().serves(weight)
         )
 
     def _multiply(self, x: Tensor, *norm: Any) -> Tensor:

@@ -34,7 +34,7 @@ def backend(device: torch.device | str = "cpu") -> str:
     implementation. With ``TRITON_INTERPRET=1`` they run the Triton kernels in Triton's interpreter. Every other device
     runs the Triton kernels; no backend falls back to another.
     """
-    if torch.device(device).type != "cpu":
+    if device != "cpu" and torch.device(device).type != "cpu":
         return "triton"
     if checks.interpreting():
         return "triton-interpreter"
