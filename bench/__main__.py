@@ -233,7 +233,7 @@ def serving(arguments: argparse.Namespace) -> int:
 def counted(arguments: argparse.Namespace) -> int:
     from bench import counted as counting
 
-    counting.run(arguments.target, arguments.json)
+    counting.run(arguments.target, arguments.json, arguments.only, arguments.vllm)
     return 0
 
 
@@ -330,6 +330,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     counts.add_argument("--target", default="sm_80", help="sm_80 or sm_90 (default: %(default)s)")
     counts.add_argument("--json", type=Path, metavar="PATH", help="write the counts here")
+    counts.add_argument("--only", default="", metavar="WORD", help="part of a case's name")
+    counts.add_argument("--vllm", type=Path, metavar="FOLDER", help="site-packages with vLLM, for its kernel as a peer")
     counts.set_defaults(function=counted)
 
     _in_vllm(commands)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import growth, plots, results, table
+from bench import counted, growth, plots, results, table
 from bench.measure import KVOPS
 from bench.quality import study
 from bench.quality.kept import kept
@@ -87,6 +87,7 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "serving": "Serving in vLLM",
         "answers": "Answers in vLLM",
         "soak": "A soak in vLLM",
+        "counted": "Counted work",
     }
     title = titles.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())
     sources = ", ".join(f"[`{path.name}`]({_link(path, root)})" for path in paths[:1])
@@ -100,6 +101,7 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "serving": pages.serving,
         "answers": pages.answers,
         "soak": pages.soak,
+        "counted": counted.pages,
     }
     if kind.startswith("gpu-"):
         title, body[kind] = f"GPU run: {kind.removeprefix('gpu-')}", _gpu_phase

@@ -395,3 +395,24 @@ def test_the_suite_for_pytest_benchmark_has_every_case_and_contender():
     cases = all_cases(SCALES["cpu" if not torch.cuda.is_available() else "full"])
     assert set(contenders) == {case.name for case in cases}
     assert all(None in found and len(found) > 1 for found in contenders.values())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_decoding_as_counted_moves_little_more_than_its_cache_with_fewer_instructions_than_the_peer(target):
+    """``python -m bench counted`` makes the committed table again; see docs/machine.md."""
+    path = results.RESULTS / "machine" / f"counted-{target}.json"
+    rows = [
+        row for row in results.load(path)["rows"] if "lengths=equal" in row["case"] or "heavy-tailed" in row["case"]
+    ]
+    own = {row["case"]: row for row in rows if row["contender"] == measure.KVOPS}
+    peer = {row["case"]: row for row in rows if row["contender"] != measure.KVOPS}
+    assert len(own) == 4
+    assert len(peer) == 2
+    for name, row in own.items():
+        assert row["moved_bytes"] <= (1.10 if "scores" in name else 1.05) * row["needed_bytes"]
+        attending = [
+            ways for place, ways in row["loop_conflicts"].items() if place.startswith("paged_attention_kernel:")
+        ]
+        assert max(attending, default=1) <= 2
+    for name, row in peer.items():
+        assert own[name]["instructions"] < row["instructions"]

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from machine_ptx import prepared, program, run
+from machine_ptx import HEADER, prepared, program, run
 
 from kvops.autotune.machine.counts import Counter, matrix_work
 from kvops.autotune.machine.grid import run_with_seeds
 from kvops.autotune.machine.instructions.asynchronous import Descriptor
 from kvops.autotune.machine.memory import DESCRIPTORS
+from kvops.autotune.machine.ptx import Program
 from kvops.autotune.machine.report import MachineFaultError, raise_faults
 
 # %r1: thread, %r4: its own word of shared memory, %r5: that of the thread 32 further on (of 64).
@@ -534,6 +535,39 @@ ret;"""
     assert counter.pipes["memory"] == 4
     assert counter.pipes["parameter"] == 1
     assert counter.matrix_operations == 0
+
+
+def test_what_all_threads_of_a_warp_read_is_moved_once_for_each_warp():
+    counter = Counter()
+    run(f"{OWN_GLOBAL}ld.global.b32 %r2, [%rd1];\nret;", words(), warps=2, grid=3, counter=counter, check=False)
+    assert (counter.global_bytes, counter.sectors) == (6 * 4, 6)
+
+
+def test_bank_conflicts_in_loops_are_told_from_others():
+    body = f"""{OWN_GLOBAL}shl.b32 %r3, %r1, 7;
+mov.b32 %r4, 0;
+st.shared.b32 [%r3+1024], %r1;
+$L__BB0_1:
+shl.b32 %r3, %r1, 3;
+st.shared.b32 [%r3+1024], %r1;
+add.s32 %r4, %r4, 1;
+setp.lt.s32 %p1, %r4, 3;
+@%p1 bra $L__BB0_1;
+ret;"""
+    counter = Counter()
+    run(body, words(), shared=4096, counter=counter, check=False)
+    assert sorted(counter.conflicts.values()) == [2, 32]
+    assert list(counter.loop_conflicts.values()) == [2]
+
+
+def test_an_instruction_of_an_inlined_function_names_the_line_of_the_kernel_too():
+    body = """.loc 1 7 0 // helper.py:7:0 @[ middle.py:3:1 @[ kernel.py:12:4 ] ]
+mov.u32 %r1, %tid.x;
+.loc 1 8 0 // kernel.py:8:0
+ret;"""
+    first, second = Program(HEADER.format(parameters="", threads=32, body=body)).instructions
+    assert str(first.place) == "kernel.py:7 in kernel.py:12  mov.u32 %r1, %tid.x"
+    assert str(second.place) == "kernel.py:8  ret"
 
 
 def test_the_work_of_matrix_instructions_is_counted_for_a_warp():

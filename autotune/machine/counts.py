@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SECTOR = 5  # 32 bytes, as a shift
 _BANKS = 32
+_ADDRESS_BITS = 47
 _PIPES = {
     "matrix": ("mma", "wgmma"),
     "special": ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"),
@@ -52,13 +53,16 @@ def matrix_work(instruction: Instruction) -> float:
 class Counter:
     """Adds up what launches do.
 
-    ``conflicts`` has, by instruction, the most words of one bank of shared memory that one access of a warp asked for.
+    ``global_bytes``: each warp counts a place once, whatever number of its threads read it by one instruction.
+    ``conflicts`` has, by instruction, the most words of one bank of shared memory that one access of a warp asked for;
+    ``loop_conflicts`` those of instructions in loops.
     """
 
     def __init__(self) -> None:
         self.global_bytes = self.sectors = 0
         self.wavefronts = self.fewest_wavefronts = 0
         self.conflicts: dict[str, int] = {}
+        self.loop_conflicts: dict[str, int] = {}
         self.pipes: Tally[str] = Tally()
         self.matrix_operations = 0.0
         self._blocks: dict[int, list[tuple[str, float]]] = {}
@@ -87,8 +91,9 @@ class Counter:
     def access(self, team: Team, at: int, space: Space, lanes: np.ndarray, index: np.ndarray, size: int) -> None:
         warps = team.row[lanes] + 1024 * team.program[lanes]
         if space.name == "global memory":
-            self.global_bytes += lanes.size * size
-            self.sectors += np.unique(np.stack([warps, index >> _SECTOR]), axis=1).shape[1]
+            warp = np.unique(warps, return_inverse=True)[1] << _ADDRESS_BITS
+            self.global_bytes += np.unique(warp | index).size * size
+            self.sectors += np.unique(warp | index >> _SECTOR).size
             return
         # 32 threads go together with words of 4 bytes, 16 with 8 bytes, 8 with 16.
         together = min(32, 128 // size)
@@ -102,5 +107,7 @@ class Counter:
             most[owner] = max(most.get(owner, 0), count)
         self.wavefronts += sum(most.values())
         self.fewest_wavefronts += len(most)
-        place = str(space.execution.program.instructions[at].place)
-        self.conflicts[place] = max(self.conflicts.get(place, 0), max(most.values()))
+        program = space.execution.program
+        place = f"{space.execution.kernel}: {program.instructions[at].place}"
+        for found in (self.conflicts, self.loop_conflicts) if at in program.in_loops else (self.conflicts,):
+            found[place] = max(found.get(place, 0), max(most.values()))

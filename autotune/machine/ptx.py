@@ -83,9 +83,11 @@ class Place:
     file: str
     line: int
     text: str
+    kernel_line: str = ""  # "kernel.py:12": where the kernel calls what this is part of, if it is no line of its own
 
     def __str__(self) -> str:
-        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}  {self.text[:100]}"
+        inside = f" in {self.kernel_line}" if self.kernel_line else ""
+        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}{inside}  {self.text[:100]}"
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,18 @@ class Program:
         return [entry for entry in self.instructions if entry.opcode.startswith(_SYNCHRONISATION)]
 
     @cached_property
+    def in_loops(self) -> frozenset[int]:
+        """Instructions between a label and a later branch back to it."""
+        found: set[int] = set()
+        for number, block in enumerate(self.blocks):
+            for entry in block:
+                target = entry.operands[0] if entry.base == "bra" else None
+                first = self.labels.get(target.name, number + 1) if isinstance(target, Symbol) else number + 1
+                for passed in self.blocks[first : number + 1]:
+                    found.update(each.index for each in passed)
+        return frozenset(found)
+
+    @cached_property
     def granules(self) -> dict[str, int]:
         """By space: the size in bytes of the smallest access, so that shadow memory needs no finer cells."""
         found = {"shared": 16, "global": 16}
@@ -238,34 +252,40 @@ class _Body:
 
     def __init__(self, text: str, program: Program) -> None:
         self.text, self.program = text, program
-        self.location = (0, 0)
+        self.location = (0, 0, "")
         self.count = 0
         self.scope = self.scopes = 0
         self.table: list[str] | None = None
+        self.operands: dict[tuple[int, str], Operand] = {}
 
     def __iter__(self) -> Iterator[str | Instruction]:
         inside = False
         for raw in self.text.splitlines():
-            line = raw.split("//")[0].strip()
+            line, _, comment = (part.strip() for part in raw.partition("//"))
             if not inside:
                 inside = line == "{"
                 continue
             if line == "}" and not self.scope:
                 return
             if line:
-                yield from self._line(line)
+                yield from self._line(line, comment)
 
-    def _line(self, line: str) -> Iterator[str | Instruction]:
+    def _line(self, line: str, comment: str) -> Iterator[str | Instruction]:
         program = self.program
         if self.table is not None or ".branchtargets" in line:
             self._targets(line)
+        elif line[0] not in ".{}" and line[-1] != ":":
+            for statement in filter(None, map(str.strip, line.split(";"))):
+                yield self._instruction(statement)
         elif line == "{":
             self.scopes += 1
             self.scope = self.scopes
         elif line == "}":
             self.scope = 0
         elif found := re.match(r"\.loc\s+(\d+)\s+(\d+)", line):
-            self.location = int(found[1]), int(found[2])
+            # Of a line that is inlined, LLVM says in the comment where: the last place is the kernel's own.
+            inlined = re.findall(r"@\[ ([\w.]+:\d+)", comment)
+            self.location = int(found[1]), int(found[2]), inlined[-1] if inlined else ""
         elif found := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>", line):
             for number in range(int(found[3])):
                 program.declare(f"{found[2]}{number}", found[1])
@@ -274,12 +294,8 @@ class _Body:
         elif found := re.match(r"(\$?\w+):$", line):
             if not found[1].startswith(("$L__tmp", "$L__func")):
                 yield self._scoped(found[1])
-        elif line.startswith("."):
-            if not line.startswith(".pragma"):
-                raise Unsupported(line)
-        else:
-            for statement in filter(None, map(str.strip, line.split(";"))):
-                yield self._instruction(statement)
+        elif not line.startswith(".pragma"):
+            raise Unsupported(line)
 
     def _targets(self, line: str) -> None:
         if self.table is None:
@@ -296,16 +312,24 @@ class _Body:
         found = _STATEMENT.match(statement)
         if not found:
             raise Unsupported(statement)
-        file, line = self.location
-        place = Place(self.program.files.get(file, "?"), line, " ".join(statement.split()))
+        file, line, kernel_line = self.location
+        place = Place(self.program.files.get(file, "?"), line, " ".join(statement.split()), kernel_line)
         guard = self._register(found[2]) if found[2] else None
-        operands = tuple(self._operand(text) for text in _split(found[4]))
+        operands = tuple(self._known_operand(text) for text in _split(found[4]))
         instruction = Instruction(self.count, found[3], operands, guard, bool(found[1]), place)
         self.count += 1
         return instruction
 
     def _register(self, name: str) -> Register | None:
         return self.program.register(self._scoped(name))
+
+    def _known_operand(self, text: str) -> Operand:
+        """Most registers are named many times."""
+        key = self.scope, text
+        operand = self.operands.get(key)
+        if operand is None:
+            operand = self.operands[key] = self._operand(text)
+        return operand
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):
@@ -339,6 +363,8 @@ class _Body:
 
 def _split(text: str) -> list[str]:
     """At the commas outside of brackets."""
+    if "{" not in text and "[" not in text:
+        return [part.strip() for part in text.split(",")] if text else []
     found, depth, current = [], 0, ""
     for character in text:
         depth += (character in "{[") - (character in "}]")
