@@ -193,7 +193,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 def run(target: str, path: Path | None = None, only: str = "", vllm: Path | None = None) -> list[dict[str, Any]]:
     """Count every case whose name contains ``only``, print the table and write the rows to ``path``.
 
-    ``vllm``: the site-packages of an environment with vLLM, searched behind this one's own.
+    ``vllm``: the site-packages of an environment with vLLM, searched after this one.
     """
     if vllm is not None:
         sys.path.append(str(vllm))

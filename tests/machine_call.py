@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kvops.autotune.machine import Execution
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,23 @@ def names_for(target: str, only: str = "", skip: Collection[str] = ()) -> list[s
         for name in CASES
         if only in name and not name.startswith(tuple(skip)) and (target == "sm_90" or not name.startswith(HOPPER))
     ]
+
+
+def sites(execution: Execution) -> list[dict[str, Any]]:
+    """Barriers, waits, arrivals and fences of a kernel, each with its place: source line, instruction, and number among
+    its equals."""
+    found, seen = [], Counter()
+    for entry in execution.program.synchronisation:
+        place = f"{entry.place.file.rsplit('/', 1)[-1]}:{entry.place.line}", entry.opcode
+        seen[place] += 1
+        covered = bool(execution.covered[entry.index])
+        found.append(
+            {"line": place[0], "instruction": place[1], "number": seen[place], "index": entry.index, "covered": covered}
+        )
+    return found
+
+
+def identity(execution: Execution) -> str:
+    """Changes with the instructions of a kernel: a row of the mutation table holds for this very code."""
+    opcodes = " ".join(entry.opcode for entry in execution.program.instructions)
+    return hashlib.sha256(opcodes.encode()).hexdigest()[:12]

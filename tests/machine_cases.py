@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine_call import CASES, Call, case, names_for
+from machine_call import CASES, Call, case, identity, names_for, sites
 from paged_lists import make_lists
 
 import kvops  # noqa: F401 - registers the operators
@@ -201,6 +201,13 @@ def paged_chunk_scores():
 
 
 @case
+def paged_packed():
+    """Tokens of three sequences one behind the other, of one which has none."""
+    ends = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    return _decode(_lists(), torch.randn(8, 4, 64).half(), cu_seqlens_q=ends, max_seqlen_q=5)
+
+
+@case
 def paged_append():
     from kvops.kernels.paged_append import paged_append as launch
 
@@ -340,8 +347,8 @@ def verify_greedy():
 @case
 def verify_sampled():
     probabilities = torch.softmax(torch.randn(2, 3, VOCABULARY), -1)
-    lens = torch.tensor([3, 2], dtype=torch.int32)
-    return _verify(draft_lens=lens, draft_probs=probabilities, step=torch.tensor([1, 2]), **SAMPLING)
+    options = {"draft_lens": torch.tensor([3, 2], dtype=torch.int32), "step": torch.tensor([1, 2])}
+    return _verify(draft_probs=probabilities, **options, **SAMPLING)
 
 
 @case
@@ -352,7 +359,7 @@ def verify_block():
 def _tree(**options):
     from kvops.kernels.verify_tree import verify_tree as launch
 
-    logits, _ = _logits()
+    logits = _logits()[0]
     parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2]], dtype=torch.int32)
     tokens = torch.randint(VOCABULARY, (2, 4))
     tokens[0, 1] = logits[0, 0].argmax()
@@ -451,12 +458,15 @@ def run(name: str, target: str, options: Options, **context: Any) -> tuple[Machi
 def row(name: str, target: str, seed: int, lockstep: str = "") -> dict[str, Any]:
     start = time.perf_counter()
     machine, error = run(name, target, Options(seed=seed, lockstep=lockstep))
+    first = {execution.kernel: execution for execution in reversed(machine.executions)}
     return {
         "case": name,
         "target": target,
         "seed": seed,
         "error": error,
-        "kernels": sorted({execution.kernel for execution in machine.executions}),
+        "kernels": sorted(first),
+        "code": {name: identity(execution) for name, execution in first.items()},
+        "synchronisation": {name: [f"{s['line']} {s['instruction']}" for s in sites(e)] for name, e in first.items()},
         "faults": [f"{execution}: {fault}" for execution in machine.executions for fault in execution.faults],
         "benign": sorted({str(f) for execution in machine.executions for f in execution.found.values() if f.benign}),
         "instructions": sum(execution.instructions for execution in machine.executions),
@@ -476,13 +486,11 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in names_for(arguments.target, arguments.only, arguments.skip.split(",") if arguments.skip else ()):
-        rows.append(row(name, arguments.target, arguments.seed, arguments.lockstep))
-        told = rows[-1]
-        state = "right" if not told["error"] and not told["faults"] else "WRONG"
+        rows.append(told := row(name, arguments.target, arguments.seed, arguments.lockstep))
+        state = "WRONG" if told["error"] or told["faults"] else "right"
         print(f"{told['target']} {name}: {state}, {told['seconds']} s, {told['run_seconds']} s of it on the machine")
-        for line in [told["error"][-1500:], *told["faults"]]:
-            if line:
-                print("   ", line)
+        for line in filter(None, [told["error"][-1500:], *told["faults"]]):
+            print("   ", line)
         sys.stdout.flush()
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

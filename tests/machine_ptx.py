@@ -10,6 +10,12 @@ from kvops.autotune.machine.team import Team
 from kvops.autotune.machine.translate import BlockWriter
 
 KINDS = {"p": "pred", "rs": "u16", "r": "u32", "rd": "u64"}
+# %rd3: the thread's own word of the first buffer.
+OWN_GLOBAL = """mov.u32 %r1, %tid.x;
+ld.param.b64 %rd1, [kernel_param_0];
+mul.wide.u32 %rd2, %r1, 4;
+add.s64 %rd3, %rd1, %rd2;
+"""
 HEADER = """
 .version 8.7
 .target sm_90a
@@ -104,3 +110,11 @@ def prepared(
         allocations.append(Allocation(buffer.ctypes.data, buffer.nbytes, flags))
     parameters = {f"kernel_param_{n}": buffer.ctypes.data.to_bytes(8, "little") for n, buffer in enumerate(buffers)}
     return Grid(held, (grid,), parameters, allocations, shared, warps, descriptors, options=Options(**options))
+
+
+def kinds(execution) -> list[str]:
+    return [fault.kind for fault in execution.faults]
+
+
+def words(count=64):
+    return np.zeros(count, np.uint32)

@@ -7,18 +7,20 @@ interpreter. What it found is kept below .cache/machine under the hash of everyt
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import machine_cases
+import machine_mutations
+import machine_suite
 import pytest
+from machine_mutations import ALIKE
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90")
-# Kernels without matrix products or asynchronous copies are compiled to the same instructions for both.
-ALIKE = ("paged_append", "paged_schedule", "select", "compact", "copy", "verify", "prompt", "merge")
 
 pytestmark = pytest.mark.compile
 
@@ -61,6 +63,18 @@ def found() -> dict[str, dict[str, dict]]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def cases_of(found):
+    """``cases_of(target)``: what each case gave."""
+
+    def cases_of(target: str) -> dict[str, dict]:
+        if target not in found:
+            found[target] = rows(target)
+        return found[target]
+
+    return cases_of
+
+
 def cases() -> list:
     return [
         pytest.param(target, name, id=f"{target}-{name}")
@@ -70,10 +84,8 @@ def cases() -> list:
 
 
 @pytest.mark.parametrize(("target", "name"), cases())
-def test_compiled_code_gives_the_right_results_without_a_fault(target, name, found):
-    if target not in found:
-        found[target] = rows(target)
-    row = found[target][name]
+def test_compiled_code_gives_the_right_results_without_a_fault(target, name, cases_of):
+    row = cases_of(target)[name]
     assert not row["faults"], "\n".join(row["faults"])
     assert not row["error"], row["error"]
     assert row["kernels"]
@@ -92,5 +104,68 @@ def test_barriers_that_the_mutation_table_calls_necessary_are_noticed_when_they_
     """A few rows, for code that is still the same; ``tests/machine_mutations.py`` makes the table again."""
     done = _run([sys.executable, str(ROOT / "tests/machine_mutations.py"), "--target", target, "--replay", "3"])
     assert done.returncode == 0, done.stdout + done.stderr
-    if done.stdout.startswith("0 rows"):
-        pytest.skip("the kernels have changed since the table was made")
+    assert not done.stdout.startswith("0 rows"), done.stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_mutation_table_is_of_the_kernels_as_they_are(target, cases_of):
+    """A barrier that is gone, or any other change of the code: make the table again, with machine_mutations.py."""
+    pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if version("triton") != pinned[1]:
+        pytest.skip("other versions of Triton compile to other code")
+    assert machine_mutations.changed(target, cases_of(target)) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_mutation_table_has_every_kernel_with_something_to_leave_out(target, cases_of):
+    known = {kernel for _, kernel in machine_mutations.kept_rows(target)}
+    found = {name for row in cases_of(target).values() for name, sites in row["synchronisation"].items() if sites}
+    assert found <= known
+
+
+def test_a_barrier_that_is_gone_is_named_with_its_line():
+    (case, kernel), rows = next(iter(machine_mutations.kept_rows("sm_80").items()))
+    sites = [f"{row['line']} {row['instruction']}" for row in rows]
+    told = {case: {"code": {kernel: rows[0]["code"]}, "synchronisation": {kernel: sites}}}
+    others = [line for line in machine_mutations.changed("sm_80", told) if line.startswith(f"{kernel} ")]
+    assert others == []
+    told[case] = {"code": {kernel: "other"}, "synchronisation": {kernel: sites[:1] + sites[2:]}}
+    lost, changed = [line for line in machine_mutations.changed("sm_80", told) if line.startswith(f"{kernel} ")]
+    assert f"{sites[1]} is gone" in lost
+    assert changed.endswith("its code has changed since the table was made")
+
+
+def test_what_is_counted_is_written_with_the_kernels_that_ran(tmp_path):
+    path = tmp_path / "counted.json"
+    done = _run([sys.executable, "-m", "bench", "counted", "--only", "paged_append", "--json", str(path)])
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["op"], row["contender"], row["target"]) == ("paged_append", "kvops", "sm_80")
+    assert row["kernels"] == ["paged_append_kernel"]
+    assert row["sector_bytes"] >= row["moved_bytes"] >= row["needed_bytes"] > 0
+    assert row["instructions"] > 0
+
+
+def test_a_record_of_the_suite_is_added_up_by_target_with_the_last_word_on_each_test():
+    def row(test, outcome, reason=""):
+        return {
+            "target": "sm_80", "seeds": [0, 1], "code": "c", "test": f"tests/test_a.py::{test}", "outcome": outcome,
+            "reason": reason, "launches": 2, "runs": 3, "instructions": 10, "kernels": ["k"], "faults": [],
+            "seconds": 1.0, "machine_seconds": 0.5,
+        }  # fmt: skip
+
+    rows = [
+        {"target": "sm_80", "collected": {"tests/test_a.py": 4, "tests/test_b.py": 1}},
+        row("one", "failed", "broken"),
+        {"target": "sm_80", "collected": {"tests/test_a.py": 3}},  # what is left, or a part
+        row("one", "passed"),
+        row("two", "skipped", "needs a GPU"),
+        {"target": "sm_90", "collected": {"tests/test_a.py": 4}},
+    ]
+    found = machine_suite.summary(rows)
+    told = found["sm_80"]
+    assert [told[name] for name in ("tests", "passed", "skipped", "failed")] == [5, 1, 1, 0]
+    assert [told[name] for name in ("launches", "runs", "instructions")] == [4, 6, 20]
+    assert told["files"]["tests/test_a.py"] == {"tests": 4, "passed": 1, "skipped": 1}
+    assert told["not passed"] == {"tests/test_a.py::two": "needs a GPU"}
+    assert found["sm_90"]["passed"] == 0
