@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import machine_cases
 import machine_mutations
@@ -144,6 +145,40 @@ def test_what_is_counted_is_written_with_the_kernels_that_ran(tmp_path):
     assert row["kernels"] == ["paged_append_kernel"]
     assert row["sector_bytes"] >= row["moved_bytes"] >= row["needed_bytes"] > 0
     assert row["instructions"] > 0
+
+
+def test_a_second_call_of_the_suite_leaves_out_what_has_passed_in_the_same_code_with_these_seeds(monkeypatch, tmp_path):
+    class Item:
+        path = Path(__file__)
+
+        def __init__(self, name, backend="triton"):
+            self.nodeid = f"tests/test_a.py::{name}"
+            self.callspec = SimpleNamespace(params={"backend": backend})
+
+        def get_closest_marker(self, name):
+            return name if "model" in self.nodeid else None
+
+    def selected(seeds):
+        monkeypatch.setattr(machine_suite, "SEEDS", seeds)
+        items = [Item("of_the_model"), Item("one"), Item("eager", "eager"), Item("two"), Item("three")]
+        left_out = []
+        hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+        machine_suite.select(items, SimpleNamespace(hook=hook))
+        assert len(items) + len(left_out) == 5
+        return [item.nodeid.split("::")[1] for item in items]
+
+    monkeypatch.setattr(machine_suite, "RECORD", str(tmp_path / "record.jsonl"))
+    monkeypatch.setattr(machine_suite, "MACHINE", "sm_80")
+    assert selected((0, 1)) == ["one", "two", "three", "of_the_model"]
+    code = machine_suite.code(Item.path)
+    for name, row in {
+        "one": {"outcome": "passed", "code": code},
+        "two": {"outcome": "failed", "code": code},
+        "three": {"outcome": "passed", "code": "of other kernels"},
+    }.items():
+        machine_suite._write({"test": f"tests/test_a.py::{name}", "seeds": [0, 1], **row})
+    assert selected((0, 1)) == ["two", "three", "of_the_model"]
+    assert selected((0, 1, 2)) == ["one", "two", "three", "of_the_model"]
 
 
 def test_a_record_of_the_suite_is_added_up_by_target_with_the_last_word_on_each_test():
