@@ -330,11 +330,19 @@ def paged_attention_config(
         # A float8 tile is in registers twice, as loaded and as converted: 64 slots of 128 spill on sm_100, and 128
         # slots of 64 on sm_80.
         block_n = min(block_n, max(16, 4096 // head_dim))
+    if not nvidia and head_dim > 256 and itemsize == 4 and cache_itemsize != 1:
+        return PagedAttentionConfig(16, 16, 4, 1)  # two stages take 65 KiB, gfx942 has 64; 8 warps spill
     num_stages = 2
     if nvidia:
         num_stages = 5 if block_n * slot_bytes <= stage else 3
     # 64 x 128 sums spill with 4 warps where masks and scores come on top, and 32 x 128 products of float32.
     many = 4096 if itemsize == 4 and block_m > 16 else 8192
+    if cache_itemsize == 1 and nvidia:
+        # By Triton 3.7.1, without these limits: 14 spills (heads of 256), 27 (512), 88 to 2218 (float32).
+        if head_dim >= 256:
+            many, num_stages = 4096, min(num_stages, 5 if head_dim == 256 else 3)
+        if itemsize == 4:
+            block_n, num_stages = min(block_n, max(16, 2048 // head_dim)), 1
     return PagedAttentionConfig(block_m, block_n, 8 if block_m * max(block_n, head_dim) >= many else 4, num_stages)
 
 

@@ -105,11 +105,20 @@ _PAGED_PROBLEMS = (
     {**_paged_problem(128, 4, 16, 4, 64, 2048), "itemsize": 4},
     {**_paged_problem(128, 4, 16, 64, 64, 2048), "itemsize": 4},
 )
-# Drafts: more rows than decoding has. Their larger tiles are proven alone.
-_PAGED_CORNERS = tuple(
-    _paged_problem(width, cache_itemsize, 16, rows, 64, 8192)
-    for width, cache_itemsize in ((64, 2), (64, 1), (128, 1), (256, 1))
-    for rows in (32, 64)
+# Drafts: more rows than decoding has. Their larger tiles are proven alone. Then rarer caches: float8 with heads of 256
+# and 512, float32 with wide heads, and queries in float32 over a float8 cache.
+_PAGED_CORNERS: tuple[Problem, ...] = (
+    *(
+        _paged_problem(width, cache_itemsize, 16, rows, 64, 8192)
+        for width, cache_itemsize in ((64, 2), (64, 1), (128, 1), (256, 1))
+        for rows in (32, 64)
+    ),
+    *(_paged_problem(width, 1, 16, rows, 64, 8192) for width, rows in ((256, 4), (512, 4), (512, 64))),
+    *({**_paged_problem(width, 4, 16, 4, 64, 2048), "itemsize": 4} for width in (256, 512)),
+    *(
+        {**_paged_problem(width, 1, 16, rows, 64, 2048), "itemsize": 4}
+        for width, rows in ((16, 4), (32, 4), (64, 4), (64, 64), (128, 4), (128, 64), (256, 4), (512, 4))
+    ),
 )
 
 
@@ -124,6 +133,15 @@ _APPEND_PROBLEMS: tuple[Problem, ...] = tuple(
     {"width": width, "itemsize": 2, "tokens": tokens, "lists": lists}
     for width in (128, 64, 256)
     for tokens, lists in ((1, 64), (1, 512), (512, 64))
+)
+# Each number of tokens in a program at the widest head that has it, which stands for narrower ones.
+_APPEND_CORNERS: tuple[Problem, ...] = tuple(
+    {"width": width, "itemsize": itemsize, "tokens": tokens, "lists": 64}
+    for itemsize, width, tokens in (
+        *((itemsize, 512, tokens) for itemsize in (2, 4) for tokens in (1, 2, 4, 8)),
+        *((4, 256, 2), (4, 256, 16), (4, 128, 4), (4, 128, 32), (4, 64, 8), (4, 64, 64)),
+        *((4, 32, 16), (4, 32, 128), (4, 16, 32), (4, 16, 256)),
+    )
 )
 
 
@@ -216,6 +234,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         kernels=("kvops.kernels.paged_append:paged_append_kernel",),
         workload="kvops.autotune.workloads:paged_append",
         problems=_APPEND_PROBLEMS,
+        corners=_APPEND_CORNERS,
         operators=("paged_append",),
     ),
     OpSpec(
@@ -275,6 +294,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         problems=tuple(
             {"itemsize": itemsize, "vocab": vocab} for itemsize in (2, 4) for vocab in (128256, 49152, 262144)
         ),
+        corners=tuple({"itemsize": itemsize, "vocab": vocab} for itemsize in (2, 4) for vocab in (64, 100, 200, 400)),
         operators=("verify_draft", "verify_tree"),
         # Each model has its vocabulary: half or twice the size is another problem.
         max_distance=1.0,
@@ -292,6 +312,7 @@ FAMILIES: tuple[OpSpec, ...] = (
         kernels=("kvops.kernels.prompt_lookup:match_kernel",),
         workload="kvops.autotune.workloads:prompt_lookup",
         problems=({"length": 4096}, {"length": 32768}, {"length": 512}),
+        corners=({"length": 100},),
         operators=("prompt_lookup",),
     ),
 )
