@@ -18,8 +18,9 @@ from kvops.ops.dense import (
     check_tokens,
     check_values,
 )
-from kvops.ops.gradients import register_gradient
+from kvops.ops.gradients import attention_gradients, register_gradient
 from kvops.ops.registry import caller, register
+from kvops.ops.transforms import allow_transforms, fold_dense
 
 OPTIONS = (
     "bool causal=False, int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, "
@@ -115,6 +116,9 @@ _bias_backward_op = register(
 
 
 register_gradient(_forward_op, _backward_op, _bias_backward_op)
+allow_transforms(_forward_op, attention_gradients((_backward_op, _bias_backward_op)), fold_dense)
+allow_transforms(_backward_op, fold=fold_dense)
+allow_transforms(_bias_backward_op)
 _call_forward, _call_backward, _call_bias_backward = map(caller, (_forward_op, _backward_op, _bias_backward_op))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kvops.eager import merge as eager
 from kvops.ops.dense import DENSE, PACKED
 from kvops.ops.gradients import first_derivative, last_contiguous
 from kvops.ops.registry import register, register_autograd
+from kvops.ops.transforms import Values, allow_transforms, into_batch, mapped_first
 
 
 def _check_part(name: str, tensor: Tensor, out_a: Tensor) -> None:
@@ -86,6 +88,9 @@ _backward_op = register(
 )
 
 
+_PARTS = ("out_a", "lse_a", "out_b", "lse_b")
+
+
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,16 +100,33 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dout, dlse = gradients
-        if dout is None and dlse is None:
+        if all(gradient is None for gradient in gradients):
             return None, None, None, None, None
-        inputs = ctx.saved_tensors
-        dout = torch.zeros_like(inputs[0]) if dout is None else last_contiguous(dout)
-        dlse = None if dlse is None else last_contiguous(dlse)
-        return None, *first_derivative(_backward_op, dout, *inputs, dlse=dlse)
+        return None, *_gradients(ctx.saved_tensors, *gradients)
+
+
+def _gradients(inputs: Sequence[Tensor], dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, ...]:
+    dout = torch.zeros_like(inputs[0]) if dout is None else last_contiguous(dout)
+    dlse = None if dlse is None else last_contiguous(dlse)
+    return first_derivative(_backward_op, dout, *inputs, dlse=dlse)  # type: ignore[no-any-return]
+
+
+def _gradients_by_name(values: Values, results: object, gradients: Sequence[Tensor | None], needed: object) -> Values:
+    return dict(zip(_PARTS, _gradients([values[name] for name in _PARTS], *gradients), strict=True))
+
+
+def _fold(values: Values, dims: dict[str, int | None], size: int) -> Values | None:
+    """The mapped dimension as part of the batch; of packed parts it is the batch."""
+    if size == 0:
+        return None
+    mapped = {name: mapped_first(values[name], dim, size) for name, dim in dims.items()}
+    packed = mapped["out_a"].dim() == 4
+    return values | {name: last_contiguous(x) if packed else into_batch(x) for name, x in mapped.items()}
 
 
 register_autograd(_forward_op, _Merge.apply)
+allow_transforms(_forward_op, _gradients_by_name, _fold)
+allow_transforms(_backward_op, fold=_fold)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

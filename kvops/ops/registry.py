@@ -256,8 +256,8 @@ def register(
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
 
     Under ``torch.autocast`` the arguments named in ``autocast`` are cast to its dtype, or to that of the argument
-    ``autocast_like`` (a cache, unless it is float8); nothing else is. ``torch.func.vmap`` and forward-mode
-    differentiation are refused.
+    ``autocast_like`` (a cache, unless it is float8); nothing else is. Forward-mode differentiation is refused,
+    and so is ``torch.func.vmap`` of operators without :func:`register_transforms`.
     """
     operator = _Operator(
         schema,
@@ -317,6 +317,12 @@ def register_autograd(overload: Any, apply: Callable[..., Any]) -> None:
         return below(keyset, *args, **kwargs)
 
     LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
+
+
+def register_transforms(overload: Any, apply: Callable[..., Any]) -> None:
+    """Let ``apply(*args, **kwargs)`` serve all calls of the operator under ``torch.func``'s transforms."""
+    name = private_torch.schema_of(overload).name.removeprefix("kvops::")
+    LIBRARY.impl(name, apply, "FuncTorchDynamicLayerFrontMode")
 
 
 def _register_autocast(operator: _Operator, device_type: str, names: tuple[str, ...], like: str | None) -> None:

@@ -20,8 +20,9 @@ from kvops.ops.dense import (
     check_tokens,
     check_values,
 )
-from kvops.ops.gradients import register_gradient
+from kvops.ops.gradients import attention_gradients, register_gradient
 from kvops.ops.registry import caller, register
+from kvops.ops.transforms import allow_transforms
 
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 
@@ -130,6 +131,11 @@ _backward_op = register(
 )
 
 register_gradient(_forward_op, _backward_op)
+allow_transforms(
+    _forward_op,
+    attention_gradients((_backward_op, None), layout=("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")),
+)
+allow_transforms(_backward_op)
 _call_forward, _call_backward = caller(_forward_op), caller(_backward_op)
 
 
