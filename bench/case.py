@@ -98,6 +98,7 @@ MISTRAL_7B = Model("Mistral-7B", 32, 8, 128, vocab=32000, layers=32, window=4096
 QWEN_7B = Model("Qwen2.5-7B", 28, 4, 128, vocab=152064, layers=28)
 SMOLLM = Model("SmolLM2-135M", 9, 3, 64, vocab=49152, layers=30)
 T5 = Model("T5-3B", 32, 32, 128, vocab=32128, layers=24)  # adds a bias [heads, queries, keys] to the scores
+BLOOM = Model("BLOOM-7B", 32, 32, 128, vocab=250880, layers=30)  # ALiBi
 GEMMA = Model("Gemma-2-9B", 16, 8, 256, vocab=256000, layers=42, softcap=50.0)
 GEMMA_3 = Model("Gemma-3-4B", 8, 4, 256, vocab=262144, layers=34, window=1024)  # the largest vocabulary
 STARCODER = Model("StarCoder-15B", 48, 1, 128, vocab=49152, layers=40)  # every query head reads one KV head

@@ -39,19 +39,34 @@ def _refuse_bias(inputs: Inputs) -> None:
         raise UnavailableError("has no bias")
 
 
+def _refuse_slopes(inputs: Inputs) -> None:
+    if "slopes" in inputs:
+        raise UnavailableError("its ALiBi was left out")
+
+
+def added(inputs: Inputs) -> Tensor | None:
+    """What is added to the scores, [1, heads, Sq, Sk]: the bias, or ALiBi as a matrix; None for neither."""
+    if "slopes" not in inputs:
+        return inputs.get("bias")
+    slopes, keys = inputs["slopes"], torch.arange(inputs["k"].shape[1], device=inputs["k"].device)
+    return (-slopes[:, None, None] * (keys[:, None] - keys).abs())[None].to(inputs["q"].dtype)
+
+
 def _require_gpu(inputs: Inputs) -> None:
     if not inputs["q"].is_cuda:
         raise UnavailableError("left out on a CPU")
 
 
 def _sdpa(backend: SDPBackend, *, repeated: bool = False) -> Callable[[Inputs], Attend]:
-    """Its own causal mask where that is all there is; a window or a bias is given as a mask."""
+    """Its own causal mask where that is all there is; a window, a bias or ALiBi is given as a mask."""
 
     def prepare(inputs: Inputs) -> Attend:
         _refuse_softcap(inputs)
         if backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION) and not inputs["q"].is_cuda:
             raise UnavailableError("GPU only")
-        mask = window_mask(inputs) if inputs["window"] >= 0 else inputs.get("bias")
+        mask = window_mask(inputs) if inputs["window"] >= 0 else added(inputs)
+        if "slopes" in inputs:
+            mask = mask.masked_fill(~window_mask(inputs), float("-inf"))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if repeated:
@@ -74,7 +89,7 @@ def _plain(inputs: Inputs) -> Attend:
     if elements > _LARGEST_MATRIX:
         raise UnavailableError(f"its matrix would have {elements:.1e} elements")
     hidden = ~window_mask(inputs)
-    softcap, bias = inputs["softcap"], inputs.get("bias")
+    softcap, bias = inputs["softcap"], added(inputs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = q.shape[2] // k.shape[2]
@@ -90,6 +105,7 @@ def _plain(inputs: Inputs) -> Attend:
 
 def _flex(inputs: Inputs) -> Attend:
     _require_gpu(inputs)
+    _refuse_slopes(inputs)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()  # a shape is a graph of its own, and there is a limit of recompilations
@@ -127,6 +143,8 @@ def _flash_attn(module: str) -> Callable[[Inputs], Attend]:
             options["window_size"] = (inputs["window"], 0 if inputs["causal"] else None)
         if inputs["softcap"]:
             options["softcap"] = inputs["softcap"]
+        if "slopes" in inputs:
+            options["alibi_slopes"] = inputs["slopes"]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             result = function(q, k, v, **options)
@@ -142,6 +160,7 @@ def _xformers(inputs: Inputs) -> Attend:
 
     _refuse_softcap(inputs)
     _refuse_bias(inputs)  # but for one whose rows are padded to 8 keys
+    _refuse_slopes(inputs)
     bias = None
     if inputs["window"] >= 0:
         bias = fmha.attn_bias.LocalAttentionFromBottomRightMask(window_left=inputs["window"], window_right=0)
@@ -161,6 +180,7 @@ def _flashinfer(inputs: Inputs) -> Attend:
     import flashinfer
 
     _refuse_bias(inputs)
+    _refuse_slopes(inputs)
     q, k = inputs["q"], inputs["k"]
     B, Sq, Hq, D = q.shape
     starts = torch.arange(B + 1, dtype=torch.int32, device=q.device)
@@ -207,6 +227,7 @@ def _gluon(inputs: Inputs) -> Callable[[], Outputs]:
 
     _require_gpu(inputs)
     _refuse_bias(inputs)
+    _refuse_slopes(inputs)
     tensors = [inputs[name] for name in ("q", "k", "v")]
     causal, window, softcap = inputs["causal"], inputs["window"], inputs["softcap"]
     return lambda: gluon_flash_forward(*tensors, causal=causal, window_left=window, softcap=softcap)
@@ -223,8 +244,8 @@ def _gluon_backward(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def dense() -> tuple[Peer, ...]:
-    """For cases whose inputs have q, k, v, causal, window, softcap and maybe bias [1, heads, Sq, Sk], and whose outputs
-    begin with out."""
+    """For cases whose inputs have q, k, v, causal, window, softcap and maybe bias [1, heads, Sq, Sk] or slopes [heads]
+    of ALiBi, and whose outputs begin with out."""
 
     def forward(prepare: Callable[[Inputs], Attend]) -> Callable[[Inputs], Callable[[], Outputs]]:
         def ready(inputs: Inputs) -> Callable[[], Outputs]:
@@ -258,7 +279,8 @@ def dense_backward() -> tuple[Peer, ...]:
 
 
 def bias_backward() -> tuple[Peer, ...]:
-    """For cases of the gradient of a bias: what autograd computes through attention that has it in memory."""
+    """For cases of the gradient of a bias: what autograd computes through attention that kept its matrix of
+    probabilities since the forward, and what plain torch takes that has to compute it again, as the operator has."""
 
     def gradient(prepare: Callable[[Inputs], Attend]) -> Callable[[Inputs], Callable[[], Outputs]]:
         def ready(inputs: Inputs) -> Callable[[], Outputs]:
@@ -268,5 +290,12 @@ def bias_backward() -> tuple[Peer, ...]:
 
         return ready
 
+    def again(inputs: Inputs) -> Callable[[], Outputs]:
+        bias = inputs["bias"].detach().requires_grad_()
+        attend = _plain({**inputs, "bias": bias})
+        qkv = inputs["q"], inputs["k"], inputs["v"]
+        return lambda: torch.autograd.grad(attend(*qkv), bias, inputs["dout"])
+
     theirs = {"SDPA math": _sdpa(SDPBackend.MATH), "plain torch": _plain}
-    return tuple(Peer(name, gradient(prepare), "torch") for name, prepare in theirs.items())
+    kept = (Peer(name, gradient(prepare), "torch") for name, prepare in theirs.items())
+    return (*kept, Peer("plain torch, recomputed", again, "torch"))

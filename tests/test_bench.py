@@ -59,8 +59,12 @@ def test_every_operator_has_cases_and_peers_at_every_scale():
 
 def brute_force_pairs(inputs) -> int:
     """(query head, query, key) triples that the masks of a tiny case let through, one by one."""
-    window = inputs["window"]
-    if "seq_lens" in inputs:
+    window = inputs.get("window", -1)
+    if "cu_seqlens_q" in inputs:
+        group = inputs["q"].shape[1] // inputs["seq_lens"].shape[1]
+        lens = zip(inputs["q_lens"], inputs["seq_lens"].tolist(), strict=True)
+        sequences = [(queries, length, group) for queries, row in lens for length in row]
+    elif "seq_lens" in inputs:
         queries, group = inputs["q"].shape[1], inputs["q"].shape[2] // inputs["seq_lens"].shape[1]
         sequences = [(queries, length, group) for length in inputs["seq_lens"].flatten().tolist()]
     elif "lengths" in inputs:
@@ -106,7 +110,11 @@ def nbytes(*sides) -> int:
 def test_bytes_are_those_of_the_inputs_and_the_outputs(op):
     for case in select(TINY, [op]):
         inputs = measure.build(case, CPU, torch.float32)
-        read = [inputs[name] for name in ("q", "k", "v", "bias", "out_a", "lse_a", "out_b", "lse_b") if name in inputs]
+        read = [
+            inputs[name]
+            for name in ("q", "k", "v", "bias", "slopes", "out_a", "lse_a", "out_b", "lse_b")
+            if name in inputs
+        ]
         assert case.bytes(4) == nbytes(*read, *case.run(inputs))
 
 
@@ -120,18 +128,20 @@ def test_bytes_of_the_backward_count_each_tensor_once():
 def test_bytes_of_decoding_are_those_of_the_slots_in_sight():
     for case in select(TINY, ["paged_attention"]):
         inputs = measure.build(case, CPU, torch.float32)
-        T, window, slots = inputs["q"].shape[1], inputs["window"], 0
-        for length in inputs["seq_lens"].flatten().tolist():
-            seen = {
-                key
-                for query in range(length - T, length)
-                for key in range(max(0, query + 1))
-                if window < 0 or key >= query - window
-            }
-            slots += len(seen)
+        window, slots = inputs.get("window", -1), 0
+        q_lens = inputs.get("q_lens") or [inputs["q"].shape[1]] * len(inputs["q"])
+        for T, row in zip(q_lens, inputs["seq_lens"].tolist(), strict=True):
+            for length in row:
+                seen = {
+                    key
+                    for query in range(length - T, length)
+                    for key in range(max(0, query + 1))
+                    if window < 0 or key >= query - window
+                }
+                slots += len(seen)
         out, lse = case.run(inputs)[:2]
         cached = slots * 2 * inputs["q"].shape[-1] * 4
-        scored = 2 * 4 * slots if inputs["reduce"] else 0
+        scored = 2 * 4 * slots if inputs.get("reduce") else 0
         assert case.bytes(4) == cached + scored + nbytes(inputs["q"], out, lse)
 
 

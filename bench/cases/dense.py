@@ -10,6 +10,7 @@ from torch import Tensor
 import kvops
 from bench import peers, truth
 from bench.case import (
+    BLOOM,
     GEMMA,
     LLAMA_8B,
     LLAMA_70B,
@@ -46,13 +47,22 @@ def of_group(x: Tensor, head: int, kv_heads: int, dim: int) -> Tensor:
 def options(inputs: Inputs) -> dict[str, object]:
     chosen: dict[str, object] = {"causal": inputs["causal"], "window_left": inputs["window"]}
     chosen["softcap"] = inputs["softcap"]
-    return chosen | ({"bias": inputs["bias"]} if "bias" in inputs else {})
+    names = {"bias": "bias", "slopes": "alibi_slopes"}
+    return chosen | {option: inputs[name] for name, option in names.items() if name in inputs}
 
 
 def make_inputs(
-    model: Model, batch: int, tokens: int, causal: bool, *, backward: bool = False, biased: bool = False
+    model: Model,
+    batch: int,
+    tokens: int,
+    causal: bool,
+    *,
+    backward: bool = False,
+    biased: bool = False,
+    alibi: bool = False,
 ) -> Callable[[torch.device, torch.dtype, torch.Generator], Inputs]:
-    """Random q, k and v, with ``biased`` a bias, and with ``backward`` dout and the results of the forward."""
+    """Random q, k and v, with ``biased`` a bias, with ``alibi`` slopes, and with ``backward`` dout and the results of
+    the forward."""
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         def random(heads: int) -> Tensor:
@@ -64,6 +74,8 @@ def make_inputs(
         if biased:
             shape = (1, model.heads, tokens, tokens)
             inputs["bias"] = torch.randn(shape, device=device, generator=generator).to(dtype)
+        if alibi:
+            inputs["slopes"] = 2.0 ** (-8 * (torch.arange(model.heads, device=device) + 1) / model.heads)
         if backward:
             inputs["dout"] = random(model.heads)
             inputs["out"], inputs["lse"] = _forward(inputs)
@@ -115,7 +127,8 @@ def _truth(inputs: Inputs, dtype: torch.dtype, names: tuple[str, ...]) -> Output
             None if x is None else of_group(x[b], h, inputs["k"].shape[2], 1) for x in (inputs["q"], inputs.get("dout"))
         )
         k, v = inputs["k"][b, :, h], inputs["v"][b, :, h]
-        bias = of_group(inputs["bias"][0], h, inputs["k"].shape[2], 0) if "bias" in inputs else None
+        matrix = peers.added({**inputs, "q": inputs["q"].double()} if "slopes" in inputs else inputs)
+        bias = None if matrix is None else of_group(matrix[0], h, inputs["k"].shape[2], 0)
         chosen = {"causal": inputs["causal"], "window": inputs["window"], "softcap": inputs["softcap"]}
         parts.append(truth.attention(q, k, v, dtype, bias=bias, dout=dout, **chosen))
     return tuple(torch.stack([part[name] for part in parts]) for name in names)
@@ -126,20 +139,24 @@ def _truth_backward(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     return dq, dk[:, :, None], dv[:, :, None]
 
 
-def forward(model: Model, batch: int, tokens: int, *, causal: bool = True, biased: bool = False) -> Case:
+def forward(
+    model: Model, batch: int, tokens: int, *, causal: bool = True, biased: bool = False, alibi: bool = False
+) -> Case:
     rows, keys = batch * tokens * model.heads, batch * tokens * model.kv_heads
     seen = batch * model.heads * truth.pairs(tokens, tokens, causal, model.window)
     added = model.heads * tokens * tokens if biased else 0
+    slopes = model.heads if alibi else 0
     return Case(
         op="flash_attention",
         model=model.name,
-        shape=shape(model, batch, tokens, causal) | ({"bias": "heads"} if biased else {}),
-        make_inputs=make_inputs(model, batch, tokens, causal, biased=biased),
+        shape=shape(model, batch, tokens, causal)
+        | ({"bias": "ALiBi" if alibi else "heads"} if biased or alibi else {}),
+        make_inputs=make_inputs(model, batch, tokens, causal, biased=biased, alibi=alibi),
         run=_forward,
         oracle=lambda inputs, dtype: _truth(inputs, dtype, ("out", "lse")),
         sample=_sample_forward,
         flops=4 * seen * model.head_dim,
-        bytes=lambda size: 2 * (rows + keys) * model.head_dim * size + 4 * rows + added * size,
+        bytes=lambda size: 2 * (rows + keys) * model.head_dim * size + 4 * (rows + slopes) + added * size,
         peers=peers.dense(),
     )
 
@@ -192,6 +209,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield forward(scale.model(model), 1, longest)
     yield forward(scale.model(SMOLLM), 1, longest, causal=False)
     yield forward(scale.model(T5), 1, scale.prompts[len(scale.prompts) // 2], causal=False, biased=True)
+    yield forward(scale.model(BLOOM), 1, scale.prompts[len(scale.prompts) // 2], alibi=True)
     if scale.prompts[0] > _SHORT:
         yield forward(scale.model(SMOLLM), 1, _SHORT)
     for model in (LLAMA_8B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA):

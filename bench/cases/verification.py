@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -225,6 +226,55 @@ def chain(model: Model, batch: int, drafts: int, *, sampled: bool = False, probs
     )
 
 
+def _packed_plain(inputs: Inputs) -> Callable[[], Outputs]:
+    """Greedy: the argmax of each packed row, then one request after another on the host."""
+    ends = inputs["ends"].tolist()
+
+    def call() -> Outputs:
+        best, drafts = inputs["logits"].argmax(-1).tolist(), inputs["drafts"].tolist()
+        rows = []
+        for b, (start, end) in enumerate(pairwise(ends)):
+            own, wanted = drafts[start:end], best[start + b : end + b + 1]
+            accepted = sum(1 for _ in takewhile(bool, map(int.__eq__, own, wanted)))
+            rows.append(wanted[: accepted + 1])
+        device = inputs["drafts"].device
+        accepted = torch.tensor([len(row) - 1 for row in rows], dtype=torch.int32, device=device)
+        return _padded(rows, inputs["longest"] + 1, inputs["drafts"]), accepted
+
+    return call
+
+
+def _packed_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    return _packed_plain({**inputs, "logits": inputs["logits"].double()})()
+
+
+def packed(model: Model, batch: int, longest: int) -> Case:
+    """Greedy requests with 0 to ``longest`` drafts, packed without padding."""
+    lens = [request * longest // max(1, batch - 1) for request in range(batch)]
+    ends, V = [0, *accumulate(lens)], model.vocab
+
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        logits, best = _random(1, ends[-1] + batch, V, device, dtype, generator)
+        drafted = [row for b, (start, end) in enumerate(pairwise(ends)) for row in range(start + b, end + b)]
+        drafts = _guesses(best[0, drafted], V, generator).int()
+        starts = torch.tensor(ends, dtype=torch.int32, device=device)
+        return {"logits": logits[0], "drafts": drafts, "ends": starts, "longest": longest}
+
+    return Case(
+        op="verify_draft",
+        model=model.name,
+        shape={"batch": batch, "drafts": f"0 to {longest} packed", "vocab": V, "mode": "greedy"},
+        make_inputs=make,
+        run=lambda inputs: kvops.verify_draft_varlen(
+            *(inputs[name] for name in ("logits", "drafts", "ends", "longest"))
+        ),
+        oracle=_packed_truth,
+        flops=0,
+        bytes=lambda size: (ends[-1] + batch) * V * size,
+        peers=(Peer("torch + Python", _packed_plain),),
+    )
+
+
 def _tree_plain(inputs: Inputs) -> Callable[[], Outputs]:
     """Greedy: argmax on the device and a walk over the tree on the host, as in engines in Python."""
     if "temperature" in inputs:
@@ -312,6 +362,7 @@ def cases(scale: Scale) -> Iterator[Case]:
             for drafts in (1, 4, 16):
                 if batch * (drafts + 1) * model.vocab <= scale.max_logits:
                     yield from (chain(model, batch, drafts, **mode) for mode in modes)
+    yield packed(smollm, many, 7)
     yield tree(smollm, many, 15)
     yield tree(llama, many, 31)
     yield tree(smollm, many, 15, sampled=True)

@@ -115,13 +115,13 @@ def _gradients_by_name(values: Values, results: object, gradients: Sequence[Tens
     return dict(zip(_PARTS, _gradients([values[name] for name in _PARTS], *gradients), strict=True))
 
 
-def _fold(values: Values, dims: dict[str, int | None], size: int) -> Values | None:
+def _fold(values: Values, dims: dict[str, int | None], size: int) -> tuple[Values, bool] | None:
     """The mapped dimension as part of the batch; of packed parts it is the batch."""
     if size == 0:
         return None
     mapped = {name: mapped_first(values[name], dim, size) for name, dim in dims.items()}
     packed = mapped["out_a"].dim() == 4
-    return values | {name: last_contiguous(x) if packed else into_batch(x) for name, x in mapped.items()}
+    return values | {name: last_contiguous(x) if packed else into_batch(x) for name, x in mapped.items()}, not packed
 
 
 register_autograd(_forward_op, _Merge.apply)

@@ -20,8 +20,9 @@ Values = dict[str, Any]
 """The arguments of an operator by name, without those that were not given."""
 Gradient = Callable[[Values, Sequence[Tensor], Sequence[Tensor | None], set[str]], Values]
 """Values, results, gradients of the results and the names that need one -> gradients by name."""
-Fold = Callable[[Values, dict[str, int | None], int], Values | None]
-"""Values, the mapped dimension of each tensor (or None) and its size -> values with it at the front of the batch."""
+Fold = Callable[[Values, dict[str, int | None], int], tuple[Values, bool] | None]
+"""Values, the mapped dimension of each tensor (or None) and its size -> values with it at the front of the batch, and
+whether there is a batch besides it. None to call the operator once for each mapped element."""
 
 
 class _Call:
@@ -75,10 +76,13 @@ class _Transformed(torch.autograd.Function):
         values = call.values(tensors)
         folded = None if call.fold is None else call.fold(values, dims, size)
         if folded is not None:
-            whole = _transformed(call.operator, call.gradient, call.fold, folded)
+            mapped, batched = folded
+            whole = _transformed(call.operator, call.gradient, call.fold, mapped)
             # An empty result, the gradient of no sinks, has no batch.
             out_dims = tuple(None if x.dim() == 1 else 0 for x in whole)
-            return tuple(x if x.dim() == 1 else x.unflatten(0, (size, x.shape[0] // size)) for x in whole), out_dims
+            if batched:
+                whole = tuple(x if x.dim() == 1 else x.unflatten(0, (size, x.shape[0] // size)) for x in whole)
+            return whole, out_dims
         rows = []
         for row in range(size):
             own = {name: values[name].select(dim, row) for name, dim in dims.items() if dim is not None}
@@ -104,8 +108,8 @@ def into_batch(value: Tensor) -> Tensor:
     return last_contiguous(value.flatten(0, 1))
 
 
-def fold_dense(values: Values, dims: dict[str, int | None], size: int) -> Values | None:
-    """The mapped dimension as part of the batch of dense attention. None where that cannot be: sinks have no batch."""
+def fold_dense(values: Values, dims: dict[str, int | None], size: int) -> tuple[Values, bool] | None:
+    """The mapped dimension as part of the batch of dense attention. Sinks have no batch."""
     if size == 0 or dims.get("sinks") is not None or ("dout" in values and values.get("sinks") is not None):
         return None
     folded = dict(values)
@@ -120,7 +124,7 @@ def fold_dense(values: Values, dims: dict[str, int | None], size: int) -> Values
         value = mapped_first(value, dim, size)
         value = value[(slice(None), *(None,) * (rank + 1 - value.dim()))]
         folded[name] = into_batch(value.expand(size, batch, *value.shape[2:]))
-    return folded
+    return folded, True
 
 
 def allow_transforms(operator: Any, gradient: Gradient | None = None, fold: Fold | None = None) -> None:

@@ -118,7 +118,10 @@ def attention(
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     packing = _given_packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if held:
-        _refuse_bias_of_a_cache(position_bias, mask)
+        # A KVOpsCache takes the dense mask of a prompt: it has all of its keys at hand.
+        of_prompt = isinstance(key, Deferred) and mask.source is not None and q_length == kv_length
+        if position_bias is not None or not of_prompt:
+            _refuse_bias_of_a_cache(position_bias, mask)
         if packing is not None:
             raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
         return key.attend(query.transpose(1, 2), mask, options), None

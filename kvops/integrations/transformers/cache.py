@@ -17,6 +17,7 @@ from kvops.integrations.transformers.masks import Mask, QueryOffset, Source
 from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
 from kvops.integrations.transformers.pools import Pools, copies
 from kvops.integrations.transformers.step import NewTokens, Step
+from kvops.ops.attention import flash_attention
 from kvops.policies import Compression
 
 _OWN_CACHE = "generate with the model's own cache"
@@ -160,6 +161,8 @@ class KVOpsCache(Cache):
         """
         if torch.is_grad_enabled() and q.requires_grad:
             raise RuntimeError(_NO_GRADIENT)
+        if mask.bias is not None:
+            return self._attend_to_prompt(new, q, mask, options)
         if not mask.causal:
             raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
         if mask.source is None and mask.packing is not None:
@@ -179,6 +182,21 @@ class KVOpsCache(Cache):
         out = step.store_and_attend(paged, place, (q, new.k, new.v), mask, options, self.compression)
         self._stored(step, new.layer)
         return out
+
+    def _attend_to_prompt(self, new: NewTokens, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
+        """Attend under a dense mask to a prompt, whose keys are all new, and store it."""
+        if self.compression is not None:
+            raise ValueError(
+                "compression: expected None with a prompt under a dense mask, which policies do not know, got "
+                f"{type(self.compression.policy).__name__}"
+            )
+        if new.step is None:
+            paged, place = self._pools.of(new.layer)
+            step = new.step = self._begin(new, mask.real_queries())
+            step.store(paged, place, new.k, new.v)
+            self._stored(step, new.layer)
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (new.k, new.v))
+        return flash_attention(q, k, v, bias=mask.bias, **options)[0]
 
     def copies(self, new: NewTokens) -> tuple[Tensor, Tensor]:
         """Store ``new`` and copy the keys and values of all tokens out of the cache, ``[B, Hkv, S, ·]`` with zeros for

@@ -316,12 +316,14 @@ def make_mask(
         from transformers.masking_utils import sdpa_mask
 
         whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": use_vmap}
+        source = None
         if isinstance(q_offset, QueryOffset):
             q_offset.tell(Source(batch_size, q_offset, kv_offset, attention_mask, device))
             q_offset = int(q_offset)
+            source = Source(batch_size, q_offset, kv_offset, attention_mask, device)
         places = q_length, kv_length, q_offset, kv_offset
         bias = sdpa_mask(batch_size, *places, mask_function, attention_mask, device=device, **whole)  # type: ignore[arg-type]
-        return Mask(False, -1, -1, None, q_length, kv_length, bias=bias)
+        return Mask(False, -1, -1, None, q_length, kv_length, source, bias=bias)
     windows = pattern.window_left, pattern.window_right
     if pattern.sequence_ids is not None:
         return Mask(pattern.causal, *windows, _pack_sequences(pattern.sequence_ids), q_length, kv_length)
