@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvops.private_torch import FakeTensor
+from kvops.private_torch import FakeTensor, transforms_are_active
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -179,8 +179,8 @@ def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether the tensor has data; it has none while torch.compile or make_fx trace it."""
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+    """Whether the tensor has data to look at; not while torch.compile or make_fx trace it, nor under ``torch.func``."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor) and not transforms_are_active()
 
 
 def may_look(tensor: Tensor) -> bool:

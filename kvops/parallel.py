@@ -132,14 +132,12 @@ def gather_attention(
         first = 0 if window_left < 0 else max(0, end - half - window_left)
         last = keys.shape[1] if limit < 0 else min(keys.shape[1], end + limit)
         # The operator takes the last row and the last key to stand at the same position.
-        windows = {
-            "window_left": window_left if window_left < 0 else window_left + last - end,
-            "window_right": -1 if limit < 0 else limit - (last - end),
-        }
+        options["window_left"] = window_left if window_left < 0 else window_left + last - end
+        options["window_right"] = -1 if limit < 0 else limit - (last - end)
         seen = slice(first, last)
-        parts.append(flash_attention(rows, keys[:, seen], values[:, seen], causal=causal, **windows, **options))
-    (first, first_lse), (second, second_lse) = parts
-    return torch.cat((first, second), 1), torch.cat((first_lse, second_lse), 2)
+        parts.append(flash_attention(rows, keys[:, seen], values[:, seen], causal=causal, **options))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 def ring_attention(
@@ -328,36 +326,32 @@ def _packed(cell: _Cell, device: torch.device) -> tuple[Tensor, Tensor, int, int
 
 
 def _attend(
-    cell: _Cell, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, options: dict[str, Any]
+    cell: _Cell, q: Tensor, held: list[Tensor], sinks: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     options = {**options, **_mask_of(cell), "sinks": sinks if cell.own else None}
-    inputs = q[:, cell.rows], k[:, cell.columns], v[:, cell.columns]
+    q, k, v = q[:, cell.rows], *(x[:, cell.columns] for x in held)
     if cell.documents is None:
-        return flash_attention(*inputs, **options)
-    out, lse = flash_attention_varlen(*(x[0] for x in inputs), *_packed(cell, q.device), **options)
+        return flash_attention(q, k, v, **options)
+    out, lse = flash_attention_varlen(q[0], k[0], v[0], *_packed(cell, q.device), **options)
     return out[None], lse[None]
 
 
 def _attend_backward(
     cell: _Cell,
-    results: tuple[Tensor, ...],
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    held: list[Tensor],
     sinks: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, ...]:
-    dout, dlse, out, lse = results
-    dlse = dlse[:, :, cell.rows]
+    """dq, dk, dv and dsinks of dout, dlse, out and lse."""
+    (dout, out), (dlse, lse) = (x[:, cell.rows] for x in results[::2]), (x[:, :, cell.rows] for x in results[1::2])
     options = {**options, **_mask_of(cell), "sinks": sinks if cell.own else None}
-    inputs = (
-        *(dout[:, cell.rows], q[:, cell.rows], k[:, cell.columns], v[:, cell.columns], out[:, cell.rows]),
-        lse[:, :, cell.rows],
-    )
+    q, k, v = q[:, cell.rows], *(x[:, cell.columns] for x in held)
     if cell.documents is None:
-        return flash_attention_backward(*inputs, dlse=dlse, **options)
+        return flash_attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)
     *gradients, dsinks = flash_attention_varlen_backward(
-        *(x[0] for x in inputs), *_packed(cell, q.device), dlse=dlse[0], **options
+        dout[0], q[0], k[0], v[0], out[0], lse[0], *_packed(cell, q.device), dlse=dlse[0], **options
     )
     return *(x[None] for x in gradients), dsinks
 
@@ -407,7 +401,7 @@ class _Ring(torch.autograd.Function):
             exchange = _Exchange(held, group) if step + 1 < steps else None
             for cell in _cells(mask, step, rank, size, chunk):
                 rows = cell.rows
-                part, part_lse = _attend(cell, q, *held, sinks, options)
+                part, part_lse = _attend(cell, q, held, sinks, options)
                 part = part.float()
                 if not cell.own:  # a row's own keys come first
                     part, part_lse = merge_attention(out[:, rows], lse[:, :, rows], part, part_lse)
@@ -434,7 +428,7 @@ class _Ring(torch.autograd.Function):
         for step in range(steps):
             exchange = _Exchange(held, group) if step + 1 < steps else None
             for cell in _cells(ctx.mask, step, rank, size, chunk):
-                part_dq, *parts, part_dsinks = _attend_backward(cell, results, q, *held, sinks, ctx.options)
+                part_dq, *parts, part_dsinks = _attend_backward(cell, results, q, held, sinks, ctx.options)
                 dq[:, cell.rows] += part_dq
                 for gradient, part in zip(gradients, parts, strict=True):
                     gradient[:, cell.columns] += part

@@ -142,6 +142,20 @@ def test_merged_batches_are_mapped(backend):
     expect_equal(mapped, map(torch.stack, zip(*expected, strict=True)))
 
 
+def test_masks_of_padding_are_mapped_through_torchs_signature(backend):
+    q, k, v = (torch.randn(3, B, heads, tokens, D) for heads, tokens in ((HQ, SQ), (HKV, SK), (HKV, SK)))
+    mask = torch.rand(3, B, 1, 1, SK) < 0.7
+    mask[..., 0] = True
+
+    def function(q, k, v, mask):
+        return kvops.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).square().sum()
+
+    rows = [[x[i] for x in (q, k, v)] for i in range(3)]
+    expected = [by_autograd(lambda q, k, v, i=i: function(q, k, v, mask[i]), *row) for i, row in enumerate(rows)]
+    mapped = vmap(grad(function, argnums=(0, 1, 2)))(q, k, v, mask)
+    expect_equal(mapped, map(torch.stack, zip(*expected, strict=True)))
+
+
 def test_the_jacobian_of_every_output(backend):
     q, k, v = dense()
     jacobian = jacrev(lambda q: kvops.flash_attention(q, k, v)[1])(q)

@@ -122,7 +122,7 @@ def fold_dense(values: Values, dims: dict[str, int | None], size: int) -> tuple[
         if value is None or (dim is None and (value.dim() < rank or (name == "bias" and value.shape[0] == 1))):
             continue  # none, or the same one for the whole batch
         value = mapped_first(value, dim, size)
-        value = value[(slice(None), *(None,) * (rank + 1 - value.dim()))]
+        value = value.view(size, *(1,) * (rank + 1 - value.dim()), *value.shape[1:])
         folded[name] = into_batch(value.expand(size, batch, *value.shape[2:]))
     return folded, True
 
