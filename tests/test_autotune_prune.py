@@ -218,3 +218,21 @@ def test_compiling_again_gives_what_the_tables_say(tmp_path, monkeypatch):
         expected[spec.name] = group.rows[task.config]
     found = {task.spec.name: proof for task, proof in prune.run(picked)}
     assert found == expected
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("member", "representative"), [("sm_103", "sm_100"), ("sm_121", "sm_120")])
+@pytest.mark.parametrize("op", ["flash_forward", "paged_attention", "paged_append"])
+def test_a_member_of_a_family_takes_what_the_table_says_of_its_family(
+    op, member, representative, tmp_path, monkeypatch
+):
+    """Shared memory and spills decide whether a launch fits; sm_103 and sm_121 have no tables of their own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    spec = specs()[op]
+    task = tasks([spec], [member])[0]
+    group = load_table(spec).group(representative, spec.proof_of(task.problem))
+    of_family = group.rows[task.config]
+    ((_, found),) = prune.run([task])
+    assert (found.shared_memory, found.spills, found.problem) == (of_family.shared_memory, of_family.spills, "")
+    assert found.matrix == of_family.matrix
+    assert found.registers <= of_family.registers + 8
