@@ -346,6 +346,29 @@ def paged_attention_config(
     return PagedAttentionConfig(block_m, block_n, 8 if block_m * max(block_n, head_dim) >= many else 4, num_stages)
 
 
+def latent_attention_config(itemsize: int, rows: int, arch: str) -> PagedAttentionConfig:
+    """For slots of up to 512 columns and 64 behind them; narrower ones take the same tiles, proven for the widest.
+
+    A row's sums fill 2 KiB of registers: 64 rows in 8 warps on Hopper, whose products have 64 rows, and 32 elsewhere.
+    """
+    arch = family(arch)
+    nvidia = arch.startswith("sm_")
+    most = 64 if arch in ("sm_90", "interpreter") else 32
+    block_m = 16
+    while block_m < min(rows, most if itemsize == 2 else 16):
+        block_m *= 2
+    if arch == "interpreter":
+        return PagedAttentionConfig(block_m, 32, 4, 1)
+    if not nvidia:
+        return PagedAttentionConfig(16, 16, 4, 1)
+    if itemsize == 4:
+        return PagedAttentionConfig(16, 16, 8, 1)
+    if block_m == 64:
+        return PagedAttentionConfig(64, 32, 8, 3)
+    # Two tiles of slots in flight beside the queries, within the 99 KiB of sm_86 and sm_120.
+    return PagedAttentionConfig(block_m, 32 if block_m == 16 else 16, 8, 5)
+
+
 @dataclass(frozen=True)
 class PagedAppendConfig:
     """``block_t`` tokens of one head per program."""

@@ -19,6 +19,7 @@ from kvops.autotune.config import (
     SelectBlocksConfig,
     VerifyConfig,
     compact_config,
+    latent_attention_config,
     lookup_config,
     paged_append_config,
     paged_attention_config,
@@ -122,6 +123,48 @@ _PAGED_CORNERS: tuple[Problem, ...] = (
 )
 
 
+# Columns behind a latent, at most.
+_ROTARY = 64
+
+
+def _latent_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAttentionConfig]:
+    yield PagedAttentionConfig(16, 16, 4, 5 if device.nvidia else 1)
+    if problem["itemsize"] == 4:
+        return
+    yield PagedAttentionConfig(16, 32, 4, 3 if device.nvidia else 1)
+    if device.nvidia and problem["rows"] > 16:
+        yield PagedAttentionConfig(32, 32, 8, 3)
+    if device.arch == "sm_90" and problem["rows"] > 32:
+        yield PagedAttentionConfig(64, 16, 8, 5)
+
+
+def _refuse_latent(config: PagedAttentionConfig, problem: Problem, device: DeviceFacts) -> str | None:
+    reason = refuse_launch(config, device, "block_m", "block_n")
+    if reason is not None:
+        return reason
+    if min(config.block_m, config.block_n) < 16:
+        return f"needs tiles of at least 16 x 16, it has {config.block_m} x {config.block_n}"
+    if config.block_m > max(16, 2 * problem["rows"]):
+        return f"wastes most of its {config.block_m} rows on {problem['rows']}"
+    tiles = max(1, (config.num_stages - 1) // 2) if device.nvidia else 1
+    return refuse_shared(tiles * config.block_n * (problem["width"] + _ROTARY) * problem["itemsize"], device)
+
+
+def _why_latent(problem: Problem, device: DeviceFacts, config: PagedAttentionConfig) -> str:
+    slots, columns = problem["lists"] * problem["capacity"], problem["width"] + _ROTARY
+    slot_bytes = columns * problem["itemsize"]
+    bound = roofline_bound(2 * slots * problem["rows"] * (columns + problem["width"]), slots * slot_bytes, device)
+    tile = config.block_n * slot_bytes // 1024
+    return f"{bound}; {config.block_m} rows share a tile of {tile} KiB, {config.num_stages} stages"
+
+
+# Decoding of 64 sequences in DeepSeek-V3's shape: 16 heads of 128 on each of eight GPUs, then all; then float32.
+_LATENT_PROBLEMS: tuple[Problem, ...] = tuple(
+    {"width": 512, "itemsize": itemsize, "block_size": 64, "rows": rows, "lists": 64, "capacity": 8192}
+    for itemsize, rows in ((2, 16), (2, 32), (2, 128), (4, 16))
+)
+
+
 def _append_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAppendConfig]:
     for block_t in (1, 4, 16, 32):
         if block_t * problem["width"] <= 8192:
@@ -220,6 +263,21 @@ FAMILIES: tuple[OpSpec, ...] = (
         problems=_PAGED_PROBLEMS,
         corners=_PAGED_CORNERS,
         operators=("paged_attention",),
+    ),
+    OpSpec(
+        name="paged_latent_attention",
+        config=PagedAttentionConfig,
+        key=("width", "itemsize"),
+        sizes=("block_size", "rows", "lists", "capacity"),
+        heuristic=lambda p, d: latent_attention_config(p["itemsize"], p["rows"], d.arch),
+        reason=_why_latent,
+        space=_latent_space,
+        refuse=_refuse_latent,
+        numerics=all_fields_but("num_stages"),
+        kernels=("kvops.kernels.paged_latent_attention:paged_latent_kernel",),
+        workload="kvops.autotune.workloads:paged_latent_attention",
+        problems=_LATENT_PROBLEMS,
+        operators=("paged_latent_attention",),
     ),
     OpSpec(
         name="paged_append",

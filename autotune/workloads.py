@@ -198,6 +198,23 @@ def paged_attention(problem: Problem, device: str, small: bool) -> Workload:
     )
 
 
+def paged_latent_attention(problem: Problem, device: str, small: bool) -> Workload:
+    from kvops.kernels.paged_latent_attention import paged_latent_attention as launch
+
+    width, itemsize, rows = problem["width"], problem["itemsize"], problem["rows"]
+    wide = {**problem, "width": width + 64, "cache_itemsize": itemsize}
+    cache, _, tables, lens, _ = _cache(wide, device, small)
+    lists = tables.view(-1, 1, tables.shape[-1]), lens.view(-1, 1)  # one list a sequence
+    heads = min(rows, 128)
+    shape = lens.numel(), max(1, rows // heads), heads, width + 64
+    q = _random(*shape, itemsize=itemsize, device=device, seed=4)
+    options: dict[str, Any] = {"value_dim": width, "scale": 192**-0.5}
+    return Workload(
+        run=lambda: launch(q, cache, *lists, **options),
+        exact=lambda: eager_paged.paged_latent_attention(*_double((q, cache, *lists)), **options),
+    )
+
+
 def paged_append(problem: Problem, device: str, small: bool) -> Workload:
     from kvops.kernels.paged_append import paged_append as launch
 

@@ -22,7 +22,7 @@ import torch
 
 from bench import results
 from bench.case import LLAMA_8B, SCALES, Case, Inputs, Outputs, UnavailableError
-from bench.cases import copying, dense, eviction, lookup, merging, paged, scores, verification
+from bench.cases import copying, dense, eviction, latents, lookup, merging, paged, scores, verification
 from bench.measure import KVOPS
 from bench.table import render
 from kvops.cli.console import table
@@ -45,6 +45,7 @@ def cases() -> Iterator[Case]:
         for reduce in ("", "sum"):
             yield paged.attention(model, 8, 1024, spread=spread, reduce=reduce)
     yield paged.attention(model, 4, 512, tokens=4)
+    yield latents.decoding(4, 512, 16, 128, 64)
     yield paged.append(model, 4, 256)
     yield paged.schedule(replace(model, layers=4), 8, 1024)
     yield dense.forward(small, 1, 256)

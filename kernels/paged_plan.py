@@ -2,7 +2,7 @@
 dtypes and options (see ``kvops.prepared``)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -47,6 +47,8 @@ class PagedKind:
 
     The heads of a uniform cache share the schedule of their sequence; they are an axis of the grid (``axis_heads``).
     """
+
+    kernel: ClassVar[Any] = paged_attention_kernel  # whose parameters ``PagedPlan.numbers`` fill
 
     # Over 80 lines: 24 are the signature, 47 the table of the kernels' numbers.
     def __init__(
@@ -206,7 +208,7 @@ class PagedKind:
             scores_grid=(triton.cdiv(shares, scores_coarse), self.axis_heads),
             partial=self.partial_size(places) if split else 0,
             stash=stash if 4 * stash <= MAX_STASH else 0,
-            numbers=positional(paged_attention_kernel, "stride_qb", numbers),
+            numbers=positional(self.kernel, "stride_qb", numbers),
             merge_numbers=positional(paged_merge_kernel, "stride_nb", numbers),
             scores_numbers=positional(paged_scores_kernel, "stride_qb", numbers | {"coarse": scores_coarse}),
             merge_warps=4 if self.block_dv >= 64 else 1,

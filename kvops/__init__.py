@@ -16,6 +16,7 @@ from kvops.cache import CacheStats, OutOfBlocksError, PagedKVCache
 from kvops.ops.attention import flash_attention, flash_attention_backward, flash_attention_bias_backward
 from kvops.ops.blocks import copy_blocks
 from kvops.ops.eviction import compact, select_blocks
+from kvops.ops.latent import paged_latent_attention
 from kvops.ops.merge import merge_attention, merge_attention_backward
 from kvops.ops.paged import paged_append, paged_attention, paged_schedule
 from kvops.ops.registry import backend
@@ -62,6 +63,7 @@ __all__ = [
     "nn",
     "paged_append",
     "paged_attention",
+    "paged_latent_attention",
     "paged_schedule",
     "process_logits",
     "prompt_lookup",

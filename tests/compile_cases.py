@@ -1,9 +1,8 @@
 """The launches that are compiled for GPUs on machines without one: realistic calls of every kernel family.
 
-Each case calls a LAUNCH function of ``kvops.kernels`` with CPU tensors inside ``kvops.autotune.inspect.compile_only``:
-the kernels compile and nothing runs, so outputs hold garbage and a case must not look at them. Import the launch
-function inside the case. Keep the list short (a kernel costs 1 to 2 s for each target when its source changes): one
-dtype and head size unless another compiles differently, but every constexpr branch that ships. For example::
+Each case calls a LAUNCH function of ``kvops.kernels``, imported inside the case, with CPU tensors inside
+``kvops.autotune.inspect.compile_only``: kernels compile and nothing runs, so outputs hold garbage. Keep the list short
+(1 to 2 s a changed kernel and target), but with every constexpr branch that ships. For example::
 
     def attention_float16_head_dim_128():
         from kvops.kernels.attention import flash_forward
@@ -306,7 +305,15 @@ def paged_attention_alibi_bf16():
     paged_attention(q, cache, cache, tables, lens, alibi_slopes=slopes, scores=sides[1])
 
 
-_PAGED = ("paged_attention_kernel",)
+def paged_latents(heads, batch=4, dtype=torch.bfloat16, **options):
+    from kvops.kernels.paged_latent_attention import paged_latent_attention
+
+    q, cache = torch.empty(batch, 1, heads, 576, dtype=dtype), torch.empty(1024, 64, 1, 576, dtype=dtype)
+    tables, lens = torch.empty(batch, 128, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+    paged_latent_attention(q, cache, tables, lens, value_dim=512, scale=0.1, **options)
+
+
+_PAGED, _LATENT = ("paged_attention_kernel",), ("paged_latent_kernel",)
 CASES += [
     CompileCase("paged-append", paged_append_bf16_and_float8),
     CompileCase("paged-decode-bf16-d128", paged_attention_decode_bf16, matrix=_PAGED),
@@ -317,6 +324,10 @@ CASES += [
     CompileCase("paged-decode-fp16-d256", paged_attention_head_dim_256, matrix=_PAGED),
     CompileCase("paged-packed-bf16-d128", paged_attention_packed_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-alibi-bf16-d128", paged_attention_alibi_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
+    CompileCase("paged-latents-bf16-16", partial(paged_latents, 16, softcap=30.0), matrix=_LATENT),
+    CompileCase("paged-latents-bf16-128", partial(paged_latents, 128), matrix=_LATENT, warpgroup=_LATENT),
+    CompileCase("paged-latents-fp16-128-whole", partial(paged_latents, 128, 512, torch.float16), matrix=_LATENT),
+    CompileCase("paged-latents-fp32-16", partial(paged_latents, 16, dtype=torch.float32)),
 ]
 
 

@@ -25,6 +25,7 @@ GRADIENT_EAGER = named("attention_backward", "agrees or lse", "eager")
 PAGED = named("paged", "triton", "decoding_reads or drafts or windows or float8 or softcap")
 PACKED = "tests/test_paged_packed.py -k 'triton and (two_calls or last_tokens or alibi_slopes)'"
 PAGED_EAGER = "tests/test_paged.py tests/test_paged_eager.py -k 'eager and not triton'"
+LATENTS = named("paged_latent", "triton", "decoding_reads or drafts")
 BIAS = named("attention_bias", "agrees", "triton")
 SCORES = named("scores", "triton", "reduction or queries_that_count or windows")
 SCORES_EAGER = named("scores", "eager", "reduction or queries_that_count or windows")
@@ -337,6 +338,27 @@ FAULTS = [
         'values += (p.square() if self.reduce == "sumsq" else p).sum(0)',
         'values.copy_((p.square() if self.reduce == "sumsq" else p).sum(0))',
         PAGED_EAGER,
+    ),
+    Mutation(
+        "latents: the rotary columns of the keys are left out",
+        "kernels/paged_latent_attention.py",
+        "s = dot(q_rope, tl.trans(rope), s)",
+        "s = dot(q_rope, tl.trans(rope) * 0, s)",
+        LATENTS,
+    ),
+    Mutation(
+        "latents: the accumulator is not rescaled when the maximum rises",
+        "kernels/paged_latent_attention.py",
+        "acc = dot(p.to(latent.dtype), latent, acc * rescale[:, None])",
+        "acc = dot(p.to(latent.dtype), latent, acc)",
+        LATENTS,
+    ),
+    Mutation(
+        "latents: the partial results of a row tile stand where those of the first one do",
+        "kernels/paged_latent_attention.py",
+        "part = (axis_head * places + program + index) * num_rows + first_row",
+        "part = (axis_head * places + program + index) * num_rows",
+        LATENTS,
     ),
     Mutation(
         "paged: appended tokens go one slot too early",

@@ -33,6 +33,7 @@ paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, cau
     positions=None, query_positions=None, scale=None, softcap=0.0, sinks=None, tree_mask=None, k_scale=None,
     v_scale=None, scores=None!, score_reduce="sum", score_decay=1.0, schedule=None, cu_seqlens_q=None,
     max_seqlen_q=None, out=None!) -> (out, lse)
+paged_latent_attention(q, cache, block_tables, seq_lens, *, value_dim, scale, causal=True, softcap=0.0) -> (out, lse)
 paged_schedule(seq_lens, block_size, *, num_programs=0) -> (schedule)
 attention_scores(q, k, lse, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0,
     alibi_slopes=None, query_start=0, skip_recent=0, reduce="sum", group="sum") -> (scores)
@@ -187,6 +188,11 @@ def paged_attention():
     return (torch.randn(B, T, HQ, D), *cache.values()), keywords
 
 
+def paged_latent_attention():
+    (q, cache, _, *lists), _ = paged_attention()
+    return (q, cache, *lists), {"value_dim": 6, "scale": 0.5, "q_lens": int32(3, 2), "softcap": 3.0}
+
+
 def paged_schedule():
     return (int32([[5, 3], [12, 9]], [[0, 1], [2, 3]]), BLOCK_SIZE), {"num_programs": 5}
 
@@ -247,6 +253,7 @@ SAMPLES = {
         attention_scores,
         paged_append,
         paged_attention,
+        paged_latent_attention,
         paged_schedule,
         select_blocks,
         compact,

@@ -43,9 +43,15 @@ def append_problems():
             yield (width, 2, tokens, batch * kv_heads)
 
 
+def latent_problems():
+    for heads, tokens, batch in itertools.product((8, 16, 40, 64, 128), (1, 2, 4), (1, 8, 256)):
+        yield (512, 2, 64, heads * tokens, batch, 8192)
+
+
 REALISTIC = {
     **{f"flash_backward_{part}": list(dense_problems((64, 100, 1000, 8192))) for part in ("keys", "queries")},
     "paged_attention": list(paged_problems()),
+    "paged_latent_attention": list(latent_problems()),
     "paged_append": list(append_problems()),
     "select_blocks": list(itertools.product((512, 2048, 32768), (8, 256))),
     "compact": [(itemsize, width, 8192, 64) for itemsize in (1, 2) for width in (64, 128, 256)],

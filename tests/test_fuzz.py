@@ -18,7 +18,7 @@ from kvops.autotune import inspect
 # Areas and how many of their cases take about a second.
 SMOKE = {
     **{"dense": 12, "packed": 8, "merge": 20, "sdpa": 25, "paged": 8, "eviction": 10, "cache": 15, "verification": 12},
-    **{"sampling": 60, "lookup": 60, "flash_attn": 15, "families": 10},
+    **{"latents": 10, "sampling": 60, "lookup": 60, "flash_attn": 15, "families": 10},
 }
 
 

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.compile
 def _sources() -> str:
     digest = hashlib.sha256(version("triton").encode())
     files = [path for folder in ("kernels", "autotune", "kvops/eager") for path in (ROOT / folder).rglob("*.py")]
-    files += [ROOT / "tests" / f"{name}.py" for name in ("machine_cases", "machine_call", "paged_lists")]
+    files += [
+        ROOT / "tests" / f"{name}.py" for name in ("machine_cases", "machine_latents", "machine_call", "paged_lists")
+    ]
     for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -204,3 +206,21 @@ def test_a_record_of_the_suite_is_added_up_by_target_with_the_last_word_on_each_
     assert told["files"]["tests/test_a.py"] == {"tests": 4, "passed": 1, "skipped": 1}
     assert told["not passed"] == {"tests/test_a.py::two": "needs a GPU"}
     assert found["sm_90"]["passed"] == 0
+
+
+BYTES_OF_TWO_LENGTHS = """
+from bench import counted
+from bench.cases.latents import decoding
+counted._SMS = 1  # as many shares and partial results for both
+for context in (512, 1024):
+    row = counted.count(decoding(1, context, 16, 128, 64), "sm_80")
+    print(row["needed_bytes"], row["moved_bytes"])
+"""
+
+
+def test_a_slot_of_latents_is_read_once_for_keys_and_values():
+    """By what a longer list moves more: columns, and entries of the table."""
+    done = _run([sys.executable, "-c", BYTES_OF_TWO_LENGTHS])
+    assert done.returncode == 0, done.stderr
+    (needed, moved), (more_needed, more_moved) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert more_moved - moved <= 1.02 * (more_needed - needed)

@@ -347,6 +347,14 @@ OPERATORS: dict[str, Sequence[Tensor]] = {
         ("lse", "B, Hq, T", "out"),
         ("scores (optional)", "blocks, size", "changed"),
     ),
+    "paged_latent_attention": (
+        ("q", "B, T, Hq, D", "in"),
+        ("cache", "blocks, size, D", "in"),
+        ("block_tables", "B, Hkv, max_blocks", "in"),
+        ("seq_lens", "B, Hkv", "in"),
+        ("out", "B, T, Hq, value_dim", "out"),
+        ("lse", "B, Hq, T", "out"),
+    ),
     "paged_schedule": (
         ("seq_lens", "B, Hkv", "in"),
         ("schedule", "2 + lists + programs", "out"),

@@ -301,3 +301,30 @@ def paged_attention(
                 _by_head(scores, heads, 2)[h], table, score_decay if score_decays is None else score_decays[b]
             )
     return (result if out is None else q.new_empty(0)), lse
+
+
+def paged_latent_attention(
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    value_dim: int,
+    scale: float,
+    q_lens: Tensor | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    schedule: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`kvops.paged_latent_attention`: the first columns of the keys are the values."""
+    return paged_attention(
+        q,
+        cache,
+        cache[..., :value_dim],
+        block_tables,
+        seq_lens,
+        q_lens=q_lens,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+    )

@@ -12,6 +12,37 @@ from kvops.ops.dense import check_ends, check_scores, check_slopes
 REDUCTIONS = ("sum", "sumsq", "max")
 
 
+def check_lists(
+    name: str,
+    cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    reference_name: str,
+    reference: Tensor,
+    batch: int,
+) -> int:
+    """Check the shape of a cache whose slots are as wide as the last dimension of ``reference``, and the lists of its
+    blocks; returns the number of KV heads."""
+    head_dim = reference.shape[-1]
+    if cache.dim() == 4:
+        num_heads = cache.shape[2]
+        checks.expect_shape(name, cache, "[num_blocks, block_size, heads, head_dim]", None, None, None, head_dim)
+        checks.expect_shape("block_tables", block_tables, "[batch, max_blocks]", batch, None)
+        checks.expect_shape("seq_lens", seq_lens, "[batch]", batch)
+    else:
+        checks.expect_shape(name, cache, "[num_blocks, block_size, head_dim]", None, None, head_dim)
+        checks.expect_shape("block_tables", block_tables, "[batch, heads, max_blocks]", batch, None, None)
+        num_heads = block_tables.shape[1]
+        checks.expect_shape("seq_lens", seq_lens, "[batch, heads]", batch, num_heads)
+    checks.expect_at_least(f"{name}.shape[1] (block_size)", cache.shape[1], 1)
+    checks.expect_at_least(f"{name}.shape[-1] (head_dim)", cache.shape[-1], 1)
+    for list_name, tensor in (("block_tables", block_tables), ("seq_lens", seq_lens)):
+        checks.expect_dtype(list_name, tensor, torch.int32)
+        checks.expect_same_device(list_name, tensor, reference_name, reference)
+    return num_heads
+
+
 def _check_cache(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -25,27 +56,12 @@ def _check_cache(
     batch: int,
 ) -> int:
     """Checks of the arguments that append and attention share; returns the number of KV heads."""
-    head_dim = reference.shape[-1]
-    if k_cache.dim() == 4:
-        layout = "[num_blocks, block_size, heads, head_dim]"
-        num_heads = k_cache.shape[2]
-        checks.expect_shape("k_cache", k_cache, layout, None, None, None, head_dim)
-        checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:3], None)
-        checks.expect_shape("block_tables", block_tables, "[batch, max_blocks]", batch, None)
-        checks.expect_shape("seq_lens", seq_lens, "[batch]", batch)
-    else:
-        layout = "[num_blocks, block_size, head_dim]"
-        checks.expect_shape("k_cache", k_cache, layout, None, None, head_dim)
-        checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:2], None)
-        checks.expect_shape("block_tables", block_tables, "[batch, heads, max_blocks]", batch, None, None)
-        num_heads = block_tables.shape[1]
-        checks.expect_shape("seq_lens", seq_lens, "[batch, heads]", batch, num_heads)
-    checks.expect_at_least("k_cache.shape[1] (block_size)", k_cache.shape[1], 1)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.expect_at_least(f"{name}.shape[-1] (head_dim)", tensor.shape[-1], 1)
-    for name, tensor in (("block_tables", block_tables), ("seq_lens", seq_lens)):
-        checks.expect_dtype(name, tensor, torch.int32)
-        checks.expect_same_device(name, tensor, reference_name, reference)
+    num_heads = check_lists(
+        "k_cache", k_cache, block_tables, seq_lens, reference_name=reference_name, reference=reference, batch=batch
+    )
+    layout = "[num_blocks, block_size, heads, head_dim]" if k_cache.dim() == 4 else "[num_blocks, block_size, head_dim]"
+    checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:-1], None)
+    checks.expect_at_least("v_cache.shape[-1] (head_dim)", v_cache.shape[-1], 1)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.expect_dtype(name, tensor, *checks.FLOAT_DTYPES, torch.float8_e4m3fn)
     if k_cache.dtype != torch.float8_e4m3fn:
@@ -76,7 +92,7 @@ def _check_slots(name: str, value: Tensor, k_cache: Tensor, dtype: torch.dtype, 
         checks.expect_shape(name, value, "[num_blocks, block_size]", *k_cache.shape[:2])
 
 
-def _check_tables_data(k_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> None:
+def check_tables_data(k_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> None:
     """Checks of device data. They synchronise, so they run under KVOPS_DEBUG=1 only."""
     num_blocks, block_size = k_cache.shape[:2]
     capacity = block_tables.shape[-1] * block_size
@@ -87,7 +103,7 @@ def _check_tables_data(k_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) 
     checks.expect_data("block_tables", f"blocks from 0 to {num_blocks - 1} before each length", inside | ~used)
 
 
-def _check_q_lens(q_lens: Tensor | None, reference_name: str, reference: Tensor) -> None:
+def check_q_lens(q_lens: Tensor | None, reference_name: str, reference: Tensor) -> None:
     if q_lens is None:
         return
     checks.expect_dtype("q_lens", q_lens, torch.int32)
@@ -193,12 +209,12 @@ def check_append(
     checks.expect_same_dtype("v", v, "k", k)
     checks.expect_last_contiguous("v", v)
     checks.expect_same_device("v", v, "k", k)
-    _check_q_lens(q_lens, "k", k)
+    check_q_lens(q_lens, "k", k)
     _check_positions(positions, k_cache, "token_positions", token_positions, "k", k)
     if scores is not None:
         _check_slots("scores", scores, k_cache, torch.float32)
     if checks.debug() and checks.has_data(seq_lens):
-        _check_tables_data(k_cache, block_tables, seq_lens)
+        check_tables_data(k_cache, block_tables, seq_lens)
 
 
 def check_packed_data(
@@ -261,7 +277,7 @@ def check_attention(
     )
     Hq = q.shape[-2]
     checks.expect_head_ratio("q", Hq, "k_cache" if k_cache.dim() == 4 else "block_tables", num_heads)
-    _check_q_lens(q_lens, "q", q)
+    check_q_lens(q_lens, "q", q)
     checks.expect_at_least("window_left", window_left, -1)
     check_scores(scale, softcap)
     _check_positions(positions, k_cache, "query_positions", query_positions, "q", q)
@@ -296,14 +312,14 @@ def check_attention(
     if scores is not None:
         _check_slots("scores", scores, k_cache, torch.float32)
     if schedule is not None:
-        _check_given_schedule(schedule, B if k_cache.dim() == 4 else B * num_heads, "q", q)
+        check_given_schedule(schedule, B if k_cache.dim() == 4 else B * num_heads, "q", q)
     if checks.debug() and checks.has_data(seq_lens):
-        _check_tables_data(k_cache, block_tables, seq_lens)
+        check_tables_data(k_cache, block_tables, seq_lens)
         if schedule is not None:
-            _check_schedule_data(schedule, seq_lens, k_cache.shape[1], batch_invariant)
+            check_schedule_data(schedule, seq_lens, k_cache.shape[1], batch_invariant)
 
 
-def _check_given_schedule(schedule: Tensor, lists: int, reference_name: str, reference: Tensor) -> None:
+def check_given_schedule(schedule: Tensor, lists: int, reference_name: str, reference: Tensor) -> None:
     checks.expect_dtype("schedule", schedule, torch.int32)
     checks.expect_rank("schedule", schedule, "[entries]")
     checks.expect_at_least(f"schedule.shape[0] (of {lists} lists)", schedule.shape[0], lists + 3)
@@ -311,7 +327,7 @@ def _check_given_schedule(schedule: Tensor, lists: int, reference_name: str, ref
     checks.expect_same_device("schedule", schedule, reference_name, reference)
 
 
-def _check_schedule_data(schedule: Tensor, seq_lens: Tensor, block_size: int, batch_invariant: bool) -> None:
+def check_schedule_data(schedule: Tensor, seq_lens: Tensor, block_size: int, batch_invariant: bool) -> None:
     """Hold a given schedule to the lengths of this call; runs under KVOPS_DEBUG=1."""
     ends, _ = schedule_ends(seq_lens.reshape(1, -1), block_size, batch_invariant)
     fits = schedule[2 : ends.shape[1] + 2] == ends[0]

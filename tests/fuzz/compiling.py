@@ -12,7 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -191,6 +191,16 @@ def paged(case: Case) -> None:
     paged_attention(_empty(case, 4, case.tokens, 2 * case.group, case.head_dim), *cache, **options)
 
 
+def latents(case: Case) -> None:
+    from kvops.kernels.paged_latent_attention import paged_latent_attention
+
+    cache = replace(case, float8=False, head_dim=case.head_dim + 64)
+    (slots, _, *lists), _ = _cache(cache)
+    q = _empty(case, 4, case.tokens, 2 * case.group, case.head_dim + 64)
+    options = {"causal": case.causal, "softcap": 30.0 if case.softcap else 0.0}
+    paged_latent_attention(q, slots, *lists, value_dim=case.head_dim, scale=0.1, **options)
+
+
 def append(case: Case) -> None:
     from kvops.kernels.paged_append import paged_append
 
@@ -202,7 +212,12 @@ def append(case: Case) -> None:
 CALLS: dict[str, Callable[[Case], None]] = {
     **{"flash_attention": forward, "flash_attention_varlen": forward_varlen, "flash_attention_backward": backward},
     **{"flash_attention_varlen_backward": backward_varlen, "attention_scores": scores, "paged_attention": paged},
-    **{"paged_append": append, "gluon_forward": gluon_forward, "gluon_backward": gluon_backward},
+    **{
+        "paged_latent_attention": latents,
+        "paged_append": append,
+        "gluon_forward": gluon_forward,
+        "gluon_backward": gluon_backward,
+    },
 }
 
 

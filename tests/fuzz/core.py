@@ -23,6 +23,7 @@ AREAS = (
     "merge",
     "sdpa",
     "paged",
+    "latents",
     "eviction",
     "cache",
     "verification",
