@@ -113,6 +113,12 @@ def dense_problems() -> tuple[Problem, ...]:
     return tuple(problems)
 
 
+def _corners(*keys: tuple[int, int, int], lengths: tuple[int, ...] = (1024,)) -> tuple[Problem, ...]:
+    """Rarer problems, (width, itemsize, mask): heads of 512, float32 with a window, prompts shorter than a tile. A
+    proof of wider heads stands for narrower ones with the same configuration."""
+    return tuple(_dense_problem(*key, 16, length, 1024) for key in keys for length in lengths)
+
+
 def _dense_problem(width: int, itemsize: int, mask: int, heads: int, seqlen_q: int, seqlen_k: int) -> Problem:
     return dict(zip((*DENSE_KEY, *DENSE_SIZES), (width, itemsize, mask, heads, seqlen_q, seqlen_k), strict=True))
 
@@ -127,6 +133,7 @@ def _dense(
     *,
     walks_keys: bool,
     descriptors: bool = False,
+    corners: tuple[Problem, ...] = (),
 ) -> OpSpec:
     return OpSpec(
         name=name,
@@ -141,11 +148,14 @@ def _dense(
         kernels=(kernel,),
         workload=f"kvops.autotune.workloads:{name}",
         problems=dense_problems(),
+        corners=corners,
         proof_key=with_window,
         operators=operators,
     )
 
 
+_WIDE = tuple((512, 2, mask) for mask in (CAUSAL, WINDOW))
+_FLOAT32 = (128, 4, WINDOW)
 _ATTENTION = ("flash_attention", "flash_attention_varlen")
 _BACKWARD = ("flash_attention_backward", "flash_attention_varlen_backward")
 
@@ -159,6 +169,7 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         _ATTENTION,
         walks_keys=True,
         descriptors=True,
+        corners=_corners(*_WIDE, _FLOAT32, lengths=(1024, 16)) + _corners((256, 2, WINDOW), lengths=(32, 16)),
     ),
     _dense(
         "flash_backward_keys",
@@ -169,6 +180,7 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         _BACKWARD,
         walks_keys=False,
         descriptors=True,
+        corners=_corners(*_WIDE, (64, 4, WINDOW), _FLOAT32),
     ),
     _dense(
         "flash_backward_queries",
@@ -179,6 +191,11 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         _BACKWARD,
         walks_keys=True,
         descriptors=True,
+        corners=(
+            *_corners(*_WIDE, _FLOAT32),
+            *_corners(_FLOAT32, (256, 2, CAUSAL), (256, 2, WINDOW), lengths=(16,)),
+            *_corners((64, 2, WINDOW), (128, 2, WINDOW), lengths=(32, 16)),
+        ),
     ),
     _dense(
         "attention_scores",
@@ -188,5 +205,6 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         1,
         ("attention_scores", "attention_scores_varlen"),
         walks_keys=False,
+        corners=_corners(*_WIDE, _FLOAT32),
     ),
 )

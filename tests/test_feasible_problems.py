@@ -15,8 +15,19 @@ from kvops.autotune.inspect import TARGETS
 from kvops.autotune.prune import tasks
 from kvops.autotune.store import Store
 
-# Query heads, KV heads and padded head size of Llama 8B and 1B, SmolLM2, gpt-oss, Gemma 2 and 3, Phi-3 (96), and MQA.
-MODELS = ((32, 8, 128), (32, 8, 64), (9, 3, 64), (64, 8, 64), (16, 8, 256), (4, 1, 256), (32, 32, 128), (32, 1, 128))
+# Query heads, KV heads and padded head size of Llama 8B and 1B, SmolLM2, gpt-oss, Gemma 2 and 3, Phi-3 (96), MQA, and
+# heads of 512.
+MODELS = (
+    (32, 8, 128),
+    (32, 8, 64),
+    (9, 3, 64),
+    (64, 8, 64),
+    (16, 8, 256),
+    (4, 1, 256),
+    (32, 32, 128),
+    (32, 1, 128),
+    (8, 1, 512),
+)
 PROMPTS = (1, 5, 16, 17, 40, 64, 100, 1000, 8192)
 DRAFTS_AND_CHUNKS = (1, 2, 5, 8, 16, 64, 512)
 # All candidates spill there; spill instructions of the configuration that runs.
@@ -26,13 +37,11 @@ SPILLS = {"attention_scores": 10, "paged_attention": 32, "verify": 4, "gluon_fla
 def dense_problems(lengths=PROMPTS):
     for heads, _, width in MODELS:
         for mask, length, batch in itertools.product((0, 1, 2), lengths, (1, 16)):
-            if width == 256 and mask == 2 and length < 40:
-                continue  # their small tiles are not in the tables, and the large ones spill on some GPUs
             yield (width, 2, mask, batch * heads, length, max(length, 1000))
 
 
 def paged_problems():
-    for heads, kv_heads, width in (*MODELS, (8, 1, 512)):
+    for heads, kv_heads, width in MODELS:
         for cache, tokens, batch in itertools.product((1, 2), DRAFTS_AND_CHUNKS, (1, 8, 256)):
             yield (width, 2, cache, 16, heads // kv_heads * tokens, batch * kv_heads, 8192)
 
@@ -132,12 +141,11 @@ def test_no_problem_is_launched_with_what_is_known_not_to_fit_or_to_spill_much(n
 
 @pytest.mark.parametrize("name", [name for name in specs() if specs()[name].workload])
 def test_every_problem_that_operators_accept_starts_from_what_was_compiled(name):
-    """But for dense attention."""
     for choice in choices(name, grid(name), map(by_name, TARGETS)):
-        problem, verdict = choice.problem, choice.verdict
-        if "mask" in problem:
-            continue
-        assert verdict.status != "unproven", (choice, verdict)
+        problem = choice.problem
+        if "mask" in problem and problem["itemsize"] == 4 and problem["width"] > 128:
+            continue  # not in the tables
+        assert choice.verdict.status != "unproven", choice
 
 
 @pytest.mark.parametrize("name", [name for name in specs() if specs()[name].workload])
