@@ -73,6 +73,12 @@ def test_lists_that_fill_the_gpu_with_row_tiles_are_not_cut(backend, device):
     check(queries(lists, 128), lists)
 
 
+def test_row_tiles_of_few_lists_are_cut_into_shares(backend, device):
+    lists = make_latents([[700], [90]], 32, device=device)
+    check(queries(lists, 40), lists)
+    check(queries(lists, 10, 4), lists, schedule=kvops.paged_schedule(lists.seq_lens, 16, num_programs=23))
+
+
 def test_lists_that_are_all_empty_give_zero_and_minus_infinity(backend, device):
     lists = make_latents([[0, 0], [0, 0]], 32, device=device)
     out, lse = attend(queries(lists, 2, 3), lists)
