@@ -64,8 +64,8 @@ def process_logits(
         bad_words: token sequences that may not be completed: ``[[17], [3, 5]]`` for all requests, or one such list for
             each request, ``[[[17], [3, 5]], []]``.
         logit_bias: what is added to the logits of tokens: ``{17: -2.5}`` for all requests, one such mapping (or None)
-            for each request, or a float32 tensor ``[V]`` or ``[B, V]``. Only tensors can change between runs of a CUDA
-            graph.
+            for each request, or a float32 tensor ``[V]`` or ``[B, V]``. Mappings, and bad words for each request, are
+            copied to the device in every call, which a CUDA graph cannot do: a tensor is not.
 
     Returns:
         float32 ``[B, T, V]``. A row without an allowed token has no finite logit, and a row with a NaN keeps it:
