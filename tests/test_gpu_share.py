@@ -92,6 +92,15 @@ def test_a_simulation_waits_for_a_kernel_that_another_process_compiles():
     assert simulated(["a", "c"], ["b"]) == 15
 
 
+def test_the_plan_sees_tests_that_the_machine_for_ptx_leaves_out():
+    """The suite on the machine, whose way the tests go in the plan, runs those with a ``backend`` alone."""
+    test = "tests/test_gluon_flash_forward.py::test_on_a_gpu_it_agrees_with_the_triton_kernel"
+    variants, seconds = plan.launched([test])
+    assert variants.keys() == seconds.keys()
+    kernels = {kernel for own in variants.values() for kernel, _ in own}
+    assert {"gluon_flash_forward_kernel", "flash_forward_kernel"} <= kernels
+
+
 def test_the_tests_of_the_check_phase_fit_its_eight_minutes_on_16_cores():
     """By the committed computation; it takes minutes to repeat, so that this test only reads it."""
     found = json.loads(COSTS.read_text())
