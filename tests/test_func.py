@@ -190,3 +190,13 @@ def test_checks_name_arguments_under_transforms():
         vmap(loss)(q, k.half(), v)
     with pytest.raises(ValueError, match=r"^k: expected shape"):
         grad(loss)(q[0], k[0, :1], v[0])
+
+
+def test_transforms_compile_into_one_graph():
+    q, k, v = dense(2)
+    for function in (
+        lambda q, k, v: grad(loss)(q[0], k[0], v[0]),
+        lambda q, k, v: vmap(grad(loss))(q, k, v),
+    ):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(q, k, v), function(q, k, v))
