@@ -33,6 +33,14 @@ def test_what_other_warps_load_and_drop_may_be_updated_by_one(lockstep):
     assert buffer.tolist() == list(range(32))
 
 
+@pytest.mark.parametrize("place", ["", "add.s64 %rd3, %rd3, 4;\n"])
+@pytest.mark.parametrize("exchange", ["", "shfl.sync.bfly.b32 %r3, %r3, 1, 31, -1;\n"])
+def test_the_warp_that_stores_may_exchange_the_values_and_move_them(lockstep, exchange, place):
+    """A change of layout in between; no other warp has a use for what it has loaded."""
+    rest = f"{exchange}{place}@%p1 st.global.b32 [%rd3], %r3;\nret;"
+    assert kinds(run(UPDATE + rest, words(128), warps=2, lockstep=lockstep)) == []
+
+
 @pytest.mark.parametrize(
     "rest",
     [
@@ -40,8 +48,9 @@ def test_what_other_warps_load_and_drop_may_be_updated_by_one(lockstep):
         "@%p1 st.global.b32 [%rd3], %r3;\n@!%p1 st.global.b32 [%rd3+128], %r2;\nret;",
         "setp.eq.u32 %p2, %r2, 0;\n@%p1 st.global.b32 [%rd3], %r3;\n@!%p2 st.global.b32 [%rd3+128], %r1;\nret;",
         "@%p1 st.global.b32 [%rd3], %r3;\nld.global.b32 %r4, [%rd3];\n@!%p1 st.global.b32 [%rd3+128], %r4;\nret;",
-        # The place has moved between.
-        "add.s64 %rd3, %rd3, 4;\n@%p1 st.global.b32 [%rd3], %r3;\nret;",
+        # The second warp stores elsewhere what it has loaded, by the same instruction; or other threads of it do.
+        "@!%p1 add.s64 %rd3, %rd3, 128;\nst.global.b32 [%rd3], %r3;\nret;",
+        "@!%p1 add.s64 %rd3, %rd3, 128;\nshfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;\nst.global.b32 [%rd3], %r3;\nret;",
     ],
 )
 def test_what_other_warps_load_and_use_is_not_updated_by_one(lockstep, rest):

@@ -153,7 +153,7 @@ class Program:
         self.instructions: list[Instruction] = []
         self.blocks: list[list[Instruction]] = [[]]
         self.functions: dict[tuple[int, bool], Callable[..., Any]] = {}  # what was made of the blocks, see translate
-        self.updates: dict[int, int] | None = None  # see updates
+        self.updates: dict[int, Any] | None = None  # see updates
         self._registers: dict[str, Register] = {}
         for entry in _Body(ptx[header.end() :], self):
             if isinstance(entry, str):

@@ -17,10 +17,12 @@ import numpy as np
 if TYPE_CHECKING:
     from kvops.autotune.machine.report import Execution
     from kvops.autotune.machine.team import Team
+    from kvops.autotune.machine.updates import Update
 
 # mbarriers of one program that a vector clock has room for.
 MAX_MBARRIERS = 32
 _WARP_BITS = 6
+_CELL_BITS = 40
 
 
 class Clocks:
@@ -247,8 +249,10 @@ class GlobalShadow(_Shadow):
         self.reader = np.zeros(size, np.int64)
         self.reads = np.zeros((size, num_warps), np.int32)  # clock of the last read of each of the reader's warps
         self.many_programs = np.zeros(size, bool)
-        # Loads whose value only one store to the same place uses, and that store: see updates.py.
-        self.updates: Mapping[int, int] = {}
+        self.updates: Mapping[int, Update] = {}  # see updates.py
+        # Loads of these whose store is still to come, by the store: threads, cells and the instruction.
+        self.loaded: dict[int, list[tuple[np.ndarray, np.ndarray, int]]] = {}
+        self.updating: set[int] = set()  # those of these stores that go where their values were loaded from
 
     @staticmethod
     def _unordered(team: Team, lanes: np.ndarray, other: np.ndarray, clock: np.ndarray) -> np.ndarray:
@@ -268,7 +272,26 @@ class GlobalShadow(_Shadow):
         if bad.any():
             self.execution.fault("global memory is read before it is written", at, lanes=int(bad.any(1).sum()))
         if at in self.updates:
-            return
+            self.loaded.setdefault(self.updates[at].store, []).append((lanes, cells, at))
+        else:
+            self._ordered_read(team, lanes, cells, at)
+
+    def settle(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
+        """Store ``at`` is due, for ``lanes``. Of what was loaded for it, only what a thread (or a warp, whose threads
+        exchange values) loaded in one place and stores in another counts as read."""
+        self.updating.discard(at)
+        for loaders, loaded, load in self.loaded.pop(at, ()):
+            of_warp = self.updates[load].by_warp
+            unit, storing = (team.row[loaders], team.row[lanes]) if of_warp else (loaders, lanes)
+            kept = np.isin((unit[:, None] << _CELL_BITS) | loaded, (storing[:, None] << _CELL_BITS) | cells).all(1)
+            stored = np.isin(unit, storing)
+            if (kept & stored).any():
+                self.updating.add(at)
+            read = np.flatnonzero(~kept & stored)
+            if read.size:
+                self._ordered_read(team, loaders[read], loaded[read], load)
+
+    def _ordered_read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
         me = team.identity[lanes][:, None]
         writer = self.writer[cells]
         if writer.any():
@@ -328,8 +351,8 @@ class GlobalShadow(_Shadow):
         self.atomic[cells] = atomic
 
     def _may_meet(self, at: int) -> bool:
-        """Whether two warps may store one value by this instruction: not where each of them has loaded it before."""
-        return at not in self.updates.values()
+        """Whether two warps may store one value by this instruction: not where they have loaded it from that place."""
+        return at not in self.updating
 
     def meet(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int, same: Callable[[], np.ndarray]) -> None:
         """See :meth:`SharedShadow.meet`."""

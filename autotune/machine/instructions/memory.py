@@ -11,6 +11,7 @@ from kvops.autotune.machine.instructions.matrix import parts
 from kvops.autotune.machine.instructions.table import Operation, dtype, instruction
 from kvops.autotune.machine.memory import UNSIGNED
 from kvops.autotune.machine.ptx import Address, Instruction, Symbol
+from kvops.autotune.machine.races import GlobalShadow
 from kvops.autotune.machine.team import Team
 
 Array = Any
@@ -82,6 +83,8 @@ def stored(space: str, size: int, team: Team, mask: Array | None, at: int, addre
     lanes = team.select(mask, at)
     where = team.full(address)[lanes].astype(np.int64)
     lanes, index, cells = memory.locate(team, lanes, where, size * len(values), at, "a store")
+    if isinstance(memory.shadow, GlobalShadow):
+        memory.shadow.settle(team, lanes, cells, at)
     if not lanes.size:
         return
     team.grid.count_access(team, at, memory, lanes, index, size * len(values))
