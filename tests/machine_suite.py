@@ -87,7 +87,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         "code": code(item.path),
         "test": item.nodeid,
         "outcome": report.outcome,
-        "reason": "" if report.passed else str(report.longrepr).strip().splitlines()[-1][:200],
+        "reason": _reason(report),
         "launches": sum(execution.seed == SEEDS[0] for execution in executions),
         "runs": len(executions),
         "instructions": sum(execution.instructions for execution in executions),
@@ -98,6 +98,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     }
     _write(row)
     executions.clear()  # they hold programs and what they covered
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """The last line of what pytest says, without the place."""
+    if report.passed:
+        return ""
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.strip().splitlines()[-1].removeprefix("E").strip()[:200]
 
 
 @cache
