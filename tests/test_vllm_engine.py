@@ -396,18 +396,19 @@ def test_a_resumed_request_goes_on_with_the_tokens_that_it_had(small):
     sampling = vllm.SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
     engine.add_request("a", {"prompt_token_ids": prompts([400])[0]}, sampling)
     outputs = []
+    while len(outputs) < 20:
+        outputs += engine.step()
+    (request,) = scheduler.running
+    before = list(request.output_token_ids)
+    assert compressed(llm)[1].num_freed > 5
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)
+    assert request.num_computed_tokens == 0
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 60
     while engine.has_unfinished_requests():
         outputs += engine.step()
-        if len(outputs) == 20:
-            (request,) = scheduler.running
-            before = list(request.output_token_ids)
-            assert compressed(llm)[1].num_freed > 5
-            scheduler.running.remove(request)
-            scheduler._preempt_request(request, 0.0)
-            assert request.num_computed_tokens == 0
-            assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 60
-    assert len(before) >= 20
     got = list(outputs[-1].outputs[0].token_ids)
+    assert len(before) >= 20
     assert (got[: len(before)], len(got)) == (before, 60)
     expect_sound(llm, 60)
 
