@@ -177,11 +177,12 @@ def run(
 
     for row in asked_of_our_loop(Llama(loaded.config, loaded.weights), units, ratios, policy):
         note(row)
-    known = asked_of_vllm(folder, questions, 1, policy, 0)["names"]
-    note({"engine": "vLLM", "ratio": 1, "smaller": 1.0, "right": len(known), "asked": len(questions)})
+    whole = asked_of_vllm(folder, questions, 1, policy, 0)["names"]
+    note({"engine": "vLLM", "ratio": 1, "smaller": 1.0, "right": len(whole), "asked": len(questions)})
+    known = [question for question in questions if question.name in whole]
     for ratio, slack in itertools.product(ratios, slacks):
-        got = asked_of_vllm(folder, questions, ratio, policy, slack)
-        lost = [name for name in known if name not in got["names"]]
+        got = asked_of_vllm(folder, known, ratio, policy, slack)
+        lost = [question.name for question in known if question.name not in got["names"]]
         row = {"engine": f"vLLM, slack {slack}", "ratio": ratio, "smaller": got["smaller"]}
         note(row | {"right": len(known) - len(lost), "asked": len(known), "lost": lost})
     return 0
