@@ -13,6 +13,7 @@ import torch
 
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two processes may share a core; vLLM reads it once
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -415,7 +416,8 @@ def test_a_resumed_request_goes_on_with_the_tokens_that_it_had(small):
 
 def test_samples_of_a_prompt_are_compressed_each_by_itself(small):
     llm = start_compressed(small, 80)
-    sampling = vllm.SamplingParams(n=3, seed=1, max_tokens=70, ignore_eos=True, detokenize=False)
+    # Without a seed of their own: vLLM 0.32 fails on a CPU where a prompt with one is read in chunks.
+    sampling = vllm.SamplingParams(n=3, max_tokens=70, ignore_eos=True, detokenize=False)
     (out,) = llm.generate([{"prompt_token_ids": prompts([100])[0]}], sampling, use_tqdm=False)
     samples = [tuple(sample.token_ids) for sample in out.outputs]
     assert [len(tokens) for tokens in samples] == [70] * 3
@@ -428,17 +430,18 @@ def test_samples_of_a_prompt_are_compressed_each_by_itself(small):
 def test_a_request_that_is_aborted_gives_all_its_pages_back(small):
     """Pages that its compaction freed are not freed again, and its first page may begin another request."""
     llm = start_compressed(small, 30)
-    engine, pool = llm.llm_engine, compressed(llm)[2]
+    engine = llm.llm_engine
     sampling = vllm.SamplingParams(temperature=0, max_tokens=300, ignore_eos=True, detokenize=False)
     for name, ids in zip("ab", prompts([500, 300]), strict=True):
         engine.add_request(name, {"prompt_token_ids": ids}, sampling)
     for _ in range(20):
         engine.step()
-    manager = compressed(llm)[1]
+    _, manager, pool = compressed(llm)
     assert manager.num_freed > 8
     engine.abort_request(["a"])
     engine.step()
-    assert pool.get_num_free_blocks() == 30 - len([1 for block in manager.req_to_blocks["b"] if not block.is_null])
+    (blocks,) = manager.req_to_blocks.values()
+    assert pool.get_num_free_blocks() == 30 - sum(not block.is_null for block in blocks)
     engine.abort_request(["b"])
     engine.step()
     assert pool.get_num_free_blocks() == 30
@@ -458,9 +461,8 @@ def test_drafts_are_verified_over_a_compressed_cache(small):
     assert layers.cells.compactions > 2
 
 
-def test_two_ranks_of_a_tensor_parallel_engine_free_the_same_pages(small, monkeypatch):
+def test_two_ranks_of_a_tensor_parallel_engine_free_the_same_pages(small):
     """Each rank compacts its own heads and checks its attention. How many pages stay follows from the tokens alone."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     llm = start_compressed(
         small,
         60,
@@ -476,13 +478,15 @@ def test_two_ranks_of_a_tensor_parallel_engine_free_the_same_pages(small, monkey
     assert manager.num_freed > 20
 
 
-def test_two_stages_of_a_pipeline_free_the_same_pages(small, monkeypatch):
+def test_two_stages_of_a_pipeline_free_the_same_pages(small):
     """Each stage compacts the cells of its own layers, with two batches under way."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     llm = start_compressed(
         small,
         60,
         pipeline_parallel_size=2,
+        # vLLM 0.32 runs no pipeline on a CPU without its warm-up, which it leaves out where nothing is compiled.
+        enforce_eager=False,
+        compilation_config={"mode": 1, "backend": "eager"},
         distributed_executor_backend="mp",
         kv_cache_memory_bytes=61 * BYTES // 2,  # of each stage, which has one of the two layers
     )
@@ -562,7 +566,7 @@ def test_the_example_asks_a_server(small, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     done = subprocess.run(
         [sys.executable, str(root / "examples" / "vllm_server.py"), "--model", str(model), "--ratios", "4"],
-        env=environment | {"PYTHONPATH": str(root), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        env=environment | {"PYTHONPATH": str(root)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
