@@ -187,10 +187,11 @@ def score_tile(
             scores -= slopes * distance.abs()
         scores.masked_fill_(window.hidden(distance), -torch.inf)
     if bias is not None:
-        added = bias_tile(bias, tile.rows, tile.keys, scores.dtype)
+        added, hides = bias_tile(bias, tile.rows, tile.keys, scores.dtype)
         added = added.expand(-1, Hkv * G, -1, -1).unflatten(1, (Hkv, G))
         scores += added
-        scores.masked_fill_(added == -torch.inf, -torch.inf)  # also where the score is NaN
+        if hides:
+            scores.masked_fill_(added == -torch.inf, -torch.inf)  # also where the score is NaN
     return scores, capped
 
 
@@ -207,7 +208,9 @@ def _fused_tiles(window: Window, planes: int) -> tuple[Tile, ...]:
         before = (Tile(first, Sq, 0, square),) if square else ()
         return (*before, Tile(first, Sq, square, Sk, causal=True))
     reach = Sk if window.left is None or window.right is None else min(Sk, window.left + window.right + 1)
-    rows = max(16, min(_WINDOW_ROWS, _MASK_ELEMENTS // ((reach + _WINDOW_ROWS) * max(1, planes))))
+    rows = max(16, _MASK_ELEMENTS // ((reach + _WINDOW_ROWS) * max(1, planes)))
+    if window.left is not None or window.right is not None:
+        rows = min(rows, _WINDOW_ROWS)
     spans = ((start, min(Sq, start + rows)) for start in range(first, Sq, rows))
     return tuple(Tile(*span, *window.keys(*span)) for span in spans)
 
@@ -218,18 +221,20 @@ def _planes(alibi_slopes: Tensor | None, bias: Tensor | None) -> int:
     return max(slopes, 0 if bias is None else four_dims(bias).shape[:2].numel())
 
 
-def _mask(window: Window, tile: Tile, slopes: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _mask(
+    window: Window, tile: Tile, slopes: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, bool]:
     """What is added to the scores: [rows, keys], or [1 or B, 1 or Hq, rows, keys] with ALiBi or a bias; None for
-    nothing."""
+    nothing. Also whether a bias may hide all keys from a row."""
     if tile.causal or (slopes is None and bias is None and window.sees_all(tile)):
-        return None
-    mask = None if bias is None else bias_tile(bias, tile.rows, tile.keys, dtype)
+        return None, False
+    mask, hides = (None, False) if bias is None else bias_tile(bias, tile.rows, tile.keys, dtype)
     if slopes is None and mask is not None and window.sees_all(tile):
-        return mask
+        return mask, hides
     distance = window.distance(tile)
     added = torch.zeros(distance.shape, dtype=dtype) if slopes is None else -slopes.flatten(1, 2) * distance.abs()
     added.masked_fill_(window.hidden(distance), -torch.inf)
-    return added if mask is None else added + mask
+    return added if mask is None else added + mask, hides
 
 
 class _Attention:
@@ -274,9 +279,9 @@ class _Attention:
 
     def fused(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """out [B, Hq, rows, Dv] and lse [B, Hq, rows] of torch's kernel."""
-        inputs, options = self._for_torch(tile)
+        inputs, options, hides = self._for_torch(tile)
         out, lse = _forward(*inputs, 0.0, tile.causal, **options)
-        if self.bias is not None:  # torch's lse of rows that its mask hides from all keys is 0
+        if hides:  # torch's lse of rows that its mask hides from all keys is 0
             mask = options["attn_mask"]
             hidden = mask.amax(-1) == -torch.inf if mask.shape[-1] else mask.new_ones(mask.shape[:-1]).bool()
             lse = lse.masked_fill(hidden, -torch.inf)
@@ -289,7 +294,7 @@ class _Attention:
 
     def fused_backward(self, tile: Tile, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv of the tile; dout, out [B, Hq, rows, Dv] and lse [B, Hq, rows] of all its rows."""
-        inputs, options = self._for_torch(tile)
+        inputs, options, _ = self._for_torch(tile)
         dout, out = (widen(x, inputs[0].shape[3]) for x in (dout, out))
         dq, dk, dv = _backward(dout, *inputs, out, lse, 0.0, tile.causal, **options)
         if self.scale <= 0:
@@ -310,29 +315,33 @@ class _Attention:
         return dq.view(*self.q.shape[:2], -1, dq.shape[-1]), torch.matmul(ds.mT, q).mul_(self.scale), dv
 
     def score_gradient(
-        self, tile: Tile, dout: Tensor, delta: Tensor, lse: Tensor
+        self, tile: Tile, dout: Tensor, delta: Tensor, lse: Tensor, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, Hkv, G, rows, keys]: the gradient of the scores behind the softcap, P, and the tanh of the softcap."""
+        """[B, Hkv, G, rows, keys]: the gradient of the scores behind the softcap (written to ``into``, if given), P,
+        and the tanh of the softcap."""
         heads = self.k.shape[1]
         delta, lse = (grouped(x, heads)[..., None] for x in (delta, lse))
         scores, capped = self.scores(tile)
         p = scores.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)).exp_()  # 0 in an empty row, whatever its scores
         ds = torch.matmul(grouped(dout, heads).flatten(2, 3), self.v[:, :, tile.keys].mT).view_as(p)
-        return ds.sub_(delta).mul_(p), p, capped
+        return torch.mul(ds.sub_(delta), p, out=ds if into is None else into), p, capped
 
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         return score_tile(self.q, self.k, self.window, tile, self.scale, self.softcap, self.slopes, self.bias)
 
-    def _for_torch(self, tile: Tile) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-        """q, k, v and options. torch's kernel wants one head size: zeros change neither the scores nor the wanted
-        columns. It masks before it scales: with a scale that is not positive, -inf would become NaN or +inf."""
+    def _for_torch(self, tile: Tile) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], bool]:
+        """q, k, v, options, and whether a bias may hide all keys from a row.
+
+        torch's kernel wants one head size: zeros change neither the scores nor the wanted columns. It masks before it
+        scales: with a scale that is not positive, -inf would become NaN or +inf.
+        """
         q, k, v = self.q[:, :, tile.rows], self.k[:, :, tile.keys], self.v[:, :, tile.keys]
         scale = self.scale
         if scale <= 0:
             q, scale = torch.mul(q, scale, out=q.new_empty(q.shape)), 1.0
         width = max(q.shape[3], v.shape[3])
-        options = {"attn_mask": _mask(self.window, tile, self.slopes, self.bias, self.dtype), "scale": scale}
-        return (widen(q, width), widen(k, width), widen(v, width)), options
+        mask, hides = _mask(self.window, tile, self.slopes, self.bias, self.dtype)
+        return (widen(q, width), widen(k, width), widen(v, width)), {"attn_mask": mask, "scale": scale}, hides
 
 
 class _Kind:
@@ -474,13 +483,16 @@ def flash_attention_bias_backward(
     dbias = torch.zeros(bias.shape, dtype=dtype)
     whole = four_dims(dbias)
     dout = cast(dout, dtype).transpose(1, 2)
+    each = whole.shape == (q.shape[0], q.shape[2], q.shape[1], k.shape[1])  # nothing is summed
     if q.shape[0] * q.shape[2] > 0:
         for tile in call.small_tiles():
             rows = tile.rows
-            ds, _, _ = call.score_gradient(tile, dout[:, :, rows], delta[:, :, rows], lse[:, :, rows])
             target = whole[:, :, rows if whole.shape[2] > 1 else slice(None)]
             target = target[..., tile.keys if whole.shape[3] > 1 else slice(None)]
-            target += ds.flatten(1, 2).sum_to_size(target.shape)
+            into = grouped(target, k.shape[2]) if each else None
+            ds, _, _ = call.score_gradient(tile, dout[:, :, rows], delta[:, :, rows], lse[:, :, rows], into)
+            if into is None:
+                target += ds.flatten(1, 2).sum_to_size(target.shape)
     return dbias.to(bias.dtype)
 
 

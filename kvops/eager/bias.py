@@ -16,12 +16,13 @@ def four_dims(bias: Tensor) -> Tensor:
     return bias[(None,) * (4 - bias.dim())]
 
 
-def bias_tile(bias: Tensor, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-    """The part [1 or B, 1 or Hq, rows, keys] of a bias [1 or B, 1 or Hq, Sq, Sk], -inf where it hides a key."""
+def bias_tile(bias: Tensor, rows: slice, keys: slice, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """The part [1 or B, 1 or Hq, rows, keys] of a bias [1 or B, 1 or Hq, Sq, Sk], -inf where it hides a key, and
+    whether it hides any."""
     part = bias[:, :, rows, keys]
     if part.dtype == torch.bool:
-        return torch.where(part, 0.0, -torch.inf).to(dtype)
+        return torch.where(part, 0.0, -torch.inf).to(dtype), True
     part = part.to(dtype)
     if part.numel() == 0 or part.amin() >= _HIDDEN:
-        return part
-    return part.masked_fill(part < _HIDDEN, -torch.inf)
+        return part, part.numel() == 0
+    return part.masked_fill(part < _HIDDEN, -torch.inf), True
