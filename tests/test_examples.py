@@ -21,7 +21,7 @@ PROCESSES = {"many_processes.py": 3}
 
 
 def test_every_example_is_run_here():
-    """The text and the questions are what two of them read; test_vllm_engine.py runs that of vLLM."""
+    """The text and the questions are what two of them read; test_vllm_compressed.py runs that of vLLM."""
     files = {path.name for path in (ROOT / "examples").glob("*.*")}
     assert files == {*SCRIPTS, "command_line.sh", "harbour.txt", "questions.jsonl", "vllm_server.py"}
 
