@@ -126,7 +126,7 @@ FAULTS = [
     ),
     Mutation(
         "eager: a window is one key short",
-        "kvops/eager/attention.py",
+        "kvops/eager/window.py",
         "low = 0 if self.left is None else max(0, start + self.offset - self.left)",
         "low = 0 if self.left is None else max(0, start + self.offset - self.left + 1)",
         DENSE_EAGER,

@@ -75,7 +75,7 @@ def test_nothing_to_attend_to(backend, empty):
 @pytest.mark.parametrize("scoring", [{}, {"softcap": 3.0}, {"alibi_slopes": torch.tensor([0.02, 0.5])}])
 def test_eager_joins_its_tiles(monkeypatch, num_queries, num_keys, window, scoring):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr("kvops.eager.attention._TILE_ELEMENTS", 1 << 14)  # tiles of 64 keys
+    monkeypatch.setattr("kvops.eager.window._TILE_ELEMENTS", 1 << 14)  # tiles of 64 keys
     q, k, v = torch.randn(1, num_queries, 2, 16), torch.randn(1, num_keys, 1, 16), torch.randn(1, num_keys, 1, 16)
     check(q, k, v, torch.randn_like(q), None, attention_mask(num_queries, num_keys, **window), window, **scoring)
 

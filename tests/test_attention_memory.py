@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvops.eager import attention, scores
+from kvops.eager import attention, scores, window
 
 
 class LargestTensor(TorchDispatchMode):
@@ -35,7 +35,7 @@ class LargestTensor(TorchDispatchMode):
 )
 def test_no_tensor_grows_with_the_square_of_the_length(options, monkeypatch):
     # Tiles of a fixed size would hide a matrix of this short a sequence.
-    monkeypatch.setattr(attention, "_TILE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(window, "_TILE_ELEMENTS", 1 << 14)
     monkeypatch.setattr(attention, "_MASK_ELEMENTS", 1 << 14)
     length = 512
     q, k = torch.randn(1, length, 2, 8), torch.randn(1, length, 1, 8)

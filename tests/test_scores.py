@@ -105,7 +105,7 @@ def test_nothing_to_reduce(backend, empty, reduce):
 def test_eager_joins_its_tiles(monkeypatch, reduce):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("KVOPS_CPU", "eager")
-    monkeypatch.setattr("kvops.eager.attention._TILE_ELEMENTS", 1 << 14)  # tiles of 64 keys
+    monkeypatch.setattr("kvops.eager.window._TILE_ELEMENTS", 1 << 14)  # tiles of 64 keys
     q, k = torch.randn(1, 300, 4, 16), torch.randn(1, 400, 2, 16)
     window = {"causal": True, "window_left": 250}
     check(q, k, k, attention_mask(300, 400, **window), window, {"reduce": reduce, "query_start": 10})

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvops.eager.attention import Window, cast, compute_dtype, default_scale, group_slopes, grouped, score_tile
+from kvops.eager.attention import cast, compute_dtype, default_scale, group_slopes, grouped, score_tile
+from kvops.eager.window import Window
 
 
 def attention_scores(
