@@ -32,7 +32,7 @@ from kvops.autotune.family_parts import all_fields_but, bits_never_change, refus
 from kvops.autotune.spec import Config, OpSpec, Problem
 
 
-def _refuse_paged(config: PagedAttentionConfig, problem: Problem, device: DeviceFacts) -> str | None:
+def _refuse_tiles(config: PagedAttentionConfig, problem: Problem, device: DeviceFacts) -> str | None:
     reason = refuse_launch(config, device, "block_m", "block_n")
     if reason is not None:
         return reason
@@ -40,6 +40,13 @@ def _refuse_paged(config: PagedAttentionConfig, problem: Problem, device: Device
         return f"needs tiles of at least 16 x 16, it has {config.block_m} x {config.block_n}"
     if config.block_m > max(16, 2 * problem["rows"]):
         return f"wastes most of its {config.block_m} rows on {problem['rows']}"
+    return None
+
+
+def _refuse_paged(config: PagedAttentionConfig, problem: Problem, device: DeviceFacts) -> str | None:
+    reason = _refuse_tiles(config, problem, device)
+    if reason is not None:
+        return reason
     # The block table takes stages of the pipeline as well: five stages hold two tiles of slots.
     tiles = (config.num_stages - 1) // 2 if device.nvidia else config.num_stages - 1
     needed = 2 * tiles * config.block_n * problem["width"] * problem["cache_itemsize"]
@@ -139,13 +146,9 @@ def _latent_space(problem: Problem, device: DeviceFacts) -> Iterable[PagedAttent
 
 
 def _refuse_latent(config: PagedAttentionConfig, problem: Problem, device: DeviceFacts) -> str | None:
-    reason = refuse_launch(config, device, "block_m", "block_n")
+    reason = _refuse_tiles(config, problem, device)
     if reason is not None:
         return reason
-    if min(config.block_m, config.block_n) < 16:
-        return f"needs tiles of at least 16 x 16, it has {config.block_m} x {config.block_n}"
-    if config.block_m > max(16, 2 * problem["rows"]):
-        return f"wastes most of its {config.block_m} rows on {problem['rows']}"
     tiles = max(1, (config.num_stages - 1) // 2) if device.nvidia else 1
     return refuse_shared(tiles * config.block_n * (problem["width"] + _ROTARY) * problem["itemsize"], device)
 

@@ -66,29 +66,9 @@ def result(team: Team, name: str, dtype: str) -> np.ndarray:
     return team.rows[dtype][team.grid.program.register(name).index]
 
 
-def run(
-    body: str,
-    *buffers: np.ndarray,
-    warps: int = 1,
-    shared: int = 1024,
-    grid: int = 1,
-    written: dict[int, bool] | None = None,
-    descriptors=None,
-    without=(),
-    **options,
-) -> Execution:
-    """A kernel on these buffers, its parameters; ``written`` says False of a buffer that holds no data yet."""
-    return prepared(
-        body,
-        *buffers,
-        warps=warps,
-        shared=shared,
-        grid=grid,
-        written=written,
-        descriptors=descriptors,
-        without=without,
-        **options,
-    ).run()
+def run(body: str, *buffers: np.ndarray, **options) -> Execution:
+    """Run a kernel; see :func:`prepared`."""
+    return prepared(body, *buffers, **options).run()
 
 
 def prepared(
@@ -102,7 +82,7 @@ def prepared(
     without=(),
     **options,
 ) -> Grid:
-    """What :func:`run` runs."""
+    """A kernel on these buffers, its parameters; ``written`` says False of a buffer that holds no data yet."""
     held = program(body, len(buffers), 32 * warps, without)
     allocations = []
     for number, buffer in enumerate(buffers):

@@ -82,13 +82,13 @@ def _expand_share(share, shares, call, hidden):
 
 @jit
 def _contract_share(share, shares, call, hidden):
-    rows, width = len(hidden), hidden.shape[1] // 2
+    rows, width, one = len(hidden), hidden.shape[1] // 2, np.float32(1)  # a whole number would make it float64
     gated = np.empty((rows, width), np.float32)  # each thread has its own, as of the norm
     for r in range(rows):
         for d in range(width):
             gate = hidden[r, d]
-            decay = exp2(-abs(gate) * LOG2_E)
-            gated[r, d] = gate * hidden[r, width + d] * ((np.float32(1) if gate >= 0 else decay) / (1 + decay))
+            decay = exp2(-abs(gate) * np.float32(LOG2_E))
+            gated[r, d] = gate * hidden[r, width + d] * ((one if gate >= 0 else decay) / (one + decay))
     _multiply_by(gated, call.down, share, shares, call.out)
     first, last = _share_of(len(call.down), share, shares)
     for r in range(rows):
