@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import kvops
+from kvops.generation.passes import new_cache, read_prompt
 from kvops.integrations.vllm.compressed import CompressedLayers
 from kvops.integrations.vllm.judge import Judge, served
 from kvops.integrations.vllm.options import Options
 from kvops.integrations.vllm.rule import Rule
 from kvops.integrations.vllm.step import Slots
-from kvops.policies import POLICIES
+from kvops.policies import POLICIES, Compression
 
 
 def most_held(rule: Rule, tokens: int, in_flight: int) -> int:
@@ -134,8 +135,18 @@ class PretendEngine:
         emptied = set(self.rule.emptied(0, self.old.pop(request, 0)))
         self.free += [page for column, page in enumerate(self.tables.pop(request, [])) if column not in emptied]
 
-    def step(self, work, **options):
-        """``work``: (request, computed, new tokens) of those that run, their pages given."""
+    def random(self, tokens):
+        """Queries, keys and values of each layer, ``[tokens, heads, head_dim]``."""
+        return [
+            [torch.randn(tokens, heads, self.head_dim, generator=self.generator) for heads in self.heads]
+            for _ in self.cache
+        ]
+
+    def step(self, work, vectors=None, **options):
+        """``work``: (request, computed, new tokens) of those that run, their pages given.
+
+        ``vectors``: of :meth:`random`, of the new tokens. Returns the metadata of the step.
+        """
         starts = [0]
         for _, _, new in work:
             starts.append(starts[-1] + new)
@@ -151,13 +162,14 @@ class PretendEngine:
         step = self.layers.build(
             starts[-1], cu_seqlens, cu_seqlens, torch.tensor(tokens), table, Slots.of(slots, self.size)
         )
-        for name, cache in zip(self.layers.number, self.cache, strict=True):
-            q, k, v = (torch.randn(starts[-1], heads, self.head_dim, generator=self.generator) for heads in self.heads)
+        vectors = self.random(starts[-1]) if vectors is None else vectors
+        for name, cache, (q, k, v) in zip(self.layers.number, self.cache, vectors, strict=True):
             output = torch.full_like(q, torch.nan)
             parts = cache.transpose(1, 2).split(self.head_dim, -1)
             plain = {"scale": 1.0, "softcap": 0.0, "sinks": None}
             self.layers.forward(name, q, k, v, parts, step, output, plain | options)
             assert not output.isnan().any()
+        return step
 
 
 def run_requests(engine, lengths, most=6):
@@ -281,3 +293,58 @@ def test_scores_are_those_of_about_the_last_queries():
     torch.testing.assert_close(judge.decays(torch.tensor([0, 1, 4, 5])), torch.tensor([1, 0.75, 0.75**4, 0]))
     assert Judge(POLICIES["h2o"](), 2).decays(torch.tensor([5])) is None
     assert Judge(POLICIES["knorm"](), 2).reduce is None
+
+
+class GivenVectors:
+    """A decoder for our own loop whose queries, keys and values are given: of each layer, by position."""
+
+    rope, embedding = None, SimpleNamespace(weight=torch.zeros(1))
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+        (_, k, _) = vectors[0]
+        self.config = SimpleNamespace(num_layers=len(vectors), num_kv_heads=k.shape[1], head_dim=k.shape[2])
+
+    def options(self, layer):
+        return {"window_left": -1, "scale": 1.0}
+
+    def __call__(self, tokens, positions, attend):
+        for layer, each in enumerate(self.vectors):
+            attend(layer, *(part[positions[0].long()][None] for part in each))
+        return torch.zeros(*tokens.shape, 1)
+
+
+def kept_positions(positions, tables, lens):
+    """The positions in each list of ``[L, Hkv, W]`` blocks and ``[L, Hkv]`` slots."""
+    return [
+        [positions[table.long()].flatten()[:length].tolist() for table, length in zip(*layer, strict=True)]
+        for layer in zip(tables, lens, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 8])
+@pytest.mark.parametrize("policy", served())
+def test_the_same_tokens_are_kept_as_in_our_own_loop(policy, ratio):
+    """In every head, after each chunk of a prompt, where both keep as many pages and read the same chunks."""
+    given = {"observe": 8} if hasattr(POLICIES[policy], "observe") else {}
+    options = Options(ratio=ratio, policy=policy, policy_options=given, protect_last=8, check=True)
+    engine = PretendEngine(60, options, layers=3)
+    rule, lists = engine.rule, 3 * 2
+    vectors = engine.random(161)
+    model = GivenVectors(vectors)
+    cache = new_cache(model, max_batch=1, max_tokens=200, block_size=engine.size)
+    tokens, ends = torch.zeros(1, 161, dtype=torch.int64), [40, 64, 112, 160]
+    for start, end in zip([0, *ends], [*ends, 161], strict=True):
+        engine.pages_of("a", start, end)
+        step = engine.step([("a", start, end - start)], [[part[start:end] for part in each] for each in vectors])
+        if start:
+            got = kept_positions(engine.layers.cells.positions, step.tables[:, 0], step.lens[:, 0] - (end - start))
+            expected = kept_positions(cache.positions, cache.block_tables[:, 0], cache.seq_lens[:, 0])
+            assert got == expected, start
+            assert sum(len(each) for layer in got for each in layer) == rule.held(start, start) * engine.size * lists
+        budget = Compression(
+            blocks=rule.held(end, end) * lists, policy=options.make_policy(), protect_first=4, protect_last=8
+        )
+        read_prompt(model, cache, tokens[:, :end], 0, budget, held=start)
+    assert engine.layers.cells.compactions == len(ends)
+    assert engine.layers.check.worst < 2e-5

@@ -111,7 +111,7 @@ class Cells:
         # Never back: an optimistic count of accepted drafts may have been taken back.
         old = torch.maximum(old, before)
         for row in (old > before).nonzero().flatten().tolist():
-            self._compact(int(first_pages[row]), table[row], int(before[row]), int(old[row]))
+            self._compact(int(first_pages[row]), table[row], int(computed[row]), int(before[row]), int(old[row]))
         self._old[first_pages] = old
         return old
 
@@ -164,17 +164,19 @@ class Cells:
         """The first ``number`` columns that stay: int64, known to the host."""
         return self._keep.diff().nonzero().flatten()[:number]
 
-    def _compact(self, first_page: int, table: Tensor, before: int, old: int) -> None:
-        """Compact ``old`` columns of a request of which ``before`` are compacted.
+    def _compact(self, first_page: int, table: Tensor, computed: int, before: int, old: int) -> None:
+        """Compact ``old`` columns of a request with ``computed`` tokens, of which ``before`` columns are compacted.
 
         ``table`` int64 ``[columns]`` has the pages with which it computed so far, ``first_page`` the first of them. The
         host need not know what the device decides: all shapes follow from the rule.
         """
         size = self.page_size
-        lists = self.lists(table[None], torch.tensor([old * size]), torch.tensor([before]))
+        recent = computed - old * size
+        lists = self.lists(table[None], torch.tensor([computed]), torch.tensor([before]))
         tables, lens = (part.flatten(0, 2) for part in (lists.tables, lists.lens))  # [lists, W], [lists]
         staying = table[self._staying(self.rule.keep(old)).to(table.device)]
-        keep = self.judge.keep(self, tables, lens, len(staying), self.rule.protect_first)
+        keep = self.judge.keep(self, tables, lens, recent=recent, pages=len(staying))
+        tables, lens = tables[:, : keep.shape[1] // size].contiguous(), lens - recent
         # Survivors move to the front of their head's list, then out of the pages that go.
         kvops.compact(
             self.k, self.v, tables[None], lens[None], keep[None], positions=self.positions, scores=self.scores

@@ -71,7 +71,7 @@ class _Layers(_EngineSeen):
 
     def __init__(self, cells: Cells, tables: Tensor, lens: Tensor, group: int) -> None:
         size = cells.page_size
-        self._cells, self._group, self._recent = cells, group, cells.rule.protect_last
+        self._cells, self._group = cells, group
         width = tables.shape[-1] * size
         slot = torch.arange(width, device=tables.device) - (width - lens.long()[..., None])  # [layers, Hkv, S]
         self._padded = slot < 0
@@ -91,9 +91,6 @@ class _Layers(_EngineSeen):
     @cached_property
     def v(self) -> Tensor:  # type: ignore[override]
         return self._vectors(self._cells.v)
-
-    def pool(self, scores: Tensor, width: int, *, last: int, kind: Literal["max", "mean"] = "max") -> Tensor:
-        return super().pool(scores, width, last=max(0, last - self._recent), kind=kind)  # the newest keys are not here
 
     def attention(self, *, last: int | None = None, reduce: Reduce = "sum", group: str = "sum") -> Tensor:
         paid = self._cells.scores.flatten()[self._slots].masked_fill_(self._padded, 0)
@@ -144,12 +141,14 @@ class Judge:
         remaining = (1 - 1 / self.observe) ** queries.float()
         return remaining.masked_fill_(queries > self.observe, 0.0)
 
-    def keep(self, cells: Cells, tables: Tensor, lens: Tensor, pages: int, protect_first: int) -> Tensor:
-        """bool ``[lists, W * page_size]``: the slots that survive in ``pages`` pages.
+    def keep(self, cells: Cells, tables: Tensor, lens: Tensor, *, recent: int, pages: int) -> Tensor:
+        """bool ``[lists, C * page_size]``: which slots of the C columns that are compacted survive in ``pages`` pages.
 
-        ``tables`` int32 ``[lists, W]`` of full blocks, ``lens`` int32 ``[lists]``: the lists of all layers.
+        ``tables`` int32 ``[lists, W]`` and ``lens`` int32 ``[lists]`` are the lists of all layers with all their slots.
+        The policy sees them all, as in our own loop; the ``recent`` newest slots of each list are in no column that is
+        compacted.
         """
-        policy, (L, H) = self.policy, (cells.num_layers, cells.num_heads)
+        policy, rule, (L, H) = self.policy, cells.rule, (cells.num_layers, cells.num_heads)
         (lists, width), size = tables.shape, cells.page_size
         place = torch.arange(width * size, device=tables.device) + (width * size - lens.long()[:, None])
         place.clamp_(max=width * size - 1)  # the last slots of each list stand last
@@ -157,26 +156,30 @@ class Judge:
         parts = zip(tables.view(L, H, width).split(at_once), lens.view(L, H).split(at_once), strict=True)
         scores = torch.cat([policy.checked_score(_Layers(cells, *part, self._group)) for part in parts])
         scores = scores.flatten(0, 1).gather(1, place)
+        newest = rule.columns(recent)  # which stay, and count as a part of what a head or a layer is to keep
+        old = width - newest
         # Numbered from 0, so that only the scores and positions of these lists are read.
-        local = torch.arange(lists * width, dtype=torch.int32, device=tables.device).view(lists, width)
-        positions = cells.positions[tables.long()].flatten(0, 1)
+        local = torch.arange(lists * old, dtype=torch.int32, device=tables.device).view(lists, old)
+        positions = cells.positions[tables[:, :old].long()].flatten(0, 1)
         weights = policy.layer_weights(L)
         apart = weights is not None or policy.scope != "sequence"  # each layer has its share
         rows_of = (L, H) if apart else (1, lists)
         shares = [pages * lists // rows_of[0]] * rows_of[0]
         if weights is not None:
-            shares = share_out(pages * lists, weights, least=-(-protect_first // size) * H, most=width * H)
+            least = newest + rule.columns(rule.protect_first)
+            whole = share_out((pages + newest) * lists, weights, least=least * H, most=width * H)
+            shares = [share - newest * H for share in whole]
         _, keep = kvops.select_blocks(
-            scores.view(lists * width, size),
-            local.view(*rows_of, width),
-            lens.view(rows_of),
+            scores[:, : old * size].reshape(lists * old, size),
+            local.view(*rows_of, old),
+            (lens - recent).view(rows_of),
             torch.tensor(shares, dtype=torch.int32, device=tables.device),
             positions=positions,
-            protect_first=protect_first,
-            min_per_head=int(policy.floor * pages) * size,
+            protect_first=rule.protect_first,
+            min_per_head=max(0, int(policy.floor * (pages + newest)) - newest) * size,
             scope="head" if policy.scope == "head" else "sequence",
         )
-        return keep.view(lists, width * size)
+        return keep.view(lists, old * size)
 
 
 def served() -> list[str]:
