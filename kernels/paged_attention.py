@@ -138,7 +138,7 @@ def paged_attention(
             scores,
             score_decays,
             *plan.scores_numbers,
-            num_warps=config.num_warps,
+            num_warps=plan.scores_warps,
             num_stages=config.num_stages,
         )
     return result, lse

@@ -310,9 +310,10 @@ def paged_merge_kernel(
         part = begin // share + index
         parts_end = tl.where(end > begin, (end - 1) // share + index + 1, part)
     columns = tl.arange(0, BLOCK_DV)
-    m = tl.full([1], float("-inf"), tl.float32)
-    l = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
+    # Each of BLOCK_P lines merges every BLOCK_P-th partial result by itself; the lines meet behind the loop.
+    m = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_P], tl.float32)
+    acc = tl.zeros([BLOCK_P, BLOCK_DV], tl.float32)
     for first in range(part, parts_end, BLOCK_P):
         parts = first + tl.arange(0, BLOCK_P)
         inside = parts < parts_end
@@ -324,14 +325,19 @@ def paged_merge_kernel(
             mask=inside[:, None] & (columns < VALUE_DIM)[None, :],
             other=0.0,
         )
-        m_new = tl.maximum(m, tl.max(part_m, 0))
+        m_new = tl.maximum(m, part_m)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         rescale = tl.exp2(m - shift)
         weight = tl.exp2(part_m - shift)
-        l = l * rescale + tl.sum(part_l * weight, 0)
-        acc = acc * rescale + tl.sum(part_acc * weight[:, None], 0)
+        l = l * rescale + part_l * weight
+        acc = acc * rescale[:, None] + part_acc * weight[:, None]
         m = m_new
 
+    highest = tl.max(m, 0)
+    weight = tl.exp2(m - tl.where(highest == float("-inf"), 0.0, highest))  # [BLOCK_P]
+    m = tl.full([1], 0.0, tl.float32) + highest
+    l = tl.full([1], 0.0, tl.float32) + tl.sum(l * weight, 0)
+    acc = tl.sum(acc * weight[:, None], 0)
     weight, lse = _normalise(m, l, sinks_ptr, query_head * stride_sinks)
     acc = acc * (weight * cache_scale(1.0, v_ptr, v_scale_ptr, head * stride_v_scale))
     token_place = first_token + token

@@ -40,6 +40,7 @@ class PagedPlan:
     merge_numbers: tuple[Any, ...]
     scores_numbers: tuple[Any, ...]
     merge_warps: int
+    scores_warps: int
 
 
 class PagedKind:
@@ -200,6 +201,7 @@ class PagedKind:
             "line": line,
             "places": places,
         }
+        stash = stash if 4 * stash <= MAX_STASH else 0
         return PagedPlan(
             config,
             shares,
@@ -207,9 +209,11 @@ class PagedKind:
             merge_grid=(all_heads * self.rows,) if split else None,
             scores_grid=(triton.cdiv(shares, scores_coarse), self.axis_heads),
             partial=self.partial_size(places) if split else 0,
-            stash=stash if 4 * stash <= MAX_STASH else 0,
+            stash=stash,
             numbers=positional(self.kernel, "stride_qb", numbers),
             merge_numbers=positional(paged_merge_kernel, "stride_nb", numbers),
             scores_numbers=positional(paged_scores_kernel, "stride_qb", numbers | {"coarse": scores_coarse}),
             merge_warps=4 if self.block_dv >= 64 else 1,
+            # From the stash a thread reads slots of its own; more threads than slots would read them twice.
+            scores_warps=min(config.num_warps, max(config.block_n // 32, 1)) if stash else config.num_warps,
         )

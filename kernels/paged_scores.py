@@ -17,6 +17,29 @@ from kvops.kernels.paged_tiles import (
 from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
 
 
+@triton.jit
+def _probabilities(s, seen, lse_ptrs, row_mask):
+    """exp(score - lse) [rows, BLOCK_N] of log2 scores, 0 for what is not seen."""
+    if row_mask is None:
+        lse = tl.load(lse_ptrs)
+    else:
+        lse = tl.load(lse_ptrs, mask=row_mask, other=0.0)
+    lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
+    return tl.exp2(tl.where(seen, s - lse[:, None], float("-inf")))
+
+
+@triton.jit
+def _with_rows(reduced, p, REDUCE: tl.constexpr):
+    """``reduced`` [BLOCK_N] along with the rows of ``p``."""
+    if REDUCE == "max":
+        reduced = tl.maximum(reduced, tl.max(p, 0))
+    elif REDUCE == "sumsq":
+        reduced += tl.sum(p * p, 0)
+    else:
+        reduced += tl.sum(p, 0)
+    return reduced
+
+
 # Over 80 lines: 62 are the signature; one loop over lists, as in paged_attention_kernel.
 @triton.jit(
     do_not_specialize=[*UNSPECIALISED, "lists", "coarse", "window_left", "score_last"],
@@ -116,7 +139,7 @@ def paged_scores_kernel(
         first_tile = 0
         if HAS_LAST:  # rows before do not score
             first_scored = tl.maximum(count - score_last, 0) * GROUP
-            first_tile = first_scored // BLOCK_M * BLOCK_M
+            first_tile = first_scored if stash_ptr is not None else first_scored // BLOCK_M * BLOCK_M
         list_decay = decay
         if decays_ptr is not None:
             list_decay = tl.load(decays_ptr + batch)
@@ -133,29 +156,36 @@ def paged_scores_kernel(
                 k = load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q_ptr.dtype.element_ty)
             reduced = tl.zeros([BLOCK_N], tl.float32)
             any_seen = tl.zeros([BLOCK_N], tl.int32)
-            for first_row in range(first_tile, list_rows, BLOCK_M):
-                rows = first_row + tl.arange(0, BLOCK_M)
+            for first_row in range(first_tile, list_rows, BLOCK_M if stash_ptr is None else GROUP):
+                # With the stash a step takes the heads of one token, which see the same slots, one by one: each thread
+                # reduces its own slots, and no warp waits for another.
+                rows = first_row + tl.arange(0, BLOCK_M if stash_ptr is None else 1)
                 query_place, limit, oldest, token, new_slot = row_limits(
                     rows, length, batch, first_token, count, query_positions_ptr, stride_qpb, stride_qpt, window_left,
                     GROUP, CAUSAL,
                 )  # fmt: skip
-                row_mask = rows < list_rows
-                place = first_token + token  # in this row of q
-                query_head = head * GROUP + rows % GROUP
                 seen = visible_slots(
                     slots, inside, key_places, limit, oldest, token, new_slot,
                     None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
                     HAS_WINDOW,
                 )  # fmt: skip
-                if HAS_LAST:
-                    seen &= (rows >= first_scored)[:, None]
+                place = first_token + token  # in this row of q
+                lse_cell = batch * stride_lse_b + place
                 if stash_ptr is not None:
                     in_line = list_begin.to(tl.int64) * UNIT + slots
-                    cell = (axis_head * num_rows + rows)[:, None] * line + in_line[None, :]
                     # What is not seen may never have been written; a mask of whole units keeps the loads wide.
                     written = (slots < unit_stop) & (in_line < line)
-                    s = tl.load(stash_ptr + cell, mask=row_mask[:, None] & written[None, :], other=0.0)
+                    for row in tl.range(first_row, first_row + GROUP, loop_unroll_factor=4):
+                        cell = (axis_head * num_rows + row) * line + in_line
+                        s = tl.load(stash_ptr + cell, mask=written, other=0.0)[None, :]
+                        query_head = head * GROUP + row % GROUP
+                        p = _probabilities(s, seen, lse_ptr + lse_cell + query_head * stride_lse_h, None)
+                        reduced = _with_rows(reduced, p, REDUCE)
                 else:
+                    row_mask = rows < list_rows
+                    query_head = head * GROUP + rows % GROUP
+                    if HAS_LAST:
+                        seen &= (rows >= first_scored)[:, None]
                     columns = tl.arange(0, BLOCK_D)
                     q = tl.load(
                         q_ptr
@@ -169,17 +199,8 @@ def paged_scores_kernel(
                     distance = query_place[:, None] - key_places[None, :]
                     slope = alibi_slope(slopes_ptr, batch, query_head[:, None], stride_slopes_b)
                     s, _ = log2_scores(s, distance, list_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
-                lse = tl.load(
-                    lse_ptr + batch * stride_lse_b + query_head * stride_lse_h + place, mask=row_mask, other=0.0
-                )
-                lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
-                p = tl.exp2(tl.where(seen, s - lse[:, None], float("-inf")))
-                if REDUCE == "max":
-                    reduced = tl.maximum(reduced, tl.max(p, 0))
-                elif REDUCE == "sumsq":
-                    reduced += tl.sum(p * p, 0)
-                else:
-                    reduced += tl.sum(p, 0)
+                    p = _probabilities(s, seen, lse_ptr + lse_cell + query_head * stride_lse_h, row_mask)
+                    reduced = _with_rows(reduced, p, REDUCE)
                 any_seen = tl.maximum(any_seen, tl.max(seen.to(tl.int32), 0))
             cell = block * stride_sb + offset * stride_ss + head * stride_sh
             updated = inside & (any_seen > 0)

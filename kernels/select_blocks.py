@@ -208,15 +208,16 @@ def competed_shares_kernel(
     head = h < heads
     threshold = tl.load(cut_ptr + 2 * b)
     final = tl.load(cut_ptr + 2 * b + 1)
-    shares = tl.load(least_ptr + b * heads + h, mask=head, other=0)
     worth_ptr += b * blocks * heads
+    counts = tl.zeros([BLOCK, BLOCK_H], tl.int32)
     for start in range(0, blocks, BLOCK):
         block = start + tl.arange(0, BLOCK)
         candidate = block[:, None] * heads + h[None, :]  # [BLOCK, BLOCK_H]
         within = (block < blocks)[:, None] & head[None, :]
         worth = tl.load(worth_ptr + candidate, mask=within, other=ABSENT)
         taken = (worth > threshold) | ((worth == threshold) & (candidate <= final))
-        shares += tl.sum((taken & within).to(tl.int32), 0)
+        counts += (taken & within).to(tl.int32)
+    shares = tl.load(least_ptr + b * heads + h, mask=head, other=0) + tl.sum(counts, 0)
     tl.store(shares_ptr + b * heads + h, shares, mask=head)
 
 
