@@ -360,6 +360,14 @@ def flash_attention_float32():
     dense_attention(torch.float32, 64, causal=True)
 
 
+def flash_backward_wide_values():
+    from kvops.kernels.flash_backward_launch import flash_backward
+
+    q, out = torch.empty(2, 1024, 8, 64, dtype=torch.bfloat16), torch.empty(2, 1024, 8, 128, dtype=torch.bfloat16)
+    k, v = (torch.empty(2, 1024, 4, width, dtype=torch.bfloat16) for width in (64, 128))
+    flash_backward(out, q, k, v, out, torch.empty(2, 8, 1024), causal=True)
+
+
 def flash_attention_bias(head_dim, dtype=torch.bfloat16, **options):
     from kvops.kernels.flash_backward_bias import flash_bias_backward
 
@@ -380,6 +388,7 @@ CASES += [
     CompileCase("flash-fp16-d128", flash_attention_causal, matrix=(*FLASH_KERNELS, "attention_scores_kernel")),
     CompileCase("flash-bf16-d64-everything", flash_attention_with_everything, matrix=FLASH_KERNELS),
     CompileCase("flash-fp32-d64", flash_attention_float32),
+    CompileCase("flash-backward-bf16-d64-values-of-128", flash_backward_wide_values, matrix=FLASH_KERNELS[1:]),
     CompileCase("flash-bias-d64", partial(flash_attention_bias, 64), matrix=BIAS_KERNELS, targets=SOME),
     CompileCase("flash-bias-d128-causal", partial(flash_attention_bias, 128, causal=True), matrix=BIAS_KERNELS),
     CompileCase("flash-bias-d256", partial(flash_attention_bias, 256), matrix=BIAS_KERNELS, targets=SOME),
