@@ -13,7 +13,7 @@ def padded(head_dim: int) -> int:
 
 
 def as_bytes(cache: torch.Tensor) -> torch.Tensor:
-    """A float8 cache as bytes: not every GPU supports the type, and the interpreter does not."""
+    """A float8 e4m3 cache as bytes, as not every GPU supports the type; any other cache as it is."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
@@ -36,7 +36,7 @@ def list_strides(per_list: torch.Tensor, k_cache: torch.Tensor) -> tuple[int, in
 
 
 def scale_stride(scale: torch.Tensor | None) -> int:
-    """The head stride of the scales of a float8 cache: 0 for one that all heads share."""
+    """The head stride of the scales of a float8 or int8 cache: 0 for one that all heads share."""
     return 0 if scale is None or scale.dim() == 0 else scale.stride(0)
 
 

@@ -20,25 +20,32 @@ from kvops.kernels.paged import (
     strides,
 )
 from kvops.kernels.paged_tiles import READ_AS_SCALARS, UNSPECIALISED, new_tokens
-from kvops.kernels.primitives import float32_to_e4m3, page_address
+from kvops.kernels.primitives import as_uint8_pointer, float32_to_float8, float32_to_int8, page_address
 from kvops.prepared import prepared
 
 
 @triton.jit
 def _copy_rows(
     source_ptr, stride_source, tokens, cache_ptr, cell, written, scale_ptr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, FLOAT8: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``tokens`` of the source to the offsets ``cell`` of the cache, divided by the scale of a float8 cache."""
+    """Rows ``tokens`` of the source to the offsets ``cell`` of the cache, in the format that its pointer tells (see
+    ``load_slots``). A float8 or int8 cache gets them divided by its scale."""
+    element: tl.constexpr = cache_ptr.dtype.element_ty
     columns = tl.arange(0, PADDED)
     mask = written[:, None] & (columns < WIDTH)[None, :]
     rows = tl.load(source_ptr + tokens[:, None] * stride_source + columns[None, :], mask=mask)  # [BLOCK_T, PADDED]
-    if FLOAT8:
+    if element == tl.uint8 or element == tl.float8e5 or element == tl.int8:
         rows = rows.to(tl.float32)
         if scale_ptr is not None:
             rows = rows / tl.load(scale_ptr)
-        rows = float32_to_e4m3(rows)
-    tl.store(cache_ptr + cell[:, None] + columns[None, :], rows, mask=mask)
+        if element == tl.int8:
+            rows = float32_to_int8(rows)
+        elif element == tl.float8e5:
+            rows = float32_to_float8(rows, 2, 15, 57344.0)
+        else:  # the bytes of e4m3
+            rows = float32_to_float8(rows, 3, 7, 448.0)
+    tl.store(as_uint8_pointer(cache_ptr) + cell[:, None] + columns[None, :], rows, mask=mask)
 
 
 # Over 80 lines: 52 are the signature.
@@ -90,7 +97,6 @@ def paged_append_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    FLOAT8: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -116,8 +122,8 @@ def paged_append_kernel(
     if v_scale_ptr is not None:
         v_scale_ptr += head * stride_v_scale
     places = first_token + tokens  # in this row of k and v
-    _copy_rows(k_ptr, stride_kt, places, k_cache_ptr, k_cell, written, k_scale_ptr, HEAD_DIM, BLOCK_D, FLOAT8)
-    _copy_rows(v_ptr, stride_vt, places, v_cache_ptr, v_cell, written, v_scale_ptr, VALUE_DIM, BLOCK_DV, FLOAT8)
+    _copy_rows(k_ptr, stride_kt, places, k_cache_ptr, k_cell, written, k_scale_ptr, HEAD_DIM, BLOCK_D)
+    _copy_rows(v_ptr, stride_vt, places, v_cache_ptr, v_cell, written, v_scale_ptr, VALUE_DIM, BLOCK_DV)
     if positions_ptr is not None:
         position = tl.load(token_positions_ptr + batch * stride_qpb + places * stride_qpt, mask=written)
         tl.store(positions_ptr + block * stride_pb + offset * stride_ps + head * stride_ph, position, mask=written)
@@ -156,7 +162,7 @@ class AppendKind:
         block_d, block_dv = padded(head_dim), padded(value_dim)
         self.lists = batch * heads
         self.problem = max(block_d, block_dv), k.element_size(), self.num_tokens, self.lists
-        self.float8 = k_cache.dtype == torch.float8_e4m3fn
+        self.as_bytes = torch.float8_e4m3fn in (k_cache.dtype, v_cache.dtype)
         self.numbers: dict[str, Any] = {  # by the kernel's parameter names
             **strides("stride_k", "bth", k.stride()[:3]),
             **strides("stride_v", "bth", v.stride()[:3]),
@@ -176,7 +182,6 @@ class AppendKind:
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value_dim,
             "BLOCK_SIZE": k_cache.shape[1],
-            "FLOAT8": self.float8,
             "PACKED": cu_seqlens_q is not None,
             "BLOCK_D": block_d,
             "BLOCK_DV": block_dv,
@@ -216,7 +221,7 @@ def paged_append(
     programs, plan = kind.plan(config)
     if programs == 0:
         return
-    if kind.float8:
+    if kind.as_bytes:
         k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     paged_append_kernel[(programs,)](
         k,

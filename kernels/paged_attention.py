@@ -96,7 +96,7 @@ def paged_attention(
         positions = query_positions = None
     if tree_mask is not None:
         tree_mask = tree_mask.view(torch.uint8)
-    keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.float8 else (k_cache, v_cache)
+    keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.as_bytes else (k_cache, v_cache)
     lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale, alibi_slopes
     paged_attention_kernel[plan.grid](
         q,

@@ -104,12 +104,14 @@ class PagedKind:
         self.out_shape = (batch, tokens, query_heads, self.value_dim)[self.packed :]
         self.lse_shape = (batch, query_heads, tokens)[self.packed :]
         self.empty = 0 in (batch, self.num_tokens, *self.lse_shape)
-        self.float8 = k_cache.dtype == torch.float8_e4m3fn
+        self.as_bytes = torch.float8_e4m3fn in (k_cache.dtype, v_cache.dtype)
         self.block_d, self.block_dv = padded(self.head_dim), padded(self.value_dim)
         # What the configuration is chosen by.
         varying = (0, 0) if batch_invariant else (self.lists * self.axis_heads, self.max_blocks * self.block_size)
         width = max(self.block_d, self.block_dv)
-        self.problem = width, q.element_size(), k_cache.element_size(), self.block_size, self.rows, *varying
+        # Where K and V differ, by the narrower one: its tiles are no larger, and proven with both sides converted.
+        narrower = min(k_cache.element_size(), v_cache.element_size())
+        self.problem = width, q.element_size(), narrower, self.block_size, self.rows, *varying
 
         if window_left >= 2**31 - 1 - self.num_tokens:  # it hides nothing, and places less it leave int32
             window_left = -1

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvops.kernels.primitives import e4m3_to_float16
+from kvops.kernels.primitives import INTERPRETED, as_uint8_pointer, e4m3_to_float16, e5m2_to_float16
 
 # Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers that are aligned to 16
 # bytes. Nothing gets faster where a pointer is read one number at a time, or a stride leads to such a number: an engine
@@ -46,13 +46,22 @@ UNSPECIALISED = (
 
 @triton.jit
 def load_slots(cache_ptr, cell, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
-    """The rows [BLOCK_N, PADDED] at the offsets ``cell`` of a cache, 0 where not ``inside``."""
+    """The rows [BLOCK_N, PADDED] at the offsets ``cell`` of a cache, 0 where not ``inside``. The type of the pointer
+    tells the format; uint8 is float8 e4m3, whose rows are divided by 256."""
     columns = tl.arange(0, PADDED)
     rows = tl.load(
-        cache_ptr + cell[:, None] + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0
+        as_uint8_pointer(cache_ptr) + cell[:, None] + columns[None, :],
+        mask=inside[:, None] & (columns < WIDTH)[None, :],
+        other=0,
     )
     if cache_ptr.dtype.element_ty == tl.uint8:
         values = e4m3_to_float16(rows).to(DTYPE)
+    elif cache_ptr.dtype.element_ty == tl.float8e5:
+        values = e5m2_to_float16(rows).to(DTYPE)
+    elif cache_ptr.dtype.element_ty == tl.int8:
+        if INTERPRETED:  # it stores an integer as the bits of bfloat16
+            rows = rows.to(tl.float32)
+        values = rows.to(DTYPE)
     else:
         values = rows
     return values

@@ -155,15 +155,44 @@ def e4m3_to_float16(bits):
 
 
 @triton.jit
-def float32_to_e4m3(x):
-    """float32 -> the bits (uint8) of float8 e4m3: rounded to nearest even and clamped to 448; NaN stays NaN."""
+def e5m2_to_float16(bits):
+    """float8 e5m2 (its bits as uint8) as float16, exactly: it is the high byte of one."""
+    return (bits.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def float32_to_float8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST_FLOAT8: tl.constexpr):
+    """float32 -> the bits (uint8) of a float8: rounded to nearest even and clamped to its largest; NaN stays NaN.
+
+    e4m3 has 3 bits of mantissa, a bias of 7 and ends at 448; e5m2 has 2, 15 and ends at 57,344.
+    """
     bits = x.to(tl.uint32, bitcast=True)
-    magnitude = tl.minimum(tl.abs(x), 448.0)
+    magnitude = tl.minimum(tl.abs(x), LARGEST_FLOAT8)
     magnitude_bits = magnitude.to(tl.uint32, bitcast=True)
-    # Keep 3 of 23 mantissa bits and move the exponent's bias from 127 to 7.
-    normal = ((magnitude_bits + 0x7FFFF + ((magnitude_bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 the spacing is 2^-9: adding 1.5 * 2^14 rounds to it, and leaves the count in the low bits.
-    subnormal = (magnitude + 24576.0).to(tl.uint32, bitcast=True) & 0xF
-    code = tl.where(magnitude < 0.015625, subnormal, normal)
+    # Keep some of 23 mantissa bits and move the exponent's bias from 127.
+    DROPPED: tl.constexpr = 23 - MANTISSA
+    HALF: tl.constexpr = (1 << (DROPPED - 1)) - 1
+    normal = ((magnitude_bits + HALF + ((magnitude_bits >> DROPPED) & 1)) >> DROPPED) - ((127 - BIAS) << MANTISSA)
+    # Below the smallest normal number the spacing is constant: adding 1.5 times a power of two rounds to it, and leaves
+    # the count in the low bits.
+    subnormal = (magnitude + 1.5 * 2.0 ** (24 - BIAS - MANTISSA)).to(tl.uint32, bitcast=True) & 0xF
+    code = tl.where(magnitude < 2.0 ** (1 - BIAS), subnormal, normal)
     code = tl.where(x == x, code, 0x7F)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def float32_to_int8(x):
+    """float32 -> int8: clamped to [-127, 127] and rounded to nearest even; NaN becomes 0, as int8 has none."""
+    x = tl.where(x == x, x, 0.0)
+    x = tl.minimum(tl.maximum(x, -127.0), 127.0)
+    # Adding 1.5 * 2^23 rounds to a whole number, and leaves it in the low bits.
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def as_uint8_pointer(ptr):
+    """A pointer to float8 e5m2 as one to its bits. Other pointers stay as they are."""
+    if ptr.dtype.element_ty == tl.float8e5:
+        ptr = ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    return ptr

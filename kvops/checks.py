@@ -21,6 +21,8 @@ from torch import Tensor
 from kvops.private_torch import FakeTensor, transforms_are_active
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What a cache may hold beside the dtype of its queries, with a scale.
+QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 # The dict inside ``os.environ``, which every call of an operator reads: 0.1 µs. ``os.environ.get`` takes 0.8 µs for a

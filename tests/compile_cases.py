@@ -217,7 +217,7 @@ def _ragged_cache(dtype: torch.dtype, head_dim: int, heads: int = 8):
     return cache, tables, lens, sides
 
 
-def paged_append_bf16_and_float8():
+def paged_append_bf16_and_bytes():
     from kvops.kernels.paged_append import paged_append
 
     new = torch.empty(4, 8, 8, 128, dtype=torch.bfloat16)
@@ -226,6 +226,8 @@ def paged_append_bf16_and_float8():
     paged_append(new, new, cache, cache, tables, lens, positions=sides[0], token_positions=places, scores=sides[1])
     cache = _ragged_cache(torch.float8_e4m3fn, 128)[0]
     paged_append(new, new, cache, cache, tables, lens, k_scale=torch.empty(8), v_scale=torch.empty(8))
+    k_cache, v_cache = cache.view(torch.int8), cache.view(torch.float8_e5m2)
+    paged_append(new, new, k_cache, v_cache, tables, lens, k_scale=torch.empty(8), v_scale=torch.empty(8))
 
 
 def paged_attention_decode_bf16():
@@ -263,6 +265,18 @@ def paged_attention_uniform_float8():
     cache = torch.empty(1024, 16, 8, 128, dtype=torch.float8_e4m3fn)
     tables, lens = torch.empty(4, 512, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
     paged_attention(q, cache, cache, tables, lens, k_scale=torch.empty(8), v_scale=torch.empty(8))
+
+
+def paged_attention_of_two_formats():
+    from kvops.kernels.paged_attention import paged_attention
+
+    q = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16)
+    cache, tables, lens, _ = _ragged_cache(torch.int8, 128)
+    scales = {"k_scale": torch.empty(8), "v_scale": torch.empty(8)}
+    paged_attention(q, cache, cache.view(torch.float8_e5m2), tables, lens, **scales)
+    paged_attention(q.half(), cache.view(torch.float8_e5m2), cache, tables, lens, **scales)
+    wide = _ragged_cache(torch.bfloat16, 128)[0]
+    paged_attention(q, cache, wide, tables, lens, k_scale=torch.empty(8))
 
 
 def paged_attention_float32_head_dim_64():
@@ -315,11 +329,12 @@ def paged_latents(heads, batch=4, dtype=torch.bfloat16, **options):
 
 _PAGED, _LATENT = ("paged_attention_kernel",), ("paged_latent_kernel",)
 CASES += [
-    CompileCase("paged-append", paged_append_bf16_and_float8),
+    CompileCase("paged-append", paged_append_bf16_and_bytes),
     CompileCase("paged-decode-bf16-d128", paged_attention_decode_bf16, matrix=_PAGED),
     CompileCase("paged-drafts-bf16-d128", paged_attention_drafts_bf16, matrix=_PAGED),
     CompileCase("paged-chunk-bf16-d128", paged_attention_chunk_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-uniform-fp8-d128", paged_attention_uniform_float8, matrix=_PAGED),
+    CompileCase("paged-int8-e5m2-d128", paged_attention_of_two_formats, matrix=_PAGED),
     CompileCase("paged-decode-fp32-d64", paged_attention_float32_head_dim_64),
     CompileCase("paged-decode-fp16-d256", paged_attention_head_dim_256, matrix=_PAGED),
     CompileCase("paged-packed-bf16-d128", paged_attention_packed_bf16, matrix=(*_PAGED, "paged_scores_kernel")),

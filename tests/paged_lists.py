@@ -14,6 +14,20 @@ import kvops
 POISON_BLOCK = 2**30
 
 
+# What a cache may hold beside the dtype of its queries.
+QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the operators store of float32 ``x`` in a cache of ``dtype``; NaN is 0 in int8."""
+    if dtype == torch.int8:
+        return x.nan_to_num(0.0).clamp(-127, 127).round().to(dtype)
+    if dtype not in QUANTISED:
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
 @dataclass
 class Lists:
     k_cache: Tensor
@@ -148,15 +162,16 @@ def check(
     schedule: Tensor | None = None,
     batch_invariant: bool = False,
     cache: Lists | None = None,
-    scales: tuple[float, float] | None = None,
+    scales: tuple[float | None, float | None] | None = None,
     packed: bool = False,
     given_out: bool = False,
     **options,
 ) -> None:
     """Hold out, lse and scores to float64; slots that belong to no list keep their NaN.
 
-    ``cache`` is given to the operator in place of ``lists`` where the two differ (float8). ``packed``: the real tokens
-    lie end to end, with poisoned ones around them. ``given_out``: the result is written into a strided tensor of NaN.
+    ``cache`` is given to the operator in place of ``lists`` where the two differ (float8, int8). ``packed``: the real
+    tokens lie end to end, with poisoned ones around them. ``given_out``: the result is written into a strided tensor of
+    NaN.
     """
     options = {name: value for name, value in options.items() if value is not None}
     exact = expected(q, lists, **options)

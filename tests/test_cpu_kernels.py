@@ -164,10 +164,10 @@ def test_a_forked_child_works_alone(problem, two_threads):
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", list(elements.FORMATS))
 @pytest.mark.parametrize("count", [1, 7, 16, 33, 256])
 def test_every_element_is_widened_exactly_and_nothing_behind_a_row_is_read(dtype, count):
-    bits = torch.uint8 if dtype == torch.float8_e4m3fn else {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
     x = (torch.arange(count * 97) * 40503 % (1 << 31)).to(bits).view(dtype)[-count:]  # the memory ends with them
     width = elements.padded(count)
     out = torch.full((width,), math.nan)
@@ -190,10 +190,11 @@ def test_one_element_may_be_strided():
     assert_same_bits(call(lists, q), expected)
 
 
-def test_every_float8_is_widened_exactly():
-    x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+@pytest.mark.parametrize("dtype", [dtype for dtype in elements.FORMATS if dtype.itemsize == 1])
+def test_every_byte_of_a_cache_is_widened_exactly(dtype):
+    x = torch.arange(256, dtype=torch.uint8).view(dtype)
     out = torch.empty(256)
-    elements.widen(x.data_ptr(), elements.FLOAT8, 256, out.data_ptr())
+    elements.widen(x.data_ptr(), elements.FORMATS[dtype], 256, out.data_ptr())
     assert torch.equal(out.isnan(), x.float().isnan())
     assert torch.equal(out.nan_to_num(nan=7.0), x.float().nan_to_num(nan=7.0))
     assert torch.equal(out.signbit(), x.float().signbit())

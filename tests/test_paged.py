@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from oracle import assert_accurate
-from paged_lists import Lists, check, expected, make_lists, queries
+from paged_lists import QUANTISED, Lists, check, expected, make_lists, quantise, queries
 from rounding import rounded
 
 import kvops
@@ -279,17 +279,33 @@ def test_positions_of_a_uniform_cache_may_be_shared_by_its_heads(backend, device
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("scale", ["none", "number", "tensor", "head"])
+E4M3, E5M2, INT8 = QUANTISED
+
+
+@pytest.mark.parametrize(
+    ("k_dtype", "v_dtype", "scale"),
+    [
+        *((dtype, dtype, scale) for dtype in QUANTISED for scale in ("none", "number", "tensor", "head")),
+        *((E4M3, E5M2, "head"), (E5M2, INT8, "head"), (INT8, E4M3, "number"), (INT8, E5M2, "none")),
+        *((dtype, None, "head") for dtype in QUANTISED),
+        *((None, dtype, "number") for dtype in QUANTISED),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float8_caches(backend, device, scale, dtype):
+def test_float8_and_int8_caches(backend, device, k_dtype, v_dtype, scale, dtype):
+    """Each side in a dtype of its own; None: that of the queries."""
     lists = make_lists([[40, 6, 70], [7, 0, 33]], block_size=8, head_dim=32, device=device)
-    k8, v8 = (cache.nan_to_num(448.0).to(torch.float8_e4m3fn) for cache in (lists.k_cache * 4, lists.v_cache * 4))
+    k8, v8 = (
+        quantise(cache.nan_to_num(448.0) * (8 if side == INT8 else 1), side or dtype)
+        for cache, side in ((lists.k_cache * 4, k_dtype), (lists.v_cache * 4, v_dtype))
+    )
     k_scale, v_scale = {
         "none": (None, None),
         "number": (0.25, 0.5),
         "tensor": (torch.tensor(0.25, device=device), torch.tensor(0.5, device=device)),
         "head": (torch.tensor([0.1, 0.2, 0.4], device=device), torch.tensor([0.3, 0.2, 0.1], device=device)),
     }[scale]
+    k_scale, v_scale = None if k_dtype is None else k_scale, None if v_dtype is None else v_scale
     q = queries(lists, 2, 2, dtype)
     out, lse = kvops.paged_attention(q, k8, v8, lists.block_tables, lists.seq_lens, k_scale=k_scale, v_scale=v_scale)
 
@@ -355,12 +371,18 @@ def test_features_in_any_combination(backend, device, seed):
         options["query_positions"] = torch.randint(0, 400, (2, num_tokens), dtype=torch.int32, device=device)
     q = queries(lists, group, num_tokens, dtype)
     if draw.random() < 0.4:
-        k8, v8 = (cache.to(torch.float8_e4m3fn) for cache in (lists.k_cache, lists.v_cache))
         # By a power of two nothing is rounded: the oracle reads what the scaled cache says.
-        wide = dataclasses.replace(lists, k_cache=k8.to(dtype) * 0.5, v_cache=v8.to(dtype) * 2.0)
-        check(
-            q, wide, cache=dataclasses.replace(lists, k_cache=k8, v_cache=v8), scores=True, scales=(0.5, 2.0), **options
+        k_dtype, v_dtype = draw.choice([*QUANTISED, dtype]), draw.choice([*QUANTISED, dtype])
+        k_factor, v_factor = (
+            {E4M3: factor, E5M2: factor, INT8: 0.03125}.get(side) for side, factor in ((k_dtype, 0.5), (v_dtype, 2.0))
         )
+        k8 = quantise(lists.k_cache.float() / (k_factor or 1.0), k_dtype)
+        v8 = quantise(lists.v_cache.float() / (v_factor or 1.0), v_dtype)
+        wide = dataclasses.replace(
+            lists, k_cache=k8.to(dtype) * (k_factor or 1.0), v_cache=v8.to(dtype) * (v_factor or 1.0)
+        )
+        stored = dataclasses.replace(lists, k_cache=k8, v_cache=v8)
+        check(q, wide, cache=stored, scores=True, scales=(k_factor, v_factor), **options)
     else:
         check(q, lists, scores=True, **options)
 

@@ -2,10 +2,11 @@
 
 import math
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
-from paged_lists import POISON_BLOCK, make_lists
+from paged_lists import POISON_BLOCK, QUANTISED, make_lists, quantise
 
 import kvops
 
@@ -91,24 +92,52 @@ def test_append_to_a_uniform_cache(backend, device, contiguous):
     assert torch.equal(v_cache[3, :2], v[1])
 
 
-def test_append_rounds_to_float8_as_torch_does(backend, device):
-    """Every e4m3 number, every midpoint between two of them, their neighbours, and what lies beyond 448."""
-    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_append_rounds_to_nearest_even(backend, device, dtype):
+    """Every number of the cache's dtype, every midpoint between two of them, their neighbours, what lies beyond the
+    largest, and NaN."""
+    numbers = torch.arange(128, dtype=torch.uint8).view(dtype).float()
+    numbers = numbers[numbers.isfinite()]
     middles = (numbers[1:] + numbers[:-1]) / 2
-    values = torch.cat([numbers, middles, torch.tensor([449.0, 1e6, 2e-4, math.inf])])
+    largest = numbers[-1]
+    values = torch.cat([numbers, middles, largest + torch.tensor([0.4, 0.5, 1.0]), torch.tensor([6e4, 1e6, math.inf])])
     values = torch.cat([values, torch.nextafter(middles, middles + 1), torch.nextafter(middles, middles - 1)])
-    values = torch.cat([values, -values])
+    values = torch.cat([values, torch.tensor([2e-4, 1e-6, 1e-40]), -values, torch.tensor([math.nan])])
     values = torch.cat([values, torch.zeros(-len(values) % 16)]).view(-1, 16).to(device)  # [T, 16]
     T = len(values)
-    cache = torch.zeros(-(-T // 8), 8, 16, device=device).to(torch.float8_e4m3fn)
+    cache = torch.zeros(-(-T // 8), 8, 16, device=device).to(dtype)
     v_cache = cache.clone()
     tables = torch.arange(cache.shape[0], dtype=torch.int32, device=device)[None, None]
     lens = torch.tensor([[T]], dtype=torch.int32, device=device)
     new = values[None, :, None]
     kvops.paged_append(new, 2 * new, cache, v_cache, tables, lens, v_scale=2.0)
-    wanted = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+    wanted = quantise(values.cpu(), dtype)
     for got in (cache, v_cache):
-        assert torch.equal(got.flatten(0, 1)[:T].view(torch.uint8), wanted.view(torch.uint8))
+        assert torch.equal(got.flatten(0, 1)[:T].cpu().view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("k_dtype", "v_dtype"), list(product((*QUANTISED, None), repeat=2)))
+def test_append_stores_each_side_in_its_own_dtype(backend, device, k_dtype, v_dtype):
+    """Each with its own scale; None: the dtype of the new tokens."""
+    lists = make_lists([[20, 3, 8], [9, 16, 5]], block_size=8, head_dim=32, value_dim=24, device=device)
+    k = 8 * torch.randn(2, 2, 3, 32, device=device)
+    v = 8 * torch.randn(2, 2, 3, 24, device=device)
+    sides, scales = [], {}
+    for name, cache, dtype, by_head in (
+        ("k_scale", lists.k_cache, k_dtype, torch.tensor([0.25, 0.5, 2.0], device=device)),
+        ("v_scale", lists.v_cache, v_dtype, torch.tensor([1.0, 4.0, 0.125], device=device)),
+    ):
+        sides.append(torch.zeros(cache.shape, device=device).to(dtype or torch.float32))
+        if dtype is not None:
+            scales[name] = by_head
+    kvops.paged_append(k, v, *sides, lists.block_tables, lists.seq_lens, **scales)
+    for side, new, scale in zip(sides, (k, v), ("k_scale", "v_scale"), strict=True):
+        wanted = torch.zeros(side.shape).to(side.dtype).float()
+        for b, h in product(range(2), range(3)):
+            block, offset = (x[-2:] for x in lists.slots(b, h))
+            divided = new[b, :, h] / (scales[scale][h] if scale in scales else 1.0)
+            wanted[block, offset] = quantise(divided.cpu(), side.dtype).float()
+        assert torch.equal(side.cpu().float(), wanted)
 
 
 def test_what_was_appended_is_attended_to(backend, device):
@@ -244,7 +273,7 @@ ATTENTION_ERRORS = [
     ({"tree_mask": torch.ones(2, 2)}, TypeError, "tree_mask: expected dtype bool"),
     ({"tree_mask": torch.ones(3, 3).bool()}, ValueError, r"tree_mask: expected shape \[tokens, tokens\] = \[2, 2\]"),
     ({"tree_mask": torch.ones(3, 2, 2).bool()}, ValueError, "tree_mask: expected shape"),
-    ({"k_scale": 0.5}, ValueError, "k_scale: expected only with a float8_e4m3fn cache"),
+    ({"k_scale": 0.5}, ValueError, "k_scale: expected only with a float8 or int8 k_cache, got torch.float32"),
     ({"scores": torch.zeros(12, 7)}, ValueError, r"scores: expected shape \[num_blocks, block_size\]"),
     ({"scores": torch.zeros(12, 8).half()}, TypeError, "scores: expected dtype float32"),
     ({"score_reduce": "mean"}, ValueError, "score_reduce: expected one of 'sum', 'sumsq', 'max', got 'mean'"),
@@ -276,7 +305,7 @@ APPEND_ERRORS = [
     ({"positions": torch.zeros(12, 8).int()}, ValueError, "token_positions: expected along with positions"),
     ({"token_positions": torch.zeros(2, 2).int()}, ValueError, "positions: expected along with token_positions"),
     ({"scores": torch.zeros(3, 8)}, ValueError, "scores: expected shape"),
-    ({"v_scale": torch.ones(3)}, ValueError, "v_scale: expected only with a float8_e4m3fn cache"),
+    ({"v_scale": torch.ones(3)}, ValueError, "v_scale: expected only with a float8 or int8 v_cache"),
 ]
 
 

@@ -16,9 +16,11 @@ from kvops.kernels.cpu.vector import (
     copy,
     load,
     load_bfloat16,
-    load_float8,
+    load_e4m3,
+    load_e5m2,
     load_float16,
     load_float32,
+    load_int8,
     store,
     store_bfloat16,
     store_float16,
@@ -27,8 +29,15 @@ from kvops.kernels.cpu.vector import (
 LOG2_E = 1.4426950408889634
 
 # How the elements of a cache are read. Kernels take a cache as bytes, so that each is compiled once for all dtypes.
-FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = range(4)
-FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: FLOAT8}
+FLOAT32, FLOAT16, BFLOAT16, E4M3, E5M2, INT8 = range(6)
+FORMATS = {
+    torch.float32: FLOAT32,
+    torch.float16: FLOAT16,
+    torch.bfloat16: BFLOAT16,
+    torch.float8_e4m3fn: E4M3,
+    torch.float8_e5m2: E5M2,
+    torch.int8: INT8,
+}
 
 
 @intrinsic
@@ -52,20 +61,41 @@ def float_to_bits(typing_context: Any, x: Any) -> Any:
 
 
 @jit
-def to_float8(x):
-    """The float8 (e4m3fn) nearest to a float32, as a byte; beyond 448 it is 448, and NaN stays NaN."""
+def _to_float8(x, mantissa, bias, largest):
+    """The float8 nearest to a float32, as a byte; beyond ``largest``, as the bits of a float32, it is that number, and
+    NaN stays NaN. ``mantissa`` counts bits, and ``bias`` is that of the exponent, 127 in a float32."""
     bits = float_to_bits(x)
     sign, magnitude = (bits >> np.uint32(24)) & np.uint32(0x80), bits & np.uint32(0x7FFFFFFF)
     if magnitude > np.uint32(0x7F800000):
-        code = np.uint32(0x7F)
-    elif magnitude >= np.uint32(0x43E00000):  # 448
-        code = np.uint32(0x7E)
-    elif magnitude < np.uint32(0x3C800000):  # 2 ** -6: multiples of 2 ** -9, the last place of 2 ** 14
-        code = float_to_bits(bits_to_float(magnitude) + np.float32(16384)) - np.uint32(0x46800000)
-    else:  # the exponent's bias is 7 where float32 has 127, and 20 bits of the fraction are rounded to even
-        odd = (magnitude >> np.uint32(20)) & np.uint32(1)
-        code = (magnitude - np.uint32(0x3C000000) + np.uint32(0x7FFFF) + odd) >> np.uint32(20)
+        return np.uint8(sign | np.uint32(0x7F))
+    magnitude = min(magnitude, largest)
+    if magnitude < np.uint32((128 - bias) << 23):  # no normal number: multiples of the last place of ``whole``
+        whole = np.uint32((151 - bias - mantissa) << 23)
+        code = float_to_bits(bits_to_float(magnitude) + bits_to_float(whole)) - whole
+    else:  # the bits of the fraction that go are rounded to even
+        dropped = np.uint32(23 - mantissa)
+        odd = (magnitude >> dropped) & np.uint32(1)
+        half = np.uint32((1 << (22 - mantissa)) - 1)
+        code = (magnitude - np.uint32((127 - bias) << 23) + half + odd) >> dropped
     return np.uint8(sign | code)
+
+
+@jit
+def to_e4m3(x):
+    return _to_float8(x, 3, 7, np.uint32(0x43E00000))  # 448
+
+
+@jit
+def to_e5m2(x):
+    return _to_float8(x, 2, 15, np.uint32(0x47600000))  # 57,344
+
+
+@jit
+def to_int8(x):
+    """The whole number from -127 to 127 nearest to a float32, as a byte; NaN becomes 0."""
+    if x != x:
+        return np.uint8(0)
+    return np.uint8(np.int64(np.rint(min(max(x, np.float32(-127)), np.float32(127)))) & 0xFF)
 
 
 @jit
@@ -88,8 +118,14 @@ def widen(address, element, count, out):
         elif element == FLOAT16:
             store(out, load_float16(address, count))
             address += 2 * LANES
+        elif element == E4M3:
+            store(out, load_e4m3(address, count))
+            address += LANES
+        elif element == E5M2:
+            store(out, load_e5m2(address, count))
+            address += LANES
         else:
-            store(out, load_float8(address, count))
+            store(out, load_int8(address, count))
             address += LANES
         out += step
         count -= LANES

@@ -7,7 +7,7 @@ import torch
 from numba import float32, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
-from kvops.kernels.cpu.elements import FORMATS, padded, to_float8, widen
+from kvops.kernels.cpu.elements import E5M2, FORMATS, INT8, padded, to_e4m3, to_e5m2, to_int8, widen
 from kvops.kernels.cpu.jit import jit
 from kvops.kernels.cpu.paged_items import list_of
 from kvops.kernels.cpu.threads import run_shares, worth
@@ -32,19 +32,26 @@ class Call(NamedTuple):
     k_scale: float32[:]  # [Hkv]
     v_scale: float32[:]
     element: int64  # of k and v
-    float8: int64  # whether the caches are
+    k_element: int64  # of k_cache
+    v_element: int64
 
 
 @jit
-def _write(source, element, target, width, float8, scale, room):
-    """One row of ``width`` bytes, or its float8 numbers divided by ``scale``."""
-    if not float8:
+def _write(source, element, target, target_element, width, scale, room):
+    """One row of ``width`` bytes; in another format its numbers divided by ``scale``."""
+    if target_element == element:
         copy(target.ctypes.data, source.ctypes.data, width)
         return
     widen(source.ctypes.data, element, len(target), room.ctypes.data)
     for d in range(len(target)):
         # A quotient in float64, rounded, is the float32 quotient, whether or not it is a product with an inverse.
-        target[d] = to_float8(np.float32(np.float64(room[d]) / np.float64(scale)))
+        x = np.float32(np.float64(room[d]) / np.float64(scale))
+        if target_element == INT8:
+            target[d] = to_int8(x)
+        elif target_element == E5M2:
+            target[d] = to_e5m2(x)
+        else:
+            target[d] = to_e4m3(x)
 
 
 @jit
@@ -71,11 +78,13 @@ def _append_share(share, shares, call):
         k_scale = call.k_scale[h] if call.k_scale.size else np.float32(1)
         v_scale = call.v_scale[h] if call.v_scale.size else np.float32(1)
         _write(
-            call.k[b, n, h], call.element, call.k_cache[block, offset, h], call.k.shape[3], call.float8, k_scale, room
-        )
+            call.k[b, n, h], call.element, call.k_cache[block, offset, h], call.k_element, call.k.shape[3], k_scale,
+            room,
+        )  # fmt: skip
         _write(
-            call.v[b, n, h], call.element, call.v_cache[block, offset, h], call.v.shape[3], call.float8, v_scale, room
-        )
+            call.v[b, n, h], call.element, call.v_cache[block, offset, h], call.v_element, call.v.shape[3], v_scale,
+            room,
+        )  # fmt: skip
         if call.positions.size:
             call.positions[block, offset, h] = call.token_positions[b, n]
         if call.scores.size:
@@ -122,7 +131,8 @@ def _bind(
         k_scale=for_heads(given.get("k_scale"), heads),
         v_scale=for_heads(given.get("v_scale"), heads),
         element=FORMATS[k.dtype],
-        float8=k_cache.dtype == torch.float8_e4m3fn,
+        k_element=FORMATS[k_cache.dtype],
+        v_element=FORMATS[v_cache.dtype],
     )
 
 

@@ -165,16 +165,16 @@ def _own(scratches, share, call, items):
 @jit
 def _locate_keys(call, scratch, b, h, first, count):
     _locate(
-        call.k_cache, call.element, call.q.shape[3], scratch.far, call.tables[b, h], h, first, count, scratch.keys,
-        scratch.key_rows,
+        call.k_cache, call.k_element, call.q.shape[3], scratch.far, call.tables[b, h], h, first, count,
+        scratch.keys, scratch.key_rows,
     )  # fmt: skip
 
 
 @jit
 def _locate_values(call, scratch, b, h, first, count):
     _locate(
-        call.v_cache, call.element, call.out.shape[3], scratch.far, call.tables[b, h], h, first, count, scratch.values,
-        scratch.value_rows,
+        call.v_cache, call.v_element, call.out.shape[3], scratch.far, call.tables[b, h], h, first, count,
+        scratch.values, scratch.value_rows,
     )  # fmt: skip
 
 
@@ -424,7 +424,8 @@ def _bind(
         q=q,
         k_cache=per_head(k_cache, heads, 4),
         v_cache=per_head(v_cache, heads, 4),
-        element=FORMATS[k_cache.dtype],
+        k_element=FORMATS[k_cache.dtype],
+        v_element=FORMATS[v_cache.dtype],
         tables=block_tables,
         lens=seq_lens,
         counts=given.get("q_lens"),

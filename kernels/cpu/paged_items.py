@@ -24,7 +24,8 @@ class Call(NamedTuple):
     # [num_blocks, block_size, Hkv, D] bytes; the stride of Hkv is 0 where a block has the slots of one head
     k_cache: uint8[:, :, :, :]
     v_cache: uint8[:, :, :, :]
-    element: int64  # of the caches
+    k_element: int64  # of k_cache
+    v_element: int64
     tables: int32[:, :, :]  # [B, Hkv, max_blocks]
     lens: int32[:, :]  # [B, Hkv]
     counts: int32[:]  # [B], real query tokens, all of them where it is empty

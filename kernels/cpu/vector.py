@@ -94,8 +94,8 @@ def _every(number: int) -> Any:
     return ir.Constant(ir.VectorType(ir.IntType(32), LANES), [number] * LANES)
 
 
-def _from_float8(builder: Any, x: Any) -> Any:
-    """e4m3: the exponent's bias is 7 where float32 has 127, and all bits set are NaN."""
+def _from_e4m3(builder: Any, x: Any) -> Any:
+    """The exponent's bias is 7 where float32 has 127, and all bits set are NaN."""
     bits = builder.zext(x, _every(0).type)
     magnitude = builder.and_(bits, _every(0x7F))
     scale = ir.Constant(_VECTOR, [2.0**120] * LANES)
@@ -106,14 +106,24 @@ def _from_float8(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.or_(unsigned, sign), _VECTOR)
 
 
+def _from_float16(builder: Any, x: Any) -> Any:
+    return builder.fpext(builder.bitcast(x, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
+
+
+def _from_e5m2(builder: Any, x: Any) -> Any:
+    """It is the high byte of a float16."""
+    halves = ir.VectorType(ir.IntType(16), LANES)
+    return _from_float16(builder, builder.shl(builder.zext(x, halves), ir.Constant(halves, [8] * LANES)))
+
+
 load_float32 = _loader(32, lambda builder, x: builder.bitcast(x, _VECTOR))
-load_float16 = _loader(
-    16, lambda builder, x: builder.fpext(builder.bitcast(x, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
-)
+load_float16 = _loader(16, _from_float16)
 load_bfloat16 = _loader(
     16, lambda builder, x: builder.bitcast(builder.shl(builder.zext(x, _every(0).type), _every(16)), _VECTOR)
 )
-load_float8 = _loader(8, _from_float8)
+load_e4m3 = _loader(8, _from_e4m3)
+load_e5m2 = _loader(8, _from_e5m2)
+load_int8 = _loader(8, lambda builder, x: builder.sitofp(builder.sext(x, _every(0).type), _VECTOR))
 
 
 @intrinsic

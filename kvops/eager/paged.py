@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvops.checks import QUANTISED_DTYPES
 from kvops.eager.attention import compute_dtype, default_scale
 from kvops.eager.softmax import beside_sinks, softmax
 
@@ -26,7 +27,8 @@ _INVARIANT_UNIT = 256
 # What stands for the number of programs where there is no GPU.
 CPU_PROGRAMS = 8
 
-_FLOAT8 = torch.float8_e4m3fn
+# The largest int8 that is stored: as far from 0 on both sides, and -128 stays unused.
+_LARGEST_INT8 = 127
 
 
 def _divided(x: Tensor, by: int | Tensor) -> Tensor:
@@ -61,7 +63,15 @@ def paged_schedule(
 
 def _bits(x: Tensor) -> Tensor:
     """Indexing knows no float8: it is moved as bytes."""
-    return x.view(torch.uint8) if x.dtype == _FLOAT8 else x
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+def _quantised(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 in float8 or int8: rounded to nearest even and clamped. NaN stays NaN in float8 and becomes 0 in int8."""
+    if dtype == torch.int8:
+        return x.nan_to_num(0.0).round().clamp(-_LARGEST_INT8, _LARGEST_INT8).to(dtype)
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
 
 
 def paged_append(
@@ -107,10 +117,9 @@ def paged_append(
 
     for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
         values = new[place, h]
-        if cache.dtype == _FLOAT8:
+        if cache.dtype in QUANTISED_DTYPES:
             values = values.float() if scale is None else values.float() / scale.expand(Hkv)[h, None]
-            limit = torch.finfo(_FLOAT8).max
-            values = values.clamp(-limit, limit).to(_FLOAT8)
+            values = _quantised(values, cache.dtype)
         write(cache, values, uniform)
     if positions is not None and token_positions is not None:
         write(positions, token_positions[place], positions.dim() == 3)

@@ -77,7 +77,7 @@ _attention = register(
     kernel="kvops.kernels.paged_latent_attention:paged_latent_attention",
     cpu="kvops.kernels.cpu.paged_latent_attention:paged_latent_attention",
     autocast=("q",),
-    autocast_like="cache",
+    autocast_like=("cache",),
 )
 _call = caller(_attention)
 

@@ -39,7 +39,7 @@ _append = register(
     kernel="kvops.kernels.paged_append:paged_append",
     cpu="kvops.kernels.cpu.paged_append:paged_append",
     autocast=("k", "v"),
-    autocast_like="k_cache",
+    autocast_like=("k_cache", "v_cache"),
 )
 
 
@@ -73,7 +73,7 @@ _attention = register(
     kernel="kvops.kernels.paged_attention:paged_attention",
     cpu="kvops.kernels.cpu.paged_attention:paged_attention",
     autocast=("q",),
-    autocast_like="k_cache",
+    autocast_like=("k_cache", "v_cache"),
 )
 
 

@@ -63,18 +63,22 @@ def _check_cache(
     checks.expect_shape("v_cache", v_cache, layout, *k_cache.shape[:-1], None)
     checks.expect_at_least("v_cache.shape[-1] (head_dim)", v_cache.shape[-1], 1)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.expect_dtype(name, tensor, *checks.FLOAT_DTYPES, torch.float8_e4m3fn)
-    if k_cache.dtype != torch.float8_e4m3fn:
+        checks.expect_dtype(name, tensor, *checks.FLOAT_DTYPES, *checks.QUANTISED_DTYPES)
+    quantised = [cache.dtype in checks.QUANTISED_DTYPES for cache in (k_cache, v_cache)]
+    if not any(quantised):
+        checks.expect_same_dtype("v_cache", v_cache, "k_cache", k_cache)
+    if not quantised[0]:
         checks.expect_same_dtype(reference_name, reference, "k_cache", k_cache)
+    elif not quantised[1]:
+        checks.expect_same_dtype(reference_name, reference, "v_cache", v_cache)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.expect_last_contiguous(name, tensor)
         checks.expect_same_device(name, tensor, reference_name, reference)
-    checks.expect_same_dtype("v_cache", v_cache, "k_cache", k_cache)
-    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, value, cache in (("k_scale", k_scale, k_cache), ("v_scale", v_scale, v_cache)):
         if value is None:
             continue
-        if k_cache.dtype != torch.float8_e4m3fn:
-            raise ValueError(f"{name}: expected only with a float8_e4m3fn cache, got a cache of {k_cache.dtype}")
+        if cache.dtype not in checks.QUANTISED_DTYPES:
+            raise ValueError(f"{name}: expected only with a float8 or int8 {name[0]}_cache, got {cache.dtype}")
         checks.expect_dtype(name, value, torch.float32)
         if value.dim() != 0:
             checks.expect_shape(name, value, "[heads]", num_heads)

@@ -242,7 +242,7 @@ def register(
     cpu: str | None = None,
     differentiable: bool = False,
     autocast: tuple[str, ...] = (),
-    autocast_like: str | None = None,
+    autocast_like: tuple[str, ...] = (),
 ) -> Any:
     """Define ``torch.ops.kvops.<name>`` and return its default overload.
 
@@ -255,9 +255,9 @@ def register(
     ``cpu`` is the same for the numba kernel, where there is one.
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
 
-    Under ``torch.autocast`` the arguments named in ``autocast`` are cast to its dtype, or to that of the argument
-    ``autocast_like`` (a cache, unless it is float8); nothing else is. Forward-mode differentiation is refused,
-    and so is ``torch.func.vmap`` of operators without :func:`register_transforms`.
+    Under ``torch.autocast`` the arguments named in ``autocast`` are cast to its dtype, or to that of the first of
+    the arguments ``autocast_like`` (caches) that is neither float8 nor int8; nothing else is. Forward-mode
+    differentiation is refused, and so is ``torch.func.vmap`` of operators without :func:`register_transforms`.
     """
     operator = _Operator(
         schema,
@@ -325,15 +325,16 @@ def register_transforms(overload: Any, apply: Callable[..., Any]) -> None:
     LIBRARY.impl(name, apply, "FuncTorchDynamicLayerFrontMode")
 
 
-def _register_autocast(operator: _Operator, device_type: str, names: tuple[str, ...], like: str | None) -> None:
+def _register_autocast(operator: _Operator, device_type: str, names: tuple[str, ...], like: tuple[str, ...]) -> None:
     order = [argument.name for argument in private_torch.schema_of(operator.overload).arguments]
     outside = private_torch.without_autocast(device_type)
 
     def on_autocast(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(order, args, strict=False)) | kwargs
         dtype = torch.get_autocast_dtype(device_type)
-        if like is not None and given[like].dtype in checks.FLOAT_DTYPES:
-            dtype = given[like].dtype
+        for name in reversed(like):
+            if given[name].dtype in checks.FLOAT_DTYPES:
+                dtype = given[name].dtype
         for name in names:
             if isinstance(given[name], Tensor) and given[name].dtype in checks.FLOAT_DTYPES:
                 given[name] = given[name].to(dtype, memory_format=torch.contiguous_format)
