@@ -131,6 +131,9 @@ def prepare(
             BLOCK_M=block_m,
             BLOCK_DV=block_dv,
             num_warps=4,
+            # Threads that share a row add each other's products. If a thread's own product went into that addition
+            # unrounded, each would store other bits of one delta.
+            enable_fp_fusion=False,
         )
     return Backward(
         dout, q, k, v, lse_log2, delta, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,

@@ -13,6 +13,7 @@ the same ones everywhere.
 - The operands of a matrix product are rounded to the dtype under test; sums are in float32 at least.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -132,3 +133,18 @@ def rounded(dtype: torch.dtype, function: Callable, *args, **kwargs):
         with _Rounding(dtype, seed):
             runs.append(function(*args, **kwargs))
     return tree_map(lambda *samples: None if samples[0] is None else torch.stack(samples).detach(), *runs)
+
+
+LEVELS = (2.0**13, 2.0**17, 1e4, 1e5)
+
+
+def error_of_half(level: float) -> float:
+    """How far the weight of a key may lie from 1/2, relatively, if a sink has the very same large score.
+
+    Kernels multiply scores by log2(e) and take exp2 of differences. A compiler may join one of the two products with
+    the subtraction (fma): that one is not rounded, the other is, by at most 2^-24 of itself. Then the difference of the
+    two is up to level * 2^-24 in place of 0, and the weight 1 / (1 + exp(difference)). A product with a power of two is
+    exact: nothing is lost then, joined or not.
+    """
+    exact = math.frexp(level)[0] == 0.5
+    return 1e-6 + (0.0 if exact else level * 2.0**-24 / 2)

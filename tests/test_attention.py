@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_cases import CASES_AND_DTYPES, Case
 from oracle import assert_accurate, attention, attention_mask
-from rounding import rounded
+from rounding import LEVELS, error_of_half, rounded
 
 import kvops
 
@@ -127,11 +127,13 @@ def test_probabilities_sum_to_one_however_large_scores_are(backend, level):
     out, lse = kvops.flash_attention(q, k, torch.ones_like(k), causal=True, scale=1.0)
     assert (lse > level / 2).all()
     torch.testing.assert_close(out, torch.ones_like(out), rtol=2e-6, atol=0)
-    # One key and a sink of the same score share the row.
-    one = torch.full((1, 1, 1, 1), level**0.5)
-    score = (one * one).flatten()
-    out, _ = kvops.flash_attention(one, one, torch.ones_like(one), scale=1.0, sinks=score)
-    torch.testing.assert_close(out.item(), 0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_key_and_a_sink_of_its_score_share_a_row(backend, level):
+    q, one = torch.full((1, 1, 1, 1), level), torch.ones(1, 1, 1, 1)
+    out, _ = kvops.flash_attention(q, one, one, scale=1.0, sinks=torch.tensor([level]))
+    torch.testing.assert_close(out.item(), 0.5, rtol=error_of_half(level), atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

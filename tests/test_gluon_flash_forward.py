@@ -8,7 +8,7 @@ from gluon_memory import ProtocolError
 from gluon_model import Multiprocessor
 from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_mask
-from rounding import rounded
+from rounding import LEVELS, error_of_half, rounded
 
 from kvops.autotune.config import GluonFlashForwardConfig, gluon_flash_forward_config
 from kvops.kernels import gluon_flash_forward as module
@@ -166,6 +166,15 @@ def test_sinks_join_the_denominator_only(run, causal):
     sinks = torch.randn(4)
     out, lse, _ = run(q, k, v, config=small(), causal=causal, sinks=sinks)
     assert_correct(out, lse, q, k, v, causal=causal, sinks=sinks)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_key_and_a_sink_of_its_score_share_a_row(run, level):
+    q, one = torch.full((1, 1, 1, 16), 0.0, dtype=torch.bfloat16), torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
+    q[..., 0] = level
+    score = q[..., 0].float().flatten()
+    out, _, _ = run(q, one, one, config=small(), scale=1.0, sinks=score)
+    torch.testing.assert_close(out.float(), torch.full_like(out.float(), 0.5), rtol=error_of_half(level), atol=0)
 
 
 def test_an_infinite_sink_leaves_nothing_to_the_keys(run):

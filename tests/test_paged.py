@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import assert_accurate
 from paged_lists import QUANTISED, Lists, check, expected, make_lists, quantise, queries
-from rounding import rounded
+from rounding import LEVELS, error_of_half, rounded
 
 import kvops
 
@@ -118,19 +118,26 @@ def test_softcap_scale_and_sinks(backend, device):
 @pytest.mark.parametrize("level", [1e4, 1e5])
 @pytest.mark.parametrize("lengths", [[[1, 1]], [[40, 9]], [[1500, 1300]], [[2100, 1300], [70, 5]]], ids=str)
 def test_probabilities_sum_to_one_however_large_scores_are(backend, device, lengths, level):
-    """A mean of ones is 1; partial results and sinks joined by exp(lse_a - lse) lose 4e-4 at 1e4."""
+    """A mean of ones is 1; partial results joined by exp(lse_a - lse) lose 4e-4 at 1e4."""
     lists = make_lists(lengths, block_size=16, head_dim=16, device=device)
-    if lengths == [[1, 1]]:  # exact scores
-        lists.k_cache.copy_(torch.where(lists.k_cache.isnan(), torch.nan, 0.0))
     lists.k_cache[..., 0] = torch.where(lists.k_cache[..., 0].isnan(), torch.nan, level)
     lists.v_cache.copy_(torch.where(lists.v_cache.isnan(), torch.nan, 1.0))
     q = queries(lists, 2)
     q[..., 0] = 1.0
     out, _ = kvops.paged_attention(q, *lists.arguments, scale=1.0)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=4e-6, atol=0)
-    if lengths == [[1, 1]]:
-        out, _ = kvops.paged_attention(q, *lists.arguments, scale=1.0, sinks=torch.full((4,), level, device=device))
-        torch.testing.assert_close(out, torch.full_like(out, 0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_key_and_a_sink_of_its_score_share_a_row(backend, device, level):
+    """A sink joined by exp(lse_a - lse) loses 2e-4 at 2^13."""
+    lists = make_lists([[1, 1]], block_size=16, head_dim=16, device=device)
+    lists.k_cache.copy_(torch.where(lists.k_cache.isnan(), torch.nan, 1.0))
+    lists.v_cache.copy_(torch.where(lists.v_cache.isnan(), torch.nan, 1.0))
+    q = torch.zeros_like(queries(lists, 2))
+    q[..., 0] = level
+    out, _ = kvops.paged_attention(q, *lists.arguments, scale=1.0, sinks=torch.full((4,), level, device=device))
+    torch.testing.assert_close(out, torch.full_like(out, 0.5), rtol=error_of_half(level), atol=0)
 
 
 @pytest.mark.parametrize(("num_tokens", "options"), [(1, {}), (1, {"softcap": 2.0}), (3, {}), (40, {})])
