@@ -107,6 +107,21 @@ def flash_backward_bias():
 
 
 @case
+def flash_delta_of_narrow_rows():
+    """A row has one number for each of several threads, which all store its sum."""
+    from kvops.kernels.flash_backward import prepare
+
+    def delta(dout, q, k, v, out, lse):
+        made = prepare(dout, q, k, v, out, lse, None, None, 1, 40, 40, False, -1, -1, None, 0.0, None, None)
+        return made.delta.clone()
+
+    def expected(dout, q, k, v, out, lse):
+        return (out * dout).sum(-1).transpose(1, 2)
+
+    return Call(delta, expected, _backward_arguments(torch.float32, 24, 40), {}, 1e-5)
+
+
+@case
 def attention_scores_causal():
     from kvops.kernels.attention_scores import attention_scores
 

@@ -308,6 +308,8 @@ class Grid:
     # --- barriers ---
 
     def _arrive(self, team: Team, mask: np.ndarray | None, at: int, number: Any, count: Any) -> None:
+        if self._all_arrive(team, mask, at, number, count):
+            return
         lanes = team.select(mask, at)
         team.waiting[lanes] = True
         team.barrier_at[lanes] = at
@@ -315,6 +317,25 @@ class Grid:
         team.barrier_count[lanes] = team.full(count)[lanes]
         for slot in np.unique(team.slot[lanes]).tolist():
             self._release(slot)
+
+    def _all_arrive(self, team: Team, mask: np.ndarray | None, at: int, number: Any, count: Any) -> bool:
+        """Whether whole programs have arrived, by one instruction: nobody waits then."""
+        if self.lockstep != "program" or isinstance(number, np.ndarray) or isinstance(count, np.ndarray):
+            return False
+        if int(count) not in (0, 32 * self.num_warps):
+            return False
+        slots, everyone = list(team.slots), mask is None
+        if mask is not None:
+            here = mask.reshape(len(slots), -1)
+            whole = here.all(1)
+            if (whole != here.any(1)).any():
+                return False
+            slots = [slot for slot, complete in zip(slots, whole.tolist(), strict=True) if complete]
+        self.execution.covered[at] = True
+        self.clocks.join_all(slots)
+        if self.shared.shadow is not None:
+            self.shared.shadow.barrier(slots, everyone)
+        return True
 
     def _release(self, slot: int) -> None:
         """Let those go on whose barrier is complete."""
@@ -345,6 +366,8 @@ class Grid:
                 warps.update(np.unique(team.warp[own]).tolist())
                 team.waiting &= ~own
             self.clocks.join(slot, sorted(warps))
+            if len(warps) == self.num_warps and self.shared.shadow is not None:
+                self.shared.shadow.barrier([slot], everyone=False)
 
 
 def run_with_seeds(prepared: Callable[[int], Grid], seeds: Sequence[int]) -> Grid:

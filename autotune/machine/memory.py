@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,14 +46,14 @@ class Space:
     shadow: GlobalShadow | SharedShadow | None
 
     def __init__(self, execution: Execution, granule: int) -> None:
-        self.execution, self.granule = execution, granule
+        self.execution, self.granule, self.shift = execution, granule, granule.bit_length() - 1
         self.views: dict[int, np.ndarray] = {}
 
     def _aligned(
         self, lanes: np.ndarray, address: np.ndarray, size: int, at: int, what: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        bad = (address & (size - 1)) != 0
-        if bad.any():
+        if address.size and np.bitwise_or.reduce(address) & (size - 1):
+            bad = (address & (size - 1)) != 0
             detail = f"{what} of {size} bytes at an address that ends in {int(address[bad][0]) & 0xFFF:#05x}"
             self.execution.fault("misaligned access", at, detail, lanes=int(bad.sum()))
             return lanes[~bad], address[~bad]
@@ -97,19 +98,19 @@ class SharedMemory(Space):
         """Make it what a new program finds."""
         self.views[1][slot * self.stride : (slot + 1) * self.stride] = POISON
         if self.shadow is not None:
-            self.shadow.clear(slot * self.stride // self.granule, (slot + 1) * self.stride // self.granule)
+            self.shadow.clear(slot, slot * self.stride // self.granule, (slot + 1) * self.stride // self.granule)
 
     def locate(
         self, team: Team, lanes: np.ndarray, address: np.ndarray, size: int, at: int, what: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         lanes, address = self._aligned(lanes, address, size, at, what)
-        bad = (address < SHARED_WINDOW) | (address + size > SHARED_WINDOW + self.size)
-        if bad.any():
+        if address.size and (address.min() < SHARED_WINDOW or address.max() + size > SHARED_WINDOW + self.size):
+            bad = (address < SHARED_WINDOW) | (address + size > SHARED_WINDOW + self.size)
             detail = f"{what} at byte {int(address[bad][0]) - SHARED_WINDOW} of {self.size} bytes of shared memory"
             self.execution.fault("out of bounds", at, detail, lanes=int(bad.sum()))
             lanes, address = lanes[~bad], address[~bad]
-        index = address + team.shared_base[lanes]
-        return lanes, index, self.cells(index // self.granule, size)
+        index = address + (team.shared_base if lanes is team.everyone else team.shared_base[lanes])
+        return lanes, index, self.cells(index >> self.shift, size)
 
 
 class GlobalMemory(Space):
@@ -132,14 +133,18 @@ class GlobalMemory(Space):
         self.ends = np.array([0, *(a.start + a.size for a in self.allocations)], np.int64)
         counts = [0, *((a.start % granule + a.size + granule - 1) // granule for a in self.allocations)]
         self.first_cell = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+        self._starts, self._ends, self._first_cells = (
+            array.tolist() for array in (self.starts, self.ends, self.first_cell)
+        )
         whole = memoryview(_EVERYTHING)
         self.views = {width: np.frombuffer(whole, kind) for width, kind in UNSIGNED.items()}
-        self.shadow = GlobalShadow(execution, sum(counts), num_warps) if check else None
+        self.shadow = GlobalShadow(execution, sum(counts), num_warps, self._first_cells) if check else None
         if self.shadow is not None:
             for number, allocation in enumerate(self.allocations, 1):
                 if allocation.written is not None and not allocation.start % granule:
                     written = np.resize(allocation.written, -(-allocation.size // granule) * granule)
                     first = self.first_cell[number]
+                    self.shadow.all_initialised = False
                     self.shadow.initialised[first : first + len(written) // granule] = written[::granule]
 
     def contents(self) -> list[np.ndarray]:
@@ -162,6 +167,13 @@ class GlobalMemory(Space):
         self, team: Team, lanes: np.ndarray, address: np.ndarray, size: int, at: int, what: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         lanes, address = self._aligned(lanes, address, size, at, what)
+        if address.size:  # most instructions touch one tensor
+            low = int(address.min())
+            number = bisect_right(self._starts, low) - 1
+            if int(address.max()) + size <= self._ends[number]:
+                start = self._starts[number] >> self.shift << self.shift
+                first = ((address - start) >> self.shift) + self._first_cells[number]
+                return lanes, address - _FIRST, self.cells(first, size)
         number = np.searchsorted(self.starts, address, side="right") - 1
         bad = address + size > self.ends[number]
         if bad.any():

@@ -9,7 +9,8 @@ Shadow memory has one cell for each granule, the size of the smallest access of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 # mbarriers of one program that a vector clock has room for.
 MAX_MBARRIERS = 32
+# Among the slots with unordered writes: what an mbarrier announces no barrier orders.
+_BY_MBARRIERS = -1
+# Instructions whose reads are kept until somebody asks who has read.
+_UNNOTED = 500
 _WARP_BITS = 6
 _CELL_BITS = 40
 
@@ -32,10 +37,12 @@ class Clocks:
         self.num_warps = num_warps
         self.width = num_warps + MAX_MBARRIERS
         self.table = np.zeros((slots * num_warps, self.width), np.int32)
+        self.version = 0  # counts changes of a warp's own clock
         # By slot and warp: for each fence between the proxies, the warp's own clock and what it knew.
         self.fences: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
 
     def clear(self, slot: int) -> None:
+        self.version += 1
         rows = slice(slot * self.num_warps, (slot + 1) * self.num_warps)
         self.table[rows] = 0
         self.table[rows, : self.num_warps] = np.eye(self.num_warps, dtype=np.int32)
@@ -44,14 +51,26 @@ class Clocks:
 
     def join(self, slot: int, warps: list[int]) -> None:
         """What one of these warps knows, all know from here on: a barrier."""
+        self.version += 1
         rows = slot * self.num_warps + np.array(warps)
         self.table[rows] = self.table[rows].max(0)
         self.table[rows, warps] += 1
+
+    def join_all(self, slots: Sequence[int]) -> None:
+        """A barrier of all warps, in each of these slots."""
+        self.version += 1
+        table = self.table.reshape(-1, self.num_warps, self.width)
+        held = table[slots]
+        held[:] = held.max(1, keepdims=True)
+        warps = np.arange(self.num_warps)
+        held[:, warps, warps] += 1
+        table[slots] = held
 
     def row(self, slot: int, warp: int) -> np.ndarray:
         return self.table[slot * self.num_warps + warp]
 
     def tick(self, slot: int, warp: int) -> None:
+        self.version += 1
         self.table[slot * self.num_warps + warp, warp] += 1
 
     def fence(self, slot: int, warp: int) -> None:
@@ -70,6 +89,10 @@ class Clocks:
                     np.maximum(bound, snapshot, out=bound)
                     break
         return bound
+
+
+# Team, lanes, cells, the clocks of all of the team's threads, instruction.
+_Read = tuple["Team", np.ndarray, np.ndarray, np.ndarray, int]
 
 
 class _Shadow:
@@ -92,7 +115,11 @@ class _Shadow:
 
 
 class SharedShadow(_Shadow):
-    """Shared memory: ``writer`` is a warp, or ``num_warps`` + an mbarrier for a copy that this mbarrier announced."""
+    """Shared memory: ``writer`` is a warp, or ``num_warps`` + an mbarrier for a copy that this mbarrier announced.
+
+    What a barrier of the whole program has ordered needs no look at clocks: ``unordered`` has the slots with writes
+    since their last one, and reads are noted only once somebody writes before the next one.
+    """
 
     def __init__(self, execution: Execution, size: int, num_warps: int) -> None:
         super().__init__(execution, size, num_warps)
@@ -101,33 +128,53 @@ class SharedShadow(_Shadow):
         self.copies = np.zeros(size, np.int16)  # asynchronous writes under way
         self.async_reads = np.zeros(size, np.int16)  # asynchronous reads under way
         self.generic = np.zeros(size, bool)  # last written by ordinary stores
+        self.asynchronous = False  # whether any copy or asynchronous read has begun
+        self.unordered: set[int] = set()
+        self.unordered_reads = False
+        self.unnoted: list[_Read] = []
 
-    def clear(self, start: int, end: int) -> None:
+    def clear(self, slot: int, start: int, end: int) -> None:
+        self._note_reads()
+        self.unordered.discard(slot)
         part = slice(start, end)
         for array in (self.writer, self.write_clock, self.initialised, self.reads, self.copies, self.async_reads):
             array[part] = 0
         self.atomic[part] = self.generic[part] = False
 
+    def barrier(self, slots: Sequence[int], everyone: bool) -> None:
+        """All warps of these slots have met; ``everyone``: these are all the slots in which programs run."""
+        self.unordered.difference_update(slots)
+        if everyone:
+            self.unnoted.clear()
+            self.unordered_reads = False
+
     def read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
-        rows = team.row[lanes][:, None]
-        known = team.clocks.table[rows, self.writer[cells]]
-        bad = known < self.write_clock[cells]
-        if bad.any():
-            self._race(
-                "race in shared memory, read after write", team, lanes, bad, at, self.write_at[cells], benign=False
-            )
+        if self.unordered:
+            known = team.clocks.table[team.row[lanes][:, None], self.writer.take(cells)]
+            bad = known < self.write_clock.take(cells)
+            if np.count_nonzero(bad):
+                kind = "race in shared memory, read after write"
+                self._race(kind, team, lanes, bad, at, self.write_at[cells], benign=False)
         self._must_hold_data(lanes, cells, at)
-        warps = team.warp[lanes][:, None]
-        self.reads[cells, warps] = team.clocks.table[rows, warps]
-        self.read_at[cells] = at
+        self.unnoted.append((team, lanes, cells, team.clocks_of_warps(), at))
+        if len(self.unnoted) > _UNNOTED:
+            self._note_reads()
+
+    def _note_reads(self) -> None:
+        for team, lanes, cells, clocks, at in self.unnoted:
+            self.reads[cells, team.warp[lanes][:, None]] = clocks[lanes][:, None]
+            self.read_at[cells] = at
+            self.unordered_reads = True
+        self.unnoted.clear()
 
     def _must_hold_data(self, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
-        bad = ~self.initialised[cells]
-        if bad.any():
-            self.execution.fault("shared memory is read before it is written", at, lanes=int(bad.any(-1).sum()))
-        bad = self.copies[cells] > 0
-        if bad.any():
-            self.execution.fault("shared memory is read while a copy to it is under way", at, lanes=int(bad.sum()))
+        held = self.initialised.take(cells)
+        if np.count_nonzero(held) != held.size:
+            self.execution.fault("shared memory is read before it is written", at, lanes=int((~held).any(-1).sum()))
+        if self.asynchronous:
+            bad = self.copies.take(cells) > 0
+            if np.count_nonzero(bad):
+                self.execution.fault("shared memory is read while a copy to it is under way", at, lanes=int(bad.sum()))
 
     def write(
         self,
@@ -140,21 +187,24 @@ class SharedShadow(_Shadow):
         generic: bool = True,
     ) -> None:
         """``same`` tells, lane by lane, whether memory holds the very value already."""
+        self._note_reads()
         rows, warps = team.row[lanes][:, None], team.warp[lanes][:, None]
         table = team.clocks.table
         ordered = self.atomic[cells] if atomic else np.zeros(1, bool)
-        bad = (table[rows, self.writer[cells]] < self.write_clock[cells]) & ~ordered
-        if bad.any():
-            benign = same is not None and bool(same()[bad.any(1)].all())
-            kind = "race in shared memory, write after write" + (" of the same value" if benign else "")
-            self._race(kind, team, lanes, bad, at, self.write_at[cells], benign)
-        late = self.reads[cells] > table[team.row[lanes], : self.num_warps][:, None, :]
-        bad = late.any(2) & ~ordered
-        if bad.any():
-            self._race("race in shared memory, write after read", team, lanes, bad, at, self.read_at[cells], False)
-        bad = self.async_reads[cells] > 0
-        if bad.any():
+        if self.unordered:
+            bad = (table[rows, self.writer.take(cells)] < self.write_clock.take(cells)) & ~ordered
+            if np.count_nonzero(bad):
+                benign = same is not None and bool(same()[bad.any(1)].all())
+                kind = "race in shared memory, write after write" + (" of the same value" if benign else "")
+                self._race(kind, team, lanes, bad, at, self.write_at[cells], benign)
+        if self.unordered_reads:
+            late = self.reads[cells] > table[team.row[lanes], : self.num_warps][:, None, :]
+            bad = late.any(2) & ~ordered
+            if bad.any():
+                self._race("race in shared memory, write after read", team, lanes, bad, at, self.read_at[cells], False)
+        if self.asynchronous and (self.async_reads[cells] > 0).any():
             self.execution.fault("shared memory is written while a wgmma or a TMA store reads it", at)
+        self.unordered.update(team.slots)
         self.writer[cells] = warps
         self.write_clock[cells] = table[rows, warps]
         self.write_at[cells] = at
@@ -174,6 +224,7 @@ class SharedShadow(_Shadow):
     def read_asynchronously(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int, what: str) -> None:
         """wgmma, or a TMA store, by the warps of ``lanes``: until :meth:`finish_reading` nobody may write to these
         cells (each of them once)."""
+        self.asynchronous = True
         rows = team.row[lanes]
         bad = team.clocks.table[rows].min(0)[self.writer[cells]] < self.write_clock[cells]
         if bad.any():
@@ -193,6 +244,8 @@ class SharedShadow(_Shadow):
 
     def finish_reading(self, team: Team, lanes: np.ndarray, cells: np.ndarray) -> None:
         """The read is over, and the warps of ``lanes`` know that."""
+        self._note_reads()
+        self.unordered_reads = True
         self.async_reads[cells] -= 1
         for lane in lanes.tolist():
             warp = int(team.warp[lane])
@@ -200,6 +253,8 @@ class SharedShadow(_Shadow):
 
     def copy_asynchronously(self, team: Team, lane: int, cells: np.ndarray, at: int) -> None:
         """A TMA load begins: from now until its mbarrier says so, nobody may touch these cells."""
+        self._note_reads()
+        self.asynchronous = True
         lanes, row = np.array([lane]), team.clocks.table[team.row[lane]]
         bad = row[self.writer[cells]] < self.write_clock[cells]
         if bad.any():
@@ -232,6 +287,7 @@ class SharedShadow(_Shadow):
 
     def finish_copy(self, cells: np.ndarray, writer: int, clock: int, at: int) -> None:
         self.copies[cells] -= 1
+        self.unordered.add(_BY_MBARRIERS)
         self.writer[cells] = writer
         self.write_clock[cells] = clock
         self.write_at[cells] = at
@@ -241,10 +297,18 @@ class SharedShadow(_Shadow):
 
 class GlobalShadow(_Shadow):
     """Global memory: ``writer`` is program * 64 + warp + 1, ``reader`` program + 1, and 0 is nobody. Programs of one
-    launch are never ordered."""
+    launch are never ordered.
 
-    def __init__(self, execution: Execution, size: int, num_warps: int) -> None:
+    Tensor ``t`` begins at ``first_cells[t]``. Reads of a tensor are noted only once somebody writes to it.
+    """
+
+    def __init__(self, execution: Execution, size: int, num_warps: int, first_cells: list[int]) -> None:
         super().__init__(execution, size, num_warps)
+        self.first_cells = first_cells
+        self.written: set[int] = set()
+        self.unnoted: dict[int, list[_Read]] = {}
+        self.unnoted_count = 0
+        self.all_initialised = True
         self.initialised = np.ones(size, bool)
         self.reader = np.zeros(size, np.int64)
         self.reads = np.zeros((size, num_warps), np.int32)  # clock of the last read of each of the reader's warps
@@ -268,13 +332,20 @@ class GlobalShadow(_Shadow):
         return "global memory between programs" if between else "global memory within a program"
 
     def read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
-        bad = ~self.initialised[cells]
-        if bad.any():
-            self.execution.fault("global memory is read before it is written", at, lanes=int(bad.any(1).sum()))
+        if not self.all_initialised:
+            bad = ~self.initialised[cells]
+            if bad.any():
+                self.execution.fault("global memory is read before it is written", at, lanes=int(bad.any(1).sum()))
         if at in self.updates:
             self.loaded.setdefault(self.updates[at].store, []).append((lanes, cells, at))
         else:
             self._ordered_read(team, lanes, cells, at)
+
+    def _tensors(self, cells: np.ndarray) -> range:
+        """Those that lie between the first and the last of these cells."""
+        ends = int(cells[:, 0].min()), int(cells[:, -1].max())
+        first, last = (bisect_right(self.first_cells, end) - 1 for end in ends)
+        return range(first, last + 1)
 
     def settle(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
         """Store ``at`` is due, for ``lanes``. Of what was loaded for it, only what a thread (or a warp, whose threads
@@ -292,6 +363,14 @@ class GlobalShadow(_Shadow):
                 self._ordered_read(team, loaders[read], loaded[read], load)
 
     def _ordered_read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, at: int) -> None:
+        read: _Read = team, lanes, cells, team.clocks_of_warps(), at
+        tensors = self._tensors(cells)
+        if self.written.isdisjoint(tensors) and len(tensors) == 1:
+            self.unnoted.setdefault(tensors[0], []).append(read)
+            self.unnoted_count += 1
+            if self.unnoted_count > _UNNOTED:
+                self._note_reads(list(self.unnoted))
+            return
         me = team.identity[lanes][:, None]
         writer = self.writer[cells]
         if writer.any():
@@ -299,6 +378,16 @@ class GlobalShadow(_Shadow):
             if bad.any():
                 kind = f"race in {self._where(team, lanes, bad, writer)}, read after write"
                 self._race(kind, team, lanes, bad, at, self.write_at[cells], False)
+        self._note_read(*read)
+
+    def _note_reads(self, tensors: Iterable[int]) -> None:
+        for tensor in tensors:
+            reads = self.unnoted.pop(tensor, [])
+            self.unnoted_count -= len(reads)
+            for read in reads:
+                self._note_read(*read)
+
+    def _note_read(self, team: Team, lanes: np.ndarray, cells: np.ndarray, clocks: np.ndarray, at: int) -> None:
         program = team.program[lanes][:, None] + 1
         before = self.reader[cells]
         elsewhere = (before > 0) & (before != program)
@@ -309,7 +398,7 @@ class GlobalShadow(_Shadow):
             elsewhere = self.reader[cells] != program
             if elsewhere.any():
                 self.many_programs[cells[elsewhere]] = True
-        self.reads[cells, team.warp[lanes][:, None]] = team.clocks.table[team.row[lanes], team.warp[lanes]][:, None]
+        self.reads[cells, team.warp[lanes][:, None]] = clocks[lanes][:, None]
         self.read_at[cells] = at
 
     def write(
@@ -322,6 +411,9 @@ class GlobalShadow(_Shadow):
         atomic: bool = False,
         generic: bool = True,
     ) -> None:
+        tensors = self._tensors(cells)
+        self._note_reads(tensors)
+        self.written.update(tensors)
         me = team.identity[lanes][:, None]
         ordered = self.atomic[cells] if atomic else np.zeros(1, bool)
         writer = self.writer[cells]

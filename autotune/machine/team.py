@@ -46,6 +46,7 @@ class Team:
         self.everyone = np.arange(self.size)
         x, y, _ = grid.shape
         index = (self.program % x, self.program // x % y, self.program // (x * y))
+        self._own_clocks, self._own_version = np.zeros(0, np.int32), -1
         self.special = {
             "%tid.x": self.tid,
             "%laneid": self.lane,
@@ -90,7 +91,16 @@ class Team:
 
     def full(self, value: Any) -> np.ndarray:
         """``value`` for each thread, where it was a constant."""
+        if type(value) is np.ndarray and value.ndim:
+            return value
         return np.broadcast_to(value, (self.size,))
+
+    def clocks_of_warps(self) -> np.ndarray:
+        """By thread: the clock of its own warp."""
+        if self._own_version != self.clocks.version:
+            self._own_clocks = self.clocks.table[self.row, self.warp]
+            self._own_version = self.clocks.version
+        return self._own_clocks
 
     def select(self, mask: np.ndarray | None, at: int) -> np.ndarray:
         """The threads that execute instruction ``at``; it is covered if there are any."""

@@ -127,6 +127,7 @@ def begin_copy(
         data[np.searchsorted(lanes, readers)] = grid.memory.views[1][origin[:, None] + np.arange(size)]
     if grid.shared.shadow is not None and lanes.size:
         grid.shared.shadow.write(team, lanes, cells, at)
+        grid.shared.shadow.asynchronous = True
         np.add.at(grid.shared.shadow.copies, cells, 1)
     team.copies.append(Copy(lanes, index, cells, data, team.commits[lanes], at))
 

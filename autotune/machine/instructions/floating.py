@@ -52,12 +52,12 @@ def fused_multiply_add(found: Instruction) -> Operation:
 def fma(a: Array, b: Array, c: Array) -> Array:
     """Rounded once. A product of floats is exact in float64, their sum is not: where the 29 bits that float32 drops
     lie just on the middle, the error of the sum decides."""
-    if np.result_type(a) == np.float16:
+    if a.dtype == np.float16:
         return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
     product = a.astype(np.float64) * b
     total = np.asarray(product + c)
     middle = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
-    if middle.any():
+    if np.count_nonzero(middle):
         wide = np.broadcast_to(np.asarray(c, np.float64), total.shape)
         back = total - product
         error = (product - (total - back)) + (wide - back)

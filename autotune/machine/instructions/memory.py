@@ -54,7 +54,8 @@ def loaded(
     """``count`` values of ``size`` bytes, one behind the other; an inactive thread gets zeros, which are not stored."""
     memory = team.grid.space(space)
     lanes = team.select(mask, at)
-    where = team.full(address)[lanes].astype(np.int64)
+    where = team.full(address) if mask is None else team.full(address)[lanes]
+    where = where.astype(np.int64)
     lanes, index, cells = memory.locate(team, lanes, where, size * count, at, "a load")
     team.grid.count_access(team, at, memory, lanes, index, size * count)
     if memory.shadow is not None and lanes.size:
@@ -81,7 +82,8 @@ def store(found: Instruction) -> Operation:
 def stored(space: str, size: int, team: Team, mask: Array | None, at: int, address: Array, *values: Array) -> None:
     memory = team.grid.space(space)
     lanes = team.select(mask, at)
-    where = team.full(address)[lanes].astype(np.int64)
+    where = team.full(address) if mask is None else team.full(address)[lanes]
+    where = where.astype(np.int64)
     lanes, index, cells = memory.locate(team, lanes, where, size * len(values), at, "a store")
     if isinstance(memory.shadow, GlobalShadow):
         memory.shadow.settle(team, lanes, cells, at)
