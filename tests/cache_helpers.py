@@ -39,7 +39,8 @@ def feed(cache, new: int, *, rows=slice(None), q_lens=None, first: float = 0.0):
     heads = torch.arange(cache.num_kv_heads, device=device)
     row = torch.tensor(numbers, device=device)[:, None, None]
     widths = cache.k_cache.shape[-1], cache.v_cache.shape[-1]
-    dtype = torch.float32 if cache.k_cache.dtype.itemsize == 1 else cache.k_cache.dtype
+    wide = [side.dtype for side in (cache.k_cache, cache.v_cache) if side.dtype.itemsize > 1]
+    dtype = wide[0] if wide else torch.float32
     for layer in range(cache.num_layers):
         name = first + name_of(layer, row, heads, positions[..., None]).to(dtype)  # [rows, new, heads]
         k, v = (side[..., None].repeat(1, 1, 1, width) for side, width in zip((name, -name), widths, strict=True))

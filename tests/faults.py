@@ -305,6 +305,27 @@ FAULTS = [
         "tests/test_paged_packed.py -k 'eager and last_tokens'",
     ),
     Mutation(
+        "paged: int8 is cut off towards 0",
+        "kernels/primitives.py",
+        "(x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)",
+        "x.to(tl.int8)",
+        named("paged_operators", "triton", "nearest_even"),
+    ),
+    Mutation(
+        "paged: e5m2 is written with the bias of e4m3",
+        "kernels/paged_append.py",
+        "rows, 2, 15, 57344.0",
+        "rows, 2, 7, 57344.0",
+        named("paged_operators", "triton", "nearest_even"),
+    ),
+    Mutation(
+        "paged: only keys are asked whether they are e4m3",
+        "kernels/paged_plan.py",
+        "torch.float8_e4m3fn in (k_cache.dtype, v_cache.dtype)",
+        "torch.float8_e4m3fn in (k_cache.dtype, k_cache.dtype)",
+        PAGED,
+    ),
+    Mutation(
         "paged: float8's factor is off by two",
         "kernels/paged_tiles.py",
         "scale = scale * 256.0",

@@ -25,6 +25,8 @@ def as_bytes(tensor):
         (torch.float16, 5, (7, 33)),
         (torch.bfloat16, 16, (64, 64)),
         (torch.float8_e4m3fn, 1, (3, 1)),
+        (torch.float8_e5m2, 2, (32, 5)),
+        (torch.int8, 4, (16, 24)),
         (torch.float64, 3, (1, 2)),
     ],
 )
@@ -41,7 +43,7 @@ def test_blocks_are_copied_byte_for_byte_and_no_others(backend, device, dtype, s
     pairs = {3: 8, 0: 2, 4: 5}
     for old in expected:
         for source, target in pairs.items():
-            as_bytes_of = old.view(torch.uint8) if old.dtype == torch.float8_e4m3fn else old
+            as_bytes_of = old.view(torch.uint8) if old.dtype.itemsize == 1 else old
             as_bytes_of[target] = as_bytes_of[source].clone()
     # Entries whose target is negative are left out, whatever their source says.
     source = torch.tensor([3, 1, 0, 2**31 - 1, 4], dtype=torch.int32, device=device)

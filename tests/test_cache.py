@@ -439,7 +439,8 @@ def test_bad_input_is_named(device, monkeypatch):
     cases = [
         (lambda: make_cache(device, num_blocks=0), "num_blocks: expected at least 1, got 0"),
         (lambda: make_cache(device, block_size=-4), "block_size: expected at least 1, got -4"),
-        (lambda: make_cache(device, k_scale=2.0), "k_scale: expected only with dtype float8_e4m3fn"),
+        (lambda: make_cache(device, k_scale=2.0), "k_scale: expected only for .* int8, got one of torch.float32"),
+        (lambda: make_cache(device, dtype=torch.int8, v_dtype=torch.float32, v_scale=2.0), "v_scale: expected only"),
         (
             lambda: make_cache(device, dtype=torch.float8_e4m3fn, v_scale=torch.ones(2)),
             r"v_scale: expected shape \[num_layers, num_kv_heads\] = \[2, 2\], got \[2\]",
@@ -489,9 +490,12 @@ def test_bad_input_is_named(device, monkeypatch):
     for scale in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match="k_scale: expected a finite number above 0"):
             make_cache(device, dtype=torch.float8_e4m3fn, k_scale=scale)
-    for dtype in (torch.int8, torch.float64):
-        with pytest.raises(TypeError, match=f"dtype: expected one of .*, got {dtype}"):
-            make_cache(device, dtype=dtype)
+    for dtype in (torch.int16, torch.float64):
+        for name in ("dtype", "v_dtype"):
+            with pytest.raises(TypeError, match=f"^{name}: expected one of .*, got {dtype}"):
+                make_cache(device, **{name: dtype})
+    with pytest.raises(TypeError, match=r"v_dtype: expected that of the keys, torch.float16, .*, got torch.bfloat16"):
+        make_cache(device, dtype=torch.float16, v_dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="q_lens: expected dtype int32, got int64"):
         cache.extend(2, q_lens=q_lens.long(), rows=[0, 1])
     assert torch.equal(cache.seq_lens, before)

@@ -1,9 +1,10 @@
-"""Attention over PagedKVCache: the slots that eviction and marks keep, scores, and the scales of a float8 cache."""
+"""Attention over PagedKVCache: the slots that eviction and marks keep, scores, float8 and int8."""
 
 import pytest
 import torch
 from cache_helpers import HEADS, LAYERS, ROWS, SIZE, blocks, feed, make_cache, slots_of
 from oracle import assert_accurate, attention
+from paged_lists import QUANTISED
 from rounding import rounded
 
 
@@ -91,12 +92,22 @@ def test_marked_slots_of_a_layer_are_kept_and_the_others_blocks_are_free(backend
         cache.keep(0, torch.ones(1, HEADS, 41, dtype=torch.bool, device=device), rows=0)
 
 
-def test_a_float8_cache_scales_every_head_of_every_layer(backend, device):
+@pytest.mark.parametrize(
+    ("k_dtype", "v_dtype"),
+    [*((dtype, None) for dtype in QUANTISED), (torch.int8, torch.float32), (torch.float32, torch.int8)],
+)
+def test_a_float8_or_int8_cache_scales_every_head_of_every_layer(backend, device, k_dtype, v_dtype):
     """What is read back is what was stored, times the scale: powers of two, so that nothing else is lost."""
     k_scale = torch.tensor([[0.5, 2.0], [4.0, 0.25]], device=device)
-    cache = make_cache(device, dtype=torch.float8_e4m3fn, k_scale=k_scale, v_scale=2.0, v_head_dim=3)
+    scales = {"k_scale": k_scale} if k_dtype in QUANTISED else {}
+    scales |= {"v_scale": 2.0} if (v_dtype or k_dtype) in QUANTISED else {}
+    cache = make_cache(device, dtype=k_dtype, v_dtype=v_dtype, v_head_dim=3, **scales)
+    assert str(v_dtype or k_dtype) in repr(cache)
     positions = cache.extend(5, rows=[0])
-    k, v = torch.randint(-7, 8, (2, LAYERS, 1, 5, HEADS, 3), device=device).float()
+    k, v = torch.randint(-3, 4, (2, LAYERS, 1, 5, HEADS, 3), device=device).float()
+    v *= 2
+    if "k_scale" not in scales:
+        k_scale = torch.ones_like(k_scale)
     for layer in range(LAYERS):
         scale = k_scale[layer][:, None]
         cache.append(layer, k[layer] * scale, v[layer], positions, rows=[0])
@@ -105,6 +116,6 @@ def test_a_float8_cache_scales_every_head_of_every_layer(backend, device):
         for head in range(HEADS):
             stored = cache.gather(layer, 0, head)
             assert torch.equal(stored[0].float(), k[layer, 0, :, head])
-            assert torch.equal(stored[1].float() * 2, v[layer, 0, :, head])
+            assert torch.equal(stored[1].float() * scales.get("v_scale", 1.0), v[layer, 0, :, head])
             p = (q[0, :, head] @ (k[layer, 0, :, head] * scale[head]).T * 3**-0.5).softmax(-1)
             torch.testing.assert_close(out[0, :, head], p @ v[layer, 0, :, head])

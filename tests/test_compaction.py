@@ -52,7 +52,8 @@ def expect_moved(lists: Lists, keep, before, after):
         (torch.float16, (80, 40)),
         (torch.bfloat16, (16, 1)),
         (torch.float8_e4m3fn, (24, 130)),
-        (torch.uint8, (3, 8)),
+        (torch.float8_e5m2, (16, 16)),
+        (torch.int8, (3, 8)),
         (torch.int64, (2, 3)),
     ],
 )

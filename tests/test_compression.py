@@ -77,9 +77,15 @@ def test_attention_over_heads_of_different_lengths_is_the_oracle_s(reduce, group
         assert not actual[: width - len(positions)].any()
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_keys_and_values_of_a_float8_cache_are_seen_at_their_size(scaled):
-    scales = torch.tensor([[0.5, 2.0]]) if scaled else None
+@pytest.mark.parametrize(
+    ("dtype", "scales", "error"),
+    [
+        (torch.float8_e4m3fn, None, (1 / 16, 0.01)),
+        (torch.float8_e4m3fn, torch.tensor([[0.5, 2.0]]), (1 / 16, 0.01)),
+        (torch.int8, torch.tensor([[0.04, 0.05]]), (0, 0.026)),
+    ],
+)
+def test_keys_and_values_of_a_float8_or_int8_cache_are_seen_at_their_size(dtype, scales, error):
     cache = kvops.PagedKVCache(
         num_layers=1,
         num_kv_heads=HEADS,
@@ -87,15 +93,15 @@ def test_keys_and_values_of_a_float8_cache_are_seen_at_their_size(scaled):
         num_blocks=20,
         max_batch=1,
         max_tokens=40,
-        dtype=torch.float8_e4m3fn,
+        dtype=dtype,
         k_scale=scales,
         v_scale=scales,
     )
     k, v = torch.randn(1, 20, HEADS, D), torch.randn(1, 20, HEADS, D)
     cache.append(0, k, v, cache.extend(20))
     seen = Cached(cache, 0, torch.randn(1, 1, HEADS * GROUP, D), rows=slice(None), width=20)
-    torch.testing.assert_close(seen.k, k, rtol=1 / 16, atol=0.01)
-    torch.testing.assert_close(seen.v, v, rtol=1 / 16, atol=0.01)
+    for seen_side, side in ((seen.k, k), (seen.v, v)):
+        torch.testing.assert_close(seen_side, side, rtol=error[0], atol=error[1])
 
 
 def test_a_forked_row_is_judged_without_harm_to_the_other():

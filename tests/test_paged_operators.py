@@ -207,6 +207,37 @@ def test_opcheck(backend, device):
     )
 
 
+@pytest.mark.parametrize("sides", [(torch.int8, torch.float32), (torch.float32, torch.int8)])
+def test_opcheck_of_sides_in_different_dtypes(backend, device, sides):
+    lists = make_lists([[20, 3, 8], [9, 16, 4]], block_size=8, head_dim=32, device=device)
+    caches = [torch.randint(-9, 9, lists.k_cache.shape, device=device).to(dtype) for dtype in sides]
+    tables = lists.block_tables.where(lists.block_tables != POISON_BLOCK, 0), lists.seq_lens
+    scales = {name: torch.rand(3, device=device) for name, side in zip("kv", sides, strict=True) if side == torch.int8}
+    scales = {f"{name}_scale": scale for name, scale in scales.items()}
+    q, new = torch.randn(2, 2, 6, 32, device=device), torch.randn(2, 2, 3, 32, device=device)
+    tests = ("test_schema", "test_faketensor")
+    for op, args in (
+        (torch.ops.kvops.paged_attention.default, (q, *caches, *tables)),
+        (torch.ops.kvops.paged_append.default, (new, new, *caches, *tables)),
+    ):
+        torch.library.opcheck(op, args, scales, test_utils=tests)
+
+
+def test_autocast_computes_in_the_dtype_of_a_side_that_is_not_quantised(device):
+    lists = make_lists([[20, 3]], block_size=8, head_dim=32, device=device)
+    of_bytes = lists.k_cache.nan_to_num(0.0).to(torch.int8)
+    q = torch.randn(1, 2, 4, 32, device=device).half()
+    for sides, dtype in (
+        ((of_bytes, lists.v_cache), torch.float32),
+        ((lists.k_cache, of_bytes), torch.float32),
+        ((of_bytes, of_bytes), torch.bfloat16),
+    ):
+        with torch.autocast(device.type, torch.bfloat16):
+            kvops.paged_append(q[:, :, :2], q[:, :, 2:], *sides, lists.block_tables, lists.seq_lens)
+            out, _ = kvops.paged_attention(q, *sides, lists.block_tables, lists.seq_lens)
+        assert out.dtype == dtype
+
+
 def test_a_decode_step_compiles_without_a_graph_break(backend, device):
     def step(q, k, v, k_cache, v_cache, tables, lens, scores):
         kvops.paged_append(k, v, k_cache, v_cache, tables, lens, scores=scores)
@@ -273,6 +304,17 @@ ATTENTION_ERRORS = [
     ({"tree_mask": torch.ones(2, 2)}, TypeError, "tree_mask: expected dtype bool"),
     ({"tree_mask": torch.ones(3, 3).bool()}, ValueError, r"tree_mask: expected shape \[tokens, tokens\] = \[2, 2\]"),
     ({"tree_mask": torch.ones(3, 2, 2).bool()}, ValueError, "tree_mask: expected shape"),
+    ({"v_cache": torch.ones(12, 8, 24).to(torch.int16)}, TypeError, "v_cache: expected dtype .* or int8, got int16"),
+    (
+        {"k_cache": torch.ones(12, 8, 32).to(torch.int8), "v_cache": torch.randn(12, 8, 24).half()},
+        TypeError,
+        "q: expected the dtype of v_cache, float16, got float32",
+    ),
+    (
+        {"v_cache": torch.ones(12, 8, 24).to(torch.int8), "k_scale": 0.5},
+        ValueError,
+        "k_scale: expected only with a float8 or int8 k_cache, got torch.float32",
+    ),
     ({"k_scale": 0.5}, ValueError, "k_scale: expected only with a float8 or int8 k_cache, got torch.float32"),
     ({"scores": torch.zeros(12, 7)}, ValueError, r"scores: expected shape \[num_blocks, block_size\]"),
     ({"scores": torch.zeros(12, 8).half()}, TypeError, "scores: expected dtype float32"),

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from engines import MODELS, PAGE, generate, layers, prompts, start
+from paged_lists import quantise
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -79,11 +80,13 @@ def attend(dtype, step, variant, *, heads=(6, 2), head_size=64, cache_dtype="aut
     ]
     cache = torch.full((len(totals) * pages.shape[1] + 1, Hkv, PAGE, 2 * head_size), torch.nan, dtype=dtype)
     if cache_dtype != "auto":
-        cache = torch.full(cache.shape, 0x7F, dtype=torch.uint8)  # NaN of float8 e4m3
+        cache = torch.full(cache.shape, 0x7F, dtype=torch.uint8)  # NaN of float8
     scales = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0, layer_name="layer.0")
 
+    float8 = torch.float8_e5m2 if cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
+
     def stored(x, scale):
-        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        return quantise(x.float() / scale, float8).float() * scale
 
     new = [
         torch.cat([each[part][0, total - length :] for each, length, total in zip(dense, lengths, totals, strict=True)])
@@ -91,7 +94,7 @@ def attend(dtype, step, variant, *, heads=(6, 2), head_size=64, cache_dtype="aut
     ]
     if cache_dtype != "auto":
         dense = [[q, stored(k, 0.5).to(dtype), stored(v, 2.0).to(dtype)] for q, k, v in dense]
-    contents = cache if cache_dtype == "auto" else cache.view(torch.float8_e4m3fn)
+    contents = cache if cache_dtype == "auto" else cache.view(float8)
     for row, (_, k, v) in enumerate(dense):
         for t in range(totals[row] - lengths[row]):
             by = (1, 1) if cache_dtype == "auto" else (0.5, 2.0)
@@ -137,9 +140,10 @@ def test_a_layer_attends_in_low_precision_with_any_head_ratio(dtype, heads):
     oracle.assert_accurate(*attend(dtype, "mixed", "plain", heads=heads, head_size=32))
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("step", ["decode", "mixed"])
-def test_a_layer_attends_over_a_float8_cache(step):
-    oracle.assert_accurate(*attend(torch.bfloat16, step, "plain", cache_dtype="fp8_e4m3"))
+def test_a_layer_attends_over_a_float8_cache(step, cache_dtype):
+    oracle.assert_accurate(*attend(torch.bfloat16, step, "plain", cache_dtype=cache_dtype))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from kvops import checks
 
-_DTYPES = (*checks.FLOAT_DTYPES, torch.float8_e4m3fn)
+_DTYPES = (*checks.FLOAT_DTYPES, *checks.QUANTISED_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,21 @@ class CacheConfig:
     max_tokens: int
     block_size: int
     dtype: torch.dtype
+    v_dtype: torch.dtype
     device: torch.device
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             checks.expect_int(name, getattr(self, name), 1)
-        if self.dtype not in _DTYPES:
-            raise TypeError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {checks.shown(self.dtype)}")
+        for name in ("dtype", "v_dtype"):
+            dtype = getattr(self, name)
+            if dtype not in _DTYPES:
+                raise TypeError(f"{name}: expected one of {', '.join(map(str, _DTYPES))}, got {checks.shown(dtype)}")
+        if self.dtype != self.v_dtype and not {self.dtype, self.v_dtype} & set(checks.QUANTISED_DTYPES):
+            raise TypeError(
+                f"v_dtype: expected that of the keys, {self.dtype}, or one of float8 and int8 on at least one side, "
+                f"got {self.v_dtype}"
+            )
         if self.num_blocks >= 2**31:
             raise ValueError(f"num_blocks: expected less than 2**31 (tables are int32), got {self.num_blocks}")
         device = torch.device(self.device)

@@ -87,7 +87,8 @@ def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict
         raise ValueError(f"path: expected a {_FORMAT} of version {_VERSION}, got version {version} in {path}")
     try:
         k, v = tensors["k_cache"], tensors["v_cache"]
-        sizes = {"head_dim": k.shape[2], "v_head_dim": v.shape[2], "block_size": k.shape[1], "dtype": k.dtype}
+        sizes = {"head_dim": k.shape[2], "v_head_dim": v.shape[2], "block_size": k.shape[1]}
+        sizes |= {"dtype": k.dtype, "v_dtype": v.dtype}
     except (KeyError, IndexError):
         raise ValueError(f"path: expected k_cache and v_cache [blocks, slots, head_dim] in {path}") from None
     scales = {name: tensors[name] for name in _SCALES if name in tensors}

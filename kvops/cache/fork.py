@@ -73,6 +73,7 @@ def with_rows(cache: PagedKVCache, order: Sequence[int] | Tensor, num_blocks: in
         head_dim=cache.k_cache.shape[2],
         v_head_dim=cache.v_cache.shape[2],
         dtype=cache.k_cache.dtype,
+        v_dtype=cache.v_cache.dtype,
         num_blocks=num_blocks or cache.num_blocks,
         max_batch=len(sources),
     )

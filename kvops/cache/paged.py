@@ -40,10 +40,11 @@ class PagedKVCache:
         max_batch: the number of rows, which is the most sequences in the cache at once.
         max_tokens: the most slots of one list.
         block_size: slots in a block.
-        dtype, device: the dtype and device of keys and values. A float8_e4m3fn cache takes and returns other dtypes and
-            rounds what it stores.
-        k_scale, v_scale: the scales of a float8 cache, a float or float32 ``[num_layers, num_kv_heads]``.
-            ``k / k_scale`` is stored.
+        dtype, device: the dtype and device of keys and values; ``v_dtype`` if values have another dtype than keys. A
+            side of float8_e4m3fn, float8_e5m2 or int8 takes tokens of any floating-point dtype and rounds what it
+            stores; if neither side is one of these, both have the same dtype.
+        k_scale, v_scale: the scale of a float8 or int8 side, a float or float32 ``[num_layers, num_kv_heads]``.
+            ``k / k_scale`` is stored: an int8 cache needs it, as it holds whole numbers from -127 to 127.
 
     Attributes:
         k_cache, v_cache: ``[num_blocks, block_size, head_dim]`` and ``[..., v_head_dim]``, not initialised.
@@ -87,6 +88,7 @@ class PagedKVCache:
         block_size: int = 16,
         v_head_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
+        v_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         k_scale: float | Tensor | None = None,
         v_scale: float | Tensor | None = None,
@@ -101,6 +103,7 @@ class PagedKVCache:
             max_tokens=max_tokens,
             block_size=block_size,
             dtype=dtype,
+            v_dtype=dtype if v_dtype is None else v_dtype,
             device=torch.device(device),
         )
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
@@ -137,7 +140,8 @@ class PagedKVCache:
         lists = f"{self.num_layers} layers, {self.num_kv_heads} KV heads of {self._config.head_dim}"
         rows = f"{self.max_batch} rows of up to {self.max_tokens} tokens"
         blocks = f"{self.num_blocks} blocks of {self.block_size}"
-        return f"PagedKVCache({lists}, {rows}, {blocks}, {self.k_cache.dtype}, {self.device})"
+        dtypes = dict.fromkeys(str(side.dtype) for side in (self.k_cache, self.v_cache))
+        return f"PagedKVCache({lists}, {rows}, {blocks}, {' and '.join(dtypes)}, {self.device})"
 
     @property
     def bytes_per_block(self) -> int:
@@ -210,7 +214,7 @@ class PagedKVCache:
         Args:
             layer: from 0.
             k, v: ``[B', T, Hkv, D]`` and ``[B', T, Hkv, Dv]`` of the newest T tokens of ``rows``, in the cache's dtype
-                (any for a float8 cache).
+                (any where both sides are float8 or int8).
             token_positions: int32 ``[B', T]``, what :meth:`extend` returned.
             q_lens: what :meth:`extend` was given: the first ``q_lens[b]`` tokens of a row are written.
 

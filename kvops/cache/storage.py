@@ -29,9 +29,10 @@ class BlockStorage:
     def __init__(self, config: CacheConfig, k_scale: float | Tensor | None, v_scale: float | Tensor | None) -> None:
         slots, device = (config.num_blocks, config.block_size), config.device
         self.k_cache = torch.empty(*slots, config.head_dim, dtype=config.dtype, device=device)
-        self.v_cache = torch.empty(*slots, config.v_head_dim, dtype=config.dtype, device=device)
+        self.v_cache = torch.empty(*slots, config.v_head_dim, dtype=config.v_dtype, device=device)
         self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.k_scale, self.v_scale = _scale("k_scale", k_scale, config), _scale("v_scale", v_scale, config)
+        self.k_scale = _scale("k_scale", k_scale, config.dtype, config)
+        self.v_scale = _scale("v_scale", v_scale, config.v_dtype, config)
         # One more block than the pool has: set_scores() writes ignored entries there.
         self._scores = torch.zeros(slots[0] + 1, slots[1], dtype=torch.float32, device=device)
         self.scores = self._scores[:-1]
@@ -117,12 +118,12 @@ class BlockStorage:
         return k, v, positions
 
 
-def _scale(name: str, scale: float | Tensor | None, config: CacheConfig) -> Tensor | None:
+def _scale(name: str, scale: float | Tensor | None, dtype: torch.dtype, config: CacheConfig) -> Tensor | None:
     """float32 ``[num_layers, num_kv_heads]``, never the caller's tensor; None without a scale."""
     if scale is None:
         return None
-    if config.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"{name}: expected only with dtype float8_e4m3fn, got a cache of {config.dtype}")
+    if dtype not in checks.QUANTISED_DTYPES:
+        raise ValueError(f"{name}: expected only for a side of float8 or int8, got one of {dtype}")
     if not isinstance(scale, Tensor):
         if not checks.holds(name, scale, lambda number: 0 < number < math.inf):
             raise ValueError(f"{name}: expected a finite number above 0, got {scale}")

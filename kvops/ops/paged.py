@@ -114,7 +114,7 @@ def _attention_with_numbers(q: Tensor, *args: Tensor, **kwargs: object) -> tuple
 
 
 def _define_with_numbers(overload: object, function: object) -> None:
-    """Overloads that take one or both of the scales of a float8 cache as plain numbers.
+    """Overloads that take one or both of the scales of a float8 or int8 cache as plain numbers.
 
     The mixed overloads come first: torch would convert a tensor of one element to a number, which reads it back.
     """
@@ -171,8 +171,9 @@ def paged_append(
         k: ``[B, T, Hkv, D]``, or packed ``[tokens, Hkv, D]``; float16, bfloat16 or float32.
         v: ``[B, T, Hkv, Dv]`` or ``[tokens, Hkv, Dv]``, the same dtype.
         k_cache: written; ``[num_blocks, block_size, D]`` with one head's slots to a block, or
-            ``[num_blocks, block_size, Hkv, D]`` with any strides; the dtype of ``k``, or float8_e4m3fn.
-        v_cache: written; the same with ``Dv``.
+            ``[num_blocks, block_size, Hkv, D]`` with any strides; the dtype of ``k``, or float8_e4m3fn, float8_e5m2 or
+            int8.
+        v_cache: written; the same with ``Dv``. Its dtype may be another of these than that of ``k_cache``.
         block_tables: int32 ``[B, Hkv, max_blocks]`` (``[B, max_blocks]`` for a 4-D cache). Entries past a length are
             never read.
         seq_lens: int32 ``[B, Hkv]`` (``[B]``), with these tokens counted in.
@@ -181,16 +182,17 @@ def paged_append(
             ``[num_blocks, block_size, Hkv]``.
         token_positions: int32 ``[B, T]`` or ``[tokens]``, the tokens' original positions; along with ``positions``.
         scores: zeroed in the new slots; float32 ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]``).
-        k_scale: of a float8 cache, a float or float32 ``[Hkv]``: ``k / k_scale`` is stored, rounded to nearest and
-            clamped to the 448 that float8 e4m3 can hold.
-        v_scale: the same for ``v``.
+        k_scale: of a float8 or int8 ``k_cache``, a float or float32 ``[Hkv]``: ``k / k_scale`` is stored, rounded to
+            nearest even and clamped to what the dtype holds: 448 (e4m3), 57,344 (e5m2) or 127 (int8) on both sides of
+            0. NaN stays NaN in float8 and is stored as 0 in int8.
+        v_scale: the same for ``v`` and ``v_cache``.
         cu_seqlens_q: int32 ``[B + 1]``, where the packed tokens of each sequence begin, and where the last ones end.
         max_seqlen_q: along with ``cu_seqlens_q``: the most new tokens of a sequence, or more.
 
     Raises:
-        ValueError: wrong rank, shape, device or strides; a scale without a float8 cache; one of two arguments that
-            belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``; with
-            ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
+        ValueError: wrong rank, shape, device or strides; a scale of a cache that is neither float8 nor int8; one of two
+            arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``;
+            with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
         TypeError: wrong dtype.
     """
     _call_append(
@@ -261,8 +263,9 @@ def paged_attention(
         q: ``[B, T, Hq, D]``, or packed ``[tokens, Hq, D]``; float16, bfloat16 or float32. Query head h reads KV head
             ``h // (Hq // Hkv)``.
         k_cache: ``[num_blocks, block_size, D]`` with one head's slots to a block, or
-            ``[num_blocks, block_size, Hkv, D]`` with any strides; the dtype of ``q``, or float8_e4m3fn.
-        v_cache: the same with ``Dv``.
+            ``[num_blocks, block_size, Hkv, D]`` with any strides; the dtype of ``q``, or float8_e4m3fn, float8_e5m2 or
+            int8.
+        v_cache: the same with ``Dv``. Its dtype may be another of these than that of ``k_cache``.
         block_tables: int32 ``[B, Hkv, max_blocks]`` (``[B, max_blocks]`` for a 4-D cache). Entries past a length are
             never read.
         seq_lens: int32 ``[B, Hkv]`` (``[B]``).
@@ -281,8 +284,8 @@ def paged_attention(
         tree_mask: bool ``[B, T, T]`` or ``[T, T]``; row t, column j tells whether token t sees token j. It replaces
             ``causal`` among the new tokens; every token sees all older slots. With ``cu_seqlens_q`` T is
             ``max_seqlen_q``; of a shorter sequence the first rows and columns count.
-        k_scale: of a float8 cache, a float or float32 ``[Hkv]``: the keys are ``k_scale * k_cache``.
-        v_scale: the same for the values.
+        k_scale: of a float8 or int8 ``k_cache``, a float or float32 ``[Hkv]``: the keys are ``k_scale * k_cache``.
+        v_scale: the same for the values and ``v_cache``.
         scores: updated; float32 ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]`` for a 4-D cache).
             The score of a slot that at least one query sees becomes ``score_decay * score + reduce``. All other slots
             (outside a window, past a length, of another sequence) keep their scores, without decay. With scores, lists
@@ -313,9 +316,9 @@ def paged_attention(
         lse -inf; a given ``out`` keeps what it has there.
 
     Raises:
-        ValueError: wrong rank, shape, device, strides, head ratio or value; a scale without a float8 cache; one of two
-            arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``;
-            with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
+        ValueError: wrong rank, shape, device, strides, head ratio or value; a scale of a cache that is neither float8
+            nor int8; one of two arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``,
+            invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
         TypeError: wrong dtype.
         RuntimeError: an input requires a gradient.
 

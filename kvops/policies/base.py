@@ -194,9 +194,9 @@ class Cached(Seen):
         return side.flatten(0, 1)[self._slots]
 
     def _vectors(self, side: Tensor, scale: Tensor | None) -> Tensor:
-        """``[B', S, Hkv, D]``, in float32 if the cache is float8."""
+        """``[B', S, Hkv, D]``, in float32 if the cache is float8 or int8."""
         vectors = self._of(side.view(torch.uint8)).view(side.dtype)  # as bytes: torch cannot index float8
-        if side.dtype == torch.float8_e4m3fn:
+        if side.dtype in checks.QUANTISED_DTYPES:
             vectors = vectors.float() * (1 if scale is None else scale[self.layer, :, None, None])
         return vectors.masked_fill_(self._padded[..., None], 0).transpose(1, 2)
 

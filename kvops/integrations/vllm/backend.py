@@ -19,7 +19,7 @@ from kvops.integrations.vllm.rule import Rule
 from kvops.integrations.vllm.spec import CompressedSpec
 from kvops.integrations.vllm.step import Slots, Step, requests_of
 
-_FLOAT8 = ("fp8", "fp8_e4m3")
+_FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 class KVOpsBackend(AttentionBackend):  # type: ignore[misc]
@@ -202,7 +202,7 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         """Keys and values ``[pages, page_size, Hkv, D]``, and the scales of a float8 cache."""
         scales: dict[str, Any] = {}
         if self.kv_cache_dtype in _FLOAT8:
-            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+            kv_cache = kv_cache.view(_FLOAT8[self.kv_cache_dtype])
             scales = {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
         slots = kv_cache.transpose(1, 2)
         return (slots[..., : self.head_size], slots[..., self.head_size :]), scales
