@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvops.kernels.primitives import INTERPRETED, as_uint8_pointer, e4m3_to_float16, e5m2_to_float16
+from kvops.kernels.primitives import as_uint8_pointer, e4m3_to_float16, e5m2_to_float16, int8_to_float32
 
 # Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers that are aligned to 16
 # bytes. Nothing gets faster where a pointer is read one number at a time, or a stride leads to such a number: an engine
@@ -59,9 +59,7 @@ def load_slots(cache_ptr, cell, inside, WIDTH: tl.constexpr, PADDED: tl.constexp
     elif cache_ptr.dtype.element_ty == tl.float8e5:
         values = e5m2_to_float16(rows).to(DTYPE)
     elif cache_ptr.dtype.element_ty == tl.int8:
-        if INTERPRETED:  # it stores an integer as the bits of bfloat16
-            rows = rows.to(tl.float32)
-        values = rows.to(DTYPE)
+        values = int8_to_float32(rows).to(DTYPE)
     else:
         values = rows
     return values

@@ -161,6 +161,16 @@ def e5m2_to_float16(bits):
 
 
 @triton.jit
+def int8_to_float32(x):
+    """int8 as float32, exactly: x + 128 is in the low bits of 2^23 + (x + 128).
+
+    Triton's own conversion is wrong for bfloat16 in its interpreter, and on GPUs assembly that only they run.
+    """
+    shifted = (x.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32) | 0x4B000000
+    return shifted.to(tl.float32, bitcast=True) - 8388736.0
+
+
+@triton.jit
 def float32_to_float8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST_FLOAT8: tl.constexpr):
     """float32 -> the bits (uint8) of a float8: rounded to nearest even and clamped to its largest; NaN stays NaN.
 
