@@ -54,6 +54,14 @@ def kept_rows(target: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return found
 
 
+def table_row(target: str) -> str:
+    """Of the table in docs/machine.md."""
+    rows = [row for rows in kept_rows(target).values() for row in rows]
+    ran = [row for row in rows if row["caught"] != NOT_RUN]
+    noticed = sum(row["caught"] != NOTHING for row in ran)
+    return f"| {target} | {len({row['kernel'] for row in rows})} | {len(rows)} | {len(ran)} | {noticed} |"
+
+
 def table(target: str, only: str = "", kernels: str = "", again: bool = False) -> Iterator[list[dict[str, Any]]]:
     """The rows of each kernel; those of code that has not changed stand as they are, unless ``again``."""
     kept = {} if again else kept_rows(target)

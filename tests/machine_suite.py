@@ -160,6 +160,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def table_row(target: str, row: dict[str, Any]) -> str:
+    """Of the table in docs/machine.md."""
+    told = [row[name] for name in ("tests", "passed", "failed", "skipped")]
+    numbers = [*told, row["tests"] - sum(told[1:]), row["launches"], row["runs"], row["instructions"]]
+    return f"| {target} | {' | '.join(f'{number:,}' for number in numbers)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="+", type=Path)
@@ -169,7 +176,7 @@ def main() -> None:
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     for target, row in found.items():
         outcomes = ", ".join(f"{row[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
-        print(f"{target}: of {row['tests']} tests {outcomes}")
+        print(f"{target}: of {row['tests']} tests {outcomes}\n{table_row(target, row)}")
 
 
 if __name__ == "__main__":

@@ -208,6 +208,14 @@ def test_a_record_of_the_suite_is_added_up_by_target_with_the_last_word_on_each_
     assert found["sm_90"]["passed"] == 0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_manual_has_the_numbers_of_the_recorded_runs(target):
+    suite = json.loads((ROOT / "bench/results/machine/suite.json").read_text())
+    page = (ROOT / "docs/machine.md").read_text()
+    for row in (machine_suite.table_row(target, suite[target]), machine_mutations.table_row(target)):
+        assert row in page.splitlines(), f"docs/machine.md: this row is missing\n{row}"
+
+
 BYTES_OF_TWO_LENGTHS = """
 from bench import counted
 from bench.cases.latents import decoding

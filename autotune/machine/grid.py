@@ -34,8 +34,8 @@ from kvops.autotune.machine.updates import updates_of
 # What may run in step. The results and the races found are the same: vector clocks know what a barrier orders, in
 # whatever order warps ran. Single warps meet in orders drawn from the seed; whole programs are 5 to 20 times as fast.
 LOCKSTEP = ("warp", "warpgroup", "program")
-# Threads that a team of several programs should have: NumPy costs the same for 32 and for 500.
-_THREADS = {True: 512, False: 2048}
+# Threads that a team of several programs should have: NumPy costs about the same for 32 and for 1000.
+_THREADS = 2048
 # Waits in a row that find nothing, of all teams together, before it is a deadlock.
 _PATIENCE = 2000
 
@@ -86,7 +86,7 @@ class Grid:
         self.watched = watched_registers(program)
         # Products under way belong to a team: programs that part in one team would share them.
         if self.lockstep == "program" and not self.watched:
-            self.batch = max(1, min(_THREADS[options.check] // (32 * num_warps), total))
+            self.batch = max(1, min(_THREADS // (32 * num_warps), total))
             self.slots = self.batch
         else:
             self.batch, self.slots = 1, min(1 if self.lockstep == "program" else 2, total)
