@@ -210,9 +210,10 @@ def answers(arguments: argparse.Namespace) -> int:
         _model_folder(arguments.folder),
         arguments.json,
         ratios=arguments.ratios,
-        slacks=arguments.slack,
+        slack=arguments.slack,
         policy=arguments.policy,
         contexts=arguments.contexts,
+        chunks=[int(size) if size.isdigit() else size for size in arguments.chunks],
     )
 
 
@@ -250,7 +251,14 @@ def _in_vllm(commands: Any) -> None:
 
     asked = commands.add_parser("answers", help="the same questions to vLLM and to our own loop (make bench-answers)")
     asked.add_argument("--ratios", nargs="+", type=float, default=[4, 8], metavar="N", help="default: 4 8")
-    asked.add_argument("--slack", nargs="+", type=int, default=[0], metavar="N", help="pages (default: 0)")
+    asked.add_argument("--slack", type=int, default=0, metavar="N", help="pages (default: 0)")
+    asked.add_argument(
+        "--chunks",
+        nargs="+",
+        default=["context", "256"],
+        metavar="N",
+        help="tokens that are read at a time, or `context` for the context and then the question (default: both)",
+    )
     asked.add_argument("--contexts", type=int, default=1, metavar="N", help="of the study (default: %(default)s)")
     asked.set_defaults(function=answers)
 

@@ -27,14 +27,18 @@ SERVED = {
     "running": [1, 2, 2, 1],
 }
 SETTING = {"runs": "here", "vllm": "0.32", "model": "small", "requests": 8, "pages": 48, "tokens of a page": 32}
+ASKED = {"ratio": 4, "chunks": 256, "smaller": 3.9, "asked": 2}
 ROWS = {
     "serving": [
         {"engine": "vLLM's own", "workload": "arrivals"} | SERVED,
         {"engine": "4x", "workload": "arrivals"} | SERVED | {"steps": 50, "tokens_per_second": 30.0, "right": [0, 4]},
     ],
     "answers": [
-        {"engine": "vLLM", "ratio": 1, "smaller": 1.0, "right": 9, "asked": 12, "lost": []},
-        {"engine": "our loop, in chunks", "ratio": 4, "smaller": 3.9, "right": 8, "asked": 9},
+        {"engine": "vLLM", "right": ["a"], "tokens": {"a": [1], "b": [2]}} | ASKED,
+        {"engine": "our loop", "right": ["a", "b"], "tokens": {"a": [1], "b": [3]}} | ASKED,
+        {"engine": "vLLM", "right": ["a"], "tokens": {"a": [1], "b": [2]}}
+        | ASKED
+        | {"ratio": 8},  # its pair is missing
     ],
     "soak": [
         {
@@ -54,7 +58,8 @@ def test_results_of_vllm_have_sections_and_a_picture(tmp_path):
     text = re.sub(" +", " ", (tmp_path / "BENCHMARKS.md").read_text())
     assert "| 4x | 1.50 (2) | 50 | 2.00 | 30.0 | 1.50 |" in text
     assert "1 of 2" in text  # answers of both engines
-    assert "| our loop, in chunks | 4x | 3.9x | 8 of 9 |" in text
+    assert "| 4x | 256 | 3.9x | 2 of 2 | 1 of 2 | 1 |" in text
+    assert "| 8x |" not in text
     assert "20 random requests, with prompts of up to 1800 tokens, in pools of 30 to 30 pages" in text
     assert "4,000 times" in text
     assert (tmp_path / "results" / "cpu" / "serving.png").exists()
@@ -103,6 +108,13 @@ class PretendEngine:
                 )
             )
         return outs
+
+
+def test_a_prompt_is_read_in_chunks_or_its_context_before_its_question():
+    question = Question("a", list(range(1000)), 980, [1])
+    assert question.ends(256) == [256, 512, 768, 1000]
+    assert question.ends("context") == [980, 1000]
+    assert question.ends(500) == [500, 1000]
 
 
 def test_what_is_counted_while_requests_are_served(monkeypatch):

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from no_sync import SynchronisationError, _Functions
 
 import kvops
+from kvops import checks
 from kvops.generation.passes import new_cache, read_prompt
 from kvops.integrations.vllm.compressed import CompressedLayers
 from kvops.integrations.vllm.judge import Judge, served
@@ -104,10 +106,23 @@ def test_padding_of_a_step_is_written_nowhere():
 class PretendEngine:
     """vLLM's scheduler and a model of random keys, in the size of a test: what is freed is given away in the same step.
 
-    The worker's side is the real one, and its check holds every attention to the kept tokens.
+    The worker's side is the real one, and its check holds every attention to the kept tokens. ``numbered``: requests
+    have numbers as in Model Runner V2, which others had before.
     """
 
-    def __init__(self, pages: int, options: Options, *, layers=2, kv_heads=2, group=2, size=4, head_dim=8, seed=0):
+    def __init__(
+        self,
+        pages: int,
+        options: Options,
+        *,
+        layers=2,
+        kv_heads=2,
+        group=2,
+        size=4,
+        head_dim=8,
+        seed=0,
+        numbered=False,
+    ):
         self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.cache = torch.full((layers, pages + 1, kv_heads, size, 2 * head_dim), torch.nan)
         impl = SimpleNamespace(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_size=head_dim)
@@ -118,10 +133,12 @@ class PretendEngine:
         self.draw.shuffle(self.free)
         self.heads, self.size, self.head_dim = (kv_heads * group, kv_heads, kv_heads), size, head_dim
         self.tables, self.old = {}, {}
+        self.numbered, self.numbers = numbered, {}
 
     def pages_of(self, request, computed, tokens):
         """The request's table with pages for ``tokens``, or None; what ``computed`` tokens free is free from now on."""
         table, old = self.tables.setdefault(request, []), self.rule.old(computed)
+        self.numbers.setdefault(request, min({*range(1, 99)} - {*self.numbers.values()}))
         freed = self.rule.emptied(self.old.get(request, 0), old)
         wanted = self.rule.columns(tokens) - len(table)
         if wanted > len(self.free) + len(freed):
@@ -132,8 +149,12 @@ class PretendEngine:
         return table
 
     def drop(self, request):
+        self.numbers.pop(request, None)
         emptied = set(self.rule.emptied(0, self.old.pop(request, 0)))
         self.free += [page for column, page in enumerate(self.tables.pop(request, [])) if column not in emptied]
+
+    def on_device(self, tensor):
+        return tensor
 
     def random(self, tokens):
         """Queries, keys and values of each layer, ``[tokens, heads, head_dim]``."""
@@ -159,8 +180,10 @@ class PretendEngine:
         row = torch.repeat_interleave(torch.arange(len(work)), torch.tensor([new for _, _, new in work]))
         slots = table[row, at // self.size].long() * self.size + at % self.size
         cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+        device_starts, slots = self.on_device(cu_seqlens), Slots.of(self.on_device(slots), self.size)
+        numbers = torch.tensor([self.numbers[request] for request, _, _ in work]) if self.numbered else None
         step = self.layers.build(
-            starts[-1], cu_seqlens, cu_seqlens, torch.tensor(tokens), table, Slots.of(slots, self.size)
+            starts[-1], cu_seqlens, device_starts, torch.tensor(tokens), self.on_device(table), slots, numbers
         )
         vectors = self.random(starts[-1]) if vectors is None else vectors
         for name, cache, (q, k, v) in zip(self.layers.number, self.cache, vectors, strict=True):
@@ -214,6 +237,53 @@ def test_every_attention_is_over_the_tokens_that_were_kept(policy, ratio, chunk,
     assert engine.layers.cells.compactions > 10
     assert engine.layers.check.count > 300
     assert engine.layers.check.worst < 2e-5
+
+
+@pytest.mark.parametrize("ratio", [2, 8])
+def test_requests_may_be_known_by_numbers_that_others_had_before(ratio):
+    options = Options(ratio=ratio, policy="snapkv", protect_first=2, protect_last=5, check=True)
+    engine = PretendEngine(60, options, numbered=True)
+    run_requests(engine, [engine.draw.randrange(1, 150) for _ in range(12)])
+    assert len(engine.free) == 60
+    assert engine.layers.cells.compactions > 10
+    assert engine.layers.check.worst < 2e-5
+
+
+class OnDevice(torch.Tensor):
+    """A tensor whose data the host must not read. Whatever is computed from it is one, too."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in _Functions.FORBIDDEN:
+            raise SynchronisationError(f"calls {function.__name__}")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_the_host_waits_for_nothing_of_the_device(monkeypatch):
+    """Where requests have numbers: neither for the tables of a step nor for a compaction."""
+    monkeypatch.setattr(checks, "may_look", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(PretendEngine, "on_device", lambda self, tensor: tensor.as_subclass(OnDevice))
+    options = Options(ratio=4, policy="standout", protect_last=8)
+    for numbered in (True, False):
+        engine = PretendEngine(60, options, numbered=numbered)
+        cells = engine.layers.cells
+        for name in ("k", "v", "positions", "scores", "_owner", "_place", "_kept"):
+            setattr(cells, name, getattr(cells, name).as_subclass(OnDevice))
+
+        def run(engine=engine):
+            computed = dict.fromkeys("ab", 0)
+            for new in ({"a": 70, "b": 83}, {"a": 1, "b": 1}, {"a": 49, "b": 2}, {"a": 1, "b": 30}):
+                for request, tokens in new.items():
+                    engine.pages_of(request, computed[request], computed[request] + tokens)
+                engine.step([(request, computed[request], tokens) for request, tokens in new.items()])
+                computed = {request: computed[request] + tokens for request, tokens in new.items()}
+
+        if numbered:
+            run()
+            assert cells.compactions >= 4
+        else:
+            with pytest.raises(SynchronisationError, match="calls cpu"):
+                run()
 
 
 def test_heads_of_all_layers_share_what_stays():

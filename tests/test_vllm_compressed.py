@@ -6,12 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from engines import MODELS, PAGE, generate, prompts, start, vllm
+from test_vllm import kept_positions
 
+from bench.serving.engine import scheduling_ahead
 from bench.serving.small import small as random_model
 from bench.serving.soak import Round, checks_of, run_round
+from kvops.generation.passes import decode, new_cache, read_prompt
+from kvops.models.llama import Llama
+from kvops.models.loading import load
+from kvops.policies import POLICIES, Compression
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -96,6 +104,43 @@ def test_pages_come_back_and_every_attention_is_over_the_kept_tokens(small, rati
     assert max(held for _, held in steps) <= manager.rule.peak(740, manager.in_flight)
 
 
+@pytest.mark.parametrize(("ratio", "policy"), [(4, "standout"), (8, "standout"), (4, "kv-compress"), (4, "ada-kv")])
+@torch.no_grad()
+def test_the_same_slots_and_the_same_answer_as_in_our_own_loop(small, ratio, policy):
+    """A prompt in four chunks of 128 tokens, compressed after each to the same number of blocks; then 24 tokens."""
+    llm = start_compressed(small, 60, ratio, kvops={"policy": policy, "protect_last": PAGE})
+    generate(llm, prompts([3]), max_tokens=1)
+    layers, manager, _ = compressed(llm)
+    rule, build, kept = manager.rule, layers.build, {}
+
+    def recorded(num_tokens, known_starts, starts, tokens, *args):
+        step = build(num_tokens, known_starts, starts, tokens, *args)
+        held = step.lens[:, 0] - num_tokens
+        kept[int(tokens[0]) - num_tokens] = kept_positions(layers.cells.positions, step.tables[:, 0], held)
+        return step
+
+    layers.build = recorded
+    ids = prompts([512])[0]
+    (got,) = generate(llm, [ids])
+
+    loaded = load(small)
+    model, prompt = Llama(loaded.config, loaded.weights), torch.tensor([ids])
+    cache = new_cache(model, max_batch=1, max_tokens=600, block_size=PAGE)
+    for end in (128, 256, 384, 512):
+        budget = Compression(
+            blocks=rule.held(end, end) * layers.cells.num_lists, policy=POLICIES[policy](), protect_last=PAGE
+        )
+        hidden = read_prompt(model, cache, prompt[:, :end], 0, budget, held=end - 128)
+        assert kept[end] == kept_positions(cache.positions, cache.block_tables[:, 0], cache.seq_lens[:, 0]), end
+    tokens = []
+    for _ in got:
+        if tokens:
+            hidden = decode(model, cache, torch.tensor([tokens[-1:]]))
+        tokens.append(int(model.logits(hidden[:, -1:]).argmax()))
+    assert tokens == got
+    assert layers.cells.compactions == 4
+
+
 def test_more_requests_fit_at_once_and_take_fewer_steps(small):
     """Eight prompts of 530 tokens in 48 pages; without compression two of them fit at once."""
     ids, seen = prompts([530] * 8), []
@@ -168,6 +213,80 @@ def test_samples_of_a_prompt_are_compressed_each_by_itself(small):
     assert manager.num_freed >= 9
 
 
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_beams_are_those_of_vllms_own_search(small, ratio, monkeypatch):
+    """vLLM's search is a loop around the engine: each beam is a prompt of its own, and asks for its next token."""
+    if ratio == 1:
+        llm = start(small, attention_backend="CUSTOM")
+    else:
+        llm = start_compressed(small, 60, ratio)
+
+    def beams(llm):
+        tokenizer = SimpleNamespace(eos_token_id=2, decode=lambda tokens, **options: "")
+        monkeypatch.setattr(llm.renderer, "get_tokenizer", lambda: tokenizer)
+        found = llm.beam_search(
+            [{"prompt_token_ids": ids} for ids in prompts([300, 40])],
+            vllm.sampling_params.BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True),
+        )
+        return [[beam.tokens for beam in each.sequences] for each in found]
+
+    found = beams(llm)
+    assert [[len(tokens) for tokens in each] for each in found] == [[304, 304], [44, 44]]
+    if ratio == 1:
+        assert found == beams(start(small))
+    else:
+        expect_sound(llm, 60)
+        assert found[1] == beams(start(small))[1]  # a short prompt is not compressed
+
+
+def test_requests_of_a_higher_priority_preempt_compressed_ones(small):
+    """The one that is preempted gives its pages back and has all its tokens in the end."""
+    llm = start_compressed(small, 11, max_num_batched_tokens=64, max_model_len=700, scheduling_policy="priority")
+    engine = llm.llm_engine
+    scheduler, preempted = engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *args, **options: (
+        preempted.append(request.request_id),
+        preempt(request, *args, **options),
+    )
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, detokenize=False)
+    got = {}
+
+    def step():
+        for out in engine.step():
+            got[out.request_id] = len(out.outputs[0].token_ids)
+
+    engine.add_request("low", {"prompt_token_ids": prompts([500])[0]}, sampling, priority=9)
+    while scheduler.running == [] or not scheduler.running[0].output_token_ids:
+        step()
+    engine.add_request("high", {"prompt_token_ids": prompts([500], seed=1)[0]}, sampling, priority=0)
+    while engine.has_unfinished_requests():
+        step()
+    assert got == {"low": 150, "high": 150}
+    assert preempted, "nothing was preempted: the test shows nothing"
+    assert all(name.startswith("low") for name in preempted)
+    expect_sound(llm, 11)
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_steps_that_are_scheduled_ahead_give_the_same_tokens(small, ratio):
+    """Asynchronous scheduling: a step is scheduled before the tokens of the one before it are known."""
+    ids = prompts([300, 40, 500])
+    expected = [
+        generate(start_compressed(small, 80, ratio, enable_prefix_caching=False), [each], 60)[0] for each in ids
+    ]
+    with scheduling_ahead():
+        llm = start_compressed(small, 80, ratio, enable_prefix_caching=False)
+    core = llm.llm_engine.engine_core.engine_core
+    assert type(core.scheduler).__name__ == "AsyncScheduler"
+    assert core.batch_queue_size == 2
+    assert [generate(llm, [each], 60)[0] for each in ids] == expected
+    generate(llm, prompts([300, 40, 500, 610]), 60)
+    if ratio > 1:
+        _, manager = expect_sound(llm, 80)
+        assert manager.num_freed > 20
+
+
 def test_a_request_that_is_aborted_gives_all_its_pages_back(small):
     """Pages that its compaction freed are not freed again, and its first page may begin another request."""
     llm = start_compressed(small, 30)
@@ -200,6 +319,32 @@ def test_drafts_are_verified_over_a_compressed_cache(small):
     generate(llm, [repeated, prompts([400])[0]], max_tokens=64)
     layers, _ = expect_sound(llm, 60)
     assert layers.cells.compactions > 2
+
+
+def test_requests_may_be_numbered_as_by_model_runner_v2(small, monkeypatch):
+    """vLLM's runner on GPUs, which needs Triton, says which request each row is."""
+    from kvops.integrations.vllm.backend import StepBuilder
+    from kvops.integrations.vllm.compressed import CompressedLayers
+
+    build, compress, numbered = StepBuilder.build, CompressedLayers.build, []
+
+    def with_numbers(self, common_prefix_len, metadata, fast_build=False):
+        metadata.req_idx = metadata.block_table_tensor[: metadata.num_reqs, 0].numpy()
+        return build(self, common_prefix_len, metadata, fast_build)
+
+    def recorded(self, *args):
+        numbered.append(args[-1])
+        return compress(self, *args)
+
+    monkeypatch.setattr(StepBuilder, "build", with_numbers)
+    monkeypatch.setattr(CompressedLayers, "build", recorded)
+    llm = start_compressed(small, 60, max_num_seqs=3)
+    generate(llm, prompts([700, 30, 520, 300, 610, 90]), max_tokens=40)
+    layers, manager = expect_sound(llm, 60)
+    assert layers.cells.compactions > 10
+    assert manager.num_freed > 20
+    assert numbered
+    assert all(numbers is not None for numbers in numbered)
 
 
 def test_two_ranks_of_a_tensor_parallel_engine_free_the_same_pages(small):

@@ -1,19 +1,23 @@
 """kvops in the real vLLM, on the CPU: ``make test-vllm``, in an environment of its own."""
 
+import importlib.metadata
 from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 from engines import MODELS, PAGE, generate, layers, prompts, start
+from no_sync import Trace, _Functions, _Operators
 from paged_lists import quantise
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import kvops
 from bench.serving.small import small as random_model
-from kvops.integrations.vllm import hooks
+from kvops.integrations.vllm import engine, hooks, register
+from kvops.integrations.vllm.rule import Rule
+from kvops.integrations.vllm.spec import CompressedSpec
 
 pytestmark = pytest.mark.vllm
 
@@ -198,6 +202,62 @@ def test_the_same_greedy_tokens_as_vllms_own_backend(family, tmp_path):
     assert generate(llm, ids) == expected
 
 
+def test_graphs_of_decoding_are_declared_for_whole_caches_alone():
+    from kvops.integrations.vllm.backend import KVOpsBackend
+
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    compressed = CompressedSpec.of(spec, Rule(4, 0, 1, PAGE, 4, 32), 128)
+    builder = KVOpsBackend.get_builder_cls()
+    assert builder.get_cudagraph_support(VllmConfig(), spec) is AttentionCGSupport.UNIFORM_BATCH
+    assert builder.get_cudagraph_support(VllmConfig(), compressed) is AttentionCGSupport.NEVER
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_captured_step_of_decoding_serves_the_next_one(drafts):
+    """A CUDA graph runs the metadata of its capture again: the builder and vLLM write new data at the same addresses.
+
+    Neither the builder nor the layer waits for the device.
+    """
+    from kvops.integrations.vllm.backend import KVOpsBackend
+
+    generator, new, size = torch.Generator().manual_seed(0), drafts + 1, (4, 2, 32)
+    totals = [64, 40, 257, 90], [65, 33, 258, 91]
+    (first, _), (second, pages) = (metadata([new] * 4, each, generator) for each in totals)
+    cache = torch.randn(4 * pages.shape[1] + 1, size[1], PAGE, 2 * size[2], generator=generator)
+    q, k, v = (torch.randn(4 * new, heads, size[2], generator=generator) for heads in (4, 2, 2))
+    config = VllmConfig()
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    layer = SimpleNamespace(layer_name="layer.0")
+    with set_current_vllm_config(config):
+        attention = KVOpsBackend.get_impl_cls()(*size[:1], size[2], size[2] ** -0.5, size[1])
+        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=size[1], head_size=size[2], dtype=torch.float32)
+        builder = KVOpsBackend.get_builder_cls()(spec, ["layer.0"], config, torch.device("cpu"))
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        plain = KVOpsBackend.get_builder_cls()(spec, ["layer.0"], config, torch.device("cpu"))
+    expected, got = torch.zeros_like(q), torch.zeros_like(q)
+    attention.forward(layer, q, k, v, cache.clone(), plain.build(0, second), expected)
+    with _Functions(Trace()), _Operators(Trace()):
+        captured = builder.build(0, first)
+        for name in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping"):
+            getattr(first, name).copy_(getattr(second, name))
+        again = builder.build(0, first)
+        attention.forward(layer, q, k, v, cache, captured, got)
+    assert torch.equal(got, expected)
+    assert (captured.num_tokens, captured.longest) == (again.num_tokens, again.longest) == (4 * new, new)
+
+
+def test_drafts_of_a_model_are_verified(small):
+    """A draft model proposes as EAGLE does: its layers have caches of their own, and steps have several tokens each."""
+    ids = prompts([5, 40, 300])
+    expected = generate(start(small), ids)
+    drafts = {"method": "draft_model", "model": str(small), "num_speculative_tokens": 3}
+    drafts["attention_backend"] = "CUSTOM"
+    llm = start(small, attention_backend="CUSTOM", speculative_config=drafts)
+    assert {type(layer.impl).__name__ for layer in layers(llm)} == {"KVOpsAttention"}
+    assert len(layers(llm)) == 4
+    assert generate(llm, ids) == expected
+
+
 def test_prefixes_are_cached_and_drafts_are_verified(small):
     """Without compression, both are vLLM's own: the same tokens, from fewer computed ones."""
     shared = prompts([200])[0]
@@ -210,6 +270,26 @@ def test_prefixes_are_cached_and_drafts_are_verified(small):
     )
     assert generate(llm, ids) == expected
     assert generate(llm, ids) == expected
+
+
+def test_vllm_finds_the_plugin_by_itself():
+    (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="kvops")
+    assert found.load() is register
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "kvops attends, and compresses nothing"),
+        ({"ratio": 8, "policy": "kv-compress"}, "kvops compresses the KV cache: ratio=8, policy=kv-compress, "),
+    ],
+)
+def test_one_line_at_the_start_says_what_is_set(small, options, line, monkeypatch):
+    lines = []
+    monkeypatch.setattr(engine.logger, "info_once", lambda text, *args: lines.append(text % args))
+    start(small, attention_backend="CUSTOM", additional_config={"kvops": options})
+    assert len(lines) == 1
+    assert lines[0].startswith(line)
 
 
 def test_vllms_own_backend_serves_where_kvops_is_not_asked_for(small):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from kvops.extras import require
 
@@ -34,6 +36,32 @@ def start(model: Path | str, kvops: Mapping[str, Any] | None, **settings: Any) -
     }
     ours = {} if kvops is None else {"attention_backend": "CUSTOM", "additional_config": {"kvops": dict(kvops)}}
     return vllm.LLM(model=str(model), **(defaults | ours | settings))
+
+
+@contextmanager
+def scheduling_ahead() -> Iterator[None]:
+    """Engines that are built inside schedule a step before the tokens of the one before it are known.
+
+    vLLM turns asynchronous scheduling off on a CPU. Its scheduler and its queue of steps run there nevertheless; the
+    runner stays as it is, because it knows the newest tokens itself.
+    """
+    platforms, runners = require("vllm.platforms"), require("vllm.v1.worker.cpu_model_runner")
+    platform, runner = type(platforms.current_platform), runners.CPUModelRunner
+    check, build = platform.check_and_update_config, runner.__init__
+
+    def checked(cls: type, config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    def built(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        self.use_async_scheduling = False
+
+    with (
+        patch.object(platform, "check_and_update_config", classmethod(checked)),
+        patch.object(runner, "__init__", built),
+    ):
+        yield
 
 
 def page_bytes(config: Any, page_size: int, element_size: int = 4) -> int:

@@ -42,17 +42,29 @@ def serving(result: Result) -> str:
 
 
 def answers(result: Result) -> str:
-    """What each engine answers right."""
+    """What both engines answer right, each pair on a line."""
     text = (
-        "Right answers among those that the same engine gives with the whole cache. `smaller` is the size of the whole "
-        "cache over the size when the answer begins, context and question together. Our loop compresses the context "
-        "alone, at its end or after every chunk, and then reads the question; vLLM reads both as one prompt."
+        "Right answers among those that vLLM gives with the whole cache. Both engines read the same chunks (`context`: "
+        "the context, then the question), compress after each of them by the same policy, and hold as many blocks. "
+        "`smaller` is the size of the whole cache over the size when the answer begins, context and question together. "
+        "`same tokens` counts the answers, right or wrong, that are the same token by token."
     )
+    pairs: dict[tuple[float, Any], dict[str, Row]] = {}
+    for row in result["rows"]:
+        pairs.setdefault((row["ratio"], row["chunks"]), {})[row["engine"]] = row
     cells = [
-        [row["engine"], f"{row['ratio']:g}x", f"{row['smaller']:.1f}x", f"{row['right']} of {row['asked']}"]
-        for row in result["rows"]
+        [
+            f"{ratio:g}x",
+            str(chunks),
+            f"{pair['vLLM']['smaller']:.1f}x",
+            *(f"{len(pair[engine]['right'])} of {pair[engine]['asked']}" for engine in ("our loop", "vLLM")),
+            f"{sum(pair['our loop']['tokens'][name] == got for name, got in pair['vLLM']['tokens'].items())}",
+        ]
+        for (ratio, chunks), pair in pairs.items()
+        if len(pair) == 2
     ]
-    return f"{text}\n\n{table.render(cells, ['engine', 'asked for', 'smaller', 'right'], 'pipe', left=1)}"
+    headers = ["asked for", "chunks", "smaller", "our loop", "vLLM", "same tokens"]
+    return f"{text}\n\n{table.render(cells, headers, 'pipe', left=2)}"
 
 
 def soak(result: Result) -> str:

@@ -13,6 +13,7 @@ import gc
 import random
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import results
-from bench.serving.engine import Watch, page_bytes, start
+from bench.serving.engine import Watch, page_bytes, scheduling_ahead, start
 from bench.serving.small import small
 from bench.timing import setting
 from kvops.extras import require
@@ -109,7 +110,6 @@ class Round:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             scheduling_policy=self.scheduling_policy,
-            async_scheduling=self.async_scheduling,
             speculative_config=drafts if self.drafts else None,
         )
 
@@ -188,7 +188,8 @@ def checks_of(engine: Any) -> list[Any]:
 def run_round(round_: Round, model: Path, number: int) -> dict[str, Any]:
     """Serve ``number`` requests; the counts of the round."""
     begin = time.monotonic()
-    llm = round_.engine(model)
+    with scheduling_ahead() if round_.async_scheduling else nullcontext():
+        llm = round_.engine(model)
     served = Served(round_, llm.llm_engine, number)
     with served.watch:
         served.run()

@@ -7,7 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -72,23 +78,42 @@ class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         self._compressed: CompressedLayers | None = None
         self._check: Check | None = None
         options = Engine.building(vllm_config).options
+        # A CUDA graph reads the slots of every step at the same address. Tables and lengths are vLLM's own buffers.
+        graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        room = vllm_config.scheduler_config.max_num_batched_tokens
+        self._slots = Slots.room(room, device) if graphs and not isinstance(kv_cache_spec, CompressedSpec) else None
         if isinstance(kv_cache_spec, CompressedSpec):
             self._expect_compressible()
         elif options.check:
             self._check = Check(kv_cache_spec.num_kv_heads, kv_cache_spec.block_size, options)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Graphs of decoding, with drafts too. None over compressed caches, whose lists grow wider with their requests:
+        what lies between the attention of two layers is captured then."""
+        compressed = isinstance(kv_cache_spec, CompressedSpec)
+        return AttentionCGSupport.NEVER if compressed else AttentionCGSupport.UNIFORM_BATCH
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("causal: kvops' backend for vLLM expects causal attention")
         slots = Slots.of(m.slot_mapping[: m.num_actual_tokens], self.kv_cache_spec.block_size)
+        if self._slots is not None:
+            slots = self._slots.filled(slots)
         starts, known_starts = (each[: m.num_reqs + 1] for each in (m.query_start_loc, m.query_start_loc_cpu))
         tables, lens = m.block_table_tensor[: m.num_reqs], m.seq_lens[: m.num_reqs]
         if isinstance(self.kv_cache_spec, CompressedSpec):
             if self._compressed is None:  # vLLM has given the layers their caches by now
                 self._compressed = self._compress()
             known = m.seq_lens_cpu_upper_bound if m.seq_lens_cpu_upper_bound is not None else lens.cpu()
-            return self._compressed.build(m.num_actual_tokens, known_starts, starts, known[: m.num_reqs], tables, slots)
+            numbers = None
+            if m.req_idx is not None:  # of Model Runner V2
+                numbers = torch.zeros(m.num_reqs, dtype=torch.int64)
+                numbers[: len(m.req_idx)] = torch.from_numpy(m.req_idx[: m.num_reqs]) + 1
+            return self._compressed.build(
+                m.num_actual_tokens, known_starts, starts, known[: m.num_reqs], tables, slots, numbers
+            )
         requests = () if self._check is None else requests_of(tables[:, 0], known_starts.diff(), lens)
         return Step(
             m.num_actual_tokens, slots, starts, m.max_query_len, tables, lens, requests=requests, check=self._check

@@ -69,9 +69,9 @@ class Cells:
         # Of the pages that stay: whose each cell is (num_lists: nobody's), and its place in that head's list.
         self._owner = torch.full((self.num_pages, self.num_lists), self.num_lists, dtype=torch.int32, device=device)
         self._place = torch.zeros(self.num_pages, self.num_lists, dtype=torch.int32, device=device)
-        # By the first page of a request, which always stays: the cells of each head in the pages that stay, and (on the
-        # host) how many columns are compacted.
+        # By the first page of a request, which always stays: the cells of each head in the pages that stay.
         self._kept = torch.zeros(self.num_pages, self.num_lists, dtype=torch.int32, device=device)
+        # By the number of a request, on the host: how many of its columns are compacted.
         self._old = torch.zeros(self.num_pages, dtype=torch.int64)
         self._keep = torch.zeros(1, dtype=torch.int64)
         self.compactions = 0
@@ -92,11 +92,11 @@ class Cells:
     def positions_of(self, layer: int) -> Tensor:
         return self._side(self.positions, layer)
 
-    def compact_due(self, first_pages: Tensor, table: Tensor, computed: Tensor) -> Tensor:
+    def compact_due(self, numbers: Tensor, table: Tensor, computed: Tensor) -> Tensor:
         """Compact the requests that have old columns enough.
 
         Args:
-            first_pages: int64 ``[B]``, known to the host; 0, which is vLLM's null page, for a row without a request.
+            numbers: int64 ``[B]``, known to the host: of each request; 0 for a row without one.
             table: int64 ``[B, columns]``, vLLM's pages.
             computed: int64 ``[B]``, known to the host: tokens in the cache. A request of 0 begins.
 
@@ -104,15 +104,18 @@ class Cells:
             int64 ``[B]``, known to the host: how many columns of each request are compacted now.
         """
         rule, keeps = self.rule, self._keeps(table.shape[1])
-        self._old[first_pages[computed == 0]] = 0
-        before = self._old[first_pages]
+        more = int(numbers.max()) + 1 - len(self._old)
+        if more > 0:
+            self._old = torch.nn.functional.pad(self._old, (0, more))
+        self._old[numbers[computed == 0]] = 0
+        before = self._old[numbers]
         old = (computed - rule.protect_last).clamp(min=0) // (rule.chunk * self.page_size) * rule.chunk
-        old = torch.where((keeps[old] < old) & (first_pages > 0), old, 0)
+        old = torch.where((keeps[old] < old) & (numbers > 0), old, 0)
         # Never back: an optimistic count of accepted drafts may have been taken back.
         old = torch.maximum(old, before)
         for row in (old > before).nonzero().flatten().tolist():
-            self._compact(int(first_pages[row]), table[row], int(computed[row]), int(before[row]), int(old[row]))
-        self._old[first_pages] = old
+            self._compact(table[row], int(computed[row]), int(before[row]), int(old[row]))
+        self._old[numbers] = old
         return old
 
     def lists(self, table: Tensor, tokens: Tensor, old: Tensor) -> Lists:
@@ -164,11 +167,11 @@ class Cells:
         """The first ``number`` columns that stay: int64, known to the host."""
         return self._keep.diff().nonzero().flatten()[:number]
 
-    def _compact(self, first_page: int, table: Tensor, computed: int, before: int, old: int) -> None:
+    def _compact(self, table: Tensor, computed: int, before: int, old: int) -> None:
         """Compact ``old`` columns of a request with ``computed`` tokens, of which ``before`` columns are compacted.
 
-        ``table`` int64 ``[columns]`` has the pages with which it computed so far, ``first_page`` the first of them. The
-        host need not know what the device decides: all shapes follow from the rule.
+        ``table`` int64 ``[columns]`` has the pages with which it computed so far. The host need not know what the
+        device decides: all shapes follow from the rule.
         """
         size = self.page_size
         recent = computed - old * size
@@ -182,7 +185,7 @@ class Cells:
             self.k, self.v, tables[None], lens[None], keep[None], positions=self.positions, scores=self.scores
         )
         self._assign(tables, lens // size, staying)
-        self._kept[first_page] = lens // size
+        self._kept.index_copy_(0, table[:1], (lens // size)[None])
         self.compactions += 1
 
     def _assign(self, tables: Tensor, blocks: Tensor, staying: Tensor) -> None:

@@ -16,7 +16,8 @@ from kvops.integrations.vllm.step import Request, Step
 class Check:
     """Keeps every key and value that was ever computed, and compares.
 
-    A request is known by its first page, which it keeps. Layers with a sliding window free it, and are not checked.
+    A request is known by its number, which may be that of its first page. Layers with a sliding window free this page,
+    and are not checked.
 
     Args:
         num_heads: KV heads.
@@ -32,7 +33,7 @@ class Check:
     def __init__(self, num_heads: int, page_size: int, options: Options, positions: Tensor | None = None) -> None:
         self._num_heads, self._page_size, self._options = num_heads, page_size, options
         self._cell_positions = positions
-        # By layer and first page: how many tokens were seen, and their keys and values in buffers that are larger.
+        # By layer and number of a request: how many tokens were seen; their keys and values in buffers that are larger.
         self._seen: dict[tuple[Hashable, int], tuple[int, tuple[Tensor, Tensor]]] = {}
         self.count, self.worst = 0, 0.0
 
@@ -59,7 +60,7 @@ class Check:
         for row, request in enumerate(step.requests):
             new = slice(end, end + request.tokens - request.computed)
             end = new.stop
-            if request.first_page == 0 or new.start == end:
+            if request.number == 0 or new.start == end:
                 continue
             keys, values = self._all(layer, request, k[new], v[new])
             for head, part in enumerate(torch.arange(q.shape[1]).chunk(self._num_heads)):
@@ -74,14 +75,14 @@ class Check:
     def _all(self, layer: Hashable, request: Request, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens of a request, with the new ones."""
         end, none = request.tokens, (0, (k[:0], v[:0]))
-        seen, held = self._seen.get((layer, request.first_page), none) if request.computed else none
+        seen, held = self._seen.get((layer, request.number), none) if request.computed else none
         assert seen >= request.computed, f"{seen} tokens were seen of {request}"
         if len(held[0]) < end:
             keys, values = (torch.cat((old, old.new_empty(2 * end - len(old), *old.shape[1:]))) for old in held)
             held = keys, values
         for side, new in zip(held, (k, v), strict=True):
             side[request.computed : end] = new
-        self._seen[layer, request.first_page] = end, held
+        self._seen[layer, request.number] = end, held
         return held[0][:end], held[1][:end]
 
     def _positions(self, table: Tensor, length: int, request: Request) -> Tensor:

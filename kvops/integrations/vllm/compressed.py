@@ -40,7 +40,14 @@ class CompressedLayers:
         self.check = Check(cells.num_heads, cells.page_size, options, cells.positions) if options.check else None
 
     def build(
-        self, num_tokens: int, known_starts: Tensor, starts: Tensor, tokens: Tensor, table: Tensor, slots: Slots
+        self,
+        num_tokens: int,
+        known_starts: Tensor,
+        starts: Tensor,
+        tokens: Tensor,
+        table: Tensor,
+        slots: Slots,
+        numbers: Tensor | None = None,
     ) -> Step:
         """Compact what is due, and give the step its lists.
 
@@ -55,10 +62,13 @@ class CompressedLayers:
             tokens: int32 ``[B]``, known to the host: of each request, with those of this step.
             table: int32 ``[B, columns]``, vLLM's pages.
             slots: where the new tokens go.
+            numbers: int64 ``[B]``, known to the host: a number above 0 of each request, which it has as long as it
+                runs, 0 for a row without a request. None: its first page, which the host waits for.
         """
         pages, cells = table.long(), self.cells
-        first_pages, new, total = pages[:, 0].cpu(), known_starts.diff(), tokens.long()
-        old = cells.compact_due(first_pages, pages, total - new)
+        new, total = known_starts.diff(), tokens.long()
+        numbers = pages[:, 0].cpu() if numbers is None else numbers
+        old = cells.compact_due(numbers, pages, total - new)
         lists = cells.lists(pages, total, old)
         # The new tokens of a request stand at its end.
         token = torch.arange(num_tokens, dtype=torch.int32, device=table.device)
@@ -74,7 +84,7 @@ class CompressedLayers:
             layers=self,
             positions=(token + ends[row_of])[:, None],
             decays=self.judge.decays(starts.diff()),
-            requests=requests_of(first_pages, new, total) if self.check is not None else (),
+            requests=requests_of(numbers, new, total) if self.check is not None else (),
         )
 
     def forward(

@@ -39,6 +39,13 @@ HOOKS = (
     ),
     Hook(
         "vllm.v1.attention.backend",
+        "AttentionMetadataBuilder.get_cudagraph_support",
+        ("vllm_config", "kv_cache_spec"),
+    ),
+    Hook("vllm.v1.attention.backend", "AttentionCGSupport.UNIFORM_BATCH"),
+    Hook("vllm.config", "CUDAGraphMode.has_full_cudagraphs"),
+    Hook(
+        "vllm.v1.attention.backend",
         "CommonAttentionMetadata",
         (
             *(

@@ -27,20 +27,30 @@ class Slots:
         lens = torch.where(slot_mapping >= 0, slot_mapping % page_size + 1, 0).int()
         return cls(pages[:, None], lens)
 
+    @classmethod
+    def room(cls, tokens: int, device: torch.device) -> Slots:
+        """Room for the slots of ``tokens`` tokens."""
+        return cls(*(torch.zeros(*shape, dtype=torch.int32, device=device) for shape in ((tokens, 1), (tokens,))))
+
+    def filled(self, slots: Slots) -> Slots:
+        """``slots``, written into the first entries of these."""
+        n = len(slots.lens)
+        return Slots(self.pages[:n].copy_(slots.pages), self.lens[:n].copy_(slots.lens))
+
 
 @dataclass(frozen=True)
 class Request:
-    """A request of a step: its first page, and its tokens before the step and after it."""
+    """A request of a step: its number (0 where there is none), and its tokens before the step and after it."""
 
-    first_page: int
+    number: int
     computed: int
     tokens: int
 
 
-def requests_of(first_pages: Tensor, new: Tensor, total: Tensor) -> tuple[Request, ...]:
+def requests_of(numbers: Tensor, new: Tensor, total: Tensor) -> tuple[Request, ...]:
     """The requests of a step with ``new`` tokens of ``total`` each, int ``[B]``."""
-    rows = zip(first_pages.tolist(), new.tolist(), total.tolist(), strict=True)
-    return tuple(Request(first, after - added, after) for first, added, after in rows)
+    rows = zip(numbers.tolist(), new.tolist(), total.tolist(), strict=True)
+    return tuple(Request(number, after - added, after) for number, added, after in rows)
 
 
 @dataclass(frozen=True)
