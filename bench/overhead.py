@@ -100,8 +100,8 @@ def contenders(launches: list[int]) -> dict[str, Contender]:
     """Decoding of 8 sequences with 8 KV heads of 128 and 32 query heads over a ragged bfloat16 cache of 8192 slots."""
     batch, heads, group, width, blocks, size = 8, 8, 4, 128, 512, 16
     q = torch.empty(batch, 1, heads * group, width, dtype=torch.bfloat16)
-    new = torch.empty(batch, 1, heads, width, dtype=torch.bfloat16)
-    cache = torch.empty(64, size, width, dtype=torch.bfloat16)
+    k, v = torch.empty(2, batch, 1, heads, width, dtype=torch.bfloat16)
+    k_cache, v_cache = torch.empty(2, 64, size, width, dtype=torch.bfloat16)
     tables = torch.zeros(batch, heads, blocks, dtype=torch.int32)
     lens = torch.zeros(batch, heads, dtype=torch.int32)
     schedule = paged_schedule(lens, size)
@@ -109,9 +109,9 @@ def contenders(launches: list[int]) -> dict[str, Contender]:
     out = torch.empty(8)
     key = "paged_attention", current_device(), width, 2, 2, size, group, batch * heads, blocks * size
     attention, append, add = torch.ops.kvops.paged_attention.default, torch.ops.kvops.paged_append.default, torch.add
-    operands = q, cache, cache, tables, lens
+    operands = q, k_cache, v_cache, tables, lens
     launch = launch_attention.prepare(*operands, schedule=schedule)
-    new_tokens = new, new, cache, cache, tables, lens
+    new_tokens = k, v, k_cache, v_cache, tables, lens
     append_launch = launch_append.prepare(*new_tokens)
 
     def decode() -> object:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -31,6 +32,7 @@ __all__ = [
     "schema_of",
     "tangents_exist",
     "tensors_in",
+    "tensors_like",
     "transforms_are_active",
     "without_autocast",
 ]
@@ -90,6 +92,17 @@ def call_below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...], kwarg
 def tangents_exist() -> bool:
     """Whether forward-mode differentiation is active. Checking three tensors for tangents would take 2.7 µs."""
     return forward_ad._current_level >= 0
+
+
+def tensors_like(*tensors: Tensor) -> Callable[..., bool]:
+    """A function that tells whether as many others have the class, dtype, device, shape, strides and dispatch keys of
+    these and, where gradients are on, their ``requires_grad``. It keeps none of them; equal ones do not pass.
+
+    What torch.compile guards its graphs with: 2.4 µs for six tensors. A tuple of their attributes, hashed and compared,
+    takes 7.5.
+    """
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return guards.check  # type: ignore[no-any-return]
 
 
 def without_autocast(device_type: str) -> Callable[[], AbstractContextManager[None]]:

@@ -1,6 +1,7 @@
 """Checks and preparation are shared by calls alike, and by no others."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from kvops.autotune.config import paged_attention_config
 from kvops.kernels import paged_parts, paged_plan
 from kvops.kernels.paged import positional
 from kvops.kernels.paged_attention_kernel import paged_attention_kernel
-from kvops.ops import registry
+from kvops.ops import launches, registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's launches")
 
@@ -115,6 +116,37 @@ def test_the_eager_path_and_the_kernels_remember_for_themselves(monkeypatch, pre
     assert prepared.count("paged_attention") == 1
 
 
+def test_kinds_of_calls_that_take_turns_are_prepared_once_each(prepared):
+    for _ in range(2):
+        for change in ({}, {"window_left": 1}, {"window_left": 2}, {"sinks": torch.zeros(4)}, {"k_cache": cache()}):
+            given = inputs(**change)
+            found = kvops.paged_attention(**given)
+            with pytest.MonkeyPatch.context() as eager:
+                eager.delenv("TRITON_INTERPRET")
+                torch.testing.assert_close(found, kvops.paged_attention(**given))
+    assert prepared.count("paged_attention") == 5
+
+
+def cache():
+    """With space between the blocks."""
+    return torch.randn(6, 8, 16)[:, :4]
+
+
+def test_a_tensor_may_stand_in_two_places(prepared):
+    for _ in range(2):
+        given = inputs()
+        kvops.paged_attention(**given | {"v_cache": given["k_cache"]})
+    assert prepared.count("paged_attention") == 1
+
+
+def test_the_tensors_of_a_call_are_not_kept():
+    given = inputs()
+    kvops.paged_attention(**given)
+    left = [weakref.ref(value) for value in given.values()]
+    del given
+    assert [reference() for reference in left] == [None] * 5
+
+
 def test_the_configuration_is_chosen_at_every_launch():
     config = specs()["paged_attention"].config(16, 16, 4, 1)
     given = inputs()
@@ -137,10 +169,10 @@ def test_grids_follow_the_configuration_and_the_shares():
 
 
 def test_what_is_remembered_is_bounded(monkeypatch, prepared):
-    monkeypatch.setattr(registry, "_MAX_LAUNCHES", 4)
+    monkeypatch.setattr(launches, "_MAX_LAUNCHES", 4)
     for tokens in range(1, 11):
         kvops.paged_attention(**inputs(q=torch.randn(2, tokens, 4, 16)))
-    assert all(len(launches) <= 4 for x in registry._operators.values() for launches in (x.served, x.interpreted))
+    assert all(len(found) <= 4 for x in registry._operators.values() for found in (x.served, x.interpreted))
     assert prepared.count("paged_attention") == 10
 
 

@@ -10,7 +10,6 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from kvops import checks, private_torch
 from kvops.extras import require
-
-# The number of kinds of calls in the cache. If it is full, the cache is cleared.
-_MAX_LAUNCHES = 4096
+from kvops.ops.launches import Launch, Launches
 
 LIBRARY = torch.library.Library("kvops", "DEF")
 
@@ -55,8 +52,6 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return function if prepare is None else prepare(*args, **kwargs)
 
 
-_facts, _strides = attrgetter("shape", "dtype", "device"), Tensor.stride
-_facts_and_gradient = attrgetter("shape", "dtype", "device", "requires_grad")
 _operators: dict[str, _Operator] = {}
 
 
@@ -66,20 +61,6 @@ def forget_launches() -> None:
         operator.served.clear()
         operator.interpreted.clear()
         operator.compiled.clear()
-
-
-def _call_key(tensors: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The key of a call in the cache: shapes, dtypes, devices, strides and numbers, but no data; where gradients are
-    on, ``requires_grad`` as well. ``args`` begins with the given number of tensors."""
-    gradients, first = torch.is_grad_enabled(), args[:tensors]
-    facts_of = _facts_and_gradient if gradients else _facts
-    facts = [gradients, *map(facts_of, first), *map(_strides, first), *kwargs]
-    for value in kwargs.values() if len(args) == tensors else (*args[tensors:], *kwargs.values()):
-        if isinstance(value, Tensor):
-            facts += facts_of(value), _strides(value)
-        else:
-            facts.append(value)
-    return tuple(facts)
 
 
 def _below_autograd(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,13 +93,11 @@ class _Operator:
         self.name = schema.split("(", 1)[0]
         self.check, self.check_data, self.data, self.fake = check, check_data, data, fake
         self.eager, self.kernel, self.cpu, self.differentiable = eager, kernel, cpu, differentiable
-        # Launches by the key of a call; separate ones for the interpreter (TRITON_INTERPRET=1) and for numba.
-        self.served: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.interpreted: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.overload = self._define(schema)
         arguments = private_torch.schema_of(self.overload).arguments
         self.tensors = [x.name for x in takewhile(lambda x: isinstance(x.type, torch.TensorType), arguments)]
+        # Separate ones for the interpreter (TRITON_INTERPRET=1) and for numba.
+        self.served, self.interpreted, self.compiled = (Launches(len(self.tensors)) for _ in range(3))
 
     def _define(self, schema: str) -> Any:
         LIBRARY.define(schema)
@@ -160,27 +139,18 @@ class _Operator:
             "which every operator has"
         )
 
-    def _launch_for(
-        self, launches: dict[tuple[Any, ...], Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[..., Any]:
+    def _launch_for(self, launches: Launches, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
         """The implementation for this call. Checks and preparation do not read data, so equal calls share them.
         ``python -m bench.overhead`` measures the time of a launch."""
         if checks.debug() or private_torch.tangents_exist():  # data and tangents are checked in every call
             return self._prepare(args, kwargs)
         try:
-            key = _call_key(len(self.tensors), args, kwargs)
+            return launches.find(args, kwargs, self._prepare)
         except AttributeError:
             self._validate(args, kwargs)
             raise
-        launch = launches.get(key)
-        if launch is None:
-            launch = self._prepare(args, kwargs)
-            if len(launches) >= _MAX_LAUNCHES:
-                launches.clear()
-            launches[key] = launch
-        return launch
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
         """The implementation for this call, after its checks, and for all calls that differ in data alone."""
         self._validate(args, kwargs)
         on_cpu, function = args[0].device.type == "cpu", self._implementation(args[0].device)
