@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from paged_lists import POISON_BLOCK, Lists, expected
+from paged_lists import POISON_BLOCK, QUANTISED, Lists, expected, quantise
 from rounding import rounded
 from torch import Tensor
 
@@ -46,6 +46,9 @@ MUTATIONS = {
 }
 
 
+_SIDES = {str(dtype).removeprefix("torch."): dtype for dtype in QUANTISED}
+
+
 @dataclass(frozen=True)
 class Case:
     seed: int = 0
@@ -68,7 +71,8 @@ class Case:
     softcap: float = 0.0
     sinks: str = ""
     tree: str = ""  # tree_mask for "all" sequences or for "each"
-    float8: str = ""  # "number", "heads" or "none" scales
+    float8: str = ""  # "number", "heads" or "none" scales; then at least one side is float8 or int8
+    sides: tuple[str, str] = ("float8_e4m3fn", "float8_e4m3fn")  # dtypes of K and V; "" for that of q
     scores: str = ""
     decay: float = 1.0
     schedule: int = -1  # programs; 0 chooses
@@ -111,6 +115,7 @@ def draw(r: Random) -> Case:
         sinks=often(r, "", "random", *(() if on_triton else ("-inf", "inf")), p=0.7),
         tree=often(r, "", "all", "each", p=0.8),
         float8=often(r, "", "number", "heads", "none", p=0.8),
+        sides=r.choice([(k, v) for k in (*_SIDES, "") for v in (*_SIDES, "") if k or v]),
         scores=often(r, "", "sum", "sumsq", "max", p=0.5),
         decay=often(r, 1.0, 0.0, 0.5, 2.0),
         schedule=r.choice((-1, -1, 0, 1, 2, 7, 40)),
@@ -147,8 +152,11 @@ def _shuffled(case: Case, g: torch.Generator, dtype: torch.dtype) -> Lists:
         k[where], v[where] = (torch.randn(n, width, generator=g) for width in (case.head_dim, case.value_dim))
         positions[where] = torch.randint(1, 4, (n,), generator=g).cumsum(0).int()
         scores[where] = torch.rand(n, generator=g)
-    stored = torch.float8_e4m3fn if case.float8 else dtype
-    return Lists(k.to(stored), v.to(stored), tables, lens, positions, scores)
+    if case.float8:
+        k, v = (quantise(x, _SIDES.get(side, dtype)) for x, side in zip((k, v), case.sides, strict=True))
+    else:
+        k, v = k.to(dtype), v.to(dtype)
+    return Lists(k, v, tables, lens, positions, scores)
 
 
 def _check(case: Case) -> None:
@@ -235,12 +243,12 @@ class _Pool:
                     self.of_page[first] = [int(lists.block_tables[b, h, column]) for h in range(heads)]
 
             def beside(side: Tensor, fill: float) -> Tensor:
-                whole = side.float() if side.dtype == torch.float8_e4m3fn else side
+                whole = side.float() if side.dtype.itemsize == 1 else side
                 pages = torch.full((len(side), case.block_size, heads, *side.shape[2:]), fill, dtype=whole.dtype)
                 for page, blocks in self.of_page.items():
                     for h, block in enumerate(blocks):
                         pages[page, :, h] = whole[block]
-                return pages.to(side.dtype)
+                return quantise(pages, side.dtype)
 
             k, v, scores = beside(k, math.nan), beside(v, math.nan), beside(scores, math.nan)
             positions = beside(positions, 0)
@@ -252,31 +260,33 @@ class _Pool:
         """A side of the cache as it lies in the lists' own blocks; NaN where none of them is."""
         if not self.pages:
             return side
-        whole = side.float() if side.dtype == torch.float8_e4m3fn else side
+        whole = side.float() if side.dtype.itemsize == 1 else side
         fill = math.nan if whole.dtype.is_floating_point else 0
         blocks = torch.full((len(side), side.shape[1], *side.shape[3:]), fill, dtype=whole.dtype)
         for page, own in self.of_page.items():
             for h, block in enumerate(own):
                 blocks[block] = whole[page, :, h]
-        return blocks.to(side.dtype)
+        return quantise(blocks, side.dtype)
 
     def scores_by_slot(self) -> Tensor:
         return self.by_block(self.scores)
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    if x.dtype != torch.float8_e4m3fn:
+    if x.dtype.itemsize != 1:
         return laid_out(x, layout)
     return laid_out(x.view(torch.uint8), layout).view(x.dtype)  # torch fills no float8
 
 
 def _scales(case: Case, heads: int, g: torch.Generator) -> dict[str, Any]:
+    scales: tuple[Any, Any] = (None, None)
     if case.float8 == "number":
-        return {"k_scale": 0.5, "v_scale": 2.0}
-    if case.float8 == "heads":
-        k_scale, v_scale = torch.rand(2, heads, generator=g) + 0.5
-        return {"k_scale": k_scale, "v_scale": v_scale}
-    return {"k_scale": None, "v_scale": None}
+        scales = 0.5, 2.0
+    elif case.float8 == "heads":
+        scales = tuple(torch.rand(2, heads, generator=g) + 0.5)
+    return {
+        f"{name}_scale": scale if side else None for name, side, scale in zip("kv", case.sides, scales, strict=True)
+    }
 
 
 def _sinks(case: Case, heads: int, g: torch.Generator) -> Tensor | None:
@@ -286,10 +296,11 @@ def _sinks(case: Case, heads: int, g: torch.Generator) -> Tensor | None:
 
 
 def _dequantised(lists: Lists, scales: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    if lists.k_cache.dtype != torch.float8_e4m3fn:
-        return lists.k_cache, lists.v_cache
     result = []
     for side, scale in ((lists.k_cache, scales["k_scale"]), (lists.v_cache, scales["v_scale"])):
+        if side.dtype not in QUANTISED:
+            result.append(side)
+            continue
         side = side.double()
         for b, h in ((b, h) for b in range(len(lists.seq_lens)) for h in range(lists.seq_lens.shape[1])):
             where = lists.slots(b, h)
@@ -316,11 +327,11 @@ def _check_append(
         **scales,
     )
 
-    def stored(x: Tensor, scale: Any, h: int) -> Tensor:
-        if not case.float8:
+    def stored(x: Tensor, scale: Any, h: int, side: torch.dtype) -> Tensor:
+        if side not in QUANTISED:
             return x
         factor = 1.0 if scale is None else float(scale[h]) if isinstance(scale, Tensor) else scale
-        return (x.float() / factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return quantise(x.float() / factor, side)
 
     for b, h in ((b, h) for b in range(batch) for h in range(heads)):
         count = T if q_lens is None else int(q_lens[b])
@@ -331,7 +342,7 @@ def _check_append(
         where = block[-kept:], offset[-kept:]
         new = slice(count - kept, count)
         for side, x, scale in ((lists.k_cache, k, "k_scale"), (lists.v_cache, v, "v_scale")):
-            values = stored(x[b, new, h], scales[scale], h)
+            values = stored(x[b, new, h], scales[scale], h, side.dtype)
             side.view(torch.uint8).view(*side.shape[:2], -1)[where] = (
                 values.contiguous().view(torch.uint8).view(kept, -1)
             )
@@ -350,7 +361,7 @@ def _check_refusal(case: Case, arguments: dict[str, Any]) -> None:
     name, how = case.bad.split(":")
     if name == "k_scale" and how == "dtype":
         arguments["k_scale"] = torch.ones(())
-        if case.float8:  # is what a float8 cache takes, but not in float64
+        if case.float8 and case.sides[0]:  # is what a float8 cache takes, but not in float64
             return
     elif name in ("k_cache", "v_cache") and case.float8 and how in ("dtype", "last", "strided", "integer", "flat"):
         return  # torch makes no such float8
