@@ -78,7 +78,7 @@ class Launches:
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], prepare: Callable[..., Launch]) -> Launch:
         """The launch for this call; from ``prepare(args, kwargs)`` for the first of its kind.
 
-        Raises AttributeError if an argument is no tensor that must be one.
+        Raises AttributeError if one of the tensors that every call begins with is None.
         """
         last = self._last
         if last is not None and last.has(args, kwargs):
