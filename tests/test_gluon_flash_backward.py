@@ -12,6 +12,7 @@ from gluon_model import Multiprocessor
 from hopper import on_hopper
 from oracle import assert_accurate, attention, attention_backward, attention_mask
 from rounding import rounded
+from test_gluon_flash_forward import GPU_LENGTHS, batch_and_heads
 
 from kvops.autotune import lookup, specs
 from kvops.autotune.config import (
@@ -387,14 +388,13 @@ def launched(*arguments, seed, replace_functions, keys_config=None, queries_conf
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
-@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (1, 700), (129, 65), (500, 1000), (1031, 1031), (300, 77)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), GPU_LENGTHS)
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu_it_computes_the_gradients(name, seqlen_q, seqlen_k, head_dim, dtype):
-    # The float64 reference takes seconds of a core for long sequences, and there are hundreds of these tests.
-    batch = 2 if seqlen_q * seqlen_k < 100_000 else 1
-    tensors = inputs(batch, seqlen_q, seqlen_k, 6, 2, head_dim, dtype, device="cuda")
-    dlse = torch.randn(batch, 6, seqlen_q, device="cuda")
-    assert_correct(launched, *tensors, sinks=torch.randn(6, device="cuda"), dlse=dlse, **CASES[name])
+    batch, heads = batch_and_heads(seqlen_q, seqlen_k)
+    tensors = inputs(batch, seqlen_q, seqlen_k, heads, heads // 3, head_dim, dtype, device="cuda")
+    dlse = torch.randn(batch, heads, seqlen_q, device="cuda")
+    assert_correct(launched, *tensors, sinks=torch.randn(heads, device="cuda"), dlse=dlse, **CASES[name])
 
 
 @on_hopper

@@ -295,7 +295,7 @@ def test_launchable_says_why_not(hopper):
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu_it_computes_attention_of_each_sequence(name, head_dim, dtype):
-    lengths = (*LENGTHS, (700, 1031), (129, 128), (1, 900), (500, 20))
+    lengths = (*LENGTHS, (400, 700), (129, 128), (1, 900), (300, 20))
     packed = Packed(lengths=lengths, heads=(6, 2), dims=(head_dim, head_dim), dtype=dtype, device="cuda")
     out, lse = gluon_flash_forward_varlen(*packed.arguments, **CASES[name])
     packed.assert_correct(out.cpu(), lse.cpu(), **CASES[name])

@@ -16,6 +16,7 @@ from pretend_gpu import pretend_gpu
 from bench import results, throughput
 from bench.gpu import __main__ as gpu_run
 from bench.gpu import cases, graphs, operators, phases, record, tune
+from bench.gpu import units as units_module
 from bench.gpu.phases import PHASES, Setup, Step
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import FAILED, PASSED, SKIPPED, Outcome, Unit, read_rows, report, run_unit, run_units
@@ -98,6 +99,21 @@ def test_behind_the_deadline_no_unit_starts(tmp_path):
     units = [script(tmp_path, name, "say('a')") for name in "ab"]
     assert [outcome.status for outcome in run_units(units, 1, time.monotonic() - 1)] == ["not reached"] * 2
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_step_says_how_far_it_has_come(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(units_module, "PROGRESS_SECONDS", 0.05)
+    go = tmp_path / "go"
+    unit = script(tmp_path, "slow", f"say('a'); say('b')\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)")
+    told = gpu_run._told("check", Step([unit], 1, "kernels", 12))
+
+    def progress(rows):
+        told(rows)
+        if rows == 2:
+            go.touch()
+
+    run_units([unit], 1, time.monotonic() + 60, progress=progress)
+    assert "check       2 of about 12 kernels in" in capsys.readouterr().out
 
 
 def test_a_unit_that_resumes_goes_on_behind_what_killed_it_and_stops_when_nothing_comes(tmp_path):
@@ -318,6 +334,7 @@ def test_every_unit_of_every_phase_is_started_with_words_that_it_takes(phase, de
         assert arguments.device == device
     if (phase, device) == ("check", "cuda"):
         assert sum(unit.name.startswith("tests-") for unit in units) == 8
+        assert [unit.name for unit in units[:8]] == [f"compile-{share}" for share in range(8)]
         assert {"gluon", "greedy", "memcheck", "racecheck-gluon", "shapes-0", "shapes-1"} <= {u.name for u in units}
 
 

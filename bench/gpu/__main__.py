@@ -20,14 +20,14 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import results
-from bench.gpu.phases import PHASES, Setup
+from bench.gpu.phases import PHASES, Setup, Step
 from bench.gpu.summary import phase_summary
 from bench.gpu.units import PASSED, Outcome, Unit, read_rows, run_units
 from bench.timing import setting
@@ -98,9 +98,19 @@ def run_phase(phase: str, setup: Setup, facts: dict[str, Any], fresh: bool) -> l
                 done(Outcome(unit.name, "kept", 0.0, read_rows(unit.rows), str(unit.log)))
             else:
                 todo.append(unit)
-        run_units(todo, step.workers, deadline, done)
+        run_units(todo, step.workers, deadline, done, _told(phase, step))
     _write(phase, setup, facts, list(outcomes.values()))
     return list(outcomes.values())
+
+
+def _told(phase: str, step: Step) -> Callable[[int], None]:
+    """Prints how far a step has come."""
+    begun, expected = time.monotonic(), f" of about {step.expected}" if step.expected else ""
+
+    def tell(rows: int) -> None:
+        print(f"{phase:<11} {rows}{expected} {step.results} in {time.monotonic() - begun:.0f} s", flush=True)
+
+    return tell
 
 
 def _kept(path: Path, facts: dict[str, Any]) -> set[str]:

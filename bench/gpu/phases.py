@@ -11,8 +11,10 @@ from pathlib import Path
 
 from bench.case import SCALES
 from bench.cases import all_cases
+from bench.gpu.share import planned
 from bench.gpu.units import Unit
 from kvops.autotune.devices import this_gpu
+from kvops.autotune.inspect import TARGETS
 
 # The longest that one test may take, compiling included, before its process is ended.
 _TEST_SECONDS = 120
@@ -52,14 +54,19 @@ class Setup:
 
 @dataclass(frozen=True)
 class Step:
-    """Units of a phase that run together, ``workers`` at a time; the next step waits for them."""
+    """Units of a phase that run together, ``workers`` at a time; the next step waits for them.
+
+    ``results`` is what a row of theirs is called, and ``expected`` about how many will come, if that is known.
+    """
 
     units: list[Unit]
     workers: int = 1
+    results: str = "results"
+    expected: int = 0
 
 
 def _tests(setup: Setup) -> list[Unit]:
-    """The test families that use a device, in shares: the shares compile on all cores at once."""
+    """The test families that use a device, in shares."""
     shares = 1 if setup.rehearsal else setup.cores
     families = ["tests/test_merge.py"] if setup.rehearsal else ["tests"]
     units = []
@@ -80,8 +87,27 @@ def _tests(setup: Setup) -> list[Unit]:
     return units
 
 
+def _compiled_first(setup: Setup) -> Iterator[Step]:
+    """Every kernel of the tests, compiled on all cores: a process of the tests then waits for none."""
+    target = device_target()
+    if target not in TARGETS:
+        return
+    units = [
+        setup.unit(
+            "check", f"compile-{share}", "bench.gpu.compile_first", "--target", target,
+            "--share", f"{share}/{setup.cores}", seconds=setup.seconds / 2,
+            environment={"KVOPS_TEST_MACHINE": target, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+        )
+        for share in range(setup.cores)
+    ]  # fmt: skip
+    yield Step(units, setup.cores, "kernels", sum(planned()["variants"].values()) if target == "sm_90" else 0)
+
+
 def check(setup: Setup) -> Iterator[Step]:
-    """Tests, real shapes, the Hopper kernels, the model and the sanitizer; the tests, most of the work, start first."""
+    """Tests, real shapes, the Hopper kernels, the model and the sanitizer; the tests, most of the work, start first,
+    once their kernels are compiled."""
+    if not setup.rehearsal:
+        yield from _compiled_first(setup)
     scale = "tiny" if setup.rehearsal else "check"
     shares = 1 if setup.rehearsal else max(1, setup.cores // 4)
     module = "bench.gpu.cases"

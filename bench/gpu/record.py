@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from bench.gpu.compile_once import compile_once
-from bench.gpu.share import shares
+from bench.gpu.share import costs_of, shares
 from bench.gpu.units import FAILED, PASSED, SKIPPED, read_rows
 from bench.gpu.units import report as add
 
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     share, count = _share()
     known = {row["name"] for row in read_rows(_rows())}
     ours = [item for item in items if needs_device(item)]
-    mine = shares(ours, [item.nodeid for item in ours], count)[share]
+    mine = shares(ours, [item.nodeid for item in ours], count, costs_of("test"))[share]
     items[:] = [item for item in mine if item.nodeid not in known]
 
 

@@ -1,8 +1,9 @@
 """Which tests of the GPU run go to which process, in which order.
 
-Nearly all their time is compiling (``compile_costs.json``), so the tests of one function, which launch one kernel, go
-to one process, or to neighbours where they are too many. Tests of kernels that every GPU runs come before those of
-kernels that must prove themselves first: a run that ends early has what matters.
+First they compile what they launch, on all cores, then they run (``compile_costs.json`` has the times of both). The
+tests of one function, which launch one kernel, go to one process, or to neighbours where they are too many: none waits
+for what another compiles. Tests of kernels that every GPU runs come before those of kernels that must prove themselves
+first: a run that ends early has what matters.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -32,21 +33,22 @@ def function_of(test: str) -> str:
 
 
 @cache
-def _costs() -> dict[str, float]:
-    """Seconds per test of a function."""
-    return dict(json.loads(COSTS.read_text())["seconds_per_test"]) if COSTS.exists() else {}
+def planned() -> dict[str, Any]:
+    """What ``python -m bench.gpu.plan`` found."""
+    return dict(json.loads(COSTS.read_text()))
 
 
-def shares(
-    tests: Sequence[T], names: Sequence[str], count: int, costs: Mapping[str, float] | None = None
-) -> list[list[T]]:
+def costs_of(step: str) -> dict[str, float]:
+    """Seconds per test of a function, in the step ``"compile"`` or ``"test"``."""
+    return dict(planned()["seconds_per_test"][step])
+
+
+def shares(tests: Sequence[T], names: Sequence[str], count: int, costs: Mapping[str, float]) -> list[list[T]]:
     """``tests`` in ``count`` shares of about the same cost, each in the order of :func:`rank`.
 
-    ``costs`` are seconds per test of a function, by default those of the file; another function's tests count as one.
-    Within a rank the order of ``tests`` is kept and cut into pieces, so that a function goes to as few shares as its
-    cost allows.
+    ``costs`` are seconds per test of a function; another function's tests count as one. Within a rank the order of
+    ``tests`` is kept and cut into pieces, so that a function goes to as few shares as its cost allows.
     """
-    costs = _costs() if costs is None else costs
     found: list[list[T]] = [[] for _ in range(count)]
     for kind in range(3):
         own = [

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+PROGRESS_SECONDS = 15.0
 
 Row = dict[str, Any]
 """What a unit found: at least ``name``, ``outcome`` (passed, failed or skipped) and ``note``."""
@@ -153,9 +154,14 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def run_units(
-    units: Sequence[Unit], workers: int, deadline: float, done: Callable[[Outcome], None] = lambda outcome: None
+    units: Sequence[Unit],
+    workers: int,
+    deadline: float,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Outcome]:
-    """Several at a time, in order; none is started behind the deadline. ``done`` hears of each as it ends."""
+    """Several at a time, in order; none is started behind the deadline. ``done`` hears of each as it ends, ``progress``
+    every :data:`PROGRESS_SECONDS` of the number of rows so far."""
 
     def one(unit: Unit) -> Outcome:
         if time.monotonic() >= deadline:
@@ -166,4 +172,7 @@ def run_units(
         return outcome
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return list(pool.map(one, units))
+        running = [pool.submit(one, unit) for unit in units]
+        while wait(running, PROGRESS_SECONDS).not_done:
+            progress(sum(len(read_rows(unit.rows)) for unit in units))
+        return [future.result() for future in running]
