@@ -52,7 +52,9 @@ _WINDOW_TILES = 2
 _NARROW_TILES = ((64, 16, 4, 1), (32, 64, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1))
 
 
-def _refuse_dense(config: AttentionConfig, problem: Problem, device: DeviceFacts, *, walks_keys: bool) -> str | None:
+def _refuse_dense(
+    config: AttentionConfig, problem: Problem, device: DeviceFacts, *, walks_keys: bool, gradient: bool
+) -> str | None:
     """One tile stays in shared memory; the tiles of the loop are buffered ``num_stages - 1`` times."""
     reason = refuse_launch(config, device, "block_m", "block_n")
     if reason is not None:
@@ -64,7 +66,11 @@ def _refuse_dense(config: AttentionConfig, problem: Problem, device: DeviceFacts
     # A thread has at most 255 registers of 32 bits for its share of the accumulators.
     if stays * problem["width"] > 200 * 32 * config.num_warps * (1 if device.nvidia else 4):
         return f"needs more registers than {config.num_warps} warps have for {stays} x {problem['width']} sums"
-    return refuse_shared(stays * row + 2 * max(config.num_stages - 1, 0) * moves * row, device)
+    needed = stays * row + 2 * max(config.num_stages - 1, 0) * moves * row
+    if gradient and problem["itemsize"] == 4 and device.nvidia:
+        # Ordinary multiplications read both operands from shared memory: tiles of q, dout, k and v.
+        needed = max(needed, 2 * (stays + moves) * row)
+    return refuse_shared(needed, device)
 
 
 def dense_bound(products: int, problem: Problem, device: DeviceFacts) -> str:
@@ -143,7 +149,7 @@ def _dense(
         heuristic=heuristic,
         reason=partial(_why_dense, products),
         space=partial(_dense_space, tiles, descriptors),
-        refuse=partial(_refuse_dense, walks_keys=walks_keys),
+        refuse=partial(_refuse_dense, walks_keys=walks_keys, gradient=products > 2),
         numerics=all_fields_but("num_stages", "descriptors"),
         kernels=(kernel,),
         workload=f"kvops.autotune.workloads:{name}",
@@ -155,6 +161,7 @@ def _dense(
 
 
 _WIDE = tuple((512, 2, mask) for mask in (CAUSAL, WINDOW))
+_WIDE_FLOAT32 = tuple((width, 4, mask) for width in (256, 512) for mask in (CAUSAL, WINDOW))
 _FLOAT32 = (128, 4, WINDOW)
 _ATTENTION = ("flash_attention", "flash_attention_varlen")
 _BACKWARD = ("flash_attention_backward", "flash_attention_varlen_backward")
@@ -169,7 +176,10 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         _ATTENTION,
         walks_keys=True,
         descriptors=True,
-        corners=_corners(*_WIDE, _FLOAT32, lengths=(1024, 16)) + _corners((256, 2, WINDOW), lengths=(32, 16)),
+        corners=(
+            *_corners(*_WIDE, *_WIDE_FLOAT32, _FLOAT32, lengths=(1024, 16)),
+            *_corners((256, 2, WINDOW), lengths=(32, 16)),
+        ),
     ),
     _dense(
         "flash_backward_keys",
@@ -180,7 +190,7 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         _BACKWARD,
         walks_keys=False,
         descriptors=True,
-        corners=_corners(*_WIDE, (64, 4, WINDOW), _FLOAT32),
+        corners=_corners(*_WIDE, *_WIDE_FLOAT32, (64, 4, WINDOW), _FLOAT32),
     ),
     _dense(
         "flash_backward_queries",
@@ -192,7 +202,7 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         walks_keys=True,
         descriptors=True,
         corners=(
-            *_corners(*_WIDE, _FLOAT32),
+            *_corners(*_WIDE, *_WIDE_FLOAT32, _FLOAT32),
             *_corners(_FLOAT32, (256, 2, CAUSAL), (256, 2, WINDOW), lengths=(16,)),
             *_corners((64, 2, WINDOW), (128, 2, WINDOW), lengths=(32, 16)),
         ),
@@ -205,6 +215,6 @@ DENSE_FAMILIES: tuple[OpSpec, ...] = (
         1,
         ("attention_scores", "attention_scores_varlen"),
         walks_keys=False,
-        corners=_corners(*_WIDE, _FLOAT32),
+        corners=_corners(*_WIDE, *_WIDE_FLOAT32, _FLOAT32),
     ),
 )

@@ -226,8 +226,9 @@ def _refuse_verify(config: VerifyConfig, problem: Problem, device: DeviceFacts) 
     reason = refuse_launch(config, device, "block", "race_block")
     if reason is None and config.race_block < 1024:
         return f"needs a race_block of at least 1024, it is {config.race_block}"
-    if reason is None and problem["vocab"] > 65536 * config.block:
-        return f"needs no more than 65536 programs per row of logits, block is {config.block}"
+    smallest = min(config.block, config.race_block)
+    if reason is None and problem["vocab"] > 65535 * smallest:  # the second axis of a grid
+        return f"needs no more than 65535 programs per row of logits, a block has {smallest}"
     return reason
 
 

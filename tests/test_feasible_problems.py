@@ -9,6 +9,7 @@ import itertools
 import pytest
 
 from kvops.autotune import lookup, specs
+from kvops.autotune.config import VerifyConfig
 from kvops.autotune.devices import KNOWN_DEVICES, by_name
 from kvops.autotune.feasibility import judge, load_table
 from kvops.autotune.inspect import TARGETS
@@ -32,6 +33,8 @@ PROMPTS = (1, 5, 16, 17, 40, 64, 100, 1000, 8192)
 DRAFTS_AND_CHUNKS = (1, 2, 5, 8, 16, 64, 512)
 # All candidates spill there; spill instructions of the configuration that runs.
 SPILLS = {"attention_scores": 10, "paged_attention": 32, "verify": 4, "gluon_flash_forward_varlen": 3}
+# Dense float32 heads of 512: of dQ on AMD.
+SPILLS_OF_WIDEST = 512
 
 
 def dense_problems(lengths=PROMPTS):
@@ -132,20 +135,30 @@ def test_no_problem_is_launched_with_what_is_known_not_to_fit_or_to_spill_much(n
         verdict = choice.verdict
         if choice.spec.twin and verdict.status == "impossible":
             continue  # the twin runs
+        widest = choice.problem.get("width") == 512 and choice.problem["itemsize"] == 4 and "mask" in choice.problem
+        if widest and "backward" in name and choice.device.nvidia and choice.device.shared_memory < 131_072:
+            assert choice.origin == "none", choice  # 128 KiB hold the smallest tiles: refused before the launch
+            assert "needs 131072 bytes of shared memory" in choice.reason
+            continue
         assert verdict.status != "impossible", (choice, verdict)
         assert choice.origin != "none"
         if verdict.proof is not None:
             assert verdict.proof.shared_memory <= choice.device.shared_memory
-            assert verdict.proof.spills <= SPILLS.get(name, 0), choice
+            assert verdict.proof.spills <= (SPILLS_OF_WIDEST if widest else SPILLS.get(name, 0)), choice
 
 
 @pytest.mark.parametrize("name", [name for name in specs() if specs()[name].workload])
 def test_every_problem_that_operators_accept_starts_from_what_was_compiled(name):
     for choice in choices(name, grid(name), map(by_name, TARGETS)):
-        problem = choice.problem
-        if "mask" in problem and problem["itemsize"] == 4 and problem["width"] > 128:
-            continue  # not in the tables
         assert choice.verdict.status != "unproven", choice
+
+
+def test_no_vocabulary_asks_for_more_programs_than_the_second_axis_of_a_grid_has():
+    spec, device = specs()["verify"], by_name("sm_90")
+    for vocab in (65_535 * 1024, 65_535 * 1024 + 1, 65_535 * 4096):
+        for config in spec.candidates({"itemsize": 2, "vocab": vocab}, device):
+            assert max(-(-vocab // config.block), -(-vocab // config.race_block)) <= 65_535
+    assert "65535 programs" in spec.refuse(VerifyConfig(4096, 1024, 8), {"itemsize": 2, "vocab": vocab}, device)
 
 
 @pytest.mark.parametrize("name", [name for name in specs() if specs()[name].workload])
