@@ -382,6 +382,11 @@ def test_no_problem_ends_without_a_configuration_that_can_run(name):
             if spec.twin and not spec.candidates(problem, device):
                 continue  # its twin runs: see test_autotune_twins.py
             choice = lookup.resolve(spec, problem, device)
+            if choice.origin == "none":  # the one kind of problem that does not fit every GPU
+                assert "backward" in name
+                assert (problem["width"], problem["itemsize"]) == (512, 4)
+                assert "needs 131072 bytes of shared memory or more" in choice.reason
+                continue
             assert choice.origin in ("heuristic", "safe")
             verdict = judge(spec, choice.config, problem, device)
             assert verdict.status != "impossible", (problem, target, choice.config, verdict)
