@@ -26,7 +26,8 @@ from kvops.autotune.store import Store
 # problems spill nothing (``tests/test_feasible_problems.py``); known to spill are chunks in float32 with heads of 128
 # (sm_86, 462 stores) and of 512 (179), and V wider than K beside a window and a tree (sm_120, 70).
 SPILLS, SPILLS_OF_OTHERS = 80, 1024
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float8": torch.float8_e4m3fn}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BYTES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Case:
     target: str = "sm_90"
     op: str = "paged_append"
     dtype: str = "bfloat16"
-    float8: bool = False  # the paged cache
+    k_cache: str = ""  # of BYTES; as the queries by default
+    v_cache: str = ""  # as the K cache by default; only with one of BYTES
     head_dim: int = 64
     value_dim: int = 0  # 0: as head_dim
     group: int = 1
@@ -59,7 +61,8 @@ def draw(r: Random) -> Case:
         target=r.choice(sorted({device.arch for device in KNOWN_DEVICES.values()})),
         op=r.choice(sorted(CALLS)),
         dtype=r.choice(("bfloat16", "bfloat16", "float16", "float32")),
-        float8=r.random() < 0.2,
+        k_cache=r.choice(("", "", "", "", *BYTES)),
+        v_cache=r.choice(("", "", "", *BYTES)),
         head_dim=head_dim,
         value_dim=r.choice((0, 0, 0, 64, 128)),
         group=r.choice((1, 2, 4, 8, 16)),
@@ -164,9 +167,11 @@ def gluon_backward(case: Case) -> None:
 
 
 def _cache(case: Case) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-    dtype = torch.float8_e4m3fn if case.float8 else DTYPES[case.dtype]
+    k_dtype = BYTES.get(case.k_cache, DTYPES[case.dtype])
+    dtypes = k_dtype, BYTES.get(case.v_cache, k_dtype) if case.k_cache else k_dtype
     shape = (64, case.block_size, 2) if case.uniform else (64, case.block_size)
-    caches = (torch.empty(*shape, width, dtype=dtype) for width in (case.head_dim, case.value_dim or case.head_dim))
+    widths = case.head_dim, case.value_dim or case.head_dim
+    caches = (torch.empty(*shape, width, dtype=dtype) for width, dtype in zip(widths, dtypes, strict=True))
     lists = (4,) if case.uniform else (4, 2)
     lens = torch.empty(lists, dtype=torch.int32)
     return (*caches, torch.empty(*lists, 16, dtype=torch.int32), lens), shape
@@ -194,7 +199,7 @@ def paged(case: Case) -> None:
 def latents(case: Case) -> None:
     from kvops.kernels.paged_latent_attention import paged_latent_attention
 
-    cache = replace(case, float8=False, head_dim=case.head_dim + 64)
+    cache = replace(case, k_cache="", head_dim=case.head_dim + 64)
     (slots, _, *lists), _ = _cache(cache)
     q = _empty(case, 4, case.tokens, 2 * case.group, case.head_dim + 64)
     options = {"causal": case.causal, "softcap": 30.0 if case.softcap else 0.0}
