@@ -179,5 +179,9 @@ def test_kernels_of_tests_are_compiled_into_the_cache_before_the_tests_run(tmp_p
         *(("first_kernel", PASSED), ("second_kernel", PASSED), ("first_kernel", PASSED)),
         *(("wrong_kernel", SKIPPED), ("share 0/1", PASSED)),
     ]
-    assert read_rows(rows)[-1]["note"] == "4 tests"
+    assert read_rows(rows)[-1]["note"] == "4 of 4 tests"
     assert len(list((tmp_path / "cache").rglob("*.cubin"))) == 3
+    rows.unlink()
+    subprocess.run([*command, "--seconds", "0"], capture_output=True, text=True, timeout=300)
+    assert [(row["name"], row["outcome"]) for row in read_rows(rows)][-1] == ("share 0/1", SKIPPED)
+    assert read_rows(rows)[-1]["note"] == "1 of 4 tests", "the time is up after the first"

@@ -92,11 +92,16 @@ def _compiled_first(setup: Setup) -> Iterator[Step]:
     target = device_target()
     if target not in TARGETS:
         return
+    environment = {"KVOPS_TEST_MACHINE": target, "KVOPS_TEST_DEVICE": "cpu"}
+    environment |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HIP_VISIBLE_DEVICES": "",
+    }  # it takes no memory of a GPU
     units = [
         setup.unit(
             "check", f"compile-{share}", "bench.gpu.compile_first", "--target", target,
-            "--share", f"{share}/{setup.cores}", seconds=setup.seconds / 2,
-            environment={"KVOPS_TEST_MACHINE": target, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+            "--share", f"{share}/{setup.cores}", "--seconds", str(0.6 * setup.seconds), seconds=0.75 * setup.seconds,
+            environment=environment,
         )
         for share in range(setup.cores)
     ]  # fmt: skip

@@ -52,6 +52,7 @@ class StubbedTests:
         noted: called after each test with its name, what it launched and its seconds of CPU time.
         chosen: which of the tests run, and in which order.
         patience: the seconds until a test whose garbage goes in circles ends.
+        seconds: after them no further test runs.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class StubbedTests:
         noted: Callable[[str, list[Any], float], None],
         chosen: Callable[[list[pytest.Item]], list[pytest.Item]] = list,
         patience: int = 20,
+        seconds: float = float("inf"),
     ) -> None:
         self.stub, self.noted, self.chosen, self.patience = stub, noted, chosen, patience
+        self.deadline = time.monotonic() + seconds
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Iterator[None]:
@@ -96,6 +99,8 @@ class StubbedTests:
                 return (yield)
         finally:
             signal.alarm(0)
+            if time.monotonic() > self.deadline:
+                item.session.shouldstop = "the time is up"
             self.noted(item.nodeid, launches, time.process_time() - started)
 
 
