@@ -1,6 +1,13 @@
 """A process compiles its kernels when it warms up and none later, whatever comes in."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +50,58 @@ def test_nothing_is_left_to_compile_after_a_warm_up(options, monkeypatch):
     assert [line.partition(",")[0] for line in said] == [
         "1 of 1: prompts of 20 tokens",
     ]
+
+
+IN_PARALLEL = """
+    import json, sys
+    from triton import knobs
+    from test_generate import prompts_of, tiny_model
+    from kvops.generation import warm_up as module
+    from kvops.generation.generate import generate
+    from kvops.kernels import device
+    from kvops.ops.compile_ahead import compiling_beside
+
+    H100 = device.Device("NVIDIA H100 80GB HBM3", "cuda", "sm_90", 32, 132, 232448)
+    model, said = tiny_model(num_layers=2), []
+    module.backend = lambda device: "triton"
+    device.current_device = lambda: H100
+    module.warm_up(model, lengths=(20,), jobs=2, progress=said.append)
+    launched, compiled = [], []
+    knobs.compilation.listener = lambda **facts: compiled.extend([] if facts["cache_hit"] else [facts["src"].name])
+    with compiling_beside(H100, told=launched.append):
+        for lengths in ([19], [24, 30, 32]):
+            generate(model, prompts_of(*lengths), max_new_tokens=5)
+    print(json.dumps([said, launched, compiled]))
+"""
+
+
+@pytest.mark.compile
+def test_on_a_gpu_processes_compile_side_by_side_and_nothing_is_left_to_compile(tmp_path):
+    """Without a GPU: the processes compile for an H100, and so do the launches that come later."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "KVOPS_CPU": "eager"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-c", textwrap.dedent(IN_PARALLEL)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, "a warning"
+    said, launched, compiled = json.loads(done.stdout.splitlines()[-1])
+    assert "paged_attention_kernel" in launched
+    assert not compiled
+    kernels = [line.split(":")[1].split(",")[0].strip() for line in said if "kernels compiled" in line]
+    assert Counter(launched) <= Counter(kernels)
+    assert said[-1].startswith("1 of 1: prompts of 20 tokens, ")
+
+
+def test_what_cannot_be_sent_to_a_process_compiles_where_it_is_launched(monkeypatch):
+    monkeypatch.setattr("kvops.generation.warm_up.backend", lambda device: "triton")
+    monkeypatch.setattr("kvops.generation.warm_up.generate", lambda model, prompts, **options: None)
+
+    class Local(SnapKV):
+        """No process can import it."""
+
+    options = GenerationOptions(compression=Compression(ratio=2, policy=Local()))
+    with pytest.warns(UserWarning, match="each kernel is compiled where it is launched first"):
+        warm_up(tiny_model(num_layers=1), options, lengths=[5])
 
 
 def _differing(variants, known):
