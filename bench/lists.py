@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Inputs
+from kvops.cache import huge_pages
 
 BLOCK_SIZE = 16
 
@@ -54,7 +55,7 @@ def make_lists(
 
     def cache() -> Tensor:
         shape = (num_blocks, BLOCK_SIZE, head_dim)
-        return torch.randn(shape, device=device, generator=generator).to(dtype)
+        return in_huge_pages(torch.randn(shape, device=device, generator=generator).to(dtype))
 
     return {
         "k_cache": cache(),
@@ -64,6 +65,11 @@ def make_lists(
         "positions": torch.arange(num_blocks * BLOCK_SIZE, dtype=torch.int32, device=device).view(-1, BLOCK_SIZE),
         "scores": torch.rand(num_blocks, BLOCK_SIZE, device=device, generator=generator),
     }
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """A copy where a :class:`kvops.PagedKVCache` has its keys and values, for every contender alike."""
+    return huge_pages.empty(x.shape, x.dtype, x.device).copy_(x)
 
 
 def sampled(inputs: Inputs) -> list[tuple[int, int]]:

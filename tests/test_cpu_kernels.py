@@ -55,6 +55,21 @@ def test_any_number_of_threads_gives_the_same_bits(problem, two_threads):
         assert_same_bits(call(*problem), expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float32, 64), (torch.float32, 51), (torch.bfloat16, 129), (torch.float8_e4m3fn, 201)],
+)
+def test_a_cache_too_large_for_the_processors_gives_the_bits_of_its_sequences_alone(dtype, head_dim):
+    """Its rows are touched before they are read."""
+    lists = make_lists([[4001, 3003], [2999, 1517]], block_size=16, head_dim=head_dim, dtype=dtype)
+    q = torch.randn(2, 1, 4, head_dim, dtype=torch.bfloat16 if dtype.itemsize < 4 else dtype)
+    k_cache, v_cache, tables, lens = lists.arguments
+    assert lens.sum() * 2 * head_dim * dtype.itemsize > 4 << 20
+    together = kvops.paged_attention(q, *lists.arguments)
+    alone = [kvops.paged_attention(q[b : b + 1], k_cache, v_cache, tables[b : b + 1], lens[b : b + 1]) for b in (0, 1)]
+    assert_same_bits(together, [torch.cat(results) for results in zip(*alone, strict=True)])
+
+
 def appended():
     lists = make_lists([[700, 33, 1500], [600, 900, 617]], block_size=16, head_dim=64)
     k, v = torch.randn(2, 2, 600, 3, 64)

@@ -59,6 +59,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.cache.bound": (set(), set()),
     "kvops.cache.config": ({"torch", "kvops.checks"}, set()),
     "kvops.cache.inference": ({"torch"}, set()),
+    "kvops.cache.huge_pages": ({"torch"}, set()),
     "kvops.cache.tables": ({"torch", "kvops.checks"}, set()),
     "kvops.cache.pool": (
         {"torch", "kvops.cache.bound", "kvops.cache.config", "kvops.cache.inference"},
@@ -66,7 +67,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "kvops.cache.prefix": ({"torch", "kvops.checks", "kvops.cache.pool"}, set()),
     "kvops.cache.storage": (
-        {"torch", "kvops.checks", "kvops.ops", "kvops.cache.config", "kvops.cache.inference"},
+        {"torch", "kvops.checks", "kvops.ops", "kvops.cache.config", "kvops.cache.huge_pages", "kvops.cache.inference"},
         set(),
     ),
     "kvops.cache.rows": ({"torch", "kvops.checks", "kvops.ops", "kvops.cache.inference", "kvops.cache.pool"}, set()),

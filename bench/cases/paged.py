@@ -26,7 +26,7 @@ from bench.case import (
     Scale,
     UnavailableError,
 )
-from bench.lists import BLOCK_SIZE, gathered_slots, heavy_tailed, lengths, make_lists, sampled, slots
+from bench.lists import BLOCK_SIZE, gathered_slots, heavy_tailed, in_huge_pages, lengths, make_lists, sampled, slots
 
 # The page size that flash-attn 2 requires.
 _FLASH_ATTN_PAGE = 256
@@ -118,7 +118,7 @@ def _contiguous(inputs: Inputs) -> Callable[[], Outputs]:
     if inputs["reduce"] or inputs["softcap"]:
         raise UnavailableError("gives no scores" if inputs["reduce"] else "has no softcap")
     places, _ = gathered_slots(inputs)
-    k, v = (inputs[name].flatten(0, 1)[places] for name in ("k_cache", "v_cache"))
+    k, v = (in_huge_pages(inputs[name].flatten(0, 1)[places]) for name in ("k_cache", "v_cache"))
     group = inputs["q"].shape[2] // k.shape[1]
     mask = _seen(inputs, places.shape[2]).repeat_interleave(group, 1)
     everything = bool(mask.all())

@@ -11,7 +11,7 @@ import torch
 from numba import boolean, float32, int64
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
-from kvops.kernels.cpu.elements import FLOAT32, FORMATS, LOG2_E, exp2, padded, widen
+from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded
 from kvops.kernels.cpu.jit import jit
 from kvops.kernels.cpu.paged_items import (
     PIECE,
@@ -26,12 +26,11 @@ from kvops.kernels.cpu.paged_items import (
     seen_slots,
     take_off_distances,
 )
+from kvops.kernels.cpu.paged_rows import TILE, locate
 from kvops.kernels.cpu.threads import run_shares
-from kvops.kernels.cpu.vector import multiply_add, multiply_transposed, touch
+from kvops.kernels.cpu.vector import multiply_add, multiply_transposed
 from kvops.prepared import prepared
 
-TILE = 64  # slots of K and V that are widened to float32 at once; they stay in the first level of the cache
-LINE = 64  # bytes that come from memory at once
 _NEAR = 4 << 20  # bytes of K and V that may still be in a cache
 _LEAST_WORK = 1 << 14  # elements of K and V that a thread should have at least
 
@@ -56,35 +55,6 @@ def _query_factor(call, h):
     """The scale of the scores; without a softcap times log2(e), which makes them logarithms to base 2."""
     factor = call.scale * (1.0 if call.softcap > 0 else LOG2_E)
     return np.float32(factor * call.k_scale[h] if call.k_scale.size else factor)
-
-
-@jit
-def _locate(cache, element, width, far, table, h, first, count, tile, rows):
-    """Where the slots [first, first + count) of a list stand as float32 rows of whole vectors: in the cache itself, or
-    in ``tile`` [TILE + 1, padded width], to which they are copied. Writes the addresses of the rows; the number of rows
-    is rounded up by fours with the last of the tile, which is 0.
-
-    The products read four rows at a time, an order in which memory is slow: rows that are ``far``, likely in no cache,
-    are touched in their own order before.
-    """
-    size = cache.shape[1]
-    in_place = element == FLOAT32 and width == tile.shape[1]
-    block, offset, j = first // size, first % size, 0
-    while j < count:
-        address = cache.ctypes.data + h * cache.strides[2] + table[block] * cache.strides[0] + offset * cache.strides[1]
-        for _ in range(min(size - offset, count - j)):
-            rows[j] = address
-            if in_place:
-                for byte in range(0, 4 * width if far else 0, LINE):
-                    touch(address + byte)
-            else:
-                rows[j] = tile.ctypes.data + j * tile.strides[0]
-                widen(address, element, width, rows[j])
-            address += cache.strides[1]
-            j += 1
-        block, offset = block + 1, 0
-    for j in range(count, -(-count // 4) * 4):
-        rows[j] = tile.ctypes.data + TILE * tile.strides[0]
 
 
 @jit
@@ -151,7 +121,7 @@ def _own(scratches, share, call, items):
     """The scratch memory of one thread, with 0 where products read what nothing writes."""
     queries, keys, key_rows, s, values, value_rows = scratches
     head_dim, value_dim = call.q.shape[3], call.out.shape[3]
-    far = items.costs[-1] * (head_dim + value_dim) * 4 > _NEAR
+    far = items.costs[-1] * (call.k_cache.shape[3] + call.v_cache.shape[3]) > _NEAR
     scratch = Scratch(queries[share], keys[share], key_rows[share], s[share], values[share], value_rows[share], far)
     scratch.s[:] = 0
     scratch.queries[:, head_dim:] = 0
@@ -164,7 +134,7 @@ def _own(scratches, share, call, items):
 
 @jit
 def _locate_keys(call, scratch, b, h, first, count):
-    _locate(
+    locate(
         call.k_cache, call.k_element, call.q.shape[3], scratch.far, call.tables[b, h], h, first, count,
         scratch.keys, scratch.key_rows,
     )  # fmt: skip
@@ -172,7 +142,7 @@ def _locate_keys(call, scratch, b, h, first, count):
 
 @jit
 def _locate_values(call, scratch, b, h, first, count):
-    _locate(
+    locate(
         call.v_cache, call.v_element, call.out.shape[3], scratch.far, call.tables[b, h], h, first, count,
         scratch.values, scratch.value_rows,
     )  # fmt: skip

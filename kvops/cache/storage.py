@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvops import checks
+from kvops.cache import huge_pages
 from kvops.cache.config import CacheConfig
 from kvops.cache.inference import writable
 from kvops.ops.blocks import copy_blocks
@@ -28,8 +29,8 @@ class BlockStorage:
 
     def __init__(self, config: CacheConfig, k_scale: float | Tensor | None, v_scale: float | Tensor | None) -> None:
         slots, device = (config.num_blocks, config.block_size), config.device
-        self.k_cache = torch.empty(*slots, config.head_dim, dtype=config.dtype, device=device)
-        self.v_cache = torch.empty(*slots, config.v_head_dim, dtype=config.v_dtype, device=device)
+        self.k_cache = huge_pages.empty((*slots, config.head_dim), config.dtype, device)
+        self.v_cache = huge_pages.empty((*slots, config.v_head_dim), config.v_dtype, device)
         self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
         self.k_scale = _scale("k_scale", k_scale, config.dtype, config)
         self.v_scale = _scale("v_scale", v_scale, config.v_dtype, config)
