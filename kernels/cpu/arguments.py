@@ -84,6 +84,12 @@ def for_heads(scale: torch.Tensor | None, heads: int) -> torch.Tensor | None:
     return None if scale is None else scale.expand(heads)
 
 
+def compile_for(function: Any, call: type[NamedTuple]) -> Callable[..., bool]:
+    """The function of a :class:`Binding`, compiled: all that it depends on is the type of the call."""
+    addresses = types.UniTuple(types.int64, len(_arrays(call)))
+    return compiled(function, (addresses, types.int64, types.int64))
+
+
 class Binding:
     """A compiled function ``(addresses, table, threads) -> succeeded``, bound to what calls alike have in common.
 
@@ -103,8 +109,7 @@ class Binding:
             raise TypeError(f"{call.__name__} has no field {', '.join(fields)}")
         self._numbers = np.array(numbers, np.int64)
         self._table = self._numbers.ctypes.data
-        addresses = types.UniTuple(types.int64, len(_arrays(call)))
-        self._function: Callable[..., bool] = compiled(function, (addresses, types.int64, types.int64))
+        self._function = compile_for(function, call)
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """Call the function with these tensors in the place of the arrays, in the order of the fields.

@@ -12,7 +12,7 @@ from numba import float32, float64, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded, widen
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import multiply_add
 from kvops.prepared import prepared
@@ -67,7 +67,7 @@ class Scratch(NamedTuple):
     total: float64[::1]  # [KEYS], of one head: long sums lose nothing
 
 
-@jit
+@inner
 def _sequence(call, b):
     if call.cu_seqlens_q.size:
         first_q, first_k = np.int64(call.cu_seqlens_q[b]), np.int64(call.cu_seqlens_k[b])
@@ -84,7 +84,7 @@ def _address(x, row):
     return x.ctypes.data + row * x.strides[0]
 
 
-@jit
+@inner
 def _score(call, scratch, sequence, head, first, rows):
     """s = the products of ``rows`` queries from ``first`` on with the keys of the tile."""
     q = call.q[sequence.batch, sequence.first_q + first : sequence.first_q + first + rows, head]
@@ -129,7 +129,7 @@ def _reduce(reduce, s, total):
             total[j] += p * p
 
 
-@jit
+@inner
 def _reduce_head(call, scratch, sequence, head, first_key, keys):
     """The queries of one head that see some key of the tile, into ``total``."""
     scratch.total[:] = -np.inf if call.reduce == MAX else 0
@@ -159,7 +159,7 @@ def _reduce_head(call, scratch, sequence, head, first_key, keys):
             scratch.total[j] = exp2(np.float32(scratch.total[j]))
 
 
-@jit
+@inner
 def _score_tile(call, scratch, sequence, h, first_key):
     """The scores of one tile of keys of one KV head."""
     keys = min(KEYS, sequence.keys - first_key)
@@ -184,7 +184,7 @@ def _score_tile(call, scratch, sequence, h, first_key):
             out[j] /= np.float32(members)
 
 
-@jit
+@inner
 def _scores_share(share, shares, call):
     width = padded(call.head_dim)
     scratch = Scratch(

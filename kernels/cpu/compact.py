@@ -6,7 +6,7 @@ import torch
 from numba import boolean, int32, uint8
 
 from kvops.kernels.cpu.arguments import Binding, side_bytes, unpack
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import copy
 from kvops.prepared import prepared
@@ -31,7 +31,7 @@ def _move(side, block, offset, to_block, to_offset):
         copy(target, source, side.shape[2])
 
 
-@jit
+@inner
 def _compact_share(share, shares, call):
     B, Hkv, _ = call.tables.shape
     size = call.k_cache.shape[1]

@@ -6,7 +6,7 @@ import torch
 from numba import int32, uint8
 
 from kvops.kernels.cpu.arguments import Binding, side_bytes, unpack
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import copy
 from kvops.prepared import prepared
@@ -31,7 +31,7 @@ def _copy_block(side, source, target):
         copy(start + target * side.strides[0], start + source * side.strides[0], width)
 
 
-@jit
+@inner
 def _copy_share(share, shares, call):
     for i in range(share, len(call.source), shares):
         if call.target[i] >= 0:

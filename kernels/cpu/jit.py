@@ -33,13 +33,22 @@ def jit(function: Callable[..., Any]) -> Any:
     return _njit(function, _FAST_MATH)
 
 
+def inner(function: Callable[..., Any]) -> Any:
+    """:func:`jit` for what compiled code alone calls, a call from Python being fatal.
+
+    To unpack the tuples of arrays that such functions take, for a call from Python, numba would compile more code than
+    most of them have.
+    """
+    return _njit(function, _FAST_MATH, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 def exact(function: Callable[..., Any]) -> Any:
     """:func:`jit` for what must round as it is written: sums in their order, products before they are added."""
     return _njit(function, set())
 
 
-def _njit(function: Callable[..., Any], fast_math: set[str]) -> Any:
-    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=fast_math or False)(function)
+def _njit(function: Callable[..., Any], fast_math: set[str], **options: bool) -> Any:
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=fast_math or False, **options)(function)
     dispatcher._cache = _Cache(function)
     return dispatcher
 

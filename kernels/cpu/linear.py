@@ -9,7 +9,7 @@ from numba import float32, float64
 
 from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import LOG2_E, exp2
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import LANES, multiply_transposed
 
@@ -38,13 +38,13 @@ def _normalised(x, weight, eps):
     return out
 
 
-@jit
+@inner
 def _share_of(columns, share, shares):
     """The columns [first, last) of a share, by fours."""
     return 4 * (columns // 4 * share // shares), 4 * (columns // 4 * (share + 1) // shares)
 
 
-@jit
+@inner
 def _multiply_by(x, weight, share, shares, out):
     """The columns of out = x @ weight.T that belong to a share."""
     first, last = _share_of(len(weight), share, shares)
@@ -54,7 +54,7 @@ def _multiply_by(x, weight, share, shares, out):
     multiply_transposed(x, len(x), rows, last - first, x.shape[1], out[:, first:last], AHEAD * weight.strides[0])
 
 
-@jit
+@inner
 def _multiply_share(share, shares, call):
     x = _normalised(call.x, call.norm, call.eps) if call.norm.size else call.x
     _multiply_by(x, call.weight, share, shares, call.out)
@@ -75,12 +75,12 @@ class FeedForward(NamedTuple):
     eps: float64
 
 
-@jit
+@inner
 def _expand_share(share, shares, call, hidden):
     _multiply_by(_normalised(call.x, call.norm, call.eps), call.gate_up, share, shares, hidden)
 
 
-@jit
+@inner
 def _contract_share(share, shares, call, hidden):
     rows, width, one = len(hidden), hidden.shape[1] // 2, np.float32(1)  # a whole number would make it float64
     gated = np.empty((rows, width), np.float32)  # each thread has its own, as of the norm

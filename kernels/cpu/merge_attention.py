@@ -8,7 +8,7 @@ from numba import float32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FLOAT32, FORMATS, LOG2_E, exp2, narrow, padded, widen
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import LANES, fma, load, splat, store, zero
 from kvops.prepared import prepared
@@ -49,7 +49,7 @@ def _weigh(address_a, weight_a, address_b, weight_b, width, out):
         store(out + byte, fma(weight_a, load(address_a + byte), b))
 
 
-@jit
+@inner
 def _merge_share(share, shares, call):
     B, S, H, _ = call.out_a.shape
     room = np.empty((2, padded(call.width)), np.float32)
@@ -93,7 +93,7 @@ class BackwardCall(NamedTuple):
     width: int64  # Dv
 
 
-@jit
+@inner
 def _backward_share(share, shares, call):
     B, S, H, _ = call.out_a.shape
     rows = np.zeros((3, padded(call.width)), np.float32)

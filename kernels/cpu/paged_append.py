@@ -8,7 +8,7 @@ from numba import float32, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
 from kvops.kernels.cpu.elements import E5M2, FORMATS, INT8, padded, to_e4m3, to_e5m2, to_int8, widen
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import list_of
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import copy
@@ -54,7 +54,7 @@ def _write(source, element, target, target_element, width, scale, room):
             target[d] = to_e4m3(x)
 
 
-@jit
+@inner
 def _append_share(share, shares, call):
     B, T, Hkv, _ = call.k.shape
     size = call.k_cache.shape[1]

@@ -12,7 +12,7 @@ from numba import boolean, float32, int64
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
 from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import (
     PIECE,
     ROWS,
@@ -38,7 +38,7 @@ SUM, SUM_OF_SQUARES, MAX = 0, 1, 2
 _REDUCE = {"sum": SUM, "sumsq": SUM_OF_SQUARES, "max": MAX}
 
 
-@jit
+@inner
 def _load_queries(call, b, h, first, rows, queries):
     """Rows ``first`` onward of [T * group] of a list, times the scale of their scores."""
     group = call.q.shape[2] // call.lens.shape[1]
@@ -50,7 +50,7 @@ def _load_queries(call, b, h, first, rows, queries):
             queries[r, d] = call.q[row, t, head, d] * factor
 
 
-@jit
+@inner
 def _query_factor(call, h):
     """The scale of the scores; without a softcap times log2(e), which makes them logarithms to base 2."""
     factor = call.scale * (1.0 if call.softcap > 0 else LOG2_E)
@@ -64,7 +64,7 @@ def _cap(softcap, rows, count, s):
             s[r, j] = np.float32(softcap * LOG2_E) * np.tanh(s[r, j] / np.float32(softcap))
 
 
-@jit
+@inner
 def _mask(call, span, b, h, first_row, rows, first, count, s):
     """Put -inf where a row does not see a slot."""
     group = call.q.shape[2] // call.lens.shape[1]
@@ -116,7 +116,7 @@ def _scratch(threads, head_dim, value_dim):
     )
 
 
-@jit
+@inner
 def _own(scratches, share, call, items):
     """The scratch memory of one thread, with 0 where products read what nothing writes."""
     queries, keys, key_rows, s, values, value_rows = scratches
@@ -132,7 +132,7 @@ def _own(scratches, share, call, items):
     return scratch
 
 
-@jit
+@inner
 def _locate_keys(call, scratch, b, h, first, count):
     locate(
         call.k_cache, call.k_element, call.q.shape[3], scratch.far, call.tables[b, h], h, first, count,
@@ -140,7 +140,7 @@ def _locate_keys(call, scratch, b, h, first, count):
     )  # fmt: skip
 
 
-@jit
+@inner
 def _locate_values(call, scratch, b, h, first, count):
     locate(
         call.v_cache, call.v_element, call.out.shape[3], scratch.far, call.tables[b, h], h, first, count,
@@ -148,7 +148,7 @@ def _locate_values(call, scratch, b, h, first, count):
     )  # fmt: skip
 
 
-@jit
+@inner
 def _score(call, scratch, span, b, h, first_row, rows, first, count):
     """scratch.s [rows, count]: the scores of the loaded queries and keys, as logarithms to base 2."""
     multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s, 0)
@@ -180,7 +180,7 @@ def _soften(s, count, acc):
     acc[Dv + 1] = largest
 
 
-@jit
+@inner
 def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, stash):
     """One item: rows [first_row, first_row + rows) over the slots [begin, end) of a list.
 
@@ -206,7 +206,7 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
         multiply_add(scratch.s, rows, count, scratch.value_rows, scratch.values.shape[1], partial)
 
 
-@jit
+@inner
 def _attend_share(share, shares, call, items, scratches, partials, stash):
     Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
     scratch = _own(scratches, share, call, items)
@@ -221,7 +221,7 @@ def _attend_share(share, shares, call, items, scratches, partials, stash):
         )  # fmt: skip
 
 
-@jit
+@inner
 def _merge_share(share, shares, call, items, partials):
     """out and lse of a share of the lists from the partial results of their items."""
     B, Hkv = call.lens.shape
@@ -265,7 +265,7 @@ def _merge_share(share, shares, call, items, partials):
             call.lse[row, head, t] = (largest + np.log2(total)) / np.float32(LOG2_E)
 
 
-@jit
+@inner
 def _reduce(call, b, h, first_row, rows, s, count, reduced, seen):
     """Add the rows' probabilities of each slot to ``reduced``, and mark the slots that a row sees."""
     group, reduce = call.q.shape[2] // call.lens.shape[1], call.reduce
@@ -284,7 +284,7 @@ def _reduce(call, b, h, first_row, rows, s, count, reduced, seen):
                 reduced[j] += p * p if reduce == SUM_OF_SQUARES else p
 
 
-@jit
+@inner
 def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
     """The reduced probabilities of the slots [begin, end) of a list whose scores were not kept."""
     group = call.q.shape[2] // call.lens.shape[1]
@@ -299,7 +299,7 @@ def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
             _reduce(call, b, h, first_row, some, scratch.s, count, reduced[done:], seen[done:])
 
 
-@jit
+@inner
 def _score_share(share, shares, call, items, scratches, stash):
     """Update the scores of a share of the pieces of lists."""
     Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]

@@ -11,7 +11,7 @@ import numpy as np
 from numba import boolean, float32, float64, int32, int64, uint8
 
 from kvops.kernels.cpu.elements import LOG2_E
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 
 PIECE = 256  # slots of a piece
 ROWS = 32  # query rows that walk a list together
@@ -69,13 +69,13 @@ def seen_slots(length, count, t, causal, window_left):
     return (begin, end) if t < count else (0, 0)
 
 
-@jit
+@inner
 def by_slots(call):
     """Causality and the window as far as slots decide: a tree replaces the one, positions measure the other."""
     return call.causal != 0 and call.tree.size == 0, call.window_left if call.query_positions.size == 0 else -1
 
 
-@jit
+@inner
 def new_tokens(call, b):
     """Where the query tokens of a sequence are, (row of q, first token), and how many of them are real."""
     if call.starts.size:
@@ -86,7 +86,7 @@ def new_tokens(call, b):
     return b, np.int64(0), call.tokens
 
 
-@jit
+@inner
 def cut(call, by_rows):
     """``by_rows``: lists whose rows fill several tiles are cut into these, and not into pieces."""
     B, Hkv = call.lens.shape
@@ -109,7 +109,7 @@ def cut(call, by_rows):
     return Items(spans, starts, costs, tiles)
 
 
-@jit
+@inner
 def first_item(items, share, shares):
     """Where a share begins, so that all read about the same number of slots."""
     target = items.costs[-1] * share // shares
@@ -133,7 +133,7 @@ def list_of(starts, place):
     return low
 
 
-@jit
+@inner
 def item_slots(items, item, i):
     """The slots [begin, end) of ``item``, which is one of list ``i``."""
     begin, end = items.spans[i, 2], items.spans[i, 3]
@@ -143,7 +143,7 @@ def item_slots(items, item, i):
     return max(first, begin), min(first + PIECE, end)
 
 
-@jit
+@inner
 def take_off_distances(call, span, b, h, first_row, rows, first, count, s):
     """ALiBi: take off each row's slope times the distance of a slot."""
     group = call.q.shape[2] // call.lens.shape[1]

@@ -6,7 +6,7 @@ import torch
 from numba import int32, int64
 
 from kvops.kernels.cpu.arguments import Binding, unpack
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.prepared import prepared
 
@@ -43,7 +43,7 @@ def _find(text, length, num_draft, max_ngram, min_ngram):
     return best
 
 
-@jit
+@inner
 def _lookup_share(share, shares, call):
     num_draft = call.draft_tokens.shape[1]
     for b in range(share, len(call.tokens), shares):

@@ -12,7 +12,7 @@ from numba import boolean, float32, int32, int64, uint32
 
 from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import bits_to_float, float_to_bits
-from kvops.kernels.cpu.jit import exact, jit
+from kvops.kernels.cpu.jit import exact, inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.prepared import prepared
 
@@ -94,7 +94,7 @@ def _worth(keys, length, block, size):
     return total
 
 
-@jit
+@inner
 def _rank_list(call, lists, b, h, keys):
     size, slots = call.scores.shape[1], call.keep.shape[2]
     table, length = call.tables[b, h], min(max(call.lens[b, h], 0), slots)
@@ -120,7 +120,7 @@ def _rank_list(call, lists, b, h, keys):
             lists.worth[b, h, block] = _key(_worth(keys, length, block, size))
 
 
-@jit
+@inner
 def _rank_share(share, shares, call, lists):
     B, H, slots = call.keep.shape
     keys = np.empty(slots, np.uint32)
@@ -175,7 +175,7 @@ def _compete(worth, least, most, budget, shares):
         shares[heads[i]] += 1
 
 
-@jit
+@inner
 def _divide_share(share, shares, call, lists):
     """The blocks of each head of a share of the sequences."""
     for b in range(share, len(call.budget), shares):
@@ -186,7 +186,7 @@ def _divide_share(share, shares, call, lists):
             _share_evenly(lists.least[b], lists.most[b], budget, lists.shares[b])
 
 
-@jit
+@inner
 def _keep_share(share, shares, call, lists):
     B, H, slots = call.keep.shape
     for i in range(share, B * H, shares):

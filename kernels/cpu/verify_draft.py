@@ -8,7 +8,7 @@ from numba import boolean, float32, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FORMATS, padded
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.verification import ACCEPT, exponent_scale, philox, race, read_row, soften, subtract, uniform
 from kvops.prepared import prepared
@@ -46,23 +46,23 @@ class Randoms(NamedTuple):
     step: int64
 
 
-@jit
+@inner
 def _sampled(call, b):
     return call.temperature.size > 0 and call.temperature[b] > 0
 
 
-@jit
+@inner
 def _num_drafts(call, b):
     T = call.drafts.shape[1]
     return min(max(call.lens[b], 0), T) if call.lens.size else T
 
 
-@jit
+@inner
 def _is_token(call, token):
     return 0 <= token < call.vocabulary
 
 
-@jit
+@inner
 def _read_share(share, shares, call, rows):
     """The facts about a share of the rows."""
     B, R, _ = call.logits.shape
@@ -80,14 +80,14 @@ def _read_share(share, shares, call, rows):
             rows.drafted[b, t] = row[call.drafts[b, t]] if t < count and _is_token(call, call.drafts[b, t]) else 0
 
 
-@jit
+@inner
 def _weights(call, rows, b, t, row):
     """The weights of a row that was read before."""
     read_row(call.logits[b, t].ctypes.data, call.element, row)
     soften(row, rows.largest[b, t], exponent_scale(call.temperature[b]))
 
 
-@jit
+@inner
 def _accept_tokens(call, rows, b, count, randoms):
     """How many drafts pass one after another, u < p / q."""
     for t in range(count):
@@ -99,7 +99,7 @@ def _accept_tokens(call, rows, b, count, randoms):
     return count
 
 
-@jit
+@inner
 def _accept_block(call, rows, b, count, randoms, row):
     """Algorithm 2 of arXiv 2403.10444: how many drafts stand, and the factor of p in the residual behind them."""
     stop, ratio, path = 0, np.float32(1), np.float32(1)
@@ -125,7 +125,7 @@ def _accept_block(call, rows, b, count, randoms, row):
     return stop, ratio
 
 
-@jit
+@inner
 def _sample(call, rows, b, row):
     """The number of drafts that a sampled request accepts, and the token behind them."""
     randoms = Randoms(call.seed[b], call.step[b] if call.step.size else 0)
@@ -147,7 +147,7 @@ def _sample(call, rows, b, row):
     return accepted, race(row, accepted, randoms.seed, randoms.step, rows.argmax[b, accepted])
 
 
-@jit
+@inner
 def _emit_share(share, shares, call, rows):
     row = np.empty(padded(call.vocabulary), np.float32)[: call.vocabulary]
     for b in range(share, len(call.tokens), shares):

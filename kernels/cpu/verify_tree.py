@@ -8,7 +8,7 @@ from numba import float32, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FORMATS, padded
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.verification import ACCEPT, exponent_scale, philox, race, read_row, soften, subtract, uniform
 from kvops.prepared import prepared
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     vocabulary: int64
 
 
-@jit
+@inner
 def _offer(call, b, child, token, weights, mass, seed, step):
     """Whether the node takes this child, and what its weights sum up to then: a refused child's share goes out of what
     is left."""
@@ -47,7 +47,7 @@ def _offer(call, b, child, token, weights, mass, seed, step):
     return False, mass
 
 
-@jit
+@inner
 def _walk(call, b, weights):
     """``weights`` of sum ``mass`` is what the node still has to give: the target's distribution less what the node's
     refused children have been offered."""
@@ -82,7 +82,7 @@ def _walk(call, b, weights):
     call.num_accepted[b] = depth
 
 
-@jit
+@inner
 def _walk_share(share, shares, call):
     weights = np.empty(padded(call.vocabulary), np.float32)[: call.vocabulary]
     for b in range(share, len(call.tokens), shares):
