@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterator
 
 import machine_suite
+import numba_kernels
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,12 @@ def backend(request, monkeypatch) -> Iterator[str]:
         where = torch.device(DEVICE)
     with where:
         yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_kernels(request) -> None:
+    if DEVICE == "cpu" and not MACHINE:
+        numba_kernels.compile_share(request.session.items)
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,13 @@ import ast
 import copy
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numba_kernels
 import pytest
 import torch
 from paged_lists import make_lists
@@ -340,6 +342,16 @@ def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, mo
         assert jit.cache_folder().is_relative_to(tmp_path)
     finally:
         jit._state.cache_clear()
+
+
+def test_what_is_compiled_before_the_tests_is_every_kernel():
+    """Both processes of a parallel run would compile one that is missing."""
+    unpacked = [
+        name
+        for path in numba_kernels.FOLDER.glob("*.py")
+        for name in re.findall(r"unpack\((\w+), ", path.read_text(encoding="utf-8"))
+    ]
+    assert sorted(call.__name__ for _, call in numba_kernels.entry_points()) == sorted(unpacked)
 
 
 def test_a_long_compilation_is_told(monkeypatch, tmp_path, caplog):
