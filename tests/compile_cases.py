@@ -17,8 +17,6 @@ Each case calls a LAUNCH function of ``kvops.kernels``, imported inside the case
 tests/compile_cases.py`` prints what was compiled; ``tests/test_compile.py`` holds it to the limits of each target.
 """
 
-import re
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,92 +24,6 @@ import torch
 from kvops.autotune.inspect import CompileCase
 
 CASES: list[CompileCase] = []
-
-
-@dataclass(frozen=True)
-class KnownException:
-    """How many spill instructions ``triton`` (empty: any) may make of ``kernel`` in ``case`` on ``target``, and why."""
-
-    triton: str
-    target: str
-    case: str
-    kernel: str
-    reason: str
-    spills: int
-
-    def covers(self, triton: str, target: str, case: str, problem: str) -> bool:
-        if (target, case) != (self.target, self.case) or self.triton not in ("", triton):
-            return False
-        if not problem.startswith(f"{self.kernel} ("):
-            return False
-        spilled = re.search(r": (\d+) spill stores, (\d+) spill loads", problem)
-        return bool(spilled) and sum(map(int, spilled.groups())) <= self.spills
-
-
-_FLASH_ON_SM_120 = (
-    "flash-bf16-d64-window flash-bf16-d64-causal flash-bf16-d64-everything flash-bf16-d128-window flash-fp16-d128 "
-    "flash-bf16-d128-causal flash-bf16-d256-window flash-bf16-d256-causal"
-)
-# What Triton 3.6.0 alone spills: by kernel and reason, target and instructions, the cases.
-_FOUND = {
-    ("flash_forward_kernel", "set-up around the descriptors"): {
-        ("sm_100", 2): "flash-bf16-d64-window",
-        ("sm_100", 4): "flash-bf16-d256-causal",
-        ("sm_120", 4): "flash-bf16-d256-window flash-bf16-d256-causal",
-        ("sm_120", 12): "flash-bf16-d64-window flash-bf16-d64-causal flash-bf16-d64-everything flash-packed-fp16-d64 "
-        "flash-bf16-d128-window flash-bf16-d128-causal flash-fp16-d128",
-    },
-    ("flash_backward_keys_kernel", "set-up around the descriptors"): {("sm_120", 2): _FLASH_ON_SM_120},
-    ("flash_backward_queries_kernel", "set-up around the descriptors"): {("sm_120", 4): _FLASH_ON_SM_120},
-    ("flash_backward_keys_kernel", "how it allots registers"): {
-        ("sm_90", 8): "flash-bf16-d128-causal flash-fp16-d128",
-        ("sm_90", 12): "flash-packed-fp16-d64",
-        ("gfx950", 10): "flash-bf16-d64-everything",
-    },
-    ("gluon_flash_backward_keys_kernel", "a number that is kept for the loop over tiles"): {
-        ("sm_90", 2): "gluon-backward-d128-causal gluon-backward-d128-window",
-    },
-    ("gluon_flash_forward_kernel", "the number of the program"): {("sm_90", 3): "gluon-forward-d256-packed-window"},
-    ("paged_schedule_kernel", "a number, in what runs once a step"): {
-        (target, 2): "paged-decode-bf16-d128 paged-decode-fp16-d256 paged-drafts-bf16-d128 paged-chunk-bf16-d128"
-        for target in ("sm_90", "sm_100")
-    },
-    ("paged_attention_kernel", "how it allots registers"): {("sm_80", 32): "paged-drafts-bf16-d128"},
-}
-KNOWN_EXCEPTIONS = (
-    KnownException(
-        "",
-        "sm_90",
-        "gluon-forward-d256-packed-causal",
-        "gluon_flash_forward_kernel",
-        "the number of the program is kept for the producer: once, outside of the loops over tiles",
-        spills=3,
-    ),
-    KnownException(
-        "",
-        "sm_80",
-        "flash-bias-d64",
-        "flash_backward_bias_kernel",
-        "ptxas prefers 168 registers, with which three programs fit, and spills two numbers for it",
-        spills=6,
-    ),
-)
-KNOWN_EXCEPTIONS += tuple(
-    KnownException("3.6.0", target, case, kernel, reason, spills)
-    for (kernel, reason), places in _FOUND.items()
-    for (target, spills), cases in places.items()
-    for case in cases.split()
-)
-
-
-def unexpected_problems(rows, exceptions: tuple[KnownException, ...] = KNOWN_EXCEPTIONS) -> list[str]:
-    """What ``inspect --json`` reports that no known exception covers."""
-    return [
-        f"{row['target']} {row['case']}: {problem}"
-        for row in rows
-        for problem in row["problems"]
-        if not any(known.covers(row["triton"], row["target"], row["case"], problem) for known in exceptions)
-    ]
 
 
 def verify_draft_greedy():

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from compile_cases import CASES, KnownException, unexpected_problems
+from compile_cases import CASES
+from compile_exceptions import KnownException, unexpected_problems
 from compiled import OTHER_VERSIONS, TESTED, record, report, sample, unrecorded
 
 from kvops.autotune.gates import check_launches

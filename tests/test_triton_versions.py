@@ -7,7 +7,7 @@ environment. ``KVOPS_NEWEST_TRITON=1`` adds the newest that the package index ha
 import os
 
 import pytest
-from compile_cases import unexpected_problems
+from compile_exceptions import unexpected_problems
 from compiled import OF_OTHER_VERSIONS, OTHER_VERSIONS, record, report, unrecorded
 
 from kvops.autotune.environments import UnreachableIndexError, environment, newest_triton
