@@ -138,6 +138,85 @@ def test_a_layer_attends_as_the_oracle_does(step, variant):
     oracle.assert_accurate(*attend(torch.float32, step, variant))
 
 
+BATCHES = {  # new tokens and all tokens of each request: the shapes that vLLM tests its backends with
+    "small_decode": ([1, 1], [32, 40]),
+    "small_prefill": ([8, 8], [32, 40]),
+    "mixed_small": ([1, 1, 5, 5], [32, 40, 48, 56]),
+    "medium_decode": ([1] * 8, [128, 256, 512, 1024] * 2),
+    "medium_prefill": ([16] * 4, [256, 512, 1024, 2048]),
+    "mixed_medium": ([1, 1, 1, 7, 7, 7], [512, 1024, 2048] * 2),
+    "single_decode": ([1], [1024]),
+    "single_prefill": ([64], [1024]),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("variant", ["plain", "window", "softcap"])
+def test_a_layer_attends_as_vllms_own_backend_does(batch, variant):
+    """As vLLM tests its backends: on the same batch, with its CPU backend as the reference."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends import cpu_attn
+
+    from kvops.integrations.vllm.backend import KVOpsBackend
+
+    generator, (heads, kv_heads, size) = torch.Generator().manual_seed(0), (8, 2, 64)
+    lengths, totals = BATCHES[batch]
+    common, pages = metadata(lengths, totals, generator)
+    shape = len(totals) * pages.shape[1] + 1, kv_heads, PAGE, 2 * size
+    place = [(row, t) for row, total in enumerate(totals) for t in range(total)]
+    slots = torch.tensor([int(pages[row, t // PAGE]) * PAGE + t % PAGE for row, t in place])
+    q, k, v = (torch.randn(sum(totals), n, size, generator=generator) for n in (heads, kv_heads, kv_heads))
+    new = torch.cat(
+        [
+            torch.arange(end - length, end)
+            for length, end in zip(lengths, torch.tensor(totals).cumsum(0).tolist(), strict=True)
+        ]
+    )
+    ours, theirs = torch.zeros(shape), torch.zeros(shape)
+    ours.transpose(1, 2).flatten(0, 1)[slots] = torch.cat((k, v), -1)
+    isa = cpu_attn._get_attn_isa(torch.float32, PAGE, size, "auto")
+    layer = SimpleNamespace(layer_name="layer.0", isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
+    window = VARIANTS[variant].get("sliding_window")
+    options = heads, size, size**-0.5, kv_heads, None, window, "auto", VARIANTS[variant].get("logits_soft_cap")
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(dtype=torch.float32)
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=kv_heads, head_size=size, dtype=torch.float32)
+    outputs = torch.full((2, len(new), heads, size), torch.nan)
+    with set_current_vllm_config(config):
+        reference = cpu_attn.CPUAttentionBackendImpl(*options)
+        attention = KVOpsBackend.get_impl_cls()(*options)
+        builder = KVOpsBackend.get_builder_cls()(spec, ["layer.0"], config, torch.device("cpu"))
+    reference.do_kv_cache_update(layer, k, v, theirs, slots)
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(totals),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        seq_lens=common.seq_lens,
+        dtype=torch.float32,
+        query_start_loc=common.query_start_loc,
+        causal=True,
+        sliding_window_size=-1 if window is None else window,
+        isa=isa,
+        enable_kv_split=False,
+        kv_cache_dtype="auto",
+    )
+    step = cpu_attn.CPUAttentionMetadata(
+        num_actual_tokens=len(new),
+        max_query_len=max(lengths),
+        query_start_loc=common.query_start_loc,
+        max_seq_len=max(totals),
+        seq_lens=common.seq_lens,
+        block_table=pages,
+        slot_mapping=common.slot_mapping,
+        scheduler_metadata=plan,
+        causal=True,
+    )
+    reference.forward(layer, q[new], k[new], v[new], theirs, step, outputs[0])
+    attention.forward(layer, q[new], k[new], v[new], ours, builder.build(0, common), outputs[1])
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)], ids=str)
 def test_a_layer_attends_in_low_precision_with_any_head_ratio(dtype, heads):
