@@ -173,7 +173,7 @@ def test_a_layer_attends_as_vllms_own_backend_does(batch, variant):
         ]
     )
     ours, theirs = torch.zeros(shape), torch.zeros(shape)
-    ours.transpose(1, 2).flatten(0, 1)[slots] = torch.cat((k, v), -1)
+    ours.transpose(1, 2)[slots // PAGE, slots % PAGE] = torch.cat((k, v), -1)
     isa = cpu_attn._get_attn_isa(torch.float32, PAGE, size, "auto")
     layer = SimpleNamespace(layer_name="layer.0", isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
     window = VARIANTS[variant].get("sliding_window")
