@@ -216,6 +216,13 @@ def test_the_manual_has_the_numbers_of_the_recorded_runs(target):
         assert row in page.splitlines(), f"docs/machine.md: this row is missing\n{row}"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_test_of_a_kernel_has_passed_with_three_seeds_as_the_readme_says(target):
+    told = json.loads((ROOT / "bench/results/machine/suite.json").read_text())[target]
+    assert told["passed"] + told["skipped"] == told["tests"]
+    assert told["seeds"] == [[0, 1, 2]]
+
+
 BYTES_OF_TWO_LENGTHS = """
 from bench import counted
 from bench.cases.latents import decoding
