@@ -490,10 +490,9 @@ def test_bad_input_is_named(device, monkeypatch):
     for scale in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match="k_scale: expected a finite number above 0"):
             make_cache(device, dtype=torch.float8_e4m3fn, k_scale=scale)
-    for dtype in (torch.int16, torch.float64):
-        for name in ("dtype", "v_dtype"):
-            with pytest.raises(TypeError, match=f"^{name}: expected one of .*, got {dtype}"):
-                make_cache(device, **{name: dtype})
+    for name, dtype in (("dtype", torch.int16), ("v_dtype", torch.float64)):
+        with pytest.raises(TypeError, match=f"^{name}: expected one of .*, got {dtype}"):
+            make_cache(device, **{name: dtype})
     with pytest.raises(TypeError, match=r"v_dtype: expected that of the keys, torch.float16, .*, got torch.bfloat16"):
         make_cache(device, dtype=torch.float16, v_dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="q_lens: expected dtype int32, got int64"):

@@ -30,7 +30,8 @@ def _sources() -> str:
     digest = hashlib.sha256(version("triton").encode())
     files = [path for folder in ("kernels", "autotune", "kvops/eager") for path in (ROOT / folder).rglob("*.py")]
     files += [
-        ROOT / "tests" / f"{name}.py" for name in ("machine_cases", "machine_latents", "machine_call", "paged_lists")
+        ROOT / "tests" / f"{name}.py"
+        for name in ("machine_cases", "machine_drafts", "machine_latents", "machine_call", "paged_lists")
     ]
     for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())

@@ -327,7 +327,7 @@ class Grid:
         slots, everyone = list(team.slots), mask is None
         if mask is not None:
             here = mask.reshape(len(slots), -1)
-            whole = here.all(1)
+            whole = np.asarray(here.all(1))
             if (whole != here.any(1)).any():
                 return False
             slots = [slot for slot, complete in zip(slots, whole.tolist(), strict=True) if complete]

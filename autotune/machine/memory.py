@@ -169,10 +169,10 @@ class GlobalMemory(Space):
         lanes, address = self._aligned(lanes, address, size, at, what)
         if address.size:  # most instructions touch one tensor
             low = int(address.min())
-            number = bisect_right(self._starts, low) - 1
-            if int(address.max()) + size <= self._ends[number]:
-                start = self._starts[number] >> self.shift << self.shift
-                first = ((address - start) >> self.shift) + self._first_cells[number]
+            tensor = bisect_right(self._starts, low) - 1
+            if int(address.max()) + size <= self._ends[tensor]:
+                start = self._starts[tensor] >> self.shift << self.shift
+                first = ((address - start) >> self.shift) + self._first_cells[tensor]
                 return lanes, address - _FIRST, self.cells(first, size)
         number = np.searchsorted(self.starts, address, side="right") - 1
         bad = address + size > self.ends[number]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_MBARRIERS = 32
 # Among the slots with unordered writes: what an mbarrier announces no barrier orders.
 _BY_MBARRIERS = -1
-# Instructions whose reads are kept until somebody asks who has read.
+# Instructions whose reads are kept until a write asks who has read.
 _UNNOTED = 500
 _WARP_BITS = 6
 _CELL_BITS = 40
@@ -118,7 +118,7 @@ class SharedShadow(_Shadow):
     """Shared memory: ``writer`` is a warp, or ``num_warps`` + an mbarrier for a copy that this mbarrier announced.
 
     What a barrier of the whole program has ordered needs no look at clocks: ``unordered`` has the slots with writes
-    since their last one, and reads are noted only once somebody writes before the next one.
+    since their last one, and reads are noted only once a thread writes before the next one.
     """
 
     def __init__(self, execution: Execution, size: int, num_warps: int) -> None:
@@ -299,7 +299,7 @@ class GlobalShadow(_Shadow):
     """Global memory: ``writer`` is program * 64 + warp + 1, ``reader`` program + 1, and 0 is nobody. Programs of one
     launch are never ordered.
 
-    Tensor ``t`` begins at ``first_cells[t]``. Reads of a tensor are noted only once somebody writes to it.
+    Tensor ``t`` begins at ``first_cells[t]``. Reads of a tensor are noted only once a thread writes to it.
     """
 
     def __init__(self, execution: Execution, size: int, num_warps: int, first_cells: list[int]) -> None:

@@ -488,13 +488,8 @@ class PagedKVCache:
     ) -> PagedKVCache:
         """The cache that :meth:`save` wrote, on any device.
 
-        Args:
-            path: the file.
-            num_blocks: of the pool; None for as many as there were.
-            device: where the cache goes.
-
-        Raises FileNotFoundError; ValueError for another file, or for a pool smaller than what the file holds;
-        ImportError without safetensors.
+        ``num_blocks`` is the size of its pool, None for as many as there were. Raises FileNotFoundError; ValueError
+        for another file, or for a pool smaller than what the file holds; ImportError without safetensors.
         """
         arguments, tensors = cache_file.read(path, device)
         if num_blocks is not None:
