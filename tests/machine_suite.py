@@ -110,9 +110,9 @@ def _reason(report: pytest.TestReport) -> str:
 
 @cache
 def code(path: Path) -> str:
-    """Changes with the kernels, their launch functions and the file of a test."""
+    """Changes with the kernels, their launch functions, their default configurations and the file of a test."""
     digest = hashlib.sha256(path.read_bytes())
-    for source in sorted((ROOT / "kernels").glob("*.py")):
+    for source in (*sorted((ROOT / "kernels").glob("*.py")), ROOT / "autotune/config.py"):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 

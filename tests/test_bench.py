@@ -426,3 +426,21 @@ def test_decoding_as_counted_moves_little_more_than_its_cache_with_fewer_instruc
         assert max(attending, default=1) <= 2
     for name, row in peer.items():
         assert own[name]["instructions"] < row["instructions"]
+
+
+def test_the_manual_has_the_counted_goals_as_they_were_counted():
+    by_goal = [[], [], [], []]
+    for target in ("sm_80", "sm_90"):
+        rows = results.load(results.RESULTS / "machine" / f"counted-{target}.json")["rows"]
+        rows = [row for row in rows if "lengths=equal" in row["case"] or "heavy-tailed" in row["case"]]
+        own = {row["case"]: row for row in rows if row["contender"] == measure.KVOPS}
+        moved = {name: f"{row['moved_bytes'] / row['needed_bytes']:.2f}" for name, row in own.items()}
+        by_goal[0].append(next(ratio for name, ratio in moved.items() if name.endswith("equal")))
+        by_goal[1].append(next(ratio for name, ratio in moved.items() if name.endswith("heavy-tailed")))
+        by_goal[2].append(", ".join(ratio for name, ratio in moved.items() if "scores" in name))
+        peers = [row for row in rows if row["contender"] != measure.KVOPS]
+        fewer = [own[row["case"]]["instructions"] / row["instructions"] for row in peers]
+        by_goal[3].append(", ".join(f"{ratio:.0%}" for ratio in fewer))
+    page = (results.RESULTS.parents[1] / "docs/machine.md").read_text()
+    for counted in by_goal:
+        assert f"| {counted[0]} | {counted[1]} |\n" in page, counted
