@@ -1,7 +1,7 @@
 """Memory for large CPU tensors in huge pages.
 
-With pages of 4 KiB every block of a cache begins with a miss of the TLB, and memory is handed out 4 KiB at a time, which
-makes the first write to a cache slow.
+With pages of 4 KiB every block of a cache begins with a miss of the TLB, and memory is handed out 4 KiB at a time,
+which makes the first write to a cache slow.
 """
 
 from __future__ import annotations
