@@ -192,6 +192,30 @@ class CompileOnlyDriver:
 
 
 @contextmanager
+def launches_compile(stand_in: CompileOnlyDriver, compiling: Callable[..., Any]) -> Iterator[None]:
+    """Inside, launches compile for the target of ``stand_in`` and do not run.
+
+    ``compiling(do_compile, kernel, key, *args, **options)`` is called for each variant that is not compiled yet, and
+    calls ``do_compile(kernel, key, *args, **options)`` to compile it. Like :func:`compile_only` it is not thread-safe.
+    """
+    run, do_compile, active = JITFunction.run, JITFunction._do_compile, driver._active
+
+    def compile_alone(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    def compile_new(self: Any, *args: Any, **options: Any) -> Any:
+        return compiling(do_compile, self, *args, **options)
+
+    driver.set_active(stand_in)  # type: ignore[arg-type]
+    JITFunction.run, JITFunction._do_compile = compile_alone, compile_new
+    try:
+        yield
+    finally:
+        JITFunction.run, JITFunction._do_compile = run, do_compile
+        driver.set_active(active)  # type: ignore[arg-type]
+
+
+@contextmanager
 def compile_only(
     target: str | Target, known: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[list[CompiledLaunch]]:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from bench.gpu.compile_once import compile_once
 from bench.gpu.share import costs_of, rank, shares
 from bench.gpu.stubs import StubbedTests, run_stubbed
 from bench.gpu.units import PASSED, SKIPPED, report
-from kvops.autotune.inspect import TARGETS, CompileOnlyDriver
+from kvops.autotune.inspect import TARGETS, CompileOnlyDriver, launches_compile
 
 # A test may compile several kernels, and wait for others that do.
 _PATIENCE = 120
@@ -45,29 +43,20 @@ def compiling(target: str, rows: Path) -> Iterator[list[str]]:
     """Launches compile for ``target`` and do not run. Yields the names of the kernels that this process compiled or
     found on disk, each of which is a row."""
     compiled: list[str] = []
-    run, do_compile, active = JITFunction.run, JITFunction._do_compile, driver._active
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *arguments, grid=grid, warmup=True, **options)
-
-    def reported(self: Any, *arguments: Any, **options: Any) -> Any:
-        name, started = self.fn.__name__, time.perf_counter()
+    def reported(do_compile: Callable[..., Any], kernel: Any, *arguments: Any, **options: Any) -> Any:
+        name, started = kernel.fn.__name__, time.perf_counter()
         try:
-            kernel = do_compile(self, *arguments, **options)
+            binary = do_compile(kernel, *arguments, **options)
         except Exception as error:  # the tests of this kernel will fail with it
             report(rows, name, SKIPPED, f"did not compile: {error}"[:300])
             raise
         report(rows, name, PASSED, seconds=round(time.perf_counter() - started, 2))
         compiled.append(name)
-        return kernel
+        return binary
 
-    driver.set_active(CompileOnlyDriver.of(TARGETS[target]))  # type: ignore[arg-type]
-    JITFunction.run, JITFunction._do_compile = compile_only, reported
-    try:
+    with launches_compile(CompileOnlyDriver.of(TARGETS[target]), reported):
         yield compiled
-    finally:
-        JITFunction.run, JITFunction._do_compile = run, do_compile
-        driver.set_active(active)  # type: ignore[arg-type]
 
 
 def main() -> int:

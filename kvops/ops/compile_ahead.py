@@ -102,18 +102,14 @@ def compiling_beside(
     """Inside, operators on CPU tensors also compile their kernels for ``device``, those with a ``chosen`` identity, and
     ``told`` hears their names. The process must have imported the kernels without ``TRITON_INTERPRET``."""
     require("triton")
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from kvops.autotune.inspect import CompileOnlyDriver, Target
+    from kvops.autotune.inspect import CompileOnlyDriver, Target, launches_compile
     from kvops.kernels import device as devices
 
     arch = int(device.arch.removeprefix("sm_")) if device.backend == "cuda" else device.arch
     stand_in = CompileOnlyDriver(
         Target(device.arch, device.backend, arch, device.warp_size, device.shared_memory, device.num_sms)
     )
-    prepare, run, do_compile = registry._Operator._prepare, JITFunction.run, JITFunction._do_compile
-    active = driver._active
+    prepare = registry._Operator._prepare
 
     def prepare_both(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         compute = prepare(self, args, kwargs)
@@ -129,27 +125,21 @@ def compiling_beside(
 
         return both
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-    def compile_chosen(self: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-        if not chosen(hashlib.sha256(f"{self.cache_key} {key}".encode()).hexdigest()):
+    def compile_chosen(do_compile: Callable[..., Any], kernel: Any, key: Any, *args: Any, **options: Any) -> Any:
+        if not chosen(hashlib.sha256(f"{kernel.cache_key} {key}".encode()).hexdigest()):
             return SimpleNamespace()  # another process compiles it
-        kernel = do_compile(self, key, *args, **kwargs)
-        told(self.fn.__name__)
-        return kernel
+        compiled = do_compile(kernel, key, *args, **options)
+        told(kernel.fn.__name__)
+        return compiled
 
     registry.forget_launches()
-    driver.set_active(stand_in)  # type: ignore[arg-type]
     devices._devices[id(stand_in), stand_in.get_current_device()] = device
     registry._Operator._prepare = prepare_both  # type: ignore[method-assign]
-    JITFunction.run, JITFunction._do_compile = compile_only, compile_chosen
     try:
-        yield
+        with launches_compile(stand_in, compile_chosen):
+            yield
     finally:
         registry._Operator._prepare = prepare  # type: ignore[method-assign]
-        JITFunction.run, JITFunction._do_compile = run, do_compile
-        driver.set_active(active)  # type: ignore[arg-type]
         del devices._devices[id(stand_in), stand_in.get_current_device()]
         registry.forget_launches()
 
