@@ -48,11 +48,22 @@ def bias_arguments(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) 
     return bias, *bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
 
 
-def beside_bias(config: AttentionConfig, bias: torch.Tensor | None, loop: str) -> AttentionConfig:
-    """The configuration for a call that may have a bias: the tiles of the ``loop`` ("block_m" or "block_n") are half as
-    wide then. A tile of bias needs as many registers as the scores; at the full width it spills (forward, sm_80 and
-    sm_90)."""
-    return config if bias is None else replace(config, **{loop: max(16, getattr(config, loop) // 2)})
+def dropout_arguments(dropout_p: float, dropout_seed: torch.Tensor | None) -> tuple[Any, ...]:
+    """The seed, the smallest random word that keeps a probability (the bits of a uint32 as int32) and the share that is
+    kept. All None without dropout: the kernels then compile without it."""
+    if not dropout_p:
+        return (None,) * 3
+    word = min(round(dropout_p * 2**32), 2**32 - 1)
+    return dropout_seed, word - 2**32 if word >= 2**31 else word, 1.0 - dropout_p
+
+
+def beside_others(config: AttentionConfig, loop: str, *others: torch.Tensor | None) -> AttentionConfig:
+    """The configuration for a call that may have a bias or the seed of a dropout beside the scores: the tiles of the
+    ``loop`` ("block_m" or "block_n") are half as wide then. A tile of bias needs as many registers as the scores; at
+    the full width it spills (forward, sm_80 and sm_90)."""
+    if all(other is None for other in others):
+        return config
+    return replace(config, **{loop: max(16, getattr(config, loop) // 2)})
 
 
 def mask_bounds(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ gradient of a bias is an operator and a kernel of its own, ``flash_backward_bias
 ``flash_backward_launch`` launches them. This file has the parts that their twins for Hopper use as well.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kvops.kernels.dense import (
     dense_problem,
+    dropout_arguments,
     mask_bounds,
     padded,
     row_strides,
@@ -89,6 +90,7 @@ class Backward(NamedTuple):
     softcap: float
     alibi_slopes: torch.Tensor | None
     bias: torch.Tensor | None = None
+    dropout: tuple[Any, ...] = (None,) * 3  # as ``dropout_arguments`` returns it
 
     @property
     def problem(self) -> tuple[int, ...]:
@@ -101,6 +103,7 @@ class Backward(NamedTuple):
 def prepare(
     dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
     causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias=None,
+    dropout_p=0.0, dropout_seed=None,
 ) -> Backward:  # fmt: skip
     """Launch the first kernel, which computes delta and lse in units of log2."""
     *outer, rows = lse.shape
@@ -138,7 +141,7 @@ def prepare(
     return Backward(
         dout, q, k, v, lse_log2, delta, cu_seqlens_q, cu_seqlens_k, batch, seqlen_q, seqlen_k,
         *mask_bounds(causal, window_left, window_right), q.shape[-1] ** -0.5 if scale is None else scale, softcap,
-        alibi_slopes, bias,
+        alibi_slopes, bias, dropout_arguments(dropout_p, dropout_seed),
     )  # fmt: skip
 
 

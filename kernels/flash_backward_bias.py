@@ -13,7 +13,14 @@ import triton.language as tl
 from kvops.kernels.dense import bias_arguments, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward import Backward, prepare
-from kvops.kernels.flash_tiles import alibi_slope, in_window, probabilities, row_products
+from kvops.kernels.flash_tiles import (
+    alibi_slope,
+    dropout_keeps,
+    dropout_of_head,
+    in_window,
+    probabilities,
+    row_products,
+)
 from kvops.kernels.primitives import load_rows
 
 
@@ -42,12 +49,17 @@ def _tile_gradient(
     scale,
     softcap,
     slope,
+    seed,
+    drop_below,
+    kept_share,
+    plane,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
@@ -71,11 +83,16 @@ def _tile_gradient(
     p = tl.where(seen, p, 0.0)
     v = load_rows(v_ptr + first_k * stride_vn, columns, stride_vn, left_k, HEAD_DIM_V, BLOCK_DV, True)
     dout = load_rows(dout_ptr + first_q * stride_dom, rows, stride_dom, left_q, HEAD_DIM_V, BLOCK_DV, True)
-    return total + p * (row_products(dout, v) - delta[:, None])
+    dp = row_products(dout, v)
+    if HAS_DROPOUT:
+        keeps = dropout_keeps(seed, drop_below, plane, start_m, start_n, total.shape[0], total.shape[1])
+        dp = tl.where(keeps, dp, 0.0)
+        delta *= kept_share
+    return total + p * (dp - delta[:, None])
 
 
 # Over 80 lines: 54 are the signature.
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right", "drop_below"])
 def flash_backward_bias_kernel(
     q_ptr,
     k_ptr,
@@ -86,6 +103,7 @@ def flash_backward_bias_kernel(
     bias_ptr,
     dbias_ptr,
     slopes_ptr,
+    seed_ptr,
     stride_qb,
     stride_qm,
     stride_qh,
@@ -116,6 +134,8 @@ def flash_backward_bias_kernel(
     window_right,
     scale,
     softcap,
+    drop_below,
+    kept_share,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -132,6 +152,7 @@ def flash_backward_bias_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    HAS_DROPOUT: tl.constexpr = seed_ptr is not None
     offset = seqlen_k - seqlen_q
     # The first tile, head and batch entry of this program, and the first ones that are no longer its own.
     place = tl.program_id(0)
@@ -163,6 +184,7 @@ def flash_backward_bias_kernel(
             head = tl.cast(member, tl.int64)
             row = batch * stride_lb + head * stride_lh
             slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
+            seed, plane = dropout_of_head(seed_ptr, batch, heads, head)
             for start_m in tl.range(first_m, end_m, BLOCK_M):
                 for start_n in tl.range(first_n, end_n, BLOCK_N):
                     # The distances of the last query to the first key, and of the first query to the last key.
@@ -184,10 +206,13 @@ def flash_backward_bias_kernel(
                             delta_ptr + row,
                             bias_ptr + batch * stride_bias_b + head * stride_bias_h,
                             stride_qm, stride_kn, stride_vn, stride_dom, stride_bias_m, stride_bias_n, start_m, start_n,
-                            seqlen_q, seqlen_k, window_left, window_right, scale, softcap, slope, HEAD_DIM, HEAD_DIM_V,
-                            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, BLOCK_D, BLOCK_DV,
+                            seqlen_q, seqlen_k, window_left, window_right, scale, softcap, slope, seed, drop_below,
+                            kept_share, plane, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
+                            HAS_DROPOUT, BLOCK_D, BLOCK_DV,
                         )  # fmt: skip
 
+    if HAS_DROPOUT:
+        total = total / kept_share
     rows = first_m + tl.arange(0, BLOCK_M)[:, None]
     columns = first_n + tl.arange(0, BLOCK_N)[None, :]
     if SUM_ROWS:
@@ -226,11 +251,13 @@ def flash_bias_backward(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernel; see ``kvops.flash_attention_bias_backward``."""
     call = prepare(
         dout, q, k, v, out, lse, None, None, q.shape[0], q.shape[1], k.shape[1],
-        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias,
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias, dropout_p, dropout_seed,
     )  # fmt: skip
     return launch_bias(call, bias)
 
@@ -259,6 +286,7 @@ def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
             bias,
             dbias,
             call.alibi_slopes,
+            call.dropout[0],
             *token_strides(call.q),
             *token_strides(call.k),
             *token_strides(call.v),
@@ -272,6 +300,7 @@ def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
             call.window_right,
             call.scale,
             call.softcap,
+            *call.dropout[1:],
             GROUP=call.q.shape[2] // call.k.shape[2],
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,

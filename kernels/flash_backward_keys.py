@@ -10,6 +10,8 @@ import triton.language as tl
 
 from kvops.kernels.flash_tiles import (
     alibi_slope,
+    dropout_keeps,
+    dropout_of_head,
     in_window,
     load_tile,
     probabilities,
@@ -22,7 +24,7 @@ from kvops.kernels.primitives import dot, load_rows, program_tile, store_rows
 
 
 # Over 80 lines: 53 are the signature; the loops with and without a mask share all accumulators.
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right", "drop_below"])
 def flash_backward_keys_kernel(
     q_ptr,
     k_ptr,
@@ -38,6 +40,7 @@ def flash_backward_keys_kernel(
     bias_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    seed_ptr,
     stride_qb,
     stride_qm,
     stride_qh,
@@ -70,6 +73,8 @@ def flash_backward_keys_kernel(
     window_right,
     scale,
     softcap,
+    drop_below,
+    kept_share,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -82,6 +87,7 @@ def flash_backward_keys_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    HAS_DROPOUT: tl.constexpr = seed_ptr is not None
     # Under a causal mask the first keys are seen by the most queries: they start first.
     start_n, kv_head, batch = program_tile(seqlen_k, kv_heads, BLOCK_N, LAST_FIRST=False)
     first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
@@ -118,6 +124,7 @@ def flash_backward_keys_kernel(
         biash_ptr = None
         if bias_ptr is not None:
             biash_ptr = bias_ptr + batch * stride_bias_b + head * stride_bias_h
+        seed, plane = dropout_of_head(seed_ptr, batch, kv_heads * GROUP, head)
         # One loop with a branch around the mask: two loops spill at this tile, and fit one of half as many queries.
         for start_m in tl.range(start, end, BLOCK_M):
             left_q = seqlen_q - start_m
@@ -140,13 +147,23 @@ def flash_backward_keys_kernel(
                 dout_desc, batch, first_q, head, douth_ptr, start_m, rows, stride_dom, left_q, HEAD_DIM_V, BLOCK_DV,
                 True,
             )  # fmt: skip
-            dv = dot(p.to(dout.dtype), dout, dv)
+            weights = p
+            if HAS_DROPOUT:
+                keeps = tl.trans(dropout_keeps(seed, drop_below, plane, start_m, start_n, BLOCK_M, BLOCK_N))
+                weights = tl.where(keeps, p, 0.0)
+                delta *= kept_share
+            dv = dot(weights.to(dout.dtype), dout, dv)
             dp = row_products(v, dout)
+            if HAS_DROPOUT:
+                dp = tl.where(keeps, dp, 0.0)
             ds = score_gradient(p, dp, delta, slope_of_cap, 0, HAS_SOFTCAP)
             dk = dot(ds.to(q.dtype), q, dk)
 
     # Not before the loop, which has no registers to spare.
     dk_ptr += batch * stride_dkb + kv_head * stride_dkh + first_k * stride_dkn
     dv_ptr += batch * stride_dvb + kv_head * stride_dvh + first_k * stride_dvn
+    if HAS_DROPOUT:
+        scale = scale / kept_share
+        dv = dv / kept_share
     store_rows(dk_ptr, columns, stride_dkn, left, dk * scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr, columns, stride_dvn, left, dv, HEAD_DIM_V, BLOCK_DV)

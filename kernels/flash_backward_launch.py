@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvops.autotune.config import AttentionConfig, GluonFlashBackwardConfig
 from kvops.autotune.lookup import choose, choose_proven
 from kvops.kernels.dense import (
-    beside_bias,
+    beside_others,
     bias_arguments,
     describable,
     descriptor,
@@ -47,12 +47,14 @@ def flash_backward(
     alibi_slopes: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the dense kernels; see ``kvops.flash_attention_backward``."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     call = prepare(
         dout, q, k, v, out, lse, None, None, q.shape[0], q.shape[1], k.shape[1],
-        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias,
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias, dropout_p, dropout_seed,
     )  # fmt: skip
     launch_keys(call, dk, dv)
     launch_queries(call, dq)
@@ -79,6 +81,8 @@ def flash_backward_varlen(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernels on packed sequences; see ``kvops.flash_attention_varlen_backward``."""
     # Tokens after the last sequence belong to no sequence: their gradient is 0.
@@ -86,7 +90,7 @@ def flash_backward_varlen(
     call = prepare(
         dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
         cu_seqlens_q.shape[0] - 1, longest(max_seqlen_q, q), longest(max_seqlen_k, k),
-        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse,
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, None, dropout_p, dropout_seed,
     )  # fmt: skip
     launch_keys(call, dk, dv)
     launch_queries(call, dq)
@@ -107,6 +111,7 @@ def _for_hopper(op: str, call: Backward, problem: tuple[int, ...]) -> GluonFlash
         return None
     tensors = call.dout, call.q, call.k, call.v
     options = {"softcap": call.softcap, "alibi_slopes": call.alibi_slopes, "bias": call.bias}
+    options["dropout_seed"] = call.dropout[0]
     return choose_proven(op, current_device(), *problem, refusal=lambda: _hopper().launchable(*tensors, **options))
 
 
@@ -125,7 +130,10 @@ def _descriptors(
 def _arguments(call: Backward, heads: int, config: AttentionConfig) -> tuple[tuple, tuple]:
     """The last arguments of both kernels: scalars, then constants."""
     head_dim, head_dim_v = call.q.shape[-1], call.v.shape[-1]
-    scalars = heads, call.seqlen_q, call.seqlen_k, call.window_left, call.window_right, call.scale, call.softcap
+    scalars = (
+        heads, call.seqlen_q, call.seqlen_k, call.window_left, call.window_right, call.scale, call.softcap,
+        *call.dropout[1:],
+    )  # fmt: skip
     constants = (
         call.q.shape[-2] // call.k.shape[-2], head_dim, head_dim_v, call.window_left >= 0, call.window_right >= 0,
         call.softcap > 0, config.block_m, config.block_n, padded(head_dim), padded(head_dim_v),
@@ -151,7 +159,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         _hopper().launch_keys(call, dk, dv, proven)
         return
     config = _beside_wider_values(choose("flash_backward_keys", current_device(), *problem), call)
-    config = beside_bias(config, call.bias, "block_m")
+    config = beside_others(config, "block_m", call.bias, call.dropout[0])
     kv_heads = call.k.shape[-2]
     programs = triton.cdiv(call.seqlen_k, config.block_n) * kv_heads * call.batch
     if programs == 0:
@@ -174,6 +182,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         bias,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
+        call.dropout[0],
         *token_strides(call.q),
         *token_strides(call.k),
         *token_strides(call.v),
@@ -219,6 +228,7 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
         bias,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
+        call.dropout[0],
         *token_strides(call.q),
         *token_strides(call.k),
         *token_strides(call.v),

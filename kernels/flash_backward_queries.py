@@ -7,6 +7,8 @@ from kvops.kernels.flash_tiles import (
     alibi_slope,
     block_at,
     block_range,
+    dropout_keeps,
+    dropout_of_head,
     in_window,
     key_blocks,
     load_tile,
@@ -50,12 +52,16 @@ def _gather_query_gradient(
     stride_bias_n,
     start_m,
     seqlen_q,
+    seed,
+    drop_below,
+    plane,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -83,13 +89,15 @@ def _gather_query_gradient(
             seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT) & (columns < left)[None, :]
             p = tl.where(seen, p, 0.0)
         dp = row_products(dout, v)
+        if HAS_DROPOUT:
+            dp = tl.where(dropout_keeps(seed, drop_below, plane, start_m, start_n, q.shape[0], BLOCK_N), dp, 0.0)
         ds = score_gradient(p, dp, delta, slope_of_cap, 1, HAS_SOFTCAP)
         dq = dot(ds.to(k.dtype), k, dq)  # [BLOCK_M, BLOCK_D]
     return dq
 
 
 # Over 80 lines: 49 are the signature.
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right", "drop_below"])
 def flash_backward_queries_kernel(
     q_ptr,
     k_ptr,
@@ -104,6 +112,7 @@ def flash_backward_queries_kernel(
     bias_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    seed_ptr,
     stride_qb,
     stride_qm,
     stride_qh,
@@ -133,6 +142,8 @@ def flash_backward_queries_kernel(
     window_right,
     scale,
     softcap,
+    drop_below,
+    kept_share,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -145,6 +156,7 @@ def flash_backward_queries_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    HAS_DROPOUT: tl.constexpr = seed_ptr is not None
     start_m, head, batch = program_tile(seqlen_q, heads, BLOCK_M, LAST_FIRST=True)
     first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
     first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
@@ -161,6 +173,7 @@ def flash_backward_queries_kernel(
     slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
     if bias_ptr is not None:
         bias_ptr += batch * stride_bias_b + head * stride_bias_h
+    seed, plane = dropout_of_head(seed_ptr, batch, heads, head)
 
     rows = tl.arange(0, BLOCK_M)
     left = seqlen_q - start_m
@@ -170,6 +183,8 @@ def flash_backward_queries_kernel(
     dout = load_rows(dout_ptr, rows, stride_dom, left, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
     lse = tl.load(lse_log2_ptr + rows, mask=rows < left, other=float("inf"))
     delta = tl.load(delta_ptr + rows, mask=rows < left, other=0.0)
+    if HAS_DROPOUT:
+        delta *= kept_share
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     start, full_start, full_end, end = key_blocks(
@@ -180,8 +195,10 @@ def flash_backward_queries_kernel(
         dq = _gather_query_gradient(
             dq, q, dout, lse, delta, position, k_desc, v_desc, batch, first_k, head // GROUP, k_ptr, v_ptr, stride_kn,
             stride_vn, start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope,
-            bias_ptr, stride_bias_m, stride_bias_n, start_m, seqlen_q, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_ALIBI, MASKED, BLOCK_N, BLOCK_D, BLOCK_DV,
+            bias_ptr, stride_bias_m, stride_bias_n, start_m, seqlen_q, seed, drop_below, plane, HEAD_DIM, HEAD_DIM_V,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, MASKED, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
+    if HAS_DROPOUT:
+        scale = scale / kept_share
     dq_ptr += batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
     store_rows(dq_ptr, rows, stride_dqm, left, dq * scale, HEAD_DIM, BLOCK_D)

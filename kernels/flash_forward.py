@@ -18,11 +18,12 @@ import triton.language as tl
 
 from kvops.autotune.lookup import choose, choose_proven
 from kvops.kernels.dense import (
-    beside_bias,
+    beside_others,
     bias_arguments,
     dense_problem,
     describable,
     descriptor,
+    dropout_arguments,
     longest,
     mask_bounds,
     padded,
@@ -36,6 +37,8 @@ from kvops.kernels.flash_tiles import (
     alibi_slope,
     block_at,
     block_range,
+    dropout_keeps,
+    dropout_of_head,
     in_window,
     key_blocks,
     load_tile,
@@ -86,12 +89,16 @@ def _attend(
     stride_bias_n,
     start_m,
     seqlen_q,
+    seed,
+    drop_below,
+    plane,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -128,6 +135,8 @@ def _attend(
                 seen = in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT)
                 s = tl.where(seen & (start_n + columns < seqlen_k)[None, :], s, float("-inf"))
             p, rescale, m, l = online_softmax_step(s, m, l)
+        if HAS_DROPOUT:
+            p = tl.where(dropout_keeps(seed, drop_below, plane, start_m, start_n, q.shape[0], BLOCK_N), p, 0.0)
         v = load_tile(  # [BLOCK_N, BLOCK_DV]
             v_desc, entry, first_k, kv_head, v_ptr, start_n, columns, stride_vn, left, HEAD_DIM_V, BLOCK_DV, MASKED
         )
@@ -151,7 +160,9 @@ def _join_sink(acc, m, l, sink):
 
 
 # Over 80 lines: 46 are the signature; the loops with and without a mask share all accumulators.
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "seqlen_q", "seqlen_k", "window_left", "window_right"])
+@triton.jit(
+    do_not_specialize=["stride_lb", "stride_lh", "seqlen_q", "seqlen_k", "window_left", "window_right", "drop_below"]
+)
 def flash_forward_kernel(
     q_ptr,
     k_ptr,
@@ -165,6 +176,7 @@ def flash_forward_kernel(
     bias_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    seed_ptr,
     stride_qb,
     stride_qm,
     stride_qh,
@@ -191,6 +203,8 @@ def flash_forward_kernel(
     window_right,
     scale,
     softcap,
+    drop_below,
+    kept_share,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -204,6 +218,7 @@ def flash_forward_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     HAS_ALIBI: tl.constexpr = slopes_ptr is not None
+    HAS_DROPOUT: tl.constexpr = seed_ptr is not None
     PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
     start_m, head, batch = program_tile(seqlen_q, heads, BLOCK_M, LAST_FIRST=True)
     first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, batch, seqlen_q)
@@ -219,6 +234,7 @@ def flash_forward_kernel(
     slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
     if bias_ptr is not None:
         bias_ptr += batch * stride_bias_b + head * stride_bias_h
+    seed, plane = dropout_of_head(seed_ptr, batch, heads, head)
 
     rows = tl.arange(0, BLOCK_M)
     offset = seqlen_k - seqlen_q
@@ -247,8 +263,8 @@ def flash_forward_kernel(
         acc, m, l = _attend(
             acc, m, l, q, position, k_desc, v_desc, entry, first_k, head // GROUP, k_ptr, v_ptr, stride_kn, stride_vn,
             start, full_start, full_end, end, seqlen_k, window_left, window_right, scale, softcap, slope, bias_ptr,
-            stride_bias_m, stride_bias_n, start_m, seqlen_q, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_ALIBI, FOLD_SCALE, MASKED, PACKED, BLOCK_N, BLOCK_D, BLOCK_DV,
+            stride_bias_m, stride_bias_n, start_m, seqlen_q, seed, drop_below, plane, HEAD_DIM, HEAD_DIM_V, HAS_LEFT,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, FOLD_SCALE, MASKED, PACKED, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
     if sinks_ptr is not None and bias_ptr is not None:
@@ -264,6 +280,8 @@ def flash_forward_kernel(
             sees_a_key = (position + window_right >= 0) & sees_a_key
         lse = tl.where(sees_a_key, tl.where(sink > LARGEST, sink, lse), float("-inf"))
     tl.store(lse_ptr + rows, lse, mask=start_m + rows < seqlen_q)
+    if HAS_DROPOUT:
+        total *= kept_share
     acc = acc / total[:, None]
     store_rows(out_ptr, rows, stride_om, seqlen_q - start_m, acc, HEAD_DIM_V, BLOCK_DV)
 
@@ -289,6 +307,8 @@ def flash_forward(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the dense kernel, or its twin for Hopper; see ``kvops.flash_attention``."""
     batch, seqlen_q, heads, _ = q.shape
@@ -299,7 +319,9 @@ def flash_forward(
         "gluon_flash_forward",
         current_device(),
         *problem,
-        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes, bias=bias),
+        refusal=lambda: _hopper().launchable(
+            q, k, v, scale=scale, alibi_slopes=alibi_slopes, bias=bias, dropout_p=dropout_p
+        ),
     )
     if proven is not None:
         return _hopper().launch(
@@ -310,6 +332,7 @@ def flash_forward(
     _launch(
         q, k, v, out, lse, None, None, problem, batch, seqlen_q, k.shape[1],
         window_left, window_right, scale, softcap, sinks, alibi_slopes, bias,
+        dropout_arguments(dropout_p, dropout_seed),
     )  # fmt: skip
     return out, lse
 
@@ -330,6 +353,8 @@ def flash_forward_varlen(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel, or its twin for Hopper, on packed sequences; see ``kvops.flash_attention_varlen``."""
     batch = cu_seqlens_q.shape[0] - 1
@@ -340,7 +365,7 @@ def flash_forward_varlen(
         "gluon_flash_forward_varlen",
         current_device(),
         *problem,
-        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes),
+        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes, dropout_p=dropout_p),
     )
     if proven is not None:
         return _hopper().launch(
@@ -353,18 +378,20 @@ def flash_forward_varlen(
     _launch(
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, problem, batch, max_seqlen_q, max_seqlen_k,
         window_left, window_right, scale, softcap, sinks, alibi_slopes, None,
+        dropout_arguments(dropout_p, dropout_seed),
     )  # fmt: skip
     return out, lse
 
 
 def _launch(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, problem, batch, seqlen_q, seqlen_k,
-    window_left, window_right, scale, softcap, sinks, alibi_slopes, bias,
+    window_left, window_right, scale, softcap, sinks, alibi_slopes, bias, dropout,
 ):  # fmt: skip
     heads, head_dim = q.shape[-2:]
     head_dim_v = v.shape[-1]
     block_d, block_dv = padded(head_dim), padded(head_dim_v)
-    config = beside_bias(choose("flash_forward", current_device(), *problem), bias, "block_n")
+    seed, drop_below, kept_share = dropout
+    config = beside_others(choose("flash_forward", current_device(), *problem), "block_n", bias, seed)
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     if programs == 0:
         return
@@ -386,6 +413,7 @@ def _launch(
         bias,
         cu_seqlens_q,
         cu_seqlens_k,
+        seed,
         *token_strides(q),
         *token_strides(k),
         *token_strides(v),
@@ -400,6 +428,8 @@ def _launch(
         window_right,
         scale,
         softcap,
+        drop_below,
+        kept_share,
         GROUP=heads // k.shape[-2],
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,

@@ -7,6 +7,9 @@ import triton.language as tl
 
 from kvops.kernels.primitives import LOG2_E, dot, load_rows, log2_scores
 
+# The last word of the counters of dropout: no other random numbers have it.
+DROPOUT = tl.constexpr(0x44524F50)
+
 
 @triton.jit
 def sequence_tokens(cu_seqlens_ptr, batch, length):
@@ -188,6 +191,30 @@ def add_bias(scores, bias_ptr, queries, keys, stride_m, stride_n, seqlen_q, seql
         bias = bias.to(tl.float32) * LOG2_E
         scores = tl.where(bias == float("-inf"), bias, scores + bias)
     return scores
+
+
+@triton.jit
+def dropout_of_head(seed_ptr, batch, heads, head):
+    """The seed of dropout (0 without one), and the number of the head of the batch entry among all of them."""
+    seed = tl.cast(0, tl.int64)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    return seed, (batch * heads + head).to(tl.int32)
+
+
+@triton.jit
+def dropout_keeps(seed, drop_below, plane, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """bool [BLOCK_M, BLOCK_N]: which probabilities dropout keeps, numbered as kvops/eager/dropout.py explains.
+
+    One block of random numbers serves four keys in a row, and ``start_n`` is a multiple of four. ``drop_below`` has the
+    bits of a uint32.
+    """
+    queries = start_m + tl.arange(0, BLOCK_M)[:, None]
+    fours = start_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    a, b, c, d = tl.philox(seed, fours, queries, plane, DROPOUT)  # each [BLOCK_M, BLOCK_N / 4]
+    low = drop_below.to(tl.uint32, bitcast=True)
+    keeps = tl.join(tl.join(a >= low, c >= low), tl.join(b >= low, d >= low))  # the last dimension counts fastest
+    return keeps.reshape(BLOCK_M, BLOCK_N)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ def launchable(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    dropout_seed: torch.Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot run these (valid) arguments, or None if they can."""
     arch = current_device().arch
@@ -50,6 +51,8 @@ def launchable(
         return "has no ALiBi"
     if bias is not None:
         return "has no bias"
+    if dropout_seed is not None:
+        return "has no dropout"
     for name, tensor in (("q", q), ("k", k), ("v", v), ("dout", dout)):
         if 0 in tensor.shape:
             return f"needs {name} to have elements, got shape {list(tensor.shape)}"

@@ -23,6 +23,7 @@ def launchable(
     scale: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> str | None:
     """Why these (valid) arguments, dense or packed, cannot be launched, or None if they can."""
     arch = current_device().arch
@@ -40,6 +41,8 @@ def launchable(
         return "has no ALiBi"
     if bias is not None:
         return "has no bias"
+    if dropout_p:
+        return "has no dropout"
     if scale is not None and not scale > 0:
         return f"needs a positive scale, got {scale}"
     for name, tensor in (("q", q), ("k", k), ("v", v)):

@@ -35,6 +35,7 @@ class Attention(nn.Module):
             later ones. None means all.
         softcap: a value c > 0 caps the scores at c, see :func:`kvops.flash_attention`. 0 caps nothing.
         scale: the factor of the scores. None means ``head_dim ** -0.5``.
+        dropout: the share of attention's probabilities that is dropped in training mode.
         sinks: whether each head learns a logit that joins the denominator of the softmax. They start at 0.
         rope: the base of the rotary embedding, or its frequencies, float32 ``[head_dim / 2]``. Dimension i is paired
             with i + head_dim / 2. None means no rotary embedding.
@@ -68,6 +69,7 @@ class Attention(nn.Module):
         window: int | None = None,
         softcap: float = 0.0,
         scale: float | None = None,
+        dropout: float = 0.0,
         sinks: bool = False,
         rope: float | Tensor | None = None,
         qk_norm_eps: float | None = None,
@@ -91,6 +93,8 @@ class Attention(nn.Module):
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {num_kv_heads}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"hidden_size: expected a multiple of num_heads {num_heads}, got {hidden_size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability from 0 to below 1, got {dropout}")
         if policy is not None:
             from kvops.policies import Policy
 
@@ -99,7 +103,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.causal, self.window, self.softcap, self.scale = causal, window, softcap, scale
-        self.layer, self.policy = layer, policy
+        self.dropout, self.layer, self.policy = dropout, layer, policy
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = num_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, inner, bias=bias, **place)
@@ -121,13 +125,11 @@ class Attention(nn.Module):
         Inputs are ``[batch, seqlen, hidden]``, whatever ``module.batch_first`` is.
 
         Raises:
-            ValueError: ``module`` has dropout, ``add_bias_kv``, ``add_zero_attn``, or keys or values of another width.
+            ValueError: ``module`` has ``add_bias_kv``, ``add_zero_attn``, or keys or values of another width.
             TypeError: ``module`` is not a :class:`torch.nn.MultiheadAttention`.
         """
         if not isinstance(module, nn.MultiheadAttention):
             raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
-        if module.dropout:
-            raise ValueError(f"module: expected dropout=0, got {module.dropout}: kvops has no dropout")
         if module.bias_k is not None or module.add_zero_attn:
             raise ValueError("module: expected add_bias_kv and add_zero_attn off, got one of them on")
         if module.in_proj_weight is None:
@@ -141,6 +143,7 @@ class Attention(nn.Module):
             module.num_heads,
             bias=module.in_proj_bias is not None,
             causal=causal,
+            dropout=module.dropout,
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -228,8 +231,8 @@ class Attention(nn.Module):
             A tensor of x's shape.
 
         Raises:
-            ValueError: arguments that do not fit together; on the CPU and with ``KVOPS_DEBUG=1`` also ``prefill`` of
-                rows that are not empty.
+            ValueError: arguments that do not fit together; a cache in training mode with dropout; on the CPU and with
+                ``KVOPS_DEBUG=1`` also ``prefill`` of rows that are not empty.
         """
         if bias is not None and (cache is not None or cu_seqlens is not None):
             raise ValueError("bias: expected None along with cu_seqlens or cache, got a tensor")
@@ -256,6 +259,8 @@ class Attention(nn.Module):
             )
         q, k, v = self.project(x, x if context is None else context, *self._angles(positions))
         options = self._options() | {"causal": self.causal}
+        if self.training:
+            options["dropout_p"] = self.dropout
         if not self.causal:
             options["window_right"] = options["window_left"]
         if cu_seqlens is not None and max_seqlen is not None:
@@ -286,6 +291,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         if context is not None or not self.causal:
             raise ValueError("cache: expected None for attention that is not causal or has a context, got a cache")
+        if self.training and self.dropout:
+            raise ValueError(f"cache: expected None in training with dropout {self.dropout}, got a cache: call eval()")
         if positions is None:
             raise ValueError("positions: expected what cache.extend() returned for these tokens, got None")
         checks.expect_rank("x", x, "[rows, tokens, hidden]")
@@ -322,6 +329,7 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
         softcap = f", softcap={self.softcap}" if self.softcap else ""
+        softcap += f", dropout={self.dropout}" if self.dropout else ""
         sinks = "" if self.sinks is None else ", sinks=True"
         heads = f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads}"
         return f"{heads}, causal={self.causal}{window}{softcap}{sinks}"

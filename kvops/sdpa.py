@@ -35,7 +35,8 @@ def scaled_dot_product_attention(
             ``[..., Hq, Sq, Sk]``; or ``causal_upper_left`` and ``causal_lower_right`` of ``torch.nn.attention.bias``.
             It is read in place. On the CPU a bool mask that is the same for all heads and queries, ``[B, 1, 1, Sk]``,
             is looked at: padding at the ends of each row is skipped.
-        dropout_p: 0.
+        dropout_p: the share of probabilities that is dropped, 0 <= dropout_p < 1, as in :func:`kvops.flash_attention`.
+            torch drops with other random numbers.
         is_causal: aligned to the **top left** if lengths differ, as in torch: query i sees keys 0 to i.
             (:func:`kvops.flash_attention` aligns to the bottom right.)
         scale: None for ``D ** -0.5``.
@@ -45,11 +46,9 @@ def scaled_dot_product_attention(
         ``[..., Hq, Sq, Dv]``; a query that sees no key gives 0.
 
     Raises:
-        ValueError: dropout, shapes that do not fit.
+        ValueError: a ``dropout_p`` of 1, shapes that do not fit.
         TypeError: dtypes that do not fit.
     """
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p: expected 0, got {dropout_p}: kvops has no dropout, pass 0.0 if not self.training")
     _check(query, key, value)
     inputs = query, key, value
     rank = max(x.dim() for x in inputs)
@@ -60,7 +59,7 @@ def scaled_dot_product_attention(
     q, k, v = (x.transpose(1, 2) for x in _fitting_heads(q, k, v, enable_gqa))
     shape = (*batch, *(() if one_head else q.shape[2:3]), q.shape[1], v.shape[3])[-rank:]
 
-    options: dict[str, Any] = {"scale": scale}
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: expected None along with is_causal=True, got a mask")
     if attn_mask is not None and hasattr(attn_mask, "variant"):  # torch.nn.attention.bias.CausalBias
@@ -78,10 +77,10 @@ def scaled_dot_product_attention(
         _check_mask(attn_mask, query, (*batch, *(() if one_head else q.shape[2:3]), q.shape[1], k.shape[1])[-rank:])
         bias = _flat_batch(_four_dims(attn_mask, rank, one_head), batch)
         if _is_padding(bias, k.shape[1]):
-            return _padded(q, k, v, bias[:, 0, 0], scale).transpose(1, 2).reshape(shape)
+            return _padded(q, k, v, bias[:, 0, 0], options).transpose(1, 2).reshape(shape)
         options["bias"] = bias
     if is_causal:
-        return _top_left(q, k, v, scale).transpose(1, 2).reshape(shape)
+        return _top_left(q, k, v, options).transpose(1, 2).reshape(shape)
     return flash_attention(q, k, v, **options)[0].transpose(1, 2).reshape(shape)
 
 
@@ -171,12 +170,12 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _top_left(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _top_left(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     """Attention in which query i sees keys 0 to i."""
     Sq, Sk = q.shape[1], k.shape[1]
     if Sk >= Sq:  # no query sees the keys from Sq on
-        return flash_attention(q, k[:, :Sq], v[:, :Sq], causal=True, scale=scale)[0]
-    return flash_attention(q, k, v, window_right=Sq - Sk, scale=scale)[0]
+        return flash_attention(q, k[:, :Sq], v[:, :Sq], causal=True, **options)[0]
+    return flash_attention(q, k, v, window_right=Sq - Sk, **options)[0]
 
 
 def _is_padding(mask: Tensor, num_keys: int) -> bool:
@@ -201,17 +200,17 @@ def _ends(real: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(first, end), end
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, real: Tensor, scale: float | None) -> Tensor:
+def _padded(q: Tensor, k: Tensor, v: Tensor, real: Tensor, options: dict[str, Any]) -> Tensor:
     """Attention to the real keys [1 or B, Sk] of each row: what lies around them becomes sequences without queries."""
     B, Sq, _, _ = q.shape
     Sk = k.shape[1]
     if real.all():
-        return flash_attention(q, k, v, scale=scale)[0]
+        return flash_attention(q, k, v, **options)[0]
     first, end = _ends(real.expand(B, Sk))
     rows = torch.arange(B, device=real.device)[:, None]
     cu_q = rows * Sq + torch.tensor([0, Sq, Sq], device=real.device)
     cu_k = rows * Sk + torch.stack([first, end, torch.full_like(end, Sk)], 1)
     cu_seqlens_q, cu_seqlens_k = (F.pad(cu.flatten(), (1, 0)).to(torch.int32) for cu in (cu_q, cu_k))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    out, _ = flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, Sq, Sk, scale=scale)
+    out, _ = flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, Sq, Sk, **options)
     return out.unflatten(0, (B, Sq))

@@ -307,6 +307,13 @@ def flash_attention_bias(head_dim, dtype=torch.bfloat16, **options):
     flash_bias_backward(q, q, k, v, q, torch.empty(2, 16, 4096), bias, **options)
 
 
+DROPOUT = {"dropout_p": 0.1, "dropout_seed": torch.empty(1, dtype=torch.int64)}
+
+
+def flash_attention_dropout(head_dim, dtype=torch.bfloat16, **options):
+    dense_attention(dtype, head_dim, scores=False, **options, **DROPOUT)
+
+
 FLASH_KERNELS = ("flash_forward_kernel", "flash_backward_keys_kernel", "flash_backward_queries_kernel")
 SOME = ("sm_80", "sm_90", "gfx942")
 BIAS_KERNELS = (*FLASH_KERNELS, "flash_backward_bias_kernel")
@@ -321,6 +328,21 @@ CASES += [
     CompileCase("flash-bias-d256", partial(flash_attention_bias, 256), matrix=BIAS_KERNELS, targets=SOME),
     CompileCase(
         "flash-bias-d128-mask", partial(flash_attention_bias, 128, torch.bool), matrix=FLASH_KERNELS, targets=SOME
+    ),
+    CompileCase(
+        "flash-dropout-fp16-d64",
+        partial(flash_attention_dropout, 64, torch.float16),
+        matrix=FLASH_KERNELS,
+        targets=SOME,
+    ),
+    CompileCase("flash-dropout-d128-causal", partial(flash_attention_dropout, 128, causal=True), matrix=FLASH_KERNELS),
+    CompileCase("flash-dropout-d256", partial(flash_attention_dropout, 256), matrix=FLASH_KERNELS, targets=SOME),
+    CompileCase("flash-dropout-fp32-d64", partial(flash_attention_dropout, 64, torch.float32), targets=SOME),
+    CompileCase(
+        "flash-dropout-bias-d128",
+        partial(flash_attention_bias, 128, causal=True, **DROPOUT),
+        matrix=BIAS_KERNELS,
+        targets=SOME,
     ),
 ]
 
@@ -409,20 +431,29 @@ CASES += [
 ]
 
 
-def flash_attention_packed():
+def flash_attention_packed(dtype=torch.float16, head_dim=64, **options):
     from kvops.kernels.attention_scores import attention_scores_varlen
     from kvops.kernels.flash_backward_launch import flash_backward_varlen
     from kvops.kernels.flash_forward import flash_forward_varlen
 
-    q = torch.empty(8192, 16, 64, dtype=torch.float16)
-    k, v = torch.empty(2, 8192, 4, 64, dtype=torch.float16)
+    q = torch.empty(8192, 16, head_dim, dtype=dtype)
+    k, v = torch.empty(2, 8192, 4, head_dim, dtype=dtype)
     lengths = (torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int32), 4096, 4096)
-    out, lse = flash_forward_varlen(q, k, v, *lengths, causal=True)
-    flash_backward_varlen(out, q, k, v, out, lse, *lengths, causal=True)
-    attention_scores_varlen(q, k, lse, *lengths, causal=True)
+    out, lse = flash_forward_varlen(q, k, v, *lengths, causal=True, **options)
+    flash_backward_varlen(out, q, k, v, out, lse, *lengths, causal=True, **options)
+    if not options:
+        attention_scores_varlen(q, k, lse, *lengths, causal=True)
 
 
-CASES += [CompileCase("flash-packed-fp16-d64", flash_attention_packed, matrix=FLASH_KERNELS)]
+CASES += [
+    CompileCase("flash-packed-fp16-d64", flash_attention_packed, matrix=FLASH_KERNELS),
+    CompileCase(
+        "flash-packed-dropout-d128",
+        partial(flash_attention_packed, torch.bfloat16, 128, **DROPOUT),
+        matrix=FLASH_KERNELS,
+        targets=SOME,
+    ),
+]
 
 
 def merge_attention_bf16():

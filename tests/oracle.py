@@ -35,6 +35,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
     distance: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention in float64 with the whole matrix in memory.
 
@@ -42,6 +43,7 @@ def attention(
     distance [Sq, Sk], by default from the bottom right corner ->
     out [B, Sq, Hq, Dv], lse [B, Hq, Sq], p [B, Hq, Sq, Sk]. Rows that see nothing: out 0, lse -inf, p 0.
     Order: scale, softcap, ALiBi -slope * |distance|, bias (bool: False hides), mask, sinks in the denominator only.
+    Dropout multiplies P by ``weights`` [B, Hq, Sq, Sk] for out alone.
     """
     group = q.shape[2] // k.shape[2]
     num_queries, num_keys = q.shape[1], k.shape[1]
@@ -64,7 +66,11 @@ def attention(
     else:
         lse = s.logsumexp(-1) if num_keys else s.new_full(s.shape[:-1], float("-inf"))
     p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return (p @ v).transpose(1, 2), lse, p
+    return (_weighted(p, weights) @ v).transpose(1, 2), lse, p
+
+
+def _weighted(p: Tensor, weights: Tensor | None) -> Tensor:
+    return p if weights is None else p * weights
 
 
 def _biased(s: Tensor, bias: Tensor) -> Tensor:
@@ -94,6 +100,7 @@ def attention_backward(
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
     bias: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradient as flash attention computes it, P recomputed from lse: what :func:`rounding.rounded` measures.
 
@@ -120,10 +127,10 @@ def attention_backward(
     if dlse is not None:
         delta = delta - dlse.double()
     delta = delta.masked_fill(empty, 0.0)
-    ds = p * (dout @ v.mT - delta[..., None])
+    ds = p * (_weighted(dout @ v.mT, weights) - delta[..., None])
     dbias = ds.sum_to_size(bias.shape) if bias is not None and bias.is_floating_point() else None
     ds = ds * (1 - t * t)
-    dq, dk, dv = ds @ k * scale, ds.mT @ q * scale, p.mT @ dout
+    dq, dk, dv = ds @ k * scale, ds.mT @ q * scale, _weighted(p, weights).mT @ dout
     dk, dv = (x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     dsinks = None

@@ -15,16 +15,18 @@ import kvops
 # may be added, nothing else may change.
 CONTRACTS = """
 flash_attention(q, k, v, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None,
-    alibi_slopes=None, bias=None) -> (out, lse)
+    alibi_slopes=None, bias=None, dropout_p=0.0, dropout_seed=None) -> (out, lse)
 flash_attention_backward(dout, q, k, v, out, lse, *, causal=False, window_left=-1, window_right=-1, scale=None,
-    softcap=0.0, sinks=None, alibi_slopes=None, dlse=None, bias=None) -> (dq, dk, dv, dsinks)
-flash_attention_bias_backward(dout, q, k, v, out, lse, bias, *, causal=False, window_left=-1, window_right=-1,
-    scale=None, softcap=0.0, alibi_slopes=None, dlse=None) -> (dbias)
-flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False,
-    window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None) -> (out, lse)
-flash_attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
-    causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None, dlse=None)
+    softcap=0.0, sinks=None, alibi_slopes=None, dlse=None, bias=None, dropout_p=0.0, dropout_seed=None)
     -> (dq, dk, dv, dsinks)
+flash_attention_bias_backward(dout, q, k, v, out, lse, bias, *, causal=False, window_left=-1, window_right=-1,
+    scale=None, softcap=0.0, alibi_slopes=None, dlse=None, dropout_p=0.0, dropout_seed=None) -> (dbias)
+flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False,
+    window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None, dropout_p=0.0,
+    dropout_seed=None) -> (out, lse)
+flash_attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+    causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None, dlse=None,
+    dropout_p=0.0, dropout_seed=None) -> (dq, dk, dv, dsinks)
 merge_attention(out_a, lse_a, out_b, lse_b) -> (out, lse)
 merge_attention_backward(dout, out_a, lse_a, out_b, lse_b, *, dlse=None) -> (dout_a, dlse_a, dout_b, dlse_b)
 paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, positions=None!, token_positions=None,
@@ -109,10 +111,14 @@ def side_arrays(cache) -> dict[str, torch.Tensor]:
     return {"positions": positions, "scores": torch.rand(cache["k_cache"].shape[0], BLOCK_SIZE)}
 
 
+def dropout() -> dict:
+    return {"dropout_p": 0.25, "dropout_seed": torch.tensor([7])}
+
+
 def flash_attention():
     q, k, v = torch.randn(B, 5, HQ, D), torch.randn(B, 7, HKV, D), torch.randn(B, 7, HKV, DV)
     sinks, bias = torch.randn(HQ), torch.randn(HQ, 5, 1)
-    return (q, k, v), {"causal": True, "window_left": 4, "softcap": 3.0, "sinks": sinks, "bias": bias}
+    return (q, k, v), {"causal": True, "window_left": 4, "softcap": 3.0, "sinks": sinks, "bias": bias} | dropout()
 
 
 def flash_attention_backward():
@@ -130,14 +136,15 @@ def flash_attention_bias_backward():
 def attention_scores():
     (q, k, v), keywords = flash_attention()
     _, lse = torch.ops.kvops.flash_attention(q, k, v, **keywords)
-    del keywords["sinks"], keywords["bias"]
+    for name in ("sinks", "bias", *dropout()):
+        del keywords[name]
     return (q, k, lse), {**keywords, "query_start": 2, "skip_recent": 1, "reduce": "sumsq", "group": "max"}
 
 
 def packed():
     lengths = int32(0, 2, 5), int32(0, 4, 7), 3, 4
     q, k, v = torch.randn(5, HQ, D), torch.randn(7, HKV, D), torch.randn(7, HKV, DV)
-    return (q, k, v), lengths, {"causal": True, "window_right": 2, "sinks": torch.randn(HQ)}
+    return (q, k, v), lengths, {"causal": True, "window_right": 2, "sinks": torch.randn(HQ)} | dropout()
 
 
 def flash_attention_varlen():
@@ -154,7 +161,8 @@ def flash_attention_varlen_backward():
 def attention_scores_varlen():
     (q, k, v), lengths, keywords = packed()
     _, lse = torch.ops.kvops.flash_attention_varlen(q, k, v, *lengths, **keywords)
-    del keywords["sinks"]
+    for name in ("sinks", *dropout()):
+        del keywords[name]
     return (q, k, lse, *lengths), {**keywords, "query_start": 1, "reduce": "max", "group": "mean"}
 
 

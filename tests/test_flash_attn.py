@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 
+import kvops
 from kvops.integrations.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -239,10 +240,34 @@ def test_ragged_queries_over_pages():
     torch.testing.assert_close(out[1], expected[1])
 
 
+def test_every_form_drops_with_torchs_generator():
+    q, k, v = randn(2, 6, 4, 8), randn(2, 6, 4, 8), randn(2, 6, 4, 8)
+    ends = torch.tensor([0, 6, 12], dtype=torch.int32)
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    lengths, both = (ends, ends, 6, 6), torch.stack([k, v], 2)
+    table = torch.arange(2, dtype=torch.int32)[:, None]
+    torch.manual_seed(5)
+    expected = kvops.flash_attention(q, k, v, causal=True, dropout_p=0.4)[0]
+    for call in (
+        lambda **x: flash_attn_func(q, k, v, **x),
+        lambda **x: flash_attn_kvpacked_func(q, both, **x),
+        lambda **x: flash_attn_qkvpacked_func(torch.stack([q, k, v], 2), **x),
+        lambda **x: flash_attn_varlen_func(*packed, *lengths, **x),
+        lambda **x: flash_attn_varlen_kvpacked_func(packed[0], both.flatten(0, 1), *lengths, **x),
+        lambda **x: flash_attn_varlen_qkvpacked_func(torch.stack(packed, 1), ends, 6, **x),
+        lambda **x: flash_attn_varlen_func(packed[0], k, v, *lengths, block_table=table, **x),
+    ):
+        torch.manual_seed(5)
+        torch.testing.assert_close(call(dropout_p=0.4, causal=True).view_as(expected), expected)
+    torch.manual_seed(5)
+    chunks = flash_attn_func(q, k, v, dropout_p=0.4, causal=True, attention_chunk=6)
+    assert not torch.allclose(chunks, flash_attn_func(q, k, v, causal=True, attention_chunk=6))
+
+
 def test_what_is_not_there_is_said():
     q = randn(1, 2, 2, 8)
-    with pytest.raises(ValueError, match=r"dropout_p: expected 0, got 0\.1"):
-        flash_attn_func(q, q, q, dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"dropout_p: expected a probability from 0 to below 1, got 1\.0"):
+        flash_attn_func(q, q, q, dropout_p=1.0)
     pad, table = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="cache_leftpad: expected None along with a block_table"):
         flash_attn_with_kvcache(q, q, q, cache_seqlens=2, cache_leftpad=pad, block_table=table)

@@ -26,11 +26,17 @@ OPTIONS = {
     "slopes": {"alibi_slopes": (HQ,)},
     "slopes of a batch": {"alibi_slopes": (B, HQ)},
     "sinks": {"sinks": (HQ,), "causal": True},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([5]), "bias": (HQ, SQ, SK)},
 }
 
 
 def options_of(case):
     return {name: torch.randn(value) if isinstance(value, tuple) else value for name, value in OPTIONS[case].items()}
+
+
+def mapped(value):
+    """Three others like it."""
+    return torch.randn(3, *value.shape) if value.is_floating_point() else torch.randint(99, (3, *value.shape))
 
 
 def loss(q, k, v, **options):
@@ -91,15 +97,15 @@ def test_vmap_is_a_loop_and_has_its_gradient(backend, case):
     options = options_of(case)
     q, k, v = dense(3)
     k, v = k[0], v.movedim(0, 2)
-    tensors = {name: torch.randn(3, *value.shape) for name, value in options.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: mapped(value) for name, value in options.items() if isinstance(value, torch.Tensor)}
     rest = {name: value for name, value in options.items() if name not in tensors}
 
-    def one(q, k, v, *mapped):
-        return kvops.flash_attention(q, k, v, **rest | dict(zip(tensors, mapped, strict=True)))
+    def one(q, k, v, *values):
+        return kvops.flash_attention(q, k, v, **rest | dict(zip(tensors, values, strict=True)))
 
-    mapped = vmap(one, in_dims=(0, None, 2, *(0 for _ in tensors)))(q, k, v, *tensors.values())
+    actual = vmap(one, in_dims=(0, None, 2, *(0 for _ in tensors)))(q, k, v, *tensors.values())
     rows = [one(q[i], k, v[:, :, i], *(x[i] for x in tensors.values())) for i in range(3)]
-    expect_equal(mapped, map(torch.stack, zip(*rows, strict=True)))
+    expect_equal(actual, map(torch.stack, zip(*rows, strict=True)))
 
     def all_of(q, k, v):
         return vmap(lambda q, v: loss(q, k, v, **options), in_dims=(0, 2))(q, v).sum()

@@ -13,6 +13,7 @@ SCORINGS = {
     "causal": {"causal": True},
     "window": {"window_left": 1, "window_right": 2, "scale": 0.7},
     "softcap and slopes": {"causal": True, "softcap": 1.5},
+    "dropout": {"causal": True, "dropout_p": 0.4},
 }
 
 
@@ -26,8 +27,10 @@ def finite(out, lse):
 
 
 def check_attention(forward, backwards, layout, options, q, k, v, slopes, bias=None):
+    seed = torch.tensor([5]) if "dropout_p" in options else None
+
     def function(q, k, v, sinks, bias=bias):
-        return finite(*_Attention.apply(forward, backwards, layout, options, q, k, v, sinks, slopes, bias))
+        return finite(*_Attention.apply(forward, backwards, layout, options, q, k, v, sinks, slopes, bias, seed))
 
     sinks = leaf(q.shape[-2])
     assert torch.autograd.gradcheck(function, (q, k, v, sinks) if bias is None else (q, k, v, sinks, bias))

@@ -192,9 +192,10 @@ def test_misuse_is_told_apart():
         (lambda: module(x, context=x), r"context: expected None in a module with rotary embedding"),
         (lambda: module(x, cache=cache), r"positions: expected what cache.extend\(\) returned"),
         (lambda: make(causal=False)(x, positions, cache=cache), r"cache: expected None for attention that is not"),
+        (lambda: make(dropout=1.0), r"dropout: expected a probability from 0 to below 1, got 1.0"),
         (
-            lambda: Attention.from_torch(torch.nn.MultiheadAttention(8, 2, dropout=0.1)),
-            r"module: expected dropout=0, got 0.1",
+            lambda: make(dropout=0.1)(x, positions, cache=cache),
+            r"cache: expected None in training with dropout 0.1, got a cache: call eval\(\)",
         ),
         (
             lambda: Attention.from_torch(torch.nn.MultiheadAttention(8, 2, kdim=4)),
@@ -216,3 +217,17 @@ def test_misuse_is_told_apart():
         module(x.repeat(2, 1, 1), positions + 1, cache=cache, prefill=True)
     with torch.no_grad(), pytest.raises(ValueError, match=r"q_lens: expected None along with prefill"):
         module(x.repeat(2, 1, 1), positions, cache=cache, prefill=True, q_lens=torch.ones(2, dtype=torch.int32))
+
+
+def test_attention_drops_in_training_mode():
+    module = Attention.from_torch(torch.nn.MultiheadAttention(HIDDEN, HEADS, dropout=0.5))
+    x, ends = torch.randn(2, 7, HIDDEN), torch.tensor([0, 7, 14], dtype=torch.int32)
+    torch.manual_seed(5)
+    dropped = module(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(module(x.flatten(0, 1), cu_seqlens=ends, max_seqlen=7).view_as(x), dropped)
+    assert not torch.allclose(module(x), dropped)
+    whole = module.eval()(x)
+    assert torch.equal(module(x), whole)
+    module.dropout = 0.0
+    assert torch.equal(module.train()(x), whole)

@@ -60,25 +60,23 @@ def test_replaced_layers_give_the_models_logits_gradients_and_tokens(family, mon
 
 
 def test_the_report_tells_what_was_left_and_why():
-    model = make_model("Llama")
-    model.model.layers[0].self_attn.attention_dropout = 0.5
+    model = make_model("Llama", attention_dropout=0.5)
 
     class OwnAttention(torch.nn.Module):
         pass
 
     model.first, model.second = torch.nn.MultiheadAttention(4, 2), OwnAttention()
     report = replace(model)
-    assert report.swapped == 1
+    assert report.swapped == 2
     assert str(report).splitlines() == [
-        "1 of 4 attention layers run on kvops.nn.Attention",
-        "  left: model.layers.0.self_attn (LlamaAttention): attention_dropout is 0.5, kvops has no dropout: set it to "
-        "0 in the config",
+        "2 of 4 attention layers run on kvops.nn.Attention",
         "  left: first (MultiheadAttention): takes query, key and value: build kvops.nn.Attention.from_torch and call "
         "it with x",
         "  left: second (OwnAttention): not one of Gemma2Attention, Gemma3Attention, GemmaAttention, GptOssAttention, "
         "LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention",
     ]
     assert replace(model).swapped == 0, "a layer is swapped once"
+    assert [layer.self_attn.dropout for layer in model.model.layers] == [0.5, 0.5]
 
 
 def test_frequencies_that_are_scaled_must_be_given():

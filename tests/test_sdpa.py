@@ -236,8 +236,8 @@ def test_what_cannot_be_done_is_refused(device):
     def call(**options):
         return kvops.scaled_dot_product_attention(q, k, v, **options)
 
-    with pytest.raises(ValueError, match=r"dropout_p: expected 0, got 0\.1"):
-        call(dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"dropout_p: expected a probability from 0 to below 1, got 1\.0"):
+        call(dropout_p=1.0)
     with pytest.raises(TypeError, match=r"attn_mask: expected dtype bool or float32, got float16"):
         call(attn_mask=torch.ones(1, 1, 1, 4, device=device).half())
     with pytest.raises(ValueError, match=r"attn_mask: expected a shape that broadcasts .* got \[2, 2, 3, 4\]"):
@@ -307,8 +307,51 @@ def test_the_operators_of_torch_run_kvops_forward_and_backward(registered, devic
         torch.autograd.grad((again * weight).sum(), (q, k, v), create_graph=True), gradients, strict=True
     ):
         assert torch.equal(gradient, other)
-    with pytest.raises(RuntimeError, match=r"dropout_p: expected 0, got 0\.5"):
-        torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.5, True)
+
+
+def test_dropout_is_that_of_flash_attention(device):
+    q, k, v = inputs((2, 4, 5, 8), (2, 4, 5, 8), device)
+    own = [x.transpose(1, 2) for x in (q, k, v)]
+    gaps = torch.tensor([1, 0, 1, 1, 1], device=device).bool().expand(2, 1, 5, 5)
+    ends = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]], device=device).bool()[:, None, None]
+    for options, kind in (
+        ({}, {}), ({"is_causal": True}, {"causal": True}), ({"attn_mask": gaps}, {"bias": gaps}),
+    ):  # fmt: skip
+        torch.manual_seed(5)
+        expected = kvops.flash_attention(*own, dropout_p=0.4, **kind)[0].transpose(1, 2)
+        torch.manual_seed(5)
+        assert torch.equal(kvops.scaled_dot_product_attention(q, k, v, dropout_p=0.4, **options), expected)
+    torch.manual_seed(5)
+    dropped = kvops.scaled_dot_product_attention(q, k, v, ends, dropout_p=0.4)
+    assert not torch.allclose(dropped, kvops.scaled_dot_product_attention(q, k, v, ends))
+    torch.manual_seed(5)
+    assert torch.equal(kvops.scaled_dot_product_attention(q, k, v, ends, dropout_p=0.4), dropped)
+
+
+def test_the_operators_of_torch_drop_the_same_forward_and_backward(registered, device):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
+    dense = [x.requires_grad_() for x in inputs((2, 4, 6, 8), (2, 4, 6, 8), device, dtype)]
+    packed = [x.requires_grad_() for x in inputs((9, 4, 8), (9, 2, 8), device, dtype)]
+    for leaves, theirs, ours in (
+        (
+            dense,
+            lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.4, True)[0],
+            lambda *x: kvops.flash_attention(*(y.transpose(1, 2) for y in x), causal=True, dropout_p=0.4)[0],
+        ),
+        (
+            packed,
+            lambda q, k, v: torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, 5, 5, 0.4, True, False)[0],
+            lambda q, k, v: kvops.flash_attention_varlen(q, k, v, cu, cu, 5, 5, causal=True, dropout_p=0.4)[0],
+        ),
+    ):
+        results = []
+        for call in (theirs, ours):
+            torch.manual_seed(5)
+            out = call(*leaves)
+            results.append(torch.autograd.grad(out.sum(), leaves))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_the_packed_operators_of_torch_run_kvops(registered, device):

@@ -1,8 +1,9 @@
 """Attention on the CPU, memory linear in the lengths.
 
-Queries and keys are cut into tiles. torch's own CPU flash attention computes a tile wherever it can; softcaps and
-gradients through lse, which it has no notion of, take smaller tiles in plain PyTorch. float16 and bfloat16 are computed
-in float32: without matrix units a CPU is slower in half precision, and less accurate. float64 is computed in float64.
+Queries and keys are cut into tiles. torch's own CPU flash attention computes a tile wherever it can; softcaps, dropout
+and gradients through lse, which it has no notion of, take smaller tiles in plain PyTorch. float16 and bfloat16 are
+computed in float32: without matrix units a CPU is slower in half precision, and less accurate. float64 is computed in
+float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvops.eager.bias import bias_tile, four_dims
+from kvops.eager.dropout import Dropout
 from kvops.eager.softmax import beside_sinks, merge, sink_probability, softmax
 from kvops.eager.window import Tile, Window
 from kvops.prepared import prepared
@@ -157,11 +159,13 @@ class _Attention:
         softcap: float,
         alibi_slopes: Tensor | None,
         bias: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> None:
         self.dtype = compute_dtype(q.dtype)
         self.q, self.k, self.v = (cast(x, self.dtype).transpose(1, 2) for x in (q, k, v))
         self.window, self.scale, self.softcap = window, scale, softcap
         self.slopes = group_slopes(alibi_slopes, v.shape[2], self.dtype)
+        self.dropout = dropout
         self.bias = None
         if bias is not None:
             bias = four_dims(bias)
@@ -196,6 +200,8 @@ class _Attention:
 
     def plain(self, tile: Tile) -> tuple[Tensor, Tensor]:
         p, lse = softmax(self.scores(tile)[0])
+        if self.dropout is not None:
+            p *= self.dropped(tile)
         out = torch.matmul(p.flatten(2, 3), self.v[:, :, tile.keys])
         return out.view(*self.q.shape[:2], -1, out.shape[-1]), lse.flatten(1, 2)
 
@@ -224,14 +230,24 @@ class _Attention:
     def score_gradient(
         self, tile: Tile, dout: Tensor, delta: Tensor, lse: Tensor, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, Hkv, G, rows, keys]: the gradient of the scores behind the softcap (written to ``into``, if given), P,
-        and the tanh of the softcap."""
+        """[B, Hkv, G, rows, keys]: the gradient of the scores behind the softcap (written to ``into``, if given), P
+        after dropout, and the tanh of the softcap."""
         heads = self.k.shape[1]
         delta, lse = (grouped(x, heads)[..., None] for x in (delta, lse))
         scores, capped = self.scores(tile)
         p = scores.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)).exp_()  # 0 in an empty row, whatever its scores
         ds = torch.matmul(grouped(dout, heads).flatten(2, 3), self.v[:, :, tile.keys].mT).view_as(p)
-        return torch.mul(ds.sub_(delta), p, out=ds if into is None else into), p, capped
+        dropped = None if self.dropout is None else self.dropped(tile)
+        if dropped is not None:
+            ds *= dropped
+        ds = torch.mul(ds.sub_(delta), p, out=ds if into is None else into)
+        return ds, p if dropped is None else p.mul_(dropped), capped
+
+    def dropped(self, tile: Tile) -> Tensor:
+        """[B, Hkv, G, rows, keys]: what dropout multiplies probabilities by."""
+        assert self.dropout is not None
+        B, Hq = self.q.shape[:2]
+        return grouped(self.dropout.weights(tile, B, Hq, self.dtype), self.k.shape[1])
 
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         return score_tile(self.q, self.k, self.window, tile, self.scale, self.softcap, self.slopes, self.bias)
@@ -265,6 +281,9 @@ class _Kind:
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: Tensor | None = None,
+        first_entry: int = 0,
         **window: Any,
     ) -> None:
         B, Sq, Hq, D = q.shape
@@ -282,7 +301,7 @@ class _Kind:
         )
         # One call of torch's kernel and nothing around it: a short prompt notices.
         self.plain = (
-            not (self.empty or self.hides or self.copies_q or softcap > 0 or sinks is not None)
+            not (self.empty or self.hides or self.copies_q or softcap > 0 or sinks is not None or dropout_p > 0)
             and (self.scale > 0 and q.dtype == self.dtype and v.shape[3] == D and alibi_slopes is None)
             and (len(self.tiles) == 1 and self.tiles[0][:4] == (0, Sq, 0, v.shape[1]))
         )
@@ -299,9 +318,12 @@ def flash_attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    first_entry: int = 0,
     **in_kind: object,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kvops.flash_attention`."""
+    """See :func:`kvops.flash_attention`; ``first_entry`` numbers the first batch entry for dropout."""
     if kind.plain:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out, lse = _forward(q, k, v, 0.0, kind.tiles[0].causal, scale=kind.scale)
@@ -312,8 +334,9 @@ def flash_attention(
         )
     if kind.copies_q:
         q = q.clone(memory_format=torch.contiguous_format)
-    call = _Attention(q, k, v, kind.window, kind.scale, softcap, alibi_slopes, bias)
-    fused = softcap == 0
+    dropout = _dropout(dropout_p, dropout_seed, first_entry)
+    call = _Attention(q, k, v, kind.window, kind.scale, softcap, alibi_slopes, bias, dropout)
+    fused = softcap == 0 and dropout is None
     if fused:
         out, lse = call.run(call.fused, kind.tiles)
         # The score of a key that holds a NaN or an infinity is NaN even where -inf was added to hide it.
@@ -340,13 +363,17 @@ def flash_attention_backward(
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    first_entry: int = 0,
     **window: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kvops.flash_attention_backward`."""
     dtype = compute_dtype(q.dtype)
     visible = Window.of(q.shape[1], v.shape[1], **window)
-    call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias)
-    dsinks, fused = q.new_empty(0, dtype=dtype), softcap == 0 and dlse is None
+    dropout = _dropout(dropout_p, dropout_seed, first_entry)
+    call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias, dropout)
+    dsinks, fused = q.new_empty(0, dtype=dtype), softcap == 0 and dlse is None and dropout is None
     if sinks is not None or not fused:
         delta = _delta(dout, out, lse, dlse, dtype)
     if sinks is not None:
@@ -380,12 +407,15 @@ def flash_attention_bias_backward(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     **window: Any,
 ) -> Tensor:
     """See :func:`kvops.flash_attention_bias_backward`."""
     dtype = compute_dtype(q.dtype)
     visible = Window.of(q.shape[1], v.shape[1], **window)
-    call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias)
+    dropout = _dropout(dropout_p, dropout_seed, 0)
+    call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias, dropout)
     delta = _delta(dout, out, lse, dlse, dtype)
     dbias = torch.zeros(bias.shape, dtype=dtype)
     whole = four_dims(dbias)
@@ -401,6 +431,13 @@ def flash_attention_bias_backward(
             if into is None:
                 target += ds.flatten(1, 2).sum_to_size(target.shape)
     return dbias.to(bias.dtype)
+
+
+def _dropout(dropout_p: float, dropout_seed: Tensor | None, first_entry: int) -> Dropout | None:
+    if not dropout_p:
+        return None
+    assert dropout_seed is not None  # the operators checked it
+    return Dropout(dropout_p, dropout_seed, first_entry)
 
 
 def _delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,8 @@ def _sequences(
     for i in range(len(starts_q) - 1):
         if slopes is not None and slopes.dim() == 2:
             options = options | {"alibi_slopes": slopes[i]}
+        if options.get("dropout_p"):
+            options = options | {"first_entry": i}
         yield slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), options
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvops.ops.attention import flash_attention, flash_attention_backward
+from kvops.ops.dense import seed_for
 from kvops.ops.gradients import last_contiguous
 from kvops.ops.varlen import flash_attention_varlen, flash_attention_varlen_backward
 
@@ -59,9 +60,7 @@ class Registration:
         self.library = None
 
 
-def _refuse(dropout_p: float, return_debug_mask: bool, **unsupported: Any) -> None:
-    if dropout_p != 0:
-        raise RuntimeError(f"dropout_p: expected 0, got {dropout_p}: kvops has no dropout")
+def _refuse(return_debug_mask: bool, **unsupported: Any) -> None:
     if return_debug_mask:
         raise RuntimeError("return_debug_mask: expected False, kvops never has the probabilities in memory")
     for name, value in unsupported.items():
@@ -73,10 +72,21 @@ def _window(size: int | None) -> int:
     return -1 if size is None else size
 
 
-def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The state of a random number generator that was not used, and no matrix of probabilities."""
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return state, torch.zeros((), dtype=torch.uint64, device=query.device), query.new_empty(0)
+def _dropout(dropout_p: float, state: Tensor) -> dict[str, Any]:
+    """The options of dropout; the seed is the first number of ``state``, uint64 [2]."""
+    return {"dropout_p": dropout_p, "dropout_seed": state.view(torch.int64)[:1]} if dropout_p else {}
+
+
+def _state(dropout_p: float, query: Tensor) -> Tensor:
+    """What torch keeps for the backward of dropout, uint64 [2]: here a seed and 0."""
+    seed = seed_for(dropout_p, None, query)
+    state = torch.zeros(2, dtype=torch.int64, device=query.device)
+    return (state if seed is None else torch.cat((seed, state[:1]))).view(torch.uint64)
+
+
+def _nothing(query: Tensor) -> tuple[Tensor, Tensor]:
+    """No offset of random numbers, and no matrix of probabilities."""
+    return torch.zeros((), dtype=torch.uint64, device=query.device), query.new_empty(0)
 
 
 def _sdpa_forward(
@@ -89,15 +99,16 @@ def _sdpa_forward(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    _refuse(dropout_p, return_debug_mask)
+    _refuse(return_debug_mask)
+    state = _state(dropout_p, query)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse = flash_attention(q, k, v, causal=is_causal, scale=scale)
+    out, lse = flash_attention(q, k, v, causal=is_causal, scale=scale, **_dropout(dropout_p, state))
     # Compiled graphs expect the layout of the query for the result, as in torch.
     layout = torch.empty_like(query, device="meta").stride()
     result = out.transpose(1, 2)
     if result.stride() != layout:
         result = torch.empty_like(query).copy_(result)
-    return result, lse, None, None, query.shape[2], key.shape[2], *_nothing(query)
+    return result, lse, None, None, query.shape[2], key.shape[2], state, *_nothing(query)
 
 
 def _sdpa_backward(
@@ -119,8 +130,9 @@ def _sdpa_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out = (x.transpose(1, 2) for x in (last_contiguous(grad_out), query, key, value, out))
+    options: dict[str, Any] = {"causal": is_causal, "scale": scale, **_dropout(dropout_p, philox_seed)}
     with torch.no_grad():  # torch refuses a second derivative
-        dq, dk, dv, _ = flash_attention_backward(dout, q, k, v, out, logsumexp, causal=is_causal, scale=scale)
+        dq, dk, dv, _ = flash_attention_backward(dout, q, k, v, out, logsumexp, **options)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -146,18 +158,20 @@ def _forward(
 ) -> tuple[Any, ...]:
     """Called by ``torch.nn.attention.varlen`` and nested tensors, with tokens before heads, packed or dense."""
     # torch's backward has no slopes, so the gradient would be wrong.
-    _refuse(dropout_p, return_debug_mask, seqused_k=seqused_k, alibi_slopes=alibi_slopes, block_table=block_table)
+    _refuse(return_debug_mask, seqused_k=seqused_k, alibi_slopes=alibi_slopes, block_table=block_table)
+    state = _state(dropout_p, query)
     options: dict[str, Any] = {
         "causal": is_causal,
         "scale": scale,
         "window_left": _window(window_size_left),
         "window_right": _window(window_size_right),
+        **_dropout(dropout_p, state),
     }
     if cum_seq_q is None or cum_seq_k is None:
         out, lse = flash_attention(query, key, value, **options)
     else:
         out, lse = flash_attention_varlen(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, **options)
-    return out, lse, *_nothing(query)
+    return out, lse, state, *_nothing(query)
 
 
 def _backward(
@@ -185,6 +199,7 @@ def _backward(
         "scale": scale,
         "window_left": _window(window_size_left),
         "window_right": _window(window_size_right),
+        **_dropout(dropout_p, rng_state),
     }
     saved = last_contiguous(grad_out), query, key, value, out, logsumexp
     with torch.no_grad():

@@ -17,6 +17,7 @@ from kvops.ops.dense import (
     check_rows,
     check_tokens,
     check_values,
+    seed_for,
 )
 from kvops.ops.gradients import attention_gradients, register_gradient
 from kvops.ops.registry import caller, register
@@ -26,6 +27,7 @@ OPTIONS = (
     "bool causal=False, int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, "
     "Tensor? sinks=None, Tensor? alibi_slopes=None"
 )
+DROPOUT = "float dropout_p=0.0, Tensor? dropout_seed=None"
 # The gradient of a bias needs no sinks: lse has them.
 _BIAS_OPTIONS = OPTIONS.replace("Tensor? sinks=None, ", "")
 
@@ -87,7 +89,7 @@ def _fake_bias_backward(
 
 
 _forward_op = register(
-    f"flash_attention(Tensor q, Tensor k, Tensor v, *, {OPTIONS}, Tensor? bias=None) -> (Tensor, Tensor)",
+    f"flash_attention(Tensor q, Tensor k, Tensor v, *, {OPTIONS}, Tensor? bias=None, {DROPOUT}) -> (Tensor, Tensor)",
     check=_check_forward,
     fake=_fake_forward,
     eager=eager.flash_attention,
@@ -98,7 +100,7 @@ _forward_op = register(
 
 _backward_op = register(
     f"flash_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, {OPTIONS}, "
-    "Tensor? dlse=None, Tensor? bias=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? dlse=None, Tensor? bias=None, {DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_fake_backward,
     eager=eager.flash_attention_backward,
@@ -107,7 +109,7 @@ _backward_op = register(
 
 _bias_backward_op = register(
     "flash_attention_bias_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bias, *, "
-    f"{_BIAS_OPTIONS}, Tensor? dlse=None) -> Tensor",
+    f"{_BIAS_OPTIONS}, Tensor? dlse=None, {DROPOUT}) -> Tensor",
     check=_check_bias_backward,
     fake=_fake_bias_backward,
     eager=eager.flash_attention_bias_backward,
@@ -135,6 +137,8 @@ def flash_attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention without the matrix of scores in memory, differentiable in q, k, v, sinks and
     bias.
@@ -157,6 +161,11 @@ def flash_attention(
             to ``[B, Hq, Sq, Sk]`` and any strides; it is read in place. -inf hides a key, and so does a number below
             -2.3e38 (the lowest one of float32, for instance). Its gradient has its own shape: pass dimensions of size 1
             instead of expanded ones, and the gradient is summed over them.
+        dropout_p: the share of probabilities that is dropped, 0 <= dropout_p < 1, and the others are divided by
+            ``1 - dropout_p``. lse stays that of attention without dropout.
+        dropout_seed: int64 ``[1]`` on the device of q: equal seeds drop the same. None draws one with
+            :func:`torch.randint`, which :func:`torch.manual_seed` repeats; ``torch.ops.kvops.flash_attention`` draws
+            none and needs one.
 
     Returns:
         out ``[B, Sq, Hq, Dv]`` in the dtype of q and lse ``[B, Hq, Sq]``, float32: the natural logarithm of the
@@ -181,6 +190,8 @@ def flash_attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         bias=bias,
+        dropout_p=dropout_p,
+        dropout_seed=seed_for(dropout_p, dropout_seed, q),
     )
 
 
@@ -201,6 +212,8 @@ def flash_attention_backward(
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of :func:`flash_attention`, deterministic: the same bits for the same input.
 
@@ -210,6 +223,7 @@ def flash_attention_backward(
         out, lse: its results.
         dlse: ``[B, Hq, Sq]``, float32: the gradient of lse, None for 0.
         causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, bias: as in the forward.
+        dropout_p, dropout_seed: as in the forward, which must have been given the seed.
 
     Returns:
         dq, dk, dv, contiguous, in the shapes and dtypes of q, k and v, and dsinks, like sinks (float32 ``[0]`` without
@@ -235,6 +249,8 @@ def flash_attention_backward(
         alibi_slopes=alibi_slopes,
         dlse=dlse,
         bias=bias,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )
 
 
@@ -254,6 +270,8 @@ def flash_attention_bias_backward(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """The gradient of :func:`flash_attention` for its bias, deterministic: every sum has a fixed order.
 
@@ -262,7 +280,8 @@ def flash_attention_bias_backward(
     Args:
         dout, q, k, v, out, lse, dlse: as :func:`flash_attention_backward` takes them.
         bias: a float tensor; what it broadcasts over, its gradient is summed over.
-        causal, window_left, window_right, scale, softcap, alibi_slopes: as in the forward. Sinks are in lse.
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dropout_p, dropout_seed: as in the forward.
+            Sinks are in lse.
 
     Returns:
         dbias, contiguous, in the shape and dtype of bias.
@@ -285,4 +304,6 @@ def flash_attention_bias_backward(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         dlse=dlse,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )

@@ -69,6 +69,8 @@ def check_options(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> None:
     """Check the options of attention. The dispatcher passes only those that differ from their defaults."""
     checks.expect_at_least("window_left", window_left, -1)
@@ -81,6 +83,30 @@ def check_options(
         checks.expect_same_device("sinks", sinks, "q", q)
         checks.expect_last_contiguous("sinks", sinks)
     check_slopes(alibi_slopes, batch, q)
+    check_dropout(dropout_p, dropout_seed, q)
+
+
+def check_dropout(dropout_p: float, dropout_seed: Tensor | None, q: Tensor) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability from 0 to below 1, got {dropout_p}")
+    if dropout_seed is not None:
+        checks.expect_tensor("dropout_seed", dropout_seed)
+        checks.expect_dtype("dropout_seed", dropout_seed, torch.int64)
+        checks.expect_shape("dropout_seed", dropout_seed, "[1]", 1)
+        checks.expect_same_device("dropout_seed", dropout_seed, "q", q)
+    elif dropout_p > 0:
+        raise ValueError(
+            f"dropout_seed: expected an int64 tensor [1] along with dropout_p = {dropout_p}, got None: draw one with "
+            "torch.randint, as kvops.flash_attention does"
+        )
+
+
+def seed_for(dropout_p: float, dropout_seed: Tensor | None, q: Tensor) -> Tensor | None:
+    """The seed of a call: ``dropout_seed``, or one from the random number generator of q's device if dropout needs
+    one. Nothing waits for the device."""
+    if dropout_seed is None and isinstance(q, Tensor) and 0 < dropout_p < 1:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+    return dropout_seed
 
 
 def check_slopes(alibi_slopes: Tensor | None, batch: int, q: Tensor) -> None:

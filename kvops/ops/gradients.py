@@ -65,15 +65,17 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
         alibi_slopes: Tensor | None,
         bias: Tensor | None,
+        dropout_seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if alibi_slopes is not None and alibi_slopes.requires_grad:
             raise _no_gradient_of_slopes()
-        biased = {} if bias is None else {"bias": bias}
-        results = forward(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **biased, **options)
+        given = _given(bias=bias, dropout_seed=dropout_seed)
+        results = forward(q, k, v, *layout, sinks=sinks, alibi_slopes=alibi_slopes, **given, **options)
         # Autograd refuses operations in place on a view that a function returns.
         out, lse = (x.detach() if x._is_view() else x for x in results)
         ctx.save_for_backward(
-            q, k, v, out, lse, sinks, alibi_slopes, bias, *(x for x in layout if isinstance(x, Tensor))
+            *(q, k, v, out, lse, sinks, alibi_slopes, bias, dropout_seed),
+            *(x for x in layout if isinstance(x, Tensor)),
         )
         ctx.lengths = tuple(x for x in layout if not isinstance(x, Tensor))
         ctx.backwards, ctx.options = backwards, options
@@ -83,20 +85,30 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         dout, dlse = gradients
-        q, k, v, out, lse, sinks, alibi_slopes, bias, *cu_seqlens = ctx.saved_tensors
+        q, k, v, out, lse, sinks, alibi_slopes, bias, dropout_seed, *cu_seqlens = ctx.saved_tensors
         nothing = (None,) * 4
         if dout is None and dlse is None:
-            return (*nothing, None, None, None, None, None, None)
+            return (*nothing, None, None, None, None, None, None, None)
         dq, dk, dv, dsinks, dbias = _gradients(
             ctx.backwards,
             (torch.zeros_like(out) if dout is None else last_contiguous(dout), q, k, v, out, lse),
             (*cu_seqlens, *ctx.lengths),
-            ctx.options | {"alibi_slopes": alibi_slopes, "dlse": None if dlse is None else last_contiguous(dlse)},
+            {
+                **ctx.options,
+                **_given(dropout_seed=dropout_seed),
+                "alibi_slopes": alibi_slopes,
+                "dlse": None if dlse is None else last_contiguous(dlse),
+            },
             sinks,
             bias,
             needs_bias=ctx.needs_input_grad[9],
         )
-        return (*nothing, dq, dk, dv, dsinks, None, dbias)
+        return (*nothing, dq, dk, dv, dsinks, None, dbias, None)
+
+
+def _given(**options: Tensor | None) -> dict[str, Tensor]:
+    """The options that are not None: not every operator has all of them."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _gradients(
@@ -111,8 +123,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, dsinks and dbias."""
     backward, bias_backward = backwards
-    biased = {} if bias is None else {"bias": bias}
-    dq, dk, dv, dsinks = first_derivative(backward, *given, *layout, sinks=sinks, **biased, **options)
+    dq, dk, dv, dsinks = first_derivative(backward, *given, *layout, sinks=sinks, **_given(bias=bias), **options)
     dbias = first_derivative(bias_backward, *given, bias, **options) if needs_bias else None
     return dq, dk, dv, None if sinks is None else dsinks, dbias
 
@@ -162,9 +173,10 @@ def register_gradient(forward: Any, backward: Any, bias_backward: Any = None) ->
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         bias: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         backwards = backward, bias_backward
-        return _Attention.apply(below, backwards, layout, options, q, k, v, sinks, alibi_slopes, bias)
+        return _Attention.apply(below, backwards, layout, options, q, k, v, sinks, alibi_slopes, bias, dropout_seed)
 
     register_autograd(forward, apply)

@@ -109,7 +109,10 @@ def into_batch(value: Tensor) -> Tensor:
 
 
 def fold_dense(values: Values, dims: dict[str, int | None], size: int) -> tuple[Values, bool] | None:
-    """The mapped dimension as part of the batch of dense attention. Sinks have no batch."""
+    """The mapped dimension as part of the batch of dense attention. Sinks have no batch, and in a larger batch dropout
+    would number its entries in another way."""
+    if values.get("dropout_p"):
+        return None
     if size == 0 or dims.get("sinks") is not None or ("dout" in values and values.get("sinks") is not None):
         return None
     folded = dict(values)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import varlen as eager
-from kvops.ops.attention import OPTIONS
+from kvops.ops.attention import DROPOUT, OPTIONS
 from kvops.ops.dense import (
     PACKED,
     check_lengths,
@@ -19,6 +19,7 @@ from kvops.ops.dense import (
     check_rows,
     check_tokens,
     check_values,
+    seed_for,
 )
 from kvops.ops.gradients import attention_gradients, register_gradient
 from kvops.ops.registry import caller, register
@@ -110,7 +111,7 @@ def _fake_backward(
 
 
 _forward_op = register(
-    f"flash_attention_varlen(Tensor q, Tensor k, Tensor v, {_LENGTHS}, *, {OPTIONS}) -> (Tensor, Tensor)",
+    f"flash_attention_varlen(Tensor q, Tensor k, Tensor v, {_LENGTHS}, *, {OPTIONS}, {DROPOUT}) -> (Tensor, Tensor)",
     check=_check_forward,
     check_data=_check_forward_data,
     fake=_fake_forward,
@@ -122,7 +123,7 @@ _forward_op = register(
 
 _backward_op = register(
     "flash_attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_LENGTHS}, *, {OPTIONS}, Tensor? dlse=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_LENGTHS}, *, {OPTIONS}, Tensor? dlse=None, {DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     check_data=_check_backward_data,
     fake=_fake_backward,
@@ -155,6 +156,8 @@ def flash_attention_varlen(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`kvops.flash_attention` over packed sequences, differentiable in q, k, v and sinks.
 
@@ -169,6 +172,8 @@ def flash_attention_varlen(
         causal, window_left, window_right, scale, softcap, sinks: as in :func:`kvops.flash_attention`; positions are
             aligned to the bottom right within each sequence.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
+        dropout_p, dropout_seed: as in :func:`kvops.flash_attention`. A sequence drops what the same entry of a dense
+            batch does.
 
     Returns:
         out ``[Tq, Hq, Dv]`` in the dtype of q and lse ``[Hq, Tq]``, float32. A token that sees no key, or comes after
@@ -194,6 +199,8 @@ def flash_attention_varlen(
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        dropout_seed=seed_for(dropout_p, dropout_seed, q),
     )
 
 
@@ -217,6 +224,8 @@ def flash_attention_varlen_backward(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of :func:`flash_attention_varlen`, deterministic: the same bits for the same input.
 
@@ -226,6 +235,7 @@ def flash_attention_varlen_backward(
         out, lse: its results.
         dlse: ``[Hq, Tq]``, float32: the gradient of lse, None for 0.
         causal, window_left, window_right, scale, softcap, sinks, alibi_slopes: as in the forward.
+        dropout_p, dropout_seed: as in the forward, which must have been given the seed.
 
     Returns:
         dq, dk, dv, contiguous, in the shapes and dtypes of q, k and v, and dsinks, like sinks (float32 ``[0]`` without
@@ -253,4 +263,6 @@ def flash_attention_varlen_backward(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         dlse=dlse,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )

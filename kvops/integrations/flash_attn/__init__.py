@@ -4,8 +4,8 @@
     kvops.integrations.flash_attn.install()  # makes them `flash_attn` where that package is not installed
 
 They follow flash-attn 2.8, with ``seqused_q``, ``seqused_k`` and ``attention_chunk`` of flash-attn 3 as keywords.
-Differences: ``dropout_p`` must be 0; a row that sees no key has an lse of -inf; results are always deterministic; the
-matrix of probabilities, which flash-attn returns for its tests alone, is None.
+Differences: dropout draws other random numbers; a row that sees no key has an lse of -inf; results are always
+deterministic; the matrix of probabilities, which flash-attn returns for its tests alone, is None.
 """
 
 from __future__ import annotations

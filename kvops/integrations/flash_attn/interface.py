@@ -26,9 +26,9 @@ def options_of(
     softcap: float,
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p: expected 0, got {dropout_p}: kvops has no dropout")
-    return {
+    # Attention to pages has no dropout and takes no option for it.
+    dropout = {"dropout_p": dropout_p} if dropout_p else {}
+    return dropout | {
         "scale": softmax_scale,
         "causal": causal,
         "window_left": window_size[0],
@@ -138,8 +138,8 @@ def flash_attn_varlen_func(
 
     Args:
         block_table: int32 ``[B, max_blocks]``. Then k and v are pages ``[num_blocks, page_size, Hkv, D]``, and
-            ``cu_seqlens_k`` or ``seqused_k`` has the lengths of the sequences. Where gradients or ALiBi are asked for,
-            the pages of each sequence are copied; otherwise they are read in place.
+            ``cu_seqlens_k`` or ``seqused_k`` has the lengths of the sequences. Where gradients, dropout or ALiBi are
+            asked for, the pages of each sequence are copied; otherwise they are read in place.
         leftpad_k: int32 ``[B]``, the keys at the beginning of each sequence that are not part of it; without a
             ``block_table``.
         seqused_q, seqused_k: int32 ``[B]``, how many queries and keys of each sequence are used. The output of other
@@ -169,7 +169,7 @@ def flash_attn_varlen_func(
         checks.expect_data("block_table", "room for the keys of every sequence", seq_lens <= room)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     plain = not attention_chunk and seqused_q is None and sees_no_later_slots(options, max_seqlen_q)
-    copied = differentiable or (alibi_slopes is not None and not plain)
+    copied = differentiable or "dropout_p" in options or (alibi_slopes is not None and not plain)
     attend = _packed_over_rows if copied else _packed_over_pages
     out, lse = attend(q, k, v, block_table, lengths, seq_lens, seqused_q, options, attention_chunk)
     return _result(out, lse, return_attn_probs)

@@ -95,7 +95,7 @@ def attention(
         The output ``[B, T, Hq, Dv]``, and None in place of the weights.
 
     Raises:
-        ValueError: dropout, a mask that was made for other lengths, a bias beside a :class:`KVOpsCache`, or any other
+        ValueError: a mask that was made for other lengths, dropout or a bias beside a :class:`KVOpsCache`, or any other
             argument that is not None.
     """
     for name, given in kwargs.items():
@@ -104,8 +104,6 @@ def attention(
                 f"{name}: expected None, got {checks.shown(given)}: kvops does not know what it does to attention in "
                 f"{type(module).__name__}, {ELSEWHERE}"
             )
-    if dropout:
-        raise ValueError(f"dropout: expected 0, got {dropout}: set attention_dropout to 0 in the model's config")
     if output_attentions:
         _warn_about_weights()
     batch, _, q_length, _ = query.shape
@@ -116,8 +114,15 @@ def attention(
     mask = _mask(attention_mask, module, is_causal, sliding_window, q_length, kv_length)
     mask.expect_lengths(batch, q_length, kv_length)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    if dropout:
+        options["dropout_p"] = dropout
     packing = _given_packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if held:
+        if dropout:
+            raise ValueError(
+                f"dropout: expected 0 beside a KVOpsCache or a Decoder, got {dropout}: call model.eval() to generate, "
+                "and train without a cache"
+            )
         # A KVOpsCache takes the dense mask of a prompt: it has all of its keys at hand.
         of_prompt = isinstance(key, Deferred) and mask.source is not None and q_length == kv_length
         if position_bias is not None or not of_prompt:

@@ -25,8 +25,6 @@ def _obstacle(layer: torch.nn.Module) -> str:
         return "takes query, key and value: build kvops.nn.Attention.from_torch and call it with x"
     if kind.__name__ not in KNOWN or not kind.__module__.startswith("transformers."):
         return "not one of " + ", ".join(sorted(KNOWN))
-    if getattr(layer, "attention_dropout", 0):
-        return f"attention_dropout is {layer.attention_dropout}, kvops has no dropout: set it to 0 in the config"
     return ""
 
 
@@ -49,6 +47,7 @@ def options_of(layer: Any) -> dict[str, Any]:
         "window": window,
         "softcap": getattr(layer, "attn_logit_softcapping", None) or 0.0,
         "scale": layer.scaling,
+        "dropout": getattr(layer, "attention_dropout", 0.0),
         "layer": layer.layer_idx,
     }
 
@@ -83,6 +82,7 @@ class TransformersAttention(Attention):
             k,
             v,
             attention_mask,
+            dropout=self.dropout if self.training else 0.0,
             scaling=self.scale,
             sliding_window=self.window,
             softcap=self.softcap,

@@ -77,7 +77,7 @@ def paged_attention_forward(
     if cache is None or cu_seq_lens_q is None:
         raise ValueError("cache: expected the paged cache of generate_batch, got None: use attn_implementation='kvops'")
     if dropout:
-        raise ValueError(f"dropout: expected 0, got {dropout}: set attention_dropout to 0 in the model's config")
+        raise ValueError(f"dropout: expected 0, got {dropout}: call model.eval() to generate")
     lengths = ("cu_seq_lens_k", "max_length_k")
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS | _OF_ENGINE and name not in lengths:
