@@ -137,12 +137,13 @@ def refused(monkeypatch):
     yield "float32", (q.float(), k.float(), v.float()), {}, None
     yield "ALiBi", (q, k, v), {"alibi_slopes": torch.zeros(4)}, "has no ALiBi"
     yield "bias", (q, k, v), {"bias": torch.ones(1).bool()}, "has no bias"
+    yield "dropout", (q, k, v), {"dropout_p": 0.1, "dropout_seed": torch.zeros(1).long()}, "has no dropout"
     yield "scale", (q, k, v), {"scale": -1.0}, "positive scale"
     wide = torch.zeros(1, 256, 2, 68, dtype=torch.bfloat16)
     yield "strides", (q, wide[..., :64], v), {}, "k aligned"
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(6))
 def test_arguments_that_it_cannot_take_run_the_twin_and_a_watcher_sees_why(place, keep, launched, monkeypatch):
     keep(measured(GLUON, 90.0), measured(TRITON, 100.0))
     _, tensors, options, reason = list(refused(monkeypatch))[place]

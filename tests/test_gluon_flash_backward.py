@@ -347,6 +347,7 @@ def test_launchable_says_why_not(hopper, monkeypatch):
     assert "multiples of 8" in launchable(dout, q[..., :60], k[..., :60], v)
     assert launchable(dout, q, k, v, softcap=1.0) == "has no softcap"
     assert launchable(dout, q, k, v, alibi_slopes=torch.zeros(4)) == "has no ALiBi"
+    assert launchable(dout, q, k, v, dropout_seed=torch.zeros(1)) == "has no dropout"
     assert "k to have elements" in launchable(dout, q, k[:, :0], v[:, :0])
     assert "q aligned" in launchable(dout, torch.zeros(2, 8, 4, 65, dtype=torch.float16)[..., 1:], k, v)
     assert "dout aligned" in launchable(dout[:, :1].expand(-1, 8, -1, -1), q, k, v)

@@ -298,6 +298,7 @@ def test_launchable_says_why_not(hopper, monkeypatch):
     huge = torch.zeros(1, dtype=torch.float16).expand(2**25, 16, 4, 64)
     assert "2^31 rows" in launchable(huge, k, v)
     assert "ALiBi" in launchable(q, k, v, alibi_slopes=torch.zeros(4))
+    assert launchable(q, k, v, dropout_p=0.1) == "has no dropout"
     assert "positive scale" in launchable(q, k, v, scale=-1.0)
     assert "k to have elements" in launchable(q, k[:, :0], v[:, :0])
     assert "q aligned" in launchable(torch.zeros(2, 8, 4, 65, dtype=torch.float16)[..., 1:], k, v)
