@@ -106,6 +106,35 @@ def flash_backward_bias():
     return Call(flash_bias_backward, OPS.flash_attention_bias_backward, args, {"causal": True}, 3e-2)
 
 
+DROPOUT = {"dropout_p": 0.3, "dropout_seed": torch.tensor([-(2**40) + 5])}
+
+
+@case
+def flash_forward_dropout():
+    from kvops.kernels.flash_forward import flash_forward
+
+    return Call(flash_forward, OPS.flash_attention, _dense(), {"causal": True, **DROPOUT}, 4e-3)
+
+
+@case
+def flash_backward_dropout():
+    from kvops.kernels.flash_backward_launch import flash_backward
+
+    options = {"causal": True, **DROPOUT}
+    args = _backward_arguments(length=80, **options)
+    return Call(flash_backward, OPS.flash_attention_backward, args, options, 3e-2)
+
+
+@case
+def flash_backward_bias_dropout():
+    from kvops.kernels.flash_backward_bias import flash_bias_backward
+
+    bias = torch.randn(2, 70, 70).half()
+    args = *_backward_arguments(length=70, causal=True, bias=bias, **DROPOUT), bias
+    options = {"causal": True, **DROPOUT}
+    return Call(flash_bias_backward, OPS.flash_attention_bias_backward, args, options, 3e-2)
+
+
 @case
 def flash_delta_of_narrow_rows():
     """A row has one number for each of several threads, which all store its sum."""
