@@ -57,13 +57,22 @@ def dropout_arguments(dropout_p: float, dropout_seed: torch.Tensor | None) -> tu
     return dropout_seed, word - 2**32 if word >= 2**31 else word, 1.0 - dropout_p
 
 
-def beside_others(config: AttentionConfig, loop: str, *others: torch.Tensor | None) -> AttentionConfig:
-    """The configuration for a call that may have a bias or the seed of a dropout beside the scores: the tiles of the
-    ``loop`` ("block_m" or "block_n") are half as wide then. A tile of bias needs as many registers as the scores; at
-    the full width it spills (forward, sm_80 and sm_90)."""
-    if all(other is None for other in others):
+def beside_others(
+    config: AttentionConfig, loop: str, v: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor | None
+) -> AttentionConfig:
+    """The configuration for a call that may have a bias or the seed of a dropout: for each of them the tiles of the
+    ``loop`` ("block_m" or "block_n") are half as wide.
+
+    A tile of bias needs as many registers as the scores; at the full width it spills (forward, sm_80 and sm_90). Beside
+    dropout, values of more than 128 spill at half of it (forward, sm_90), and float32 with eight warps (sm_90).
+    """
+    if bias is None and seed is None:
         return config
-    return replace(config, **{loop: max(16, getattr(config, loop) // 2)})
+    halvings = (bias is not None) + (0 if seed is None else 1 + (v.shape[-1] > 128))
+    tile = {loop: max(16, getattr(config, loop) >> halvings)}
+    if seed is not None and v.element_size() == 4:
+        tile["num_warps"] = min(4, config.num_warps)
+    return replace(config, **tile)
 
 
 def mask_bounds(causal: bool, window_left: int, window_right: int) -> tuple[int, int]:

@@ -159,7 +159,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         _hopper().launch_keys(call, dk, dv, proven)
         return
     config = _beside_wider_values(choose("flash_backward_keys", current_device(), *problem), call)
-    config = beside_others(config, "block_m", call.bias, call.dropout[0])
+    config = beside_others(config, "block_m", call.v, call.bias, call.dropout[0])
     kv_heads = call.k.shape[-2]
     programs = triton.cdiv(call.seqlen_k, config.block_n) * kv_heads * call.batch
     if programs == 0:
@@ -206,7 +206,9 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
     if proven is not None:
         _hopper().launch_queries(call, dq, proven)
         return
+    # A bias fits beside the whole tile, dropout does not (64 keys, sm_90).
     config = choose("flash_backward_queries", current_device(), *problem)
+    config = beside_others(config, "block_n", call.v, None, call.dropout[0])
     heads = call.q.shape[-2]
     programs = triton.cdiv(call.seqlen_q, config.block_m) * heads * call.batch
     if programs == 0:

@@ -391,7 +391,7 @@ def _launch(
     head_dim_v = v.shape[-1]
     block_d, block_dv = padded(head_dim), padded(head_dim_v)
     seed, drop_below, kept_share = dropout
-    config = beside_others(choose("flash_forward", current_device(), *problem), "block_n", bias, seed)
+    config = beside_others(choose("flash_forward", current_device(), *problem), "block_n", v, bias, seed)
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     if programs == 0:
         return
