@@ -153,6 +153,8 @@ bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving
 	$(BIN)/python bench/generate_cpu.py --rounds 2 --json $(OUT)/generate.json
 	$(BIN)/python -m bench.steps_cpu --json $(OUT)/steps.json
 	$(BIN)/python -m bench.throughput --device cpu --json $(OUT)/throughput.json
+	$(BIN)/python -m bench.ring_cpu --json $(OUT)/ring.json
+	$(BIN)/python -m bench.batching_cpu --json $(OUT)/batching.json
 	$(BIN)/python -m bench report
 
 bench-quality: $(SETUP)  ## what every policy keeps at every ratio, an hour, goes on where it stopped; docs/compression-study.md

@@ -87,6 +87,7 @@ def _section(kind: str, result: Result, paths: Sequence[Path], pictures: Sequenc
         "serving": "Serving in vLLM",
         "answers": "Answers in vLLM",
         "soak": "A soak in vLLM",
+        "ring": "Context parallelism",
         "counted": "Counted work",
     }
     title = titles.get(kind, kind.replace("_", " ").replace("-", " ").capitalize())

@@ -23,7 +23,7 @@ from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.paged import as_bytes
 from kvops.kernels.paged_attention_kernel import paged_attention_kernel, paged_merge_kernel
-from kvops.kernels.paged_parts import PartedKind, kind_of, launch_in_parts
+from kvops.kernels.paged_parts import PartedKind, launch_in_parts, parted
 from kvops.kernels.paged_plan import PagedKind
 from kvops.kernels.paged_schedule import paged_schedule
 from kvops.kernels.paged_scores import paged_scores_kernel
@@ -31,7 +31,7 @@ from kvops.prepared import prepared
 
 
 # Over 80 lines: 24 are the signature, and a launch takes a line for each argument.
-@prepared(kind_of)
+@prepared(parted(PagedKind))
 def paged_attention(
     kind: PagedKind | PartedKind,
     q: torch.Tensor,
@@ -74,15 +74,8 @@ def paged_attention(
             alibi_slopes=alibi_slopes,
             score_decays=score_decays,
         )
-    lse = q.new_empty(*kind.lse_shape, dtype=torch.float32)  # sizes one by one: a tuple takes 0.5 µs more
-    if out is None:
-        out = result = q.new_empty(*kind.out_shape)
-        if kind.packed:
-            out.zero_()
-    else:
-        result = q.new_empty(0)
-    if kind.packed:  # no program has the tokens of no sequence
-        lse.fill_(float("-inf"))
+    out, result, lse = kind.results(q, out)
+    if kind.packed:
         q_lens = cu_seqlens_q
     if kind.empty:
         return result, lse

@@ -5,6 +5,7 @@ A sequence has the same bits in any batch, so it has them in any part of one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,17 +27,23 @@ class PartedKind:
     parts: tuple[tuple[slice, PagedKind], ...]
 
 
-def kind_of(*args: Any, **given: Any) -> PagedKind | PartedKind:
-    whole = PagedKind(*args, **given)
-    batch, size = args[3].shape[0], 4 * whole.partial_size(whole.units)
-    if not whole.invariant or whole.rows > LARGEST_PAGED_TILE or size <= MAX_PARTIAL or batch == 1:
+def parted(kind: type[PagedKind]) -> Callable[..., PagedKind | PartedKind]:
+    """What prepares a launch: a ``kind`` of its arguments, or one for each part."""
+    return partial(_in_parts, kind)
+
+
+def _in_parts(kind: type[PagedKind], *args: Any, **given: Any) -> PagedKind | PartedKind:
+    whole = kind(*args, **given)
+    batch, size = args[-1].shape[0], 4 * whole.partial_size(whole.units)
+    cut = whole.invariant and whole.rows <= max(LARGEST_PAGED_TILE, whole.most_invariant_rows)
+    if not cut or size <= MAX_PARTIAL or batch == 1:
         return whole
     step = max(1, MAX_PARTIAL * batch // size)
     parts = []
     for first in range(0, batch, step):
         rows = slice(first, min(first + step, batch))
         own_args, own = _of_rows(rows, args, given)
-        parts.append((rows, PagedKind(*own_args, **own)))
+        parts.append((rows, kind(*own_args, **own)))
     return PartedKind(whole, tuple(parts))
 
 
@@ -59,8 +66,9 @@ def launch_in_parts(
 
 
 def _of_rows(rows: slice, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of paged attention for some sequences of the batch. Packed tokens stay where they are."""
-    q, k_cache, v_cache, block_tables, seq_lens = args
+    """The arguments of paged attention for some sequences of the batch: q, caches, tables and lengths, then the others.
+    Packed tokens stay where they are."""
+    q, *caches, block_tables, seq_lens = args
     own: dict[str, Any] = {**given, "schedule": None}
     packed = given.get("cu_seqlens_q") is not None
     if packed:
@@ -71,4 +79,4 @@ def _of_rows(rows: slice, args: tuple[Any, ...], given: dict[str, Any]) -> tuple
     for name, rank in (("tree_mask", 3), ("alibi_slopes", 2)):
         if given.get(name) is not None and given[name].dim() == rank:
             own[name] = given[name][rows]
-    return (q if packed else q[rows], k_cache, v_cache, block_tables[rows], seq_lens[rows]), own
+    return (q if packed else q[rows], *caches, block_tables[rows], seq_lens[rows]), own

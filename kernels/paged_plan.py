@@ -50,6 +50,8 @@ class PagedKind:
     """
 
     kernel: ClassVar[Any] = paged_attention_kernel  # whose parameters ``PagedPlan.numbers`` fill
+    # Rows of a list up to which a batch-invariant call cuts it, even if they fill several row tiles.
+    most_invariant_rows: ClassVar[int] = 0
 
     # Over 80 lines: 24 are the signature, 47 the table of the kernels' numbers.
     def __init__(
@@ -176,6 +178,19 @@ class PagedKind:
             plan = self._plan = self._new_plan(config, shares)
         return plan
 
+    def results(self, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tensor that kernels write, what the operator returns for it (nothing for a given ``out``), and lse."""
+        lse = q.new_empty(*self.lse_shape, dtype=torch.float32)  # sizes one by one: a tuple takes 0.5 µs more
+        if out is None:
+            out = result = q.new_empty(*self.out_shape)
+            if self.packed:
+                out.zero_()
+        else:
+            result = q.new_empty(0)
+        if self.packed:  # no program has the tokens of no sequence
+            lse.fill_(float("-inf"))
+        return out, result, lse
+
     def partial_size(self, places: int) -> int:
         """float32 elements of so many partial results: of a row the weighted sum of V, its maximum and its sum."""
         return self.axis_heads * places * self.rows * (self.value_dim + 2)
@@ -183,7 +198,9 @@ class PagedKind:
     def _new_plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
         row_tiles = triton.cdiv(self.rows, config.block_m)
         all_heads = self.lists * self.axis_heads
-        split = row_tiles == 1 or (row_tiles * all_heads < shares and not self.invariant)
+        split = row_tiles == 1 or row_tiles * all_heads < shares
+        if self.invariant:
+            split = row_tiles == 1 or self.rows <= self.most_invariant_rows
         # Row tiles and heads multiply the number of programs, so each program takes that many shares.
         coarse = min(shares, row_tiles * self.axis_heads)
         programs = triton.cdiv(shares, coarse) if split else all_heads

@@ -91,7 +91,7 @@ def process_logits(
     frequency = number.floats("frequency_penalty", frequency_penalty, -highest, highest)
     before = _Prefixes(_context(context, prompt_lens, logits), *_drafts(draft_tokens, parents, logits))
     words = _bad_words(bad_words, B, V)
-    added = _logit_bias(logit_bias, logits)
+    added = token_bias(logit_bias, logits)
 
     x = logits.to(torch.float32, copy=True)
     if V == 0 or B * T == 0:
@@ -256,8 +256,8 @@ def _words(words: Sequence[Any], V: int) -> list[list[int]]:
     return given
 
 
-def _logit_bias(logit_bias: LogitBias | None, logits: Tensor) -> Tensor | None:
-    """float32 [1 or B, 1, V]."""
+def token_bias(logit_bias: LogitBias | None, logits: Tensor) -> Tensor | None:
+    """What ``logit_bias`` of :func:`process_logits` adds to ``logits``, float32 [1 or B, 1, V], or None for nothing."""
     B, _, V = logits.shape
     if isinstance(logit_bias, Tensor):
         checks.expect_dtype("logit_bias", logit_bias, torch.float32)

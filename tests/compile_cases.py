@@ -236,6 +236,9 @@ def paged_latents(heads, batch=4, dtype=torch.bfloat16, **options):
 
     q, cache = torch.empty(batch, 1, heads, 576, dtype=dtype), torch.empty(1024, 64, 1, 576, dtype=dtype)
     tables, lens = torch.empty(batch, 128, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+    if options.pop("packed", False):
+        q = q[:, 0]
+        options |= {"cu_seqlens_q": torch.empty(batch + 1, dtype=torch.int32), "max_seqlen_q": 1}
     paged_latent_attention(q, cache, tables, lens, value_dim=512, scale=0.1, **options)
 
 
@@ -254,6 +257,12 @@ CASES += [
     CompileCase("paged-latents-bf16-16", partial(paged_latents, 16, softcap=30.0), matrix=_LATENT),
     CompileCase("paged-latents-bf16-128", partial(paged_latents, 128), matrix=_LATENT, warpgroup=_LATENT),
     CompileCase("paged-latents-fp16-128-whole", partial(paged_latents, 128, 512, torch.float16), matrix=_LATENT),
+    CompileCase(
+        "paged-latents-bf16-128-invariant",
+        partial(paged_latents, 128, packed=True, batch_invariant=True),
+        matrix=_LATENT,
+        warpgroup=_LATENT,
+    ),
     CompileCase("paged-latents-fp32-16", partial(paged_latents, 16, dtype=torch.float32)),
 ]
 

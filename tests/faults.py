@@ -435,9 +435,23 @@ FAULTS = [
     Mutation(
         "latents: the partial results of a row tile stand where those of the first one do",
         "kernels/paged_latent_attention.py",
-        "part = (axis_head * places + program + index) * num_rows + first_row",
-        "part = (axis_head * places + program + index) * num_rows",
+        "part = (axis_head * places + part) * num_rows + first_row",
+        "part = (axis_head * places + part) * num_rows",
         LATENTS,
+    ),
+    Mutation(
+        "latents: packed tokens are read from the beginning of q",
+        "kernels/paged_latent_attention.py",
+        "place = (first_token + tl.where(seeing, token, 0))",
+        "place = tl.where(seeing, token, 0)",
+        named("paged_latent", "triton", "packed"),
+    ),
+    Mutation(
+        "latents: the scale of the cache is left out of the values",
+        "kernels/paged_latent_attention.py",
+        "weight = weight * cache_scale(1.0, cache_ptr, k_scale_ptr, head * stride_k_scale)",
+        "weight = weight * 1.0",
+        named("paged_latent", "triton", "8_bits"),
     ),
     Mutation(
         "paged: appended tokens go one slot too early",

@@ -1,6 +1,7 @@
 """Ragged lists in a shuffled, poisoned pool, attention over them written out list by list, and the comparison."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +166,7 @@ def check(
     scales: tuple[float | None, float | None] | None = None,
     packed: bool = False,
     given_out: bool = False,
+    operator: Callable[..., tuple[Tensor, Tensor]] = kvops.paged_attention,
     **options,
 ) -> None:
     """Hold out, lse and scores to float64; slots that belong to no list keep their NaN.
@@ -190,7 +192,7 @@ def check(
         options["out"] = torch.full((*shape[:-2], 2 * shape[-2], shape[-1]), math.nan, dtype=q.dtype, device=q.device)[
             ..., ::2, :
         ]
-    out, lse = kvops.paged_attention(given, *(cache or lists).arguments, **options)
+    out, lse = operator(given, *(cache or lists).arguments, **options)
     assert out.dtype == q.dtype
     if given_out:
         assert out is options["out"]
@@ -199,10 +201,7 @@ def check(
         outside[real[real >= 0]] = False
         assert (out[outside].isnan() if given_out else out[outside] == 0).all()
         assert (lse[:, outside] == -math.inf).all()
-        padding = outside.nonzero()[0, 0]  # has the zeros of a token that is not real
-        out[padding] = 0
-        places = torch.where(real < 0, padding, real)
-        out, lse = out[places], lse[:, places].transpose(0, 1)
+        out, lse = unpack(real, out, lse)
     assert lse.dtype == torch.float32
     assert_accurate(out, exact[0], same[0], "out")
     assert_accurate(lse, exact[1], same[1], "lse")
@@ -231,6 +230,13 @@ def pack(q: Tensor, options: dict) -> tuple[Tensor, Tensor, dict]:
         options["query_positions"] = positions
     starts = torch.tensor(starts, dtype=torch.int32, device=q.device)
     return packed, real, options | {"cu_seqlens_q": starts, "max_seqlen_q": T}
+
+
+def unpack(real: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, T, Hq, D] and lse [B, Hq, T] of packed results: 0 and -inf where ``real`` (see ``pack``) is -1."""
+    padding = real < 0
+    out, lse = out[real.clamp(min=0)], lse[:, real.clamp(min=0)].transpose(0, 1)
+    return out.masked_fill(padding[..., None, None], 0.0), lse.masked_fill(padding[:, None], -math.inf)
 
 
 def queries(lists: Lists, group: int, num_tokens: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import re
 
 import pytest
@@ -104,6 +105,24 @@ def test_drafts_do_not_change_greedy_tokens_and_are_accepted_when_the_text_repea
     assert drafted.stats.sequence_steps < plain.stats.sequence_steps
     sampled = generate(model, prompts, max_new_tokens=40, draft="prompt_lookup", min_ngram=1, temperature=temperature)
     assert [len(tokens) for tokens in sampled.tokens] == [40, 40, 40]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("draft", [None, "prompt_lookup"])
+def test_a_bias_of_logits_steers_every_prompt_by_its_own_numbers(temperature, draft):
+    model, prompts = tiny_model(), [[5, 6, 7, 5, 6], [9, 8, 9, 8]]
+    options = {"max_new_tokens": 12, "temperature": temperature, "seed": [3, 4], "draft": draft}
+    plain = generate(model, prompts, **options).tokens
+    usual = plain[0][0]
+    first = {usual: -math.inf, 11: 3.0}
+    steered = generate(model, prompts, logit_bias=[first, None], **options).tokens
+    assert usual not in steered[0]
+    assert steered[1] == plain[1]
+    table = torch.zeros(2, TINY.vocab_size)
+    table[0, usual], table[0, 11] = -math.inf, 3.0
+    assert generate(model, prompts, logit_bias=table, **options).tokens == steered
+    always = generate(model, prompts, logit_bias={17: 1e4}, **options).tokens
+    assert always == [[17] * 12] * 2
 
 
 def test_a_sampled_prompt_does_not_depend_on_its_batch():
@@ -271,6 +290,8 @@ def test_rope_frequencies_of_llama_3_scaling_match_transformers():
         ({"draft": "magic"}, "draft: expected None, 'prompt_lookup' or a model, got 'magic'"),
         ({"temperature": [0.1, 0.2]}, "temperature: expected one number or 1"),
         ({"seed": [1, 2]}, "seed: expected one number or 1"),
+        ({"logit_bias": {97: 1.0}}, "logit_bias: expected tokens inside the vocabulary of 97, got 97"),
+        ({"logit_bias": [{1: 1.0}, None]}, "logit_bias: expected a mapping for each of 1 requests, got 2"),
         ({"tree": 2}, "tree: expected 1 without drafts, got 2"),
         ({"verification": "block"}, "verification: expected 'token' without draft or with tree > 1, got 'block'"),
         ({"verification": "block", "draft": "prompt_lookup", "tree": 2}, "verification: expected 'token'"),
@@ -294,6 +315,7 @@ def test_generate_refuses_bad_arguments_by_name(change, message):
         ({"seed": 1.5}, "seed: expected whole numbers"),
         ({"temperature": None}, "temperature: expected a number, or one for each prompt, got None"),
         ({"bad_words": [5]}, r"bad_words: expected sequences of tokens, such as \[\[17\], \[3, 5\]\], got \[5\]"),
+        ({"logit_bias": 4}, r"logit_bias: expected a mapping from tokens to numbers"),
         ({"compression": 4}, r"compression: expected a kvops.policies.Compression, such as Compression\(4\), got 4"),
         ({"compression": [4]}, r"compression: expected a kvops.policies.Compression, such as Compression\(4\), got 4"),
         ({"cache": 4}, "cache: expected a kvops.PagedKVCache, got int"),

@@ -12,6 +12,7 @@ from kvops.autotune.config import paged_attention_config
 from kvops.kernels import paged_parts, paged_plan
 from kvops.kernels.paged import positional
 from kvops.kernels.paged_attention_kernel import paged_attention_kernel
+from kvops.kernels.paged_latent_attention import LatentKind
 from kvops.ops import launches, registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's launches")
@@ -235,7 +236,8 @@ def test_batch_invariant_calls_with_large_temporaries_run_in_parts_with_the_same
         options |= {"cu_seqlens_q": torch.tensor([0, 2, 3, 5], dtype=torch.int32), "max_seqlen_q": 2, "tree_mask": None}
     else:
         options["q_lens"] = torch.tensor([2, 1, 2], dtype=torch.int32)
-    whole = paged_parts.kind_of(*given.values(), **options)
+    kind_of = paged_parts.parted(paged_plan.PagedKind)
+    whole = kind_of(*given.values(), **options)
     results = []
     for limit in (paged_parts.MAX_PARTIAL, 0, 4 * whole.partial_size(whole.units) - 1):
         monkeypatch.setattr(paged_parts, "MAX_PARTIAL", limit)
@@ -244,9 +246,31 @@ def test_batch_invariant_calls_with_large_temporaries_run_in_parts_with_the_same
         results.append((*kvops.paged_attention(**given, **options, scores=scores), scores))
     tall = {**given, "q": torch.empty(*given["q"].shape[:-2], 4 * 64, 16)}
     tall_options = {**options, "sinks": None}
-    assert isinstance(paged_parts.kind_of(*tall.values(), **tall_options), paged_plan.PagedKind)  # nothing to merge
-    parts = paged_parts.kind_of(*given.values(), **options).parts
+    assert isinstance(kind_of(*tall.values(), **tall_options), paged_plan.PagedKind)  # nothing to merge
+    parts = kind_of(*given.values(), **options).parts
     assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 2), (2, 3)]
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batch_invariant_latents_run_in_parts_with_the_same_bits(packed, monkeypatch, prepared):
+    """Two row tiles of 64 are cut too: all heads of MLA read one list."""
+    cache, tables = torch.randn(9, 16, 24), torch.randperm(9).int().view(3, 1, 3)
+    given = torch.randn(3, 1, 128, 24), cache, tables, torch.tensor([[40], [0], [33]], dtype=torch.int32)
+    options = {"value_dim": 16, "scale": 0.2, "batch_invariant": True}
+    if packed:
+        given = given[0].flatten(0, 1), *given[1:]
+        options |= {"cu_seqlens_q": torch.tensor([0, 1, 1, 2], dtype=torch.int32), "max_seqlen_q": 1}
+    kind_of = paged_parts.parted(LatentKind)
+    whole = kind_of(*given, **options)
+    results = []
+    for limit in (paged_parts.MAX_PARTIAL, 0, 4 * whole.partial_size(whole.units) - 1):
+        monkeypatch.setattr(paged_parts, "MAX_PARTIAL", limit)
+        registry.forget_launches()
+        results.append(kvops.paged_latent_attention(*given, **options))
+    assert [(rows.start, rows.stop) for rows, _ in kind_of(*given, **options).parts] == [(0, 2), (2, 3)]
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
             assert torch.equal(one, same)

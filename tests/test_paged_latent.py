@@ -1,12 +1,13 @@
 """Attention over a paged cache of latents: the values are the first columns of the keys."""
 
 import dataclasses
+import itertools
+from functools import partial
 
+import paged_lists
 import pytest
 import torch
-from oracle import assert_accurate
-from paged_lists import Lists, expected, make_lists, queries
-from rounding import rounded
+from paged_lists import Lists, make_lists, queries
 
 import kvops
 
@@ -25,15 +26,16 @@ def attend(q, lists: Lists, **options):
     return kvops.paged_latent_attention(q, *tensors, value_dim=lists.v_cache.shape[-1], scale=SCALE, **options)
 
 
-def check(q, lists: Lists, *, schedule=None, **options) -> None:
+def latents(q, cache, values, block_tables, seq_lens, **options):
+    """The operator with the arguments of paged attention."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return kvops.paged_latent_attention(q, cache, block_tables, seq_lens, value_dim=values.shape[-1], **given)
+
+
+def check(q, lists: Lists, *, cache_scale=None, **options) -> None:
     """Hold out and lse to attention in float64 over the same keys and values."""
-    exact = expected(q, lists, scale=SCALE, **options)
-    same = rounded(q.dtype, expected, q, lists, scale=SCALE, **options)
-    out, lse = attend(q, lists, schedule=schedule, **options)
-    assert out.dtype == q.dtype
-    assert lse.dtype == torch.float32
-    assert_accurate(out, exact[0], same[0], "out")
-    assert_accurate(lse, exact[1], same[1], "lse")
+    operator = partial(latents, cache_scale=cache_scale)
+    paged_lists.check(q, lists, operator=operator, scale=SCALE, **options)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,61 @@ def test_row_tiles_of_few_lists_are_cut_into_shares(backend, device):
     lists = make_latents([[700], [90]], 32, device=device)
     check(queries(lists, 40), lists)
     check(queries(lists, 10, 4), lists, schedule=kvops.paged_schedule(lists.seq_lens, 16, num_programs=23))
+
+
+@pytest.mark.parametrize("given_out", [False, True])
+@pytest.mark.parametrize(("value_dim", "group", "dtype"), [(32, 20, torch.float32), (64, 3, torch.float16)])
+def test_packed_tokens_of_decoding_and_prefill(backend, device, value_dim, group, dtype, given_out):
+    lists = make_latents([[70], [9], [0], [45], [300], [2]], value_dim, dtype=dtype, device=device)
+    q_lens = torch.tensor([1, 5, 0, 12, 1, 4], dtype=torch.int32, device=device)  # the last: more tokens than slots
+    for causal in (True, False):
+        check(queries(lists, group, 12, dtype), lists, q_lens=q_lens, packed=True, given_out=given_out, causal=causal)
+    one = torch.tensor([1, 1, 0, 1, 1, 1], dtype=torch.int32, device=device)
+    check(queries(lists, group, 1, dtype), lists, q_lens=one, packed=True, given_out=given_out)
+
+
+def test_a_result_is_written_into_what_is_given(backend, device):
+    lists = make_latents([[90], [0], [17]], 32, device=device)
+    check(queries(lists, 5, 3), lists, given_out=True)
+    check(queries(lists, 128), lists, given_out=True, batch_invariant=True)
+
+
+@pytest.mark.parametrize(("group", "num_tokens"), [(3, 1), (128, 1), (257, 2)])
+def test_a_sequence_has_the_same_bits_in_any_batch(backend, device, group, num_tokens):
+    """In one row tile, in several that are cut, and in so many that they are not (more than 512 rows)."""
+    lists = make_latents([[300], [0], [31]], 32, device=device)
+    q = queries(lists, group, num_tokens)
+    check(q, lists, batch_invariant=True)
+    out, lse = attend(q, lists, batch_invariant=True)
+    order = torch.tensor([2, 0])
+    some = dataclasses.replace(
+        lists, block_tables=lists.block_tables[order], seq_lens=lists.seq_lens[order].contiguous()
+    )
+    schedule = kvops.paged_schedule(some.seq_lens, 16, num_programs=7, batch_invariant=True)
+    for options in ({}, {"schedule": schedule}):
+        own_out, own_lse = attend(q[order], some, batch_invariant=True, **options)
+        assert torch.equal(own_out, out[order])
+        assert torch.equal(own_lse, lse[order])
+    own = dataclasses.replace(lists, block_tables=lists.block_tables[:1], seq_lens=lists.seq_lens[:1])
+    assert torch.equal(attend(q[:1], own, batch_invariant=True)[0], out[:1])
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize(("group", "dtype"), [(3, torch.float16), (40, torch.float32)])
+def test_caches_of_8_bits(backend, device, stored, group, dtype):
+    """Cut lists, whole ones (128 heads of many lists) and packed tokens, with a scale for each head or one for all."""
+    for lengths, scales in (([[300, 33], [0, 17]], (0.02, 0.07)), ([[n] for n in (5, 0, 40, 33, 1, 70)], (0.05,))):
+        lists = make_latents(lengths, 32, device=device)
+        by_slot = torch.ones(lists.k_cache.shape[:2])  # a block belongs to one head
+        for b, h in itertools.product(range(len(lengths)), range(len(scales))):
+            by_slot[lists.slots(b, h)] = scales[h]
+        by_slot = by_slot[..., None].to(device)
+        codes = paged_lists.quantise(lists.k_cache / by_slot, stored)
+        wide = dataclasses.replace(lists, k_cache=codes.float() * by_slot, v_cache=codes[..., :32].float() * by_slot)
+        given = torch.tensor(scales, device=device) if len(scales) > 1 else scales[0]
+        q_lens = torch.tensor([2, 1, 0, 2, 1, 2][: len(lengths)], dtype=torch.int32, device=device)
+        stored_lists, q = dataclasses.replace(lists, k_cache=codes), queries(lists, group, 2, dtype)
+        check(q, wide, cache=stored_lists, cache_scale=given, q_lens=q_lens, packed=len(scales) == 1)
 
 
 def test_lists_that_are_all_empty_give_zero_and_minus_infinity(backend, device):
@@ -191,7 +248,13 @@ def test_no_sequences_and_no_tokens(backend, device, shape):
         ({"q": torch.ones(2, 1, 4, 48).double()}, TypeError, r"^q: expected dtype"),
         ({"q": torch.ones(2, 1, 4, 48).half()}, TypeError, r"^q: expected the dtype of cache"),
         ({"q": torch.ones(2, 1, 48, 4).mT}, ValueError, r"^q: expected the last dimension contiguous"),
-        ({"cache": torch.ones(3, 8, 48).to(torch.float8_e4m3fn)}, TypeError, r"^cache: expected dtype"),
+        ({"cache": torch.ones(3, 8, 48).to(torch.int16)}, TypeError, r"^cache: expected dtype"),
+        ({"cache_scale": 2.0}, ValueError, r"^cache_scale: expected only with a float8 or int8 cache"),
+        (
+            {"cache": torch.ones(3, 8, 48).to(torch.int8), "cache_scale": torch.ones(2)},
+            ValueError,
+            r"^cache_scale: expected shape",
+        ),
         ({"cache": torch.ones(3, 8, 3, 48)}, ValueError, r"^block_tables: expected shape"),
         ({"block_tables": torch.ones(2, 1, 3).long()}, TypeError, r"^block_tables: expected dtype"),
         ({"block_tables": torch.ones(2, 3, 3).int()}, ValueError, r"^seq_lens: expected shape"),
@@ -201,6 +264,13 @@ def test_no_sequences_and_no_tokens(backend, device, shape):
         ({"softcap": -1.0}, ValueError, r"^softcap: expected at least 0"),
         ({"q_lens": torch.ones(3).int()}, ValueError, r"^q_lens: expected shape"),
         ({"schedule": torch.ones(2).int()}, ValueError, r"^schedule"),
+        ({"out": torch.ones(2, 1, 4, 48)}, ValueError, r"^out: expected shape .* = \[2, 1, 4, 32\]"),
+        ({"max_seqlen_q": 2}, ValueError, r"^cu_seqlens_q: expected along with max_seqlen_q"),
+        (
+            {"q": torch.ones(5, 4, 48), "cu_seqlens_q": torch.tensor([0, 3, 6]).int(), "max_seqlen_q": 3},
+            ValueError,
+            r"^cu_seqlens_q: expected ends within the 5 tokens of q, got 6",
+        ),
     ],
     ids=str,
 )

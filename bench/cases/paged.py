@@ -31,6 +31,7 @@ from bench.lists import BLOCK_SIZE, gathered_slots, heavy_tailed, in_huge_pages,
 # The page size that flash-attn 2 requires.
 _FLASH_ATTN_PAGE = 256
 _WORKSPACE = 256 << 20
+_CACHES = "k_cache", "v_cache"
 # The number of programs of a schedule: two for each multiprocessor of an H100.
 _PROGRAMS = 264
 # Enough requests for a longest list of 16 times the mean.
@@ -45,11 +46,20 @@ def _queries(inputs: Inputs, batch: int, head: int) -> Tensor:
 
 def _attend(inputs: Inputs) -> Outputs:
     cache = (inputs[name] for name in ("k_cache", "v_cache", "block_tables", "seq_lens"))
-    options = {"window_left": inputs["window"], "softcap": inputs["softcap"]}
+    options = {"window_left": inputs["window"], "softcap": inputs["softcap"], **_scales(inputs)}
     if inputs["reduce"]:
         options |= {"scores": inputs["scores"], "score_reduce": inputs["reduce"]}
     out, lse = kvops.paged_attention(inputs["q"], *cache, **options)
     return (out, lse, inputs["scores"]) if inputs["reduce"] else (out, lse)
+
+
+def _scales(inputs: Inputs) -> dict[str, float]:
+    return {} if inputs["scale"] is None else {"k_scale": inputs["scale"], "v_scale": inputs["scale"]}
+
+
+def _wide(inputs: Inputs, slots: Tensor) -> Tensor:
+    """Slots of a cache of 8 bits in the dtype of the queries; others as they are."""
+    return slots if inputs["scale"] is None else slots.to(inputs["q"].dtype) * inputs["scale"]
 
 
 def _sample(inputs: Inputs, outputs: Outputs) -> Outputs:
@@ -68,7 +78,7 @@ def _truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     parts = []
     for b, h in sampled(inputs):
         where = slots(inputs, b, h)
-        k, v = (inputs[name].flatten(0, 1)[where] for name in ("k_cache", "v_cache"))
+        k, v = (_wide(inputs, inputs[name].flatten(0, 1)[where]) for name in ("k_cache", "v_cache"))
         options = {"causal": True, "window": inputs["window"], "softcap": inputs["softcap"]}
         score_from = 0 if inputs["reduce"] else None
         part = truth.attention(_queries(inputs, b, h), k, v, dtype, score_from=score_from, **options)
@@ -94,7 +104,7 @@ def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
 
     def call() -> Outputs:
         places, _ = gathered_slots(inputs)
-        k, v = (inputs[name].flatten(0, 1)[places] for name in ("k_cache", "v_cache"))  # [B, Hkv, slots, D]
+        k, v = (_wide(inputs, inputs[name].flatten(0, 1)[places]) for name in ("k_cache", "v_cache"))
         seen = _seen(inputs, places.shape[2])
         q = inputs["q"].transpose(1, 2).unflatten(1, (Hkv, -1))  # [B, Hkv, group, T, D]
         if not softcap and not inputs["reduce"]:
@@ -115,8 +125,9 @@ def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
 
 def _contiguous(inputs: Inputs) -> Callable[[], Outputs]:
     """SDPA over a contiguous cache, which shows the cost of paging. Gathered outside the timing."""
-    if inputs["reduce"] or inputs["softcap"]:
-        raise UnavailableError("gives no scores" if inputs["reduce"] else "has no softcap")
+    for name, lacks in (("reduce", "gives no scores"), ("softcap", "has no softcap"), ("scale", "has no 8-bit cache")):
+        if inputs[name]:
+            raise UnavailableError(lacks)
     places, _ = gathered_slots(inputs)
     k, v = (in_huge_pages(inputs[name].flatten(0, 1)[places]) for name in ("k_cache", "v_cache"))
     group = inputs["q"].shape[2] // k.shape[1]
@@ -146,8 +157,8 @@ def _back(out: Tensor, batch: int) -> Tensor:
 def _flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
     import flashinfer
 
-    if inputs["reduce"]:
-        raise UnavailableError("gives no scores")
+    if inputs["reduce"] or inputs["scale"]:
+        raise UnavailableError("gives no scores" if inputs["reduce"] else "has no int8 cache")
     q = _one_head_each(inputs)
     lists, T, group, D = q.shape
     lens = inputs["seq_lens"].flatten()
@@ -173,8 +184,8 @@ def _flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
     """The same lists in pages of its own size, copied outside the timing."""
     from flash_attn import flash_attn_with_kvcache
 
-    if inputs["reduce"]:
-        raise UnavailableError("gives no scores")
+    if inputs["reduce"] or inputs["scale"]:
+        raise UnavailableError("gives no scores" if inputs["reduce"] else "has no int8 cache")
     q = _one_head_each(inputs)
     places, filled = gathered_slots(inputs)
     pages = -(-places.shape[2] // _FLASH_ATTN_PAGE)
@@ -194,10 +205,17 @@ def _flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def attention(
-    model: Model, batch: int, context: int, *, tokens: int = 1, spread: str = "ragged", reduce: str = ""
+    model: Model,
+    batch: int,
+    context: int,
+    *,
+    tokens: int = 1,
+    spread: str = "ragged",
+    reduce: str = "",
+    scale: float | None = None,
 ) -> Case:
     """``tokens`` new ones per sequence over "equal" lists of ``context``, "ragged" ones of up to it or "heavy-tailed"
-    ones of it in the mean; ``reduce``: scores out of the same pass."""
+    ones of it in the mean; ``reduce``: scores out of the same pass; ``scale``: of an int8 cache."""
     if spread == "heavy-tailed":
         lens = heavy_tailed(batch, model.kv_heads, context).clamp(min=tokens)
     else:
@@ -211,12 +229,15 @@ def attention(
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         inputs = make_lists(lens, D, device, dtype, generator)
         q = torch.randn(batch, tokens, model.heads, D, device=device, generator=generator).to(dtype)
-        options = {"window": model.window, "softcap": model.softcap, "reduce": reduce}
+        options = {"window": model.window, "softcap": model.softcap, "reduce": reduce, "scale": scale}
+        if scale is not None:
+            inputs |= {name: (inputs[name] / scale).round().clamp(-127, 127).to(torch.int8) for name in _CACHES}
         return inputs | {"q": q, "old_scores": inputs["scores"].clone()} | options
 
     shape: dict[str, int | str] = {"batch": batch, "context": context, "lengths": spread}
     shape |= {"tokens": tokens} if tokens > 1 else {}
     shape |= {"window": model.window} if model.window >= 0 else {}
+    shape |= {} if scale is None else {"cache": "int8"}
     return Case(
         op="paged_attention",
         model=model.name,
@@ -227,7 +248,11 @@ def attention(
         sample=_sample,
         reset=(lambda inputs: inputs["scores"].copy_(inputs["old_scores"])) if reduce else None,
         flops=4 * seen * model.group * D,
-        bytes=lambda size: 2 * (slots_read + rows) * D * size + 4 * rows + (8 * slots_read if reduce else 0),
+        bytes=lambda size: (
+            2 * (slots_read * (size if scale is None else 1) + rows * size) * D
+            + 4 * rows
+            + (8 * slots_read if reduce else 0)
+        ),
         peers=(
             Peer("gather + SDPA", _gathered),
             Peer("SDPA, contiguous cache", _contiguous),
@@ -380,6 +405,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield attention(scale.model(model), batches[-1], scale.contexts[0])
     yield attention(llama, batches[-1], scale.contexts[0], tokens=8)
     yield attention(llama, batches[-1], scale.contexts[0], reduce="sum")
+    yield attention(llama, batches[-1], scale.contexts[0], scale=1 / 32)
     # As many slots equal and as after compressing the longest context eightfold with heads that compete.
     mean = min(8192, longest // 8)
     yield attention(llama, _MANY, mean, spread="equal")

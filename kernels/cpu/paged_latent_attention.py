@@ -19,10 +19,11 @@ def _prepare(
     seq_lens: torch.Tensor,
     *,
     value_dim: int,
+    cache_scale: torch.Tensor | None = None,
     **options: Any,
 ) -> Callable[..., Results]:
     launch: Callable[..., Results] = paged_attention.prepare(  # type: ignore[attr-defined]
-        q, cache, cache[..., :value_dim], block_tables, seq_lens, **options
+        q, cache, cache[..., :value_dim], block_tables, seq_lens, k_scale=cache_scale, v_scale=cache_scale, **options
     )
     return launch
 
@@ -36,7 +37,9 @@ def paged_latent_attention(
     seq_lens: torch.Tensor,
     *,
     value_dim: int,
+    cache_scale: torch.Tensor | None = None,
     **options: Any,
 ) -> Results:
     """See :func:`kvops.paged_latent_attention`."""
+    options |= {"k_scale": cache_scale, "v_scale": cache_scale}
     return attend(q, cache, cache[..., :value_dim], block_tables, seq_lens, **options)

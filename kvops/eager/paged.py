@@ -324,6 +324,11 @@ def paged_latent_attention(
     causal: bool = True,
     softcap: float = 0.0,
     schedule: Tensor | None = None,
+    batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    out: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvops.paged_latent_attention`: the first columns of the keys are the values."""
     return paged_attention(
@@ -336,4 +341,9 @@ def paged_latent_attention(
         causal=causal,
         scale=scale,
         softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        out=out,
+        k_scale=cache_scale,
+        v_scale=cache_scale,
     )

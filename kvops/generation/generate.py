@@ -22,7 +22,7 @@ from kvops.generation.sampler import Sampler
 from kvops.generation.speculation import make_drafter
 from kvops.generation.stats import GenerationStats
 from kvops.policies import Compression
-from kvops.sampling import BadWords
+from kvops.sampling import BadWords, LogitBias
 
 __all__ = ["Generation", "GenerationOptions", "GenerationStats", "generate", "stream"]
 
@@ -49,6 +49,7 @@ def stream(
     presence_penalty: float | Sequence[float] | None = None,
     frequency_penalty: float | Sequence[float] | None = None,
     bad_words: BadWords = (),
+    logit_bias: LogitBias | None = None,
     stop_tokens: Sequence[int] = (),
     compression: Compression | Sequence[Compression | None] | None = None,
     draft: Literal["prompt_lookup"] | Decoder | None = None,
@@ -94,6 +95,7 @@ def generate(
     presence_penalty: float | Sequence[float] | None = None,
     frequency_penalty: float | Sequence[float] | None = None,
     bad_words: BadWords = (),
+    logit_bias: LogitBias | None = None,
     stop_tokens: Sequence[int] = (),
     compression: Compression | Sequence[Compression | None] | None = None,
     draft: Literal["prompt_lookup"] | Decoder | None = None,

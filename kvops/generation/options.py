@@ -10,7 +10,7 @@ from typing import Any, Literal
 from kvops import checks
 from kvops.generation.passes import Decoder
 from kvops.policies import Compression
-from kvops.sampling import BadWords
+from kvops.sampling import BadWords, LogitBias
 
 PerPrompt = float | Sequence[float] | None
 """One number for all prompts, or one for each."""
@@ -33,6 +33,8 @@ class GenerationOptions:
             :func:`kvops.process_logits`; one number, or one for each prompt. They apply to a drafting model and to
             every position of a draft as they would without drafts.
         bad_words: token sequences that are never generated, for all prompts, or one list of them for each prompt.
+        logit_bias: what is added to the logits of tokens, as in :func:`kvops.process_logits`: ``{17: -2.5}`` for all
+            prompts, one such mapping (or None) for each, or a float32 tensor ``[V]`` or ``[B, V]``.
         stop_tokens: a prompt ends after any of these tokens.
         compression: how the cache is compressed: one for all prompts, or one for each. None keeps the whole cache.
         draft: the source of drafts of up to ``num_draft`` tokens. One pass of the model verifies a draft. Sampled
@@ -58,6 +60,7 @@ class GenerationOptions:
     presence_penalty: float | Sequence[float] | None = None
     frequency_penalty: float | Sequence[float] | None = None
     bad_words: BadWords = ()
+    logit_bias: LogitBias | None = None
     stop_tokens: Sequence[int] = ()
     compression: Compression | Sequence[Compression | None] | None = None
     draft: Literal["prompt_lookup"] | Decoder | None = None

@@ -13,7 +13,7 @@ from kvops import checks
 from kvops.generation.options import GenerationOptions
 from kvops.generation.passes import Decoder
 from kvops.ops.verify import verify_draft
-from kvops.sampling import BadWords, process_logits
+from kvops.sampling import BadWords, LogitBias, process_logits, token_bias
 
 # Drafts are sampled with another seed. With the seed of the verification, the same noise would decide twice.
 _DRAFTER_KEY = 0x6A09E667F3BCC908
@@ -26,7 +26,7 @@ class Sampler:
         batch, vocab, device: the number of requests, and the vocabulary and the device of the model.
         prompt_lens: the length of each request's prompt.
         temperature, seed: one number, or one for each request (one seed grows by 1 from request to request).
-        bad_words: as in :func:`kvops.process_logits`.
+        bad_words, logit_bias: as in :func:`kvops.process_logits`.
         filters: the other filters of :func:`kvops.process_logits` by name: a number, one for each request, or None.
 
     Raises ValueError for numbers out of range. The message begins with the argument's name.
@@ -42,6 +42,7 @@ class Sampler:
         temperature: float | Sequence[float],
         seed: int | Sequence[int],
         bad_words: BadWords = (),
+        logit_bias: LogitBias | None = None,
         filters: Mapping[str, float | Sequence[float] | None] | None = None,
     ) -> None:
         heat = one_each("temperature", temperature, batch)
@@ -66,6 +67,9 @@ class Sampler:
         if bad_words:
             process_logits(logits.expand(batch, 1, vocab), bad_words=bad_words)
             self._filters["bad_words"] = bad_words
+        added = token_bias(logit_bias, logits.expand(batch, 1, vocab).to(device))
+        if added is not None:
+            self._filters["logit_bias"] = added[0, 0] if len(added) == 1 else added[:, 0]
         self.needs_text = bool(bad_words) or any("penalty" in name for name in self._filters)
         if self.needs_text:
             self._filters["prompt_lens"] = prompt_lens
@@ -82,6 +86,7 @@ class Sampler:
             temperature=options.temperature,
             seed=options.seed,
             bad_words=options.bad_words,
+            logit_bias=options.logit_bias,
             filters=options.filters,
         )
 

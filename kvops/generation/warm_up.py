@@ -139,4 +139,9 @@ def stand_in(model: Llama, longest: int) -> Llama:
 
 # What pickle raises for lambdas and local classes, by version of Python.
 _NOT_PICKLED = (AttributeError, TypeError, pickle.PicklingError)
-_PER_PROMPT = {field.name for field in dataclasses.fields(GenerationOptions)} - {"bad_words", "stop_tokens", "draft"}
+_PER_PROMPT = {field.name for field in dataclasses.fields(GenerationOptions)} - {
+    "bad_words",
+    "logit_bias",
+    "stop_tokens",
+    "draft",
+}

@@ -74,16 +74,28 @@ def _check_cache(
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.expect_last_contiguous(name, tensor)
         checks.expect_same_device(name, tensor, reference_name, reference)
-    for name, value, cache in (("k_scale", k_scale, k_cache), ("v_scale", v_scale, v_cache)):
-        if value is None:
-            continue
-        if cache.dtype not in checks.QUANTISED_DTYPES:
-            raise ValueError(f"{name}: expected only with a float8 or int8 {name[0]}_cache, got {cache.dtype}")
-        checks.expect_dtype(name, value, torch.float32)
-        if value.dim() != 0:
-            checks.expect_shape(name, value, "[heads]", num_heads)
-        checks.expect_same_device(name, value, reference_name, reference)
+    check_scale("k_scale", k_scale, "k_cache", k_cache, num_heads, reference_name, reference)
+    check_scale("v_scale", v_scale, "v_cache", v_cache, num_heads, reference_name, reference)
     return num_heads
+
+
+def check_scale(
+    name: str,
+    scale: Tensor | None,
+    cache_name: str,
+    cache: Tensor,
+    num_heads: int,
+    reference_name: str,
+    reference: Tensor,
+) -> None:
+    if scale is None:
+        return
+    if cache.dtype not in checks.QUANTISED_DTYPES:
+        raise ValueError(f"{name}: expected only with a float8 or int8 {cache_name}, got {cache.dtype}")
+    checks.expect_dtype(name, scale, torch.float32)
+    if scale.dim() != 0:
+        checks.expect_shape(name, scale, "[heads]", num_heads)
+    checks.expect_same_device(name, scale, reference_name, reference)
 
 
 def _check_slots(name: str, value: Tensor, k_cache: Tensor, dtype: torch.dtype, *, shared: bool = False) -> None:
@@ -140,7 +152,7 @@ def _check_positions(
         checks.expect_same_device(token_name, token_positions, reference_name, reference)
 
 
-def _check_packed(
+def check_packed(
     name: str,
     tokens: Tensor,
     layout: str,
@@ -192,7 +204,7 @@ def check_append(
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
 ) -> None:
-    batch, _ = _check_packed("k", k, "heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
+    batch, _ = check_packed("k", k, "heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
     checks.expect_dtype("k", k, *checks.FLOAT_DTYPES)
     checks.expect_last_contiguous("k", k)
     num_heads = _check_cache(
@@ -265,7 +277,7 @@ def check_attention(
     score_last: int = -1,
     score_decays: Tensor | None = None,
 ) -> None:
-    B, T = _check_packed("q", q, "query_heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
+    B, T = check_packed("q", q, "query_heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
     checks.expect_dtype("q", q, *checks.FLOAT_DTYPES)
     checks.expect_last_contiguous("q", q)
     num_heads = _check_cache(
@@ -296,12 +308,7 @@ def check_attention(
     check_slopes(alibi_slopes, B, q)
     if tree_mask is not None:
         _check_tree_mask(tree_mask, q, B, T)
-    if out is not None:
-        checks.expect_dtype("out", out, q.dtype)
-        layout = "[batch, tokens, query_heads, value_dim]" if q.dim() == 4 else "[tokens, query_heads, value_dim]"
-        checks.expect_shape("out", out, layout, *q.shape[:-1], v_cache.shape[-1])
-        checks.expect_last_contiguous("out", out)
-        checks.expect_same_device("out", out, "q", q)
+    check_out(out, q, v_cache.shape[-1])
     checks.expect_choice("score_reduce", score_reduce, REDUCTIONS)
     checks.expect_at_least("score_decay", score_decay, 0.0)
     checks.expect_finite("score_decay", score_decay)
@@ -321,6 +328,16 @@ def check_attention(
         check_tables_data(k_cache, block_tables, seq_lens)
         if schedule is not None:
             check_schedule_data(schedule, seq_lens, k_cache.shape[1], batch_invariant)
+
+
+def check_out(out: Tensor | None, q: Tensor, value_dim: int) -> None:
+    if out is None:
+        return
+    checks.expect_dtype("out", out, q.dtype)
+    layout = "[batch, tokens, query_heads, value_dim]" if q.dim() == 4 else "[tokens, query_heads, value_dim]"
+    checks.expect_shape("out", out, layout, *q.shape[:-1], value_dim)
+    checks.expect_last_contiguous("out", out)
+    checks.expect_same_device("out", out, "q", q)
 
 
 def check_given_schedule(schedule: Tensor, lists: int, reference_name: str, reference: Tensor) -> None:

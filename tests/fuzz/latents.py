@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from paged_lists import expected, make_lists
+from paged_lists import expected, make_lists, pack, unpack
 from rounding import rounded
 
 import kvops
@@ -31,6 +31,8 @@ class Case:
     softcap: float = 0.0
     programs: int = 0  # of a schedule
     layout: str = ""  # of q
+    packed: bool = False
+    invariant: bool = False
 
 
 def draw(r: Random) -> Case:
@@ -50,6 +52,8 @@ def draw(r: Random) -> Case:
         softcap=often(r, 0.0, 2.0, 30.0),
         programs=often(r, 0, 1, 3, 20),
         layout=often(r, "", "padded", "transposed"),
+        packed=r.random() < 0.3,
+        invariant=r.random() < 0.3,
     )
 
 
@@ -68,8 +72,16 @@ def check(case: Case) -> None:
     with backend(case.backend):
         schedule = None
         if case.programs:
-            schedule = kvops.paged_schedule(lists.seq_lens, case.block_size, num_programs=case.programs)
+            schedule = kvops.paged_schedule(
+                lists.seq_lens, case.block_size, num_programs=case.programs, batch_invariant=case.invariant
+            )
+        real = None
+        if case.packed:
+            q, real, options = pack(q, options)
         tensors = q, lists.k_cache, lists.block_tables, lists.seq_lens
-        out, lse = kvops.paged_latent_attention(*tensors, value_dim=case.value_dim, schedule=schedule, **options)
+        options |= {"schedule": schedule, "batch_invariant": case.invariant}
+        out, lse = kvops.paged_latent_attention(*tensors, value_dim=case.value_dim, **options)
+    if real is not None:
+        out, lse = unpack(real, out, lse)
     close(out, exact[0], same[0], "out")
     close(lse, exact[1], same[1], "lse")
