@@ -39,13 +39,17 @@ def slope_stride(alibi_slopes: torch.Tensor | None) -> int:
 
 
 def bias_arguments(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
-    """The bias of dense attention, with a mask as uint8, and its strides over [batch, heads, seqlen_q, seqlen_k]: 0
-    where it is the same for all. All None without a bias: the kernels then compile without it."""
+    """The bias, with a mask as uint8, and its strides over [batch, heads, seqlen_q, seqlen_k], or over the same batch,
+    heads, all packed queries and the keys of a sequence: 0 where it is the same for all. All None without a bias: the
+    kernels then compile without it."""
     if bias is None:
         return (None,) * 5
     if bias.dtype == torch.bool:
         bias = bias.view(torch.uint8)
-    return bias, *bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
+    if q.dim() == 4:
+        return bias, *bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).stride()
+    bias = bias[(None,) * (3 - bias.dim())]
+    return bias, 0, *bias.expand(q.shape[1], q.shape[0], bias.shape[2] if bias.shape[2] != 1 else 2).stride()
 
 
 def dropout_arguments(dropout_p: float, dropout_seed: torch.Tensor | None) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvops.kernels.dense import bias_arguments, padded, row_strides, slope_stride, token_strides
+from kvops.kernels.dense import bias_arguments, longest, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_backward import Backward, prepare
 from kvops.kernels.flash_tiles import (
@@ -20,6 +20,7 @@ from kvops.kernels.flash_tiles import (
     in_window,
     probabilities,
     row_products,
+    sequence_tokens,
 )
 from kvops.kernels.primitives import load_rows
 
@@ -103,6 +104,8 @@ def flash_backward_bias_kernel(
     bias_ptr,
     dbias_ptr,
     slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     seed_ptr,
     stride_qb,
     stride_qm,
@@ -176,6 +179,21 @@ def flash_backward_bias_kernel(
         place = place // heads
     first_batch = place
     end_batch = batches if SUM_BATCHES else place + 1
+    if cu_seqlens_q_ptr is not None:
+        first_q, seqlen_q = sequence_tokens(cu_seqlens_q_ptr, place, seqlen_q)
+        first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, place, seqlen_k)
+        offset = seqlen_k - seqlen_q
+        end_m = tl.minimum(end_m, seqlen_q)
+        end_n = tl.minimum(end_n, seqlen_k)
+        q_ptr += first_q * stride_qm
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
+        dout_ptr += first_q * stride_dom
+        lse_log2_ptr += first_q
+        delta_ptr += first_q
+        bias_ptr += first_q * stride_bias_m
+        if not SUM_ROWS:
+            dbias_ptr += first_q * stride_dbias_m
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for entry in tl.range(first_batch, end_batch):
@@ -188,13 +206,13 @@ def flash_backward_bias_kernel(
             for start_m in tl.range(first_m, end_m, BLOCK_M):
                 for start_n in tl.range(first_n, end_n, BLOCK_N):
                     # The distances of the last query to the first key, and of the first query to the last key.
-                    longest = start_m + BLOCK_M - 1 + offset - start_n
-                    shortest = start_m + offset - (start_n + BLOCK_N - 1)
+                    farthest = start_m + BLOCK_M - 1 + offset - start_n
+                    nearest = start_m + offset - (start_n + BLOCK_N - 1)
                     seen = start_m < end_m
                     if HAS_LEFT:
-                        seen = seen & (shortest <= window_left)
+                        seen = seen & (nearest <= window_left)
                     if HAS_RIGHT:
-                        seen = seen & (longest >= -window_right)
+                        seen = seen & (farthest >= -window_right)
                     if seen:
                         total = _tile_gradient(
                             total,
@@ -262,19 +280,68 @@ def flash_bias_backward(
     return launch_bias(call, bias)
 
 
-def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
-    """The gradient in the shape and dtype of ``bias``."""
-    sizes = call.batch, call.q.shape[2], call.seqlen_q, call.seqlen_k
-    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    same = [own == 1 < size for own, size in zip(shape, sizes, strict=True)]
+def flash_bias_backward_varlen(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launch the kernel on packed sequences; see ``kvops.flash_attention_varlen_bias_backward``."""
+    call = prepare(
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+        cu_seqlens_q.shape[0] - 1, longest(max_seqlen_q, q), longest(max_seqlen_k, k),
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias, dropout_p, dropout_seed,
+    )  # fmt: skip
+    return launch_bias(call, bias)
+
+
+def _stored(call: Backward, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[bool, ...], list[int], list[int]]:
+    """How the gradient of a bias of ``shape`` is made: sizes, over which of them a program sums, their numbers of
+    parts, and the shape in which the results are stored.
+
+    Packed sequences count as batch entries that own rows of one matrix [total_q, max_seqlen_k]; a sum over all rows has
+    a result for each sequence.
+    """
+    sizes = call.batch, call.q.shape[-2], call.seqlen_q, call.seqlen_k
+    packed = call.cu_seqlens_q is not None
+    whole = (1, sizes[1], call.q.shape[0], max(shape[3], sizes[3])) if packed else sizes
+    same = [own == 1 < size for own, size in zip(shape, whole, strict=True)]
     matrix = not (same[2] or same[3])
     sums = same[0] and matrix, same[1] and matrix, same[2], same[3]
-    stored = [1 if summed else size for summed, size in zip(sums, sizes, strict=True)]
+    parts = [1 if summed else size for summed, size in zip(sums, sizes, strict=True)]
+    stored = [1 if summed else size for summed, size in zip(sums, whole, strict=True)]
+    if packed and same[2]:
+        stored[0] = call.batch
+    return sizes, sums, parts, stored
+
+
+def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
+    """The gradient in the shape and dtype of ``bias``."""
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    sizes, sums, parts, stored = _stored(call, shape)
     dbias = torch.zeros(stored, dtype=torch.float32, device=bias.device)
+    strides = (dbias.stride(0) if stored[0] == parts[0] else 0, *dbias.stride()[1:3])
     head_dim, head_dim_v = call.q.shape[-1], call.v.shape[-1]
     width = max(padded(head_dim), padded(head_dim_v))
     block_m, block_n, warps = _tile(width, call.q.element_size(), call.dropout[0] is not None)
-    programs = stored[0] * stored[1] * triton.cdiv(stored[2], block_m) * triton.cdiv(stored[3], block_n)
+    programs = parts[0] * parts[1] * triton.cdiv(parts[2], block_m) * triton.cdiv(parts[3], block_n)
     if programs > 0 and all(sizes):
         flash_backward_bias_kernel[(programs,)](
             call.q,
@@ -286,6 +353,8 @@ def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
             bias,
             dbias,
             call.alibi_slopes,
+            call.cu_seqlens_q,
+            call.cu_seqlens_k,
             call.dropout[0],
             *token_strides(call.q),
             *token_strides(call.k),
@@ -293,7 +362,7 @@ def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
             *token_strides(call.dout),
             *row_strides(call.delta),
             *bias_arguments(bias, call.q, call.k)[1:],
-            *dbias.stride()[:3],
+            *strides,
             slope_stride(call.alibi_slopes),
             *sizes,
             call.window_left,
@@ -301,7 +370,7 @@ def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
             call.scale,
             call.softcap,
             *call.dropout[1:],
-            GROUP=call.q.shape[2] // call.k.shape[2],
+            GROUP=call.q.shape[-2] // call.k.shape[-2],
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
             HAS_LEFT=call.window_left >= 0,

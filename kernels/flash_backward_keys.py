@@ -123,7 +123,7 @@ def flash_backward_keys_kernel(
         deltah_ptr = delta_ptr + head * stride_lh
         biash_ptr = None
         if bias_ptr is not None:
-            biash_ptr = bias_ptr + batch * stride_bias_b + head * stride_bias_h
+            biash_ptr = bias_ptr + batch * stride_bias_b + head * stride_bias_h + first_q * stride_bias_m
         seed, plane = dropout_of_head(seed_ptr, batch, kv_heads * GROUP, head)
         # One loop with a branch around the mask: two loops spill at this tile, and fit one of half as many queries.
         for start_m in tl.range(start, end, BLOCK_M):

@@ -81,6 +81,7 @@ def flash_backward_varlen(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -90,7 +91,7 @@ def flash_backward_varlen(
     call = prepare(
         dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
         cu_seqlens_q.shape[0] - 1, longest(max_seqlen_q, q), longest(max_seqlen_k, k),
-        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, None, dropout_p, dropout_seed,
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dlse, bias, dropout_p, dropout_seed,
     )  # fmt: skip
     launch_keys(call, dk, dv)
     launch_queries(call, dq)

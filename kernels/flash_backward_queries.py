@@ -163,6 +163,7 @@ def flash_backward_queries_kernel(
     if cu_seqlens_q_ptr is not None:  # noqa: SIM102 - asked of dense inputs, it spills float32 (sm_80)
         if start_m >= seqlen_q:
             return
+    first_row = first_q
     first_q += start_m
     q_ptr += batch * stride_qb + head * stride_qh + first_q * stride_qm
     dout_ptr += batch * stride_dob + head * stride_doh + first_q * stride_dom
@@ -172,7 +173,7 @@ def flash_backward_queries_kernel(
     v_ptr += batch * stride_vb + head // GROUP * stride_vh + first_k * stride_vn
     slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
     if bias_ptr is not None:
-        bias_ptr += batch * stride_bias_b + head * stride_bias_h
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h + first_row * stride_bias_m
     seed, plane = dropout_of_head(seed_ptr, batch, heads, head)
 
     rows = tl.arange(0, BLOCK_M)

@@ -225,6 +225,7 @@ def flash_forward_kernel(
     first_k, seqlen_k = sequence_tokens(cu_seqlens_k_ptr, batch, seqlen_k)
     if start_m >= seqlen_q:
         return
+    first_row = first_q
     first_q += start_m
     q_ptr += batch * stride_qb + head * stride_qh + first_q * stride_qm
     k_ptr += batch * stride_kb + head // GROUP * stride_kh + first_k * stride_kn
@@ -233,7 +234,7 @@ def flash_forward_kernel(
     lse_ptr += batch * stride_lb + head * stride_lh + first_q
     slope = alibi_slope(slopes_ptr, batch, head, stride_slopes_b)
     if bias_ptr is not None:
-        bias_ptr += batch * stride_bias_b + head * stride_bias_h
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h + first_row * stride_bias_m
     seed, plane = dropout_of_head(seed_ptr, batch, heads, head)
 
     rows = tl.arange(0, BLOCK_M)
@@ -353,6 +354,7 @@ def flash_forward_varlen(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -365,7 +367,9 @@ def flash_forward_varlen(
         "gluon_flash_forward_varlen",
         current_device(),
         *problem,
-        refusal=lambda: _hopper().launchable(q, k, v, scale=scale, alibi_slopes=alibi_slopes, dropout_p=dropout_p),
+        refusal=lambda: _hopper().launchable(
+            q, k, v, scale=scale, alibi_slopes=alibi_slopes, bias=bias, dropout_p=dropout_p
+        ),
     )
     if proven is not None:
         return _hopper().launch(
@@ -377,7 +381,7 @@ def flash_forward_varlen(
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
     _launch(
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, problem, batch, max_seqlen_q, max_seqlen_k,
-        window_left, window_right, scale, softcap, sinks, alibi_slopes, None,
+        window_left, window_right, scale, softcap, sinks, alibi_slopes, bias,
         dropout_arguments(dropout_p, dropout_seed),
     )  # fmt: skip
     return out, lse

@@ -21,7 +21,11 @@ from kvops.ops.merge import merge_attention, merge_attention_backward
 from kvops.ops.paged import paged_append, paged_attention, paged_schedule
 from kvops.ops.registry import backend
 from kvops.ops.scores import attention_scores, attention_scores_varlen
-from kvops.ops.varlen import flash_attention_varlen, flash_attention_varlen_backward
+from kvops.ops.varlen import (
+    flash_attention_varlen,
+    flash_attention_varlen_backward,
+    flash_attention_varlen_bias_backward,
+)
 from kvops.ops.verify import prompt_lookup, verify_draft
 from kvops.ops.verify_tree import tree_mask, verify_tree
 from kvops.ops.verify_varlen import verify_draft_varlen, verify_tree_varlen
@@ -58,6 +62,7 @@ __all__ = [
     "flash_attention_bias_backward",
     "flash_attention_varlen",
     "flash_attention_varlen_backward",
+    "flash_attention_varlen_bias_backward",
     "merge_attention",
     "merge_attention_backward",
     "nn",

@@ -454,8 +454,20 @@ def flash_attention_packed(dtype=torch.float16, head_dim=64, **options):
         attention_scores_varlen(q, k, lse, *lengths, causal=True)
 
 
+def flash_attention_packed_bias():
+    from kvops.kernels.flash_backward_bias import flash_bias_backward_varlen
+
+    bias = torch.empty(16, 8192, 4096, dtype=torch.bfloat16)
+    flash_attention_packed(torch.bfloat16, 128, bias=bias)
+    q = torch.empty(8192, 16, 128, dtype=torch.bfloat16)
+    k, v = torch.empty(2, 8192, 4, 128, dtype=torch.bfloat16)
+    lengths = (torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int32), 4096, 4096)
+    flash_bias_backward_varlen(q, q, k, v, q, torch.empty(16, 8192), bias, *lengths, causal=True)
+
+
 CASES += [
     CompileCase("flash-packed-fp16-d64", flash_attention_packed, matrix=FLASH_KERNELS),
+    CompileCase("flash-packed-bias-d128", flash_attention_packed_bias, matrix=BIAS_KERNELS, targets=SOME),
     CompileCase(
         "flash-packed-dropout-d128",
         partial(flash_attention_packed, torch.bfloat16, 128, **DROPOUT),

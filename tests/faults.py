@@ -219,6 +219,27 @@ FAULTS = [
         "target += (ds * 0.5).flatten(1, 2).sum_to_size(target.shape)",
         named("attention_bias", "agrees", "eager"),
     ),
+    Mutation(
+        "packed: every sequence reads the bias of the first rows",
+        "kernels/flash_forward.py",
+        "head * stride_bias_h + first_row * stride_bias_m",
+        "head * stride_bias_h",
+        named("varlen_bias", "agrees", "triton"),
+    ),
+    Mutation(
+        "packed: the gradient of a bias goes to the first rows",
+        "kernels/flash_backward_bias.py",
+        "dbias_ptr += first_q * stride_dbias_m",
+        "dbias_ptr += 0",
+        named("varlen_bias", "agrees", "triton"),
+    ),
+    Mutation(
+        "packed, eager: the bias of other rows",
+        "kvops/eager/varlen.py",
+        "        rows if bias.shape[1] > 1 else slice(None),\n",
+        "        slice(rows.stop - rows.start) if bias.shape[1] > 1 else slice(None),\n",
+        named("varlen_bias", "agrees", "eager"),
+    ),
     # Dropout
     Mutation(
         "dropout: the words of a block serve its keys in another order",

@@ -106,6 +106,18 @@ def flash_backward_bias():
     return Call(flash_bias_backward, OPS.flash_attention_bias_backward, args, {"causal": True}, 3e-2)
 
 
+@case
+def flash_backward_packed_bias():
+    """Both sequences have a matrix of their own, and there are tokens behind them."""
+    from kvops.kernels.flash_backward_bias import flash_bias_backward_varlen
+
+    dout, q, k, v, out, _ = (x[0] for x in _backward_arguments(length=80))
+    ends, bias = torch.tensor([0, 33, 33, 70], dtype=torch.int32), torch.randn(2, 80, 40).half()
+    out, lse = OPS.flash_attention_varlen(q, k, v, ends, ends, 40, 40, bias=bias)
+    args = dout, q, k, v, out, lse, bias, ends, ends, 40, 40
+    return Call(flash_bias_backward_varlen, OPS.flash_attention_varlen_bias_backward, args, {}, 3e-2)
+
+
 DROPOUT = {"dropout_p": 0.3, "dropout_seed": torch.tensor([-(2**40) + 5])}
 
 

@@ -22,11 +22,14 @@ flash_attention_backward(dout, q, k, v, out, lse, *, causal=False, window_left=-
 flash_attention_bias_backward(dout, q, k, v, out, lse, bias, *, causal=False, window_left=-1, window_right=-1,
     scale=None, softcap=0.0, alibi_slopes=None, dlse=None, dropout_p=0.0, dropout_seed=None) -> (dbias)
 flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False,
-    window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None, dropout_p=0.0,
+    window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None, bias=None, dropout_p=0.0,
     dropout_seed=None) -> (out, lse)
 flash_attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
     causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, sinks=None, alibi_slopes=None, dlse=None,
-    dropout_p=0.0, dropout_seed=None) -> (dq, dk, dv, dsinks)
+    bias=None, dropout_p=0.0, dropout_seed=None) -> (dq, dk, dv, dsinks)
+flash_attention_varlen_bias_backward(dout, q, k, v, out, lse, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+    max_seqlen_k, *, causal=False, window_left=-1, window_right=-1, scale=None, softcap=0.0, alibi_slopes=None,
+    dlse=None, dropout_p=0.0, dropout_seed=None) -> (dbias)
 merge_attention(out_a, lse_a, out_b, lse_b) -> (out, lse)
 merge_attention_backward(dout, out_a, lse_a, out_b, lse_b, *, dlse=None) -> (dout_a, dlse_a, dout_b, dlse_b)
 paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, positions=None!, token_positions=None,
@@ -145,7 +148,8 @@ def attention_scores():
 def packed():
     lengths = int32(0, 2, 5), int32(0, 4, 7), 3, 4
     q, k, v = torch.randn(5, HQ, D), torch.randn(7, HKV, D), torch.randn(7, HKV, DV)
-    return (q, k, v), lengths, {"causal": True, "window_right": 2, "sinks": torch.randn(HQ)} | dropout()
+    keywords = {"causal": True, "window_right": 2, "sinks": torch.randn(HQ), "bias": torch.randn(HQ, 5, 1)}
+    return (q, k, v), lengths, keywords | dropout()
 
 
 def flash_attention_varlen():
@@ -159,10 +163,16 @@ def flash_attention_varlen_backward():
     return (torch.randn_like(out), *inputs, out, lse, *lengths), {**keywords, "dlse": torch.randn_like(lse)}
 
 
+def flash_attention_varlen_bias_backward():
+    args, keywords = flash_attention_varlen_backward()
+    del keywords["sinks"]
+    return (*args[:6], keywords.pop("bias"), *args[6:]), keywords
+
+
 def attention_scores_varlen():
     (q, k, v), lengths, keywords = packed()
     _, lse = torch.ops.kvops.flash_attention_varlen(q, k, v, *lengths, **keywords)
-    for name in ("sinks", *dropout()):
+    for name in ("sinks", "bias", *dropout()):
         del keywords[name]
     return (q, k, lse, *lengths), {**keywords, "query_start": 1, "reduce": "max", "group": "mean"}
 
@@ -256,6 +266,7 @@ SAMPLES = {
         flash_attention_bias_backward,
         flash_attention_varlen,
         flash_attention_varlen_backward,
+        flash_attention_varlen_bias_backward,
         merge_attention,
         merge_attention_backward,
         attention_scores_varlen,

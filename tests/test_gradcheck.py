@@ -53,8 +53,9 @@ def test_a_bias(name, shape):
     check_attention(attention.flash_attention, backwards, (), SCORINGS[name], q, k, v, None, leaf(*shape))
 
 
+@pytest.mark.parametrize("shape", [None, (2, 8, 3), (1, 8, 3), (2, 1, 3), (8, 1), ()], ids=str)
 @pytest.mark.parametrize("name", SCORINGS)
-def test_packed_attention(name):
+def test_packed_attention(name, shape):
     """Sequences of 2, 0, 3 and 2 queries with 3, 2, 1 and 0 keys, and a token after the last one."""
     slopes = torch.tensor([[0.3, 0.1]] * 4, dtype=torch.float64) if "slopes" in name else None
     cu_seqlens_q, cu_seqlens_k = torch.tensor([0, 2, 2, 5, 7]).int(), torch.tensor([0, 3, 5, 6, 6]).int()
@@ -62,13 +63,14 @@ def test_packed_attention(name):
     layout = cu_seqlens_q, cu_seqlens_k, 3, 3
     check_attention(
         varlen.flash_attention_varlen,
-        (varlen.flash_attention_varlen_backward, None),
+        (varlen.flash_attention_varlen_backward, varlen.flash_attention_varlen_bias_backward),
         layout,
         SCORINGS[name],
         q,
         k,
         v,
         slopes,
+        None if shape is None else leaf(*shape),
     )
 
 

@@ -409,12 +409,13 @@ def flash_attention_bias_backward(
     dlse: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    first_entry: int = 0,
     **window: Any,
 ) -> Tensor:
     """See :func:`kvops.flash_attention_bias_backward`."""
     dtype = compute_dtype(q.dtype)
     visible = Window.of(q.shape[1], v.shape[1], **window)
-    dropout = _dropout(dropout_p, dropout_seed, 0)
+    dropout = _dropout(dropout_p, dropout_seed, first_entry)
     call = _Attention(q, k, v, visible, default_scale(scale, q.shape[3]), softcap, alibi_slopes, bias, dropout)
     delta = _delta(dout, out, lse, dlse, dtype)
     dbias = torch.zeros(bias.shape, dtype=dtype)

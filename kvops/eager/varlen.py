@@ -16,14 +16,27 @@ def _sequences(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: dict[str, Any]
 ) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """The queries, the keys and the options of each sequence."""
-    slopes = options.get("alibi_slopes")
+    slopes, bias = options.get("alibi_slopes"), options.get("bias")
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for i in range(len(starts_q) - 1):
         if slopes is not None and slopes.dim() == 2:
             options = options | {"alibi_slopes": slopes[i]}
         if options.get("dropout_p"):
             options = options | {"first_entry": i}
-        yield slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), options
+        rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+        if bias is not None:
+            options = options | {"bias": _own_bias(bias, rows, keys)}
+        yield rows, keys, options
+
+
+def _own_bias(bias: Tensor, rows: slice, keys: slice) -> Tensor:
+    """The view [1 or Hq, 1 or queries, 1 or keys] of a sequence."""
+    bias = bias[(None,) * (3 - bias.dim())]
+    return bias[
+        :,
+        rows if bias.shape[1] > 1 else slice(None),
+        slice(keys.stop - keys.start) if bias.shape[2] > 1 else slice(None),
+    ]
 
 
 def flash_attention_varlen(
@@ -71,6 +84,33 @@ def flash_attention_varlen_backward(
         dq[rows], dk[keys], dv[keys] = (x[0] for x in part[:3])
         dsinks += part[3]
     return dq, dk, dv, dsinks if sinks is None else dsinks.to(sinks.dtype)
+
+
+def flash_attention_varlen_bias_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dlse: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    dbias = torch.zeros(bias.shape, dtype=compute_dtype(q.dtype), device=bias.device)
+    wide = options | {"bias": bias.to(dbias.dtype)}
+    for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_k, wide):
+        own = own | {"dlse": None if dlse is None else dlse[None, :, rows]}
+        target = _own_bias(dbias, rows, keys)
+        target += attention.flash_attention_bias_backward(
+            dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows], **own
+        )
+    return dbias.to(bias.dtype)
 
 
 def attention_scores_varlen(

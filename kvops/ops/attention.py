@@ -29,7 +29,7 @@ OPTIONS = (
 )
 DROPOUT = "float dropout_p=0.0, Tensor? dropout_seed=None"
 # The gradient of a bias needs no sinks: lse has them.
-_BIAS_OPTIONS = OPTIONS.replace("Tensor? sinks=None, ", "")
+BIAS_OPTIONS = OPTIONS.replace("Tensor? sinks=None, ", "")
 
 
 def _check_forward(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **options: Any) -> None:
@@ -37,7 +37,7 @@ def _check_forward(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = Non
     check_values(v, k, q, DENSE)
     check_options(q, q.shape[0], **options)
     if bias is not None:
-        check_bias(bias, q, k)
+        check_bias(bias, q, k.shape[1])
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ _backward_op = register(
 
 _bias_backward_op = register(
     "flash_attention_bias_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bias, *, "
-    f"{_BIAS_OPTIONS}, Tensor? dlse=None, {DROPOUT}) -> Tensor",
+    f"{BIAS_OPTIONS}, Tensor? dlse=None, {DROPOUT}) -> Tensor",
     check=_check_bias_backward,
     fake=_fake_bias_backward,
     eager=eager.flash_attention_bias_backward,

@@ -122,19 +122,20 @@ def check_slopes(alibi_slopes: Tensor | None, batch: int, q: Tensor) -> None:
     checks.expect_last_contiguous("alibi_slopes", alibi_slopes)
 
 
-def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
-    """A float bias or a bool mask that broadcasts to [batch, heads, seqlen_q, seqlen_k]; any strides."""
+def check_bias(bias: Tensor, q: Tensor, num_keys: int) -> None:
+    """A float bias or a bool mask that broadcasts to [batch, heads, seqlen_q, seqlen_k], or beside packed queries to
+    [heads, total_q, max_seqlen_k]; any strides."""
     checks.expect_tensor("bias", bias)
     checks.expect_dtype("bias", bias, torch.bool, *checks.FLOAT_DTYPES)
-    sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
-    own = tuple(bias.shape)
-    if bias.dim() > 4 or any(
+    if q.dim() == 4:
+        names, sizes = "[batch, heads, seqlen_q, seqlen_k]", [q.shape[0], q.shape[2], q.shape[1], num_keys]
+    else:
+        names, sizes = "[heads, total_q, max_seqlen_k]", [q.shape[1], q.shape[0], num_keys]
+    own = list(bias.shape)
+    if len(own) > len(sizes) or any(
         size not in (1, whole) for size, whole in zip(reversed(own), reversed(sizes), strict=False)
     ):
-        raise ValueError(
-            "bias: expected a shape that broadcasts to [batch, heads, seqlen_q, seqlen_k] = "
-            f"{list(sizes)}, got {list(own)}"
-        )
+        raise ValueError(f"bias: expected a shape that broadcasts to {names} = {sizes}, got {own}")
     checks.expect_same_device("bias", bias, "q", q)
 
 

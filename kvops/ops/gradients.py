@@ -124,7 +124,7 @@ def _gradients(
     """dq, dk, dv, dsinks and dbias."""
     backward, bias_backward = backwards
     dq, dk, dv, dsinks = first_derivative(backward, *given, *layout, sinks=sinks, **_given(bias=bias), **options)
-    dbias = first_derivative(bias_backward, *given, bias, **options) if needs_bias else None
+    dbias = first_derivative(bias_backward, *given, bias, *layout, **options) if needs_bias else None
     return dq, dk, dv, None if sinks is None else dsinks, dbias
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import varlen as eager
-from kvops.ops.attention import DROPOUT, OPTIONS
+from kvops.ops.attention import BIAS_OPTIONS, DROPOUT, OPTIONS
 from kvops.ops.dense import (
     PACKED,
+    check_bias,
     check_lengths,
     check_lengths_data,
     check_options,
@@ -36,12 +37,16 @@ def _check_forward(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    *,
+    bias: Tensor | None = None,
     **options: Any,
 ) -> None:
     check_queries_and_keys(q, k, PACKED)
     check_values(v, k, q, PACKED)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_options(q, cu_seqlens_q.shape[0] - 1, **options)
+    if bias is not None:
+        check_bias(bias, q, max_seqlen_k)
 
 
 def _check_forward_data(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, **options: Any) -> None:
@@ -110,8 +115,29 @@ def _fake_backward(
     return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if sinks is None else torch.empty_like(sinks)
 
 
+def _check_bias_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, *lengths: Any, **options: Any
+) -> None:
+    _check_backward(dout, q, k, v, out, lse, *lengths, bias=bias, **options)
+    if bias.dtype == torch.bool:
+        raise TypeError("bias: expected a float dtype, got bool: a mask has no gradient")
+
+
+def _check_bias_backward_data(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, *lengths: Any, **options: Any
+) -> None:
+    check_lengths_data(len(q), len(k), *lengths)
+
+
+def _fake_bias_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, *lengths: Any, **options: Any
+) -> Tensor:
+    return bias.new_empty(bias.shape)
+
+
 _forward_op = register(
-    f"flash_attention_varlen(Tensor q, Tensor k, Tensor v, {_LENGTHS}, *, {OPTIONS}, {DROPOUT}) -> (Tensor, Tensor)",
+    f"flash_attention_varlen(Tensor q, Tensor k, Tensor v, {_LENGTHS}, *, {OPTIONS}, Tensor? bias=None, "
+    f"{DROPOUT}) -> (Tensor, Tensor)",
     check=_check_forward,
     check_data=_check_forward_data,
     fake=_fake_forward,
@@ -123,7 +149,7 @@ _forward_op = register(
 
 _backward_op = register(
     "flash_attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_LENGTHS}, *, {OPTIONS}, Tensor? dlse=None, {DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_LENGTHS}, *, {OPTIONS}, Tensor? dlse=None, Tensor? bias=None, {DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     check_data=_check_backward_data,
     fake=_fake_backward,
@@ -131,13 +157,26 @@ _backward_op = register(
     kernel="kvops.kernels.flash_backward_launch:flash_backward_varlen",
 )
 
-register_gradient(_forward_op, _backward_op)
+_bias_backward_op = register(
+    "flash_attention_varlen_bias_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor bias, {_LENGTHS}, *, {BIAS_OPTIONS}, Tensor? dlse=None, {DROPOUT}) -> Tensor",
+    check=_check_bias_backward,
+    check_data=_check_bias_backward_data,
+    fake=_fake_bias_backward,
+    eager=eager.flash_attention_varlen_bias_backward,
+    kernel="kvops.kernels.flash_backward_bias:flash_bias_backward_varlen",
+)
+
+register_gradient(_forward_op, _backward_op, _bias_backward_op)
 allow_transforms(
     _forward_op,
-    attention_gradients((_backward_op, None), layout=("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")),
+    attention_gradients(
+        (_backward_op, _bias_backward_op), layout=("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    ),
 )
 allow_transforms(_backward_op)
-_call_forward, _call_backward = caller(_forward_op), caller(_backward_op)
+allow_transforms(_bias_backward_op)
+_call_forward, _call_backward, _call_bias_backward = map(caller, (_forward_op, _backward_op, _bias_backward_op))
 
 
 def flash_attention_varlen(
@@ -156,10 +195,11 @@ def flash_attention_varlen(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`kvops.flash_attention` over packed sequences, differentiable in q, k, v and sinks.
+    """:func:`kvops.flash_attention` over packed sequences, differentiable in q, k, v, sinks and bias.
 
     Args:
         q: ``[Tq, Hq, D]``, float16, bfloat16 or float32; any strides but the last.
@@ -172,6 +212,8 @@ def flash_attention_varlen(
         causal, window_left, window_right, scale, softcap, sinks: as in :func:`kvops.flash_attention`; positions are
             aligned to the bottom right within each sequence.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
+        bias: a bool mask or a float tensor as in :func:`kvops.flash_attention`, of any shape that broadcasts to ``[Hq,
+            Tq, max_seqlen_k]``: its rows are those of q, and column j is key j of the query's own sequence.
         dropout_p, dropout_seed: as in :func:`kvops.flash_attention`. A sequence drops what the same entry of a dense
             batch does.
 
@@ -199,6 +241,7 @@ def flash_attention_varlen(
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        bias=bias,
         dropout_p=dropout_p,
         dropout_seed=seed_for(dropout_p, dropout_seed, q),
     )
@@ -224,6 +267,7 @@ def flash_attention_varlen_backward(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dlse: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -234,12 +278,12 @@ def flash_attention_varlen_backward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: the inputs of the forward.
         out, lse: its results.
         dlse: ``[Hq, Tq]``, float32: the gradient of lse, None for 0.
-        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes: as in the forward.
+        causal, window_left, window_right, scale, softcap, sinks, alibi_slopes, bias: as in the forward.
         dropout_p, dropout_seed: as in the forward, which must have been given the seed.
 
     Returns:
         dq, dk, dv, contiguous, in the shapes and dtypes of q, k and v, and dsinks, like sinks (float32 ``[0]`` without
-        sinks).
+        sinks). :func:`flash_attention_varlen_bias_backward` has the gradient of the bias.
 
     Raises:
         ValueError, TypeError: as :func:`flash_attention_varlen`.
@@ -261,6 +305,69 @@ def flash_attention_varlen_backward(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dlse=dlse,
+        bias=bias,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+
+
+def flash_attention_varlen_bias_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dlse: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """The gradient of :func:`flash_attention_varlen` for its bias, deterministic: every sum has a fixed order.
+
+    Args:
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as
+            :func:`flash_attention_varlen_backward` takes them, q as ``[Tq, Hq, D]``.
+        bias: a float tensor; what it broadcasts over, its gradient is summed over.
+        causal, window_left, window_right, scale, softcap, alibi_slopes, dropout_p, dropout_seed: as in the forward.
+            Sinks are in lse.
+
+    Returns:
+        dbias, contiguous, in the shape and dtype of bias.
+
+    Raises:
+        ValueError, TypeError: as :func:`flash_attention_varlen`; TypeError for a bool mask, which has no gradient.
+    """
+    return _call_bias_backward(  # type: ignore[no-any-return]
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        bias,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        scale=scale,
+        softcap=softcap,
         alibi_slopes=alibi_slopes,
         dlse=dlse,
         dropout_p=dropout_p,
