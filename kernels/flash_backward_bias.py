@@ -249,7 +249,7 @@ def _tile(width: int, itemsize: int, dropout: bool) -> tuple[int, int, int]:
     if itemsize == 4 or width > 256:
         return 16, 16, 4
     if width <= 128:
-        return 32, 32 if dropout else 64, 4 if current_device().backend == "hip" else 8
+        return 16 if dropout else 32, 64, 4 if current_device().backend == "hip" else 8
     return 16, 32, 8
 
 
