@@ -161,6 +161,8 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         return
     config = _beside_wider_values(choose("flash_backward_keys", current_device(), *problem), call)
     config = beside_others(config, "block_m", call.v, call.bias, call.dropout[0])
+    if call.bias is not None and call.dropout[0] is not None:
+        config = replace(config, num_stages=1)  # beside both, a second stage spills (sm_90)
     kv_heads = call.k.shape[-2]
     programs = triton.cdiv(call.seqlen_k, config.block_n) * kv_heads * call.batch
     if programs == 0:
