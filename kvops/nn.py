@@ -224,8 +224,9 @@ class Attention(nn.Module):
             prefill: with a cache, whether x are whole prompts of one length for empty rows. Prompts are read by dense
                 attention and scored by the policy. Other tokens attend to what is in the cache and add to its scores
                 as the policy says.
-            bias: dense inputs only: a bool mask (True: may attend) or a float bias that broadcasts to
-                ``[B, heads, S, Sk]``, as :func:`kvops.flash_attention` takes it.
+            bias: without a cache: a bool mask (True: may attend) or a float bias that broadcasts to
+                ``[B, heads, S, Sk]``, or to ``[heads, T, max_seqlen]`` beside packed inputs, as
+                :func:`kvops.flash_attention` and :func:`kvops.flash_attention_varlen` take it.
 
         Returns:
             A tensor of x's shape.
@@ -234,8 +235,8 @@ class Attention(nn.Module):
             ValueError: arguments that do not fit together; a cache in training mode with dropout; on the CPU and with
                 ``KVOPS_DEBUG=1`` also ``prefill`` of rows that are not empty.
         """
-        if bias is not None and (cache is not None or cu_seqlens is not None):
-            raise ValueError("bias: expected None along with cu_seqlens or cache, got a tensor")
+        if bias is not None and cache is not None:
+            raise ValueError("bias: expected None along with a cache, got a tensor")
         if cache is not None:
             return self._cached(x, positions, cache, rows, q_lens, prefill, context)
         if prefill or q_lens is not None:
@@ -264,7 +265,8 @@ class Attention(nn.Module):
         if not self.causal:
             options["window_right"] = options["window_left"]
         if cu_seqlens is not None and max_seqlen is not None:
-            out, _ = flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+            lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+            out, _ = flash_attention_varlen(q, k, v, *lengths, bias=bias, **options)
         else:
             out, _ = flash_attention(q, k, v, bias=bias, **options)
         return self.o_proj(out.flatten(-2))

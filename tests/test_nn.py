@@ -123,8 +123,12 @@ def test_a_mask_and_a_bias_are_those_of_torchs_module():
     added = torch.randn(5, 5)
     for mask, bias in ((hidden, ~hidden), (added, added)):  # in torch's module True hides
         torch.testing.assert_close(ours(x, bias=bias), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
-    with pytest.raises(ValueError, match="bias: expected None along with cu_seqlens or cache"):
-        ours(x[0], cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), max_seqlen=5, bias=added)
+        packed = {
+            "cu_seqlens": torch.tensor([0, 5, 10, 15], dtype=torch.int32),
+            "max_seqlen": 5,
+            "bias": bias.repeat(3, 1),
+        }
+        torch.testing.assert_close(ours(x.flatten(0, 1), **packed).view_as(x), ours(x, bias=bias))
 
 
 def test_packed_sequences_attend_to_themselves(backend, device):
@@ -192,6 +196,7 @@ def test_misuse_is_told_apart():
         (lambda: module(x, context=x), r"context: expected None in a module with rotary embedding"),
         (lambda: module(x, cache=cache), r"positions: expected what cache.extend\(\) returned"),
         (lambda: make(causal=False)(x, positions, cache=cache), r"cache: expected None for attention that is not"),
+        (lambda: module(x, positions, cache=cache, bias=torch.zeros(4)), "bias: expected None along with a cache"),
         (lambda: make(dropout=1.0), r"dropout: expected a probability from 0 to below 1, got 1.0"),
         (
             lambda: make(dropout=0.1)(x, positions, cache=cache),
