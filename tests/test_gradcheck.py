@@ -18,7 +18,7 @@ SCORINGS = {
 
 
 def leaf(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 def finite(out, lse):

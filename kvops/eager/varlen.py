@@ -107,9 +107,9 @@ def flash_attention_varlen_bias_backward(
     for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_k, wide):
         own = own | {"dlse": None if dlse is None else dlse[None, :, rows]}
         target = _own_bias(dbias, rows, keys)
-        target += attention.flash_attention_bias_backward(
-            dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows], **own
-        )
+        places = (dout, rows), (q, rows), (k, keys), (v, keys), (out, rows)
+        given = (x[None, place] for x, place in places)
+        target += attention.flash_attention_bias_backward(*given, lse[None, :, rows], **own)
     return dbias.to(bias.dtype)
 
 
