@@ -23,7 +23,7 @@ from kvops.kernels.flash_tiles import (
 from kvops.kernels.primitives import dot, load_rows, program_tile, store_rows
 
 
-# Over 80 lines: 53 are the signature; the loops with and without a mask share all accumulators.
+# Over 80 lines: 56 are the signature; the loops with and without a mask share all accumulators.
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "window_left", "window_right", "drop_below"])
 def flash_backward_keys_kernel(
     q_ptr,

@@ -159,7 +159,7 @@ def _join_sink(acc, m, l, sink):
     return acc * rescale[:, None], top, l * rescale + tl.exp2(sink - top), empty
 
 
-# Over 80 lines: 46 are the signature; the loops with and without a mask share all accumulators.
+# Over 80 lines: 49 are the signature; the loops with and without a mask share all accumulators.
 @triton.jit(
     do_not_specialize=["stride_lb", "stride_lh", "seqlen_q", "seqlen_k", "window_left", "window_right", "drop_below"]
 )
