@@ -118,6 +118,20 @@ def test_vmap_is_a_loop_and_has_its_gradient(backend, case):
     expect_equal(by_autograd(all_of, q, k, v), expected)
 
 
+def test_mapped_dropout_draws_as_the_randomness_of_vmap_says():
+    q, k, v = dense()
+
+    def one(q):
+        return kvops.flash_attention(q, k, v, dropout_p=0.5)[0]
+
+    rows = q.expand(3, *q.shape)
+    same, different = (vmap(one, randomness=kind)(rows) for kind in ("same", "different"))
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="random operation"):
+        vmap(one)(rows)
+
+
 def test_packed_sequences_and_merged_parts_have_grad_and_vmap(backend):
     ends = torch.tensor([0, 2, 5], dtype=torch.int32)
     sinks = torch.randn(HQ)
