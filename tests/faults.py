@@ -27,7 +27,6 @@ PACKED = "tests/test_paged_packed.py -k 'triton and (two_calls or last_tokens or
 PAGED_EAGER = "tests/test_paged.py tests/test_paged_eager.py -k 'eager and not triton'"
 LATENTS = named("paged_latent", "triton", "decoding_reads or row_tiles")
 BIAS = named("attention_bias", "agrees", "triton")
-DROPOUT = named("attention_dropout", "agrees", "triton")
 SCORES = named("scores", "triton", "reduction or queries_that_count or windows")
 SCORES_EAGER = named("scores", "eager", "reduction or queries_that_count or windows")
 MERGE = named("merge", "triton", "whole or float64")
@@ -218,84 +217,6 @@ FAULTS = [
         "target += ds.flatten(1, 2).sum_to_size(target.shape)",
         "target += (ds * 0.5).flatten(1, 2).sum_to_size(target.shape)",
         named("attention_bias", "agrees", "eager"),
-    ),
-    Mutation(
-        "packed: every sequence reads the bias of the first rows",
-        "kernels/flash_forward.py",
-        "head * stride_bias_h + first_row * stride_bias_m",
-        "head * stride_bias_h",
-        named("varlen_bias", "agrees", "triton"),
-    ),
-    Mutation(
-        "packed: the gradient of a bias goes to the first rows",
-        "kernels/flash_backward_bias.py",
-        "dbias_ptr += first_q * stride_dbias_m",
-        "dbias_ptr += 0",
-        named("varlen_bias", "agrees", "triton"),
-    ),
-    Mutation(
-        "packed, eager: the bias of other rows",
-        "kvops/eager/varlen.py",
-        "        rows if bias.shape[1] > 1 else slice(None),\n",
-        "        slice(rows.stop - rows.start) if bias.shape[1] > 1 else slice(None),\n",
-        named("varlen_bias", "agrees", "eager"),
-    ),
-    # Dropout
-    Mutation(
-        "dropout: the words of a block serve its keys in another order",
-        "kernels/flash_tiles.py",
-        "tl.join(tl.join(a >= low, c >= low), tl.join(b >= low, d >= low))",
-        "tl.join(tl.join(a >= low, b >= low), tl.join(c >= low, d >= low))",
-        named("attention_dropout", "triton", "manual"),
-    ),
-    Mutation(
-        "dropout: all heads drop the same",
-        "kernels/flash_tiles.py",
-        "return seed, (batch * heads + head).to(tl.int32)",
-        "return seed, (batch * heads).to(tl.int32)",
-        named("attention_dropout", "triton", "manual"),
-    ),
-    Mutation(
-        "dropout: what is kept is not scaled up",
-        "kernels/flash_forward.py",
-        "total *= kept_share",
-        "total *= 1.0",
-        DROPOUT,
-    ),
-    Mutation(
-        "dropout: dV comes of all probabilities",
-        "kernels/flash_backward_keys.py",
-        "dv = dot(weights.to(dout.dtype), dout, dv)",
-        "dv = dot(p.to(dout.dtype), dout, dv)",
-        DROPOUT,
-    ),
-    Mutation(
-        "dropout: dQ's delta is not that of what is kept",
-        "kernels/flash_backward_queries.py",
-        "delta *= kept_share",
-        "delta *= 1.0",
-        DROPOUT,
-    ),
-    Mutation(
-        "dropout: the gradient of a bias takes the mask of other queries",
-        "kernels/flash_backward_bias.py",
-        "dropout_keeps(seed, drop_below, plane, start_m, start_n,",
-        "dropout_keeps(seed, drop_below, plane, start_m + 1, start_n,",
-        named("attention_dropout", "bias", "triton"),
-    ),
-    Mutation(
-        "dropout, eager: tiles of keys begin at a multiple of four",
-        "kvops/eager/dropout.py",
-        "[..., tile.low - 4 * first : tile.high - 4 * first]",
-        "[..., : tile.high - tile.low]",
-        named("attention_dropout", "agrees", "eager"),
-    ),
-    Mutation(
-        "dropout, eager: every sequence is the first one of a batch",
-        "kvops/eager/varlen.py",
-        'options = options | {"first_entry": i}',
-        'options = options | {"first_entry": 0}',
-        named("attention_dropout", "packed", "eager"),
     ),
     # Union of two attentions
     Mutation(

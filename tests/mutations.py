@@ -1,8 +1,9 @@
 """Planted faults, and the tests that must notice each of them: ``make mutations``.
 
-A tolerance is worth what it catches. Each fault (``faults.py``, ``numba_faults.py``) is one small change of a kernel or
-of the eager code that changes numbers and no shapes. ``python tests/mutations.py`` copies the tree, plants the faults
-one by one and runs the tests named with each: they must fail. ``test_mutations.py`` checks the lists.
+A tolerance is worth what it catches. Each fault (``faults.py``, ``dropout_faults.py``, ``numba_faults.py``) is one
+small change of a kernel or of the eager code that changes numbers and no shapes. ``python tests/mutations.py`` copies
+the tree, plants the faults one by one and runs the tests named with each: they must fail. ``test_mutations.py`` checks
+the lists.
 """
 
 import argparse
@@ -14,11 +15,12 @@ import sys
 import tempfile
 import time
 
+from dropout_faults import DROPOUT_FAULTS
 from faults import FAULTS, Mutation
 from numba_faults import NUMBA_FAULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
-MUTATIONS = [*FAULTS, *NUMBA_FAULTS]
+MUTATIONS = [*FAULTS, *DROPOUT_FAULTS, *NUMBA_FAULTS]
 
 
 def copied(target: pathlib.Path) -> None:
