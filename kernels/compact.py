@@ -69,6 +69,8 @@ def compact(
     *,
     positions: Tensor | None = None,
     scores: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> Tensor:
     batch, heads, slots = keep.shape
     size = k_cache.shape[1]
@@ -78,7 +80,7 @@ def compact(
     new_lens = count[..., -1] if slots else torch.zeros_like(seq_lens)
     freed = ((seq_lens + (size - 1)) // size - (new_lens + (size - 1)) // size).contiguous()
     if batch * heads * slots:
-        for side in (k_cache, v_cache, positions, scores):
+        for side in (k_cache, v_cache, positions, scores, k_slot_scale, v_slot_scale):
             if side is not None and side.numel():
                 # Each array on its own: where one is refused, those before it have moved and must not move again.
                 launched(partial(_move, side if side.dim() == 3 else side[..., None], block_tables, seq_lens, target))

@@ -47,9 +47,11 @@ def copy_blocks(
     *,
     positions: Tensor | None = None,
     scores: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> None:
     """Launch the kernel, once for each array; see ``kvops.copy_blocks``."""
-    for side in (k_cache, v_cache, positions, scores):
+    for side in (k_cache, v_cache, positions, scores, k_slot_scale, v_slot_scale):
         if side is not None and side.numel() and source.numel():
             _copy(side if side.dim() == 3 else side[..., None], source, target)
 

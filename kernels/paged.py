@@ -24,6 +24,13 @@ def slot_strides(side: torch.Tensor | None) -> tuple[int, int, int]:
     return side.stride(0), side.stride(1), side.stride(2) if side.dim() == 3 else 0
 
 
+def slot_scale_strides(side: str, scale: torch.Tensor | None) -> dict[str, Any]:
+    """Strides of the scales of slots by the names of parameters. None without them: then a kernel is compiled as if it
+    did not have these parameters."""
+    values = (None, None, None) if scale is None else slot_strides(scale)
+    return dict(zip([f"stride_{side}_slot_{axis}" for axis in "bsh"], values, strict=True))
+
+
 def in_every_row(cu_seqlens: torch.Tensor, *packed: torch.Tensor | None) -> tuple[Any, ...]:
     """Packed tensors ``[tokens, ...]`` with a dimension of stride 0 for the sequences, whose tokens begin elsewhere."""
     batch = cu_seqlens.shape[0] - 1

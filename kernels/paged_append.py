@@ -16,6 +16,7 @@ from kvops.kernels.paged import (
     padded,
     positional,
     scale_stride,
+    slot_scale_strides,
     slot_strides,
     strides,
 )
@@ -25,12 +26,28 @@ from kvops.prepared import prepared
 
 
 @triton.jit
+def row_scales(rows, mask, element: tl.constexpr):
+    """The scale of each row [BLOCK_T, PADDED] for a cache of this element type: its largest finite magnitude becomes
+    the largest number of the type. Not below the smallest normal float32, by which zeros are divided."""
+    magnitude = tl.abs(rows)
+    magnitude = tl.where(mask & (magnitude < float("inf")), magnitude, 0.0)
+    if element == tl.int8:
+        largest: tl.constexpr = 127.0
+    elif element == tl.float8e5:
+        largest: tl.constexpr = 57344.0
+    else:
+        largest: tl.constexpr = 448.0
+    return tl.maximum(tl.div_rn(tl.max(magnitude, 1), largest), 1.1754943508222875e-38)
+
+
+@triton.jit
 def _copy_rows(
-    source_ptr, stride_source, tokens, cache_ptr, cell, written, scale_ptr,
+    source_ptr, stride_source, tokens, cache_ptr, cell, written, scale_ptr, slot_scale_ptrs,
     WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Rows ``tokens`` of the source to the offsets ``cell`` of the cache, in the format that its pointer tells (see
-    ``load_slots``). A float8 or int8 cache gets them divided by its scale."""
+    ``load_slots``). A float8 or int8 cache gets them divided by its scale, or each by a scale of its own, which is
+    written to ``slot_scale_ptrs``."""
     element: tl.constexpr = cache_ptr.dtype.element_ty
     columns = tl.arange(0, PADDED)
     mask = written[:, None] & (columns < WIDTH)[None, :]
@@ -39,6 +56,10 @@ def _copy_rows(
         rows = rows.to(tl.float32)
         if scale_ptr is not None:
             rows = rows / tl.load(scale_ptr)
+        if slot_scale_ptrs is not None:
+            scale = row_scales(rows, mask, element)
+            tl.store(slot_scale_ptrs, scale, mask=written)
+            rows = rows / scale[:, None]
         if element == tl.int8:
             rows = float32_to_int8(rows)
         elif element == tl.float8e5:
@@ -48,7 +69,7 @@ def _copy_rows(
     tl.store(as_uint8_pointer(cache_ptr) + cell[:, None] + columns[None, :], rows, mask=mask)
 
 
-# Over 80 lines: 52 are the signature.
+# Over 80 lines: 60 are the signature.
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "heads"], do_not_specialize_on_alignment=READ_AS_SCALARS)
 def paged_append_kernel(
     k_ptr,
@@ -63,6 +84,8 @@ def paged_append_kernel(
     scores_ptr,
     k_scale_ptr,
     v_scale_ptr,
+    k_slot_scale_ptr,
+    v_slot_scale_ptr,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -91,6 +114,12 @@ def paged_append_kernel(
     stride_sh,
     stride_k_scale,
     stride_v_scale,
+    stride_k_slot_b,
+    stride_k_slot_s,
+    stride_k_slot_h,
+    stride_v_slot_b,
+    stride_v_slot_s,
+    stride_v_slot_h,
     heads,
     num_tokens,
     max_blocks,
@@ -122,8 +151,14 @@ def paged_append_kernel(
     if v_scale_ptr is not None:
         v_scale_ptr += head * stride_v_scale
     places = first_token + tokens  # in this row of k and v
-    _copy_rows(k_ptr, stride_kt, places, k_cache_ptr, k_cell, written, k_scale_ptr, HEAD_DIM, BLOCK_D)
-    _copy_rows(v_ptr, stride_vt, places, v_cache_ptr, v_cell, written, v_scale_ptr, VALUE_DIM, BLOCK_DV)
+    if k_slot_scale_ptr is not None:
+        k_slot_scale_ptr += block * stride_k_slot_b + offset * stride_k_slot_s + head * stride_k_slot_h
+    if v_slot_scale_ptr is not None:
+        v_slot_scale_ptr += block * stride_v_slot_b + offset * stride_v_slot_s + head * stride_v_slot_h
+    _copy_rows(k_ptr, stride_kt, places, k_cache_ptr, k_cell, written, k_scale_ptr, k_slot_scale_ptr, HEAD_DIM, BLOCK_D)
+    _copy_rows(
+        v_ptr, stride_vt, places, v_cache_ptr, v_cell, written, v_scale_ptr, v_slot_scale_ptr, VALUE_DIM, BLOCK_DV
+    )
     if positions_ptr is not None:
         position = tl.load(token_positions_ptr + batch * stride_qpb + places * stride_qpt, mask=written)
         tl.store(positions_ptr + block * stride_pb + offset * stride_ps + head * stride_ph, position, mask=written)
@@ -150,6 +185,8 @@ class AppendKind:
         scores: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        k_slot_scale: torch.Tensor | None = None,
+        v_slot_scale: torch.Tensor | None = None,
         cu_seqlens_q: torch.Tensor | None = None,
         max_seqlen_q: int | None = None,
     ) -> None:
@@ -176,6 +213,8 @@ class AppendKind:
             **strides("stride_s", "bsh", slot_strides(scores)),
             "stride_k_scale": scale_stride(k_scale),
             "stride_v_scale": scale_stride(v_scale),
+            **slot_scale_strides("k", k_slot_scale),
+            **slot_scale_strides("v", v_slot_scale),
             "heads": heads,
             "num_tokens": self.num_tokens,
             "max_blocks": block_tables.shape[-1],
@@ -213,6 +252,8 @@ def paged_append(
     scores: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     **numbers: object,
 ) -> None:
@@ -236,6 +277,8 @@ def paged_append(
         scores,
         k_scale,
         v_scale,
+        k_slot_scale,
+        v_slot_scale,
         *plan,
         num_warps=config.num_warps,
     )

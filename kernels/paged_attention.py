@@ -30,7 +30,7 @@ from kvops.kernels.paged_scores import paged_scores_kernel
 from kvops.prepared import prepared
 
 
-# Over 80 lines: 24 are the signature, and a launch takes a line for each argument.
+# Over 80 lines: 26 are the signature, and a launch takes a line for each argument.
 @prepared(parted(PagedKind))
 def paged_attention(
     kind: PagedKind | PartedKind,
@@ -47,6 +47,8 @@ def paged_attention(
     tree_mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
     schedule: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
@@ -68,6 +70,8 @@ def paged_attention(
             tree_mask=tree_mask,
             k_scale=k_scale,
             v_scale=v_scale,
+            k_slot_scale=k_slot_scale,
+            v_slot_scale=v_slot_scale,
             scores=scores,
             cu_seqlens_q=cu_seqlens_q,
             out=out,
@@ -90,13 +94,14 @@ def paged_attention(
     if tree_mask is not None:
         tree_mask = tree_mask.view(torch.uint8)
     keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.as_bytes else (k_cache, v_cache)
-    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale, alibi_slopes
+    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale, alibi_slopes, k_slot_scale
     paged_attention_kernel[plan.grid](
         q,
         keys,
         values,
         *lists,
         v_scale,
+        v_slot_scale,
         sinks,
         schedule,
         stash,

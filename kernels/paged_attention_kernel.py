@@ -12,8 +12,10 @@ from kvops.kernels.paged_tiles import (
     new_tokens,
     row_limits,
     slot_places,
+    slot_scales,
     visible_range,
     visible_slots,
+    weight_unit,
 )
 from kvops.kernels.primitives import LARGEST, LN_2, LOG2_E, dot, log2_scores, online_softmax_step, page_address
 
@@ -35,7 +37,9 @@ def paged_attention_kernel(
     tree_ptr,
     k_scale_ptr,
     slopes_ptr,
+    k_slot_scale_ptr,
     v_scale_ptr,
+    v_slot_scale_ptr,
     sinks_ptr,
     schedule_ptr,
     stash_ptr,
@@ -67,6 +71,12 @@ def paged_attention_kernel(
     stride_mj,
     stride_k_scale,
     stride_v_scale,
+    stride_k_slot_b,
+    stride_k_slot_s,
+    stride_k_slot_h,
+    stride_v_slot_b,
+    stride_v_slot_s,
+    stride_v_slot_h,
     stride_sinks,
     stride_slopes_b,
     stride_ob,
@@ -177,7 +187,11 @@ def paged_attention_kernel(
                 None if positions_ptr is None else positions_ptr + head * stride_ph, stride_pb, stride_ps,
             )  # fmt: skip
             distance = query_place[:, None] - key_places[None, :]
-            s, _ = log2_scores(s, distance, list_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
+            key_scale = slot_scales(
+                list_scale, k_slot_scale_ptr, block, offset, head, inside, stride_k_slot_b, stride_k_slot_s,
+                stride_k_slot_h,
+            )  # fmt: skip
+            s, _ = log2_scores(s, distance, key_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
             seen = visible_slots(
                 slots, inside, key_places, limit, oldest, token, new_slot,
                 None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,
@@ -192,7 +206,14 @@ def paged_attention_kernel(
             p, rescale, m, l = online_softmax_step(s, m, l)
             v_cell = block * stride_vb + offset * stride_vs + head * stride_vh
             v = load_slots(v_ptr, v_cell, inside, VALUE_DIM, BLOCK_DV, q.dtype)  # [BLOCK_N, BLOCK_DV]
+            if v_slot_scale_ptr is not None:
+                p *= slot_scales(
+                    weight_unit(v_ptr), v_slot_scale_ptr, block, offset, head, inside, stride_v_slot_b, stride_v_slot_s,
+                    stride_v_slot_h,
+                )  # fmt: skip
             acc = dot(p.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_DV]
+        if v_slot_scale_ptr is not None:
+            acc = acc / weight_unit(v_ptr)
 
         value_columns = tl.arange(0, BLOCK_DV)
         if SPLIT:

@@ -9,7 +9,16 @@ import triton
 
 from kvops.autotune.config import PagedAttentionConfig
 from kvops.kernels.dense import slope_stride
-from kvops.kernels.paged import in_every_row, list_strides, padded, positional, scale_stride, slot_strides, strides
+from kvops.kernels.paged import (
+    in_every_row,
+    list_strides,
+    padded,
+    positional,
+    scale_stride,
+    slot_scale_strides,
+    slot_strides,
+    strides,
+)
 from kvops.kernels.paged_attention_kernel import paged_attention_kernel, paged_merge_kernel
 from kvops.kernels.paged_schedule import schedule_unit
 from kvops.kernels.paged_scores import paged_scores_kernel
@@ -53,7 +62,7 @@ class PagedKind:
     # Rows of a list up to which a batch-invariant call cuts it, even if they fill several row tiles.
     most_invariant_rows: ClassVar[int] = 0
 
-    # Over 80 lines: 24 are the signature, 47 the table of the kernels' numbers.
+    # Over 80 lines: 26 are the signature, 49 the table of the kernels' numbers.
     def __init__(
         self,
         q: torch.Tensor,
@@ -73,6 +82,8 @@ class PagedKind:
         tree_mask: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        k_slot_scale: torch.Tensor | None = None,
+        v_slot_scale: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
         score_reduce: str = "sum",
         score_decay: float = 1.0,
@@ -139,6 +150,8 @@ class PagedKind:
             **strides("stride_s", "bsh", slot_strides(scores)),
             "stride_k_scale": scale_stride(k_scale),
             "stride_v_scale": scale_stride(v_scale),
+            **slot_scale_strides("k", k_slot_scale),
+            **slot_scale_strides("v", v_slot_scale),
             "stride_sinks": 0 if sinks is None else sinks.stride(0),
             "stride_slopes_b": slope_stride(alibi_slopes),
             **strides("stride_o", "bth", out_strides if out is None else out.stride()[:3]),

@@ -12,6 +12,7 @@ from kvops.kernels.paged_tiles import (
     new_tokens,
     row_limits,
     slot_places,
+    slot_scales,
     visible_slots,
 )
 from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
@@ -56,6 +57,7 @@ def paged_scores_kernel(
     tree_ptr,
     k_scale_ptr,
     slopes_ptr,
+    k_slot_scale_ptr,
     schedule_ptr,
     stash_ptr,
     lse_ptr,
@@ -82,6 +84,9 @@ def paged_scores_kernel(
     stride_mt,
     stride_mj,
     stride_k_scale,
+    stride_k_slot_b,
+    stride_k_slot_s,
+    stride_k_slot_h,
     stride_slopes_b,
     stride_lse_b,
     stride_lse_h,
@@ -154,6 +159,10 @@ def paged_scores_kernel(
             if stash_ptr is None:
                 k_cell = block * stride_kb + offset * stride_ks + head * stride_kh
                 k = load_slots(k_ptr, k_cell, inside, HEAD_DIM, BLOCK_D, q_ptr.dtype.element_ty)
+                key_scale = slot_scales(
+                    list_scale, k_slot_scale_ptr, block, offset, head, inside, stride_k_slot_b, stride_k_slot_s,
+                    stride_k_slot_h,
+                )  # fmt: skip
             reduced = tl.zeros([BLOCK_N], tl.float32)
             any_seen = tl.zeros([BLOCK_N], tl.int32)
             for first_row in range(first_tile, list_rows, BLOCK_M if stash_ptr is None else GROUP):
@@ -198,7 +207,7 @@ def paged_scores_kernel(
                     s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
                     distance = query_place[:, None] - key_places[None, :]
                     slope = alibi_slope(slopes_ptr, batch, query_head[:, None], stride_slopes_b)
-                    s, _ = log2_scores(s, distance, list_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
+                    s, _ = log2_scores(s, distance, key_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
                     p = _probabilities(s, seen, lse_ptr + lse_cell + query_head * stride_lse_h, row_mask)
                     reduced = _with_rows(reduced, p, REDUCE)
                 any_seen = tl.maximum(any_seen, tl.max(seen.to(tl.int32), 0))

@@ -76,6 +76,29 @@ def cache_scale(scale, cache_ptr, scale_ptr, offset):
 
 
 @triton.jit
+def slot_scales(scale, scale_ptr, block, offset, head, inside, stride_block, stride_slot, stride_head):
+    """``scale`` times the scale of each slot, [1, BLOCK_N]; ``scale`` itself where slots have none of their own."""
+    if scale_ptr is not None:
+        cell = block * stride_block + offset * stride_slot + head * stride_head
+        scale = scale * tl.load(scale_ptr + cell, mask=inside, other=0.0)[None, :]
+    return scale
+
+
+@triton.jit
+def weight_unit(cache_ptr):
+    """A power of two by which weights are multiplied along with the scale of a slot. The product is then about half of
+    the weight times the slot's largest value. A scale alone can be 1 / 57,344 of that value, and float16 would keep
+    little of its product with a weight."""
+    if cache_ptr.dtype.element_ty == tl.uint8:
+        unit: tl.constexpr = 256.0  # of values that are divided by 256
+    elif cache_ptr.dtype.element_ty == tl.float8e5:
+        unit: tl.constexpr = 32768.0
+    else:
+        unit: tl.constexpr = 64.0  # int8
+    return unit
+
+
+@triton.jit
 def slot_places(slots, inside, block, offset, positions_ptr, stride_ps_block, stride_ps_slot):
     """Where the slots are, for windows and ALiBi: their original positions if given, or else their numbers."""
     places = slots

@@ -61,7 +61,7 @@ def raw_state(cache) -> dict:
     """
     pool, prefixes = cache._pool, cache._prefixes
     tensors = {
-        **{name: getattr(cache, name) for name in ("k_cache", "v_cache", "positions", "scores")},
+        **cache._storage.sides,
         "next_positions": cache.next_positions,
         "settled": cache._states.settled,
         **{name: getattr(pool, name) for name in ("tables", "lens", "held", "sharers", "free", "free_count")},
@@ -115,8 +115,8 @@ def whole_state(cache) -> dict:
 
 
 def sides(cache) -> tuple[torch.Tensor, ...]:
-    """What a block holds: keys, values, positions and scores."""
-    return cache.k_cache, cache.v_cache, cache.positions, cache.scores
+    """What a block holds: keys, values, positions, scores and scales of slots."""
+    return tuple(cache._storage.sides.values())
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -231,6 +231,34 @@ def paged_attention_alibi_bf16():
     paged_attention(q, cache, cache, tables, lens, alibi_slopes=slopes, scores=sides[1])
 
 
+def paged_slot_scales_int8():
+    from kvops.kernels.paged_append import paged_append
+    from kvops.kernels.paged_attention import paged_attention
+
+    q, new = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16), torch.empty(4, 8, 8, 128, dtype=torch.bfloat16)
+    cache, tables, lens, sides = _ragged_cache(torch.int8, 128)
+    scales = {"k_slot_scale": sides[1], "v_slot_scale": torch.empty_like(sides[1])}
+    paged_append(new, new, cache, cache, tables, lens, **scales)
+    paged_attention(q, cache, cache, tables, lens, **scales)
+    options = {"positions": sides[0], "query_positions": torch.empty(4, 1, dtype=torch.int32), "window_left": 1024}
+    paged_attention(q, cache, cache, tables, lens, scores=sides[1], softcap=30.0, **options, **scales)
+    q = torch.empty(4, 512, 32, 128, dtype=torch.bfloat16)
+    paged_attention(q, cache, cache, tables, lens, scores=sides[1], **scales)
+
+
+def paged_slot_scales_float8():
+    from kvops.kernels.paged_append import paged_append
+    from kvops.kernels.paged_attention import paged_attention
+
+    q, new = torch.empty(4, 1, 32, 128, dtype=torch.float16), torch.empty(4, 1, 8, 128, dtype=torch.float16)
+    k_cache = torch.empty(1024, 16, 8, 128, dtype=torch.float8_e4m3fn)
+    tables, lens = torch.empty(4, 512, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+    scales = {name: torch.empty(1024, 16, 8) for name in ("k_slot_scale", "v_slot_scale")}
+    v_cache = k_cache.view(torch.float8_e5m2)
+    paged_append(new, new, k_cache, v_cache, tables, lens, **scales)
+    paged_attention(q, k_cache, v_cache, tables, lens, **scales)
+
+
 def paged_latents(heads, batch=4, dtype=torch.bfloat16, **options):
     from kvops.kernels.paged_latent_attention import paged_latent_attention
 
@@ -254,6 +282,8 @@ CASES += [
     CompileCase("paged-decode-fp16-d256", paged_attention_head_dim_256, matrix=_PAGED),
     CompileCase("paged-packed-bf16-d128", paged_attention_packed_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-alibi-bf16-d128", paged_attention_alibi_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
+    CompileCase("paged-slot-scales-int8", paged_slot_scales_int8, matrix=(*_PAGED, "paged_scores_kernel")),
+    CompileCase("paged-slot-scales-fp8", paged_slot_scales_float8, matrix=_PAGED),
     CompileCase("paged-latents-bf16-16", partial(paged_latents, 16, softcap=30.0), matrix=_LATENT),
     CompileCase("paged-latents-bf16-128", partial(paged_latents, 128), matrix=_LATENT, warpgroup=_LATENT),
     CompileCase("paged-latents-fp16-128-whole", partial(paged_latents, 128, 512, torch.float16), matrix=_LATENT),

@@ -36,14 +36,15 @@ def attention(
     bias: Tensor | None = None,
     distance: Tensor | None = None,
     weights: Tensor | None = None,
+    key_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention in float64 with the whole matrix in memory.
 
     q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], mask bool broadcastable to [B, Hq, Sq, Sk], ALiBi's
-    distance [Sq, Sk], by default from the bottom right corner ->
+    distance [Sq, Sk], by default from the bottom right corner, and the scales of keys [Sk] ->
     out [B, Sq, Hq, Dv], lse [B, Hq, Sq], p [B, Hq, Sq, Sk]. Rows that see nothing: out 0, lse -inf, p 0.
     Order: scale, softcap, ALiBi -slope * |distance|, bias (bool: False hides), mask, sinks in the denominator only.
-    Dropout multiplies P by ``weights`` [B, Hq, Sq, Sk] for out alone.
+    ``weights``, broadcastable to P, multiply P for out alone, as dropout and scales of values do.
     """
     group = q.shape[2] // k.shape[2]
     num_queries, num_keys = q.shape[1], k.shape[1]
@@ -51,6 +52,8 @@ def attention(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     s = q @ k.mT  # not einsum: it makes products of one term elementwise, whose operands are then not rounded
     s = s * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if key_scales is not None:
+        s = s * key_scales.double()
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     if alibi_slopes is not None:

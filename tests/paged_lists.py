@@ -29,6 +29,14 @@ def quantise(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-largest, largest).to(dtype)
 
 
+def quantise_by_slot(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the operators store of float32 ``x`` [..., D] with a scale for each slot, and these scales."""
+    most = x.abs().masked_fill(~x.isfinite(), 0.0).amax(-1)
+    scale = most / (127 if dtype == torch.int8 else torch.finfo(dtype).max)
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return quantise(x / scale[..., None], dtype), scale
+
+
 @dataclass
 class Lists:
     k_cache: Tensor
@@ -105,6 +113,8 @@ def expected(
     alibi_slopes: Tensor | None = None,
     score_last: int = -1,
     score_decays: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the updated scores in float64."""
     q, lists = q.cpu(), Lists(*(getattr(lists, name).cpu() for name in Lists.__dataclass_fields__))
@@ -143,6 +153,8 @@ def expected(
                 sinks=None if sinks is None else sinks.cpu()[heads],
                 alibi_slopes=None if alibi_slopes is None else alibi_slopes.cpu().expand(B, Hq)[b, heads],
                 distance=distance,
+                key_scales=None if k_slot_scale is None else k_slot_scale.cpu()[block, offset],
+                weights=None if v_slot_scale is None else v_slot_scale.cpu()[block, offset].double(),
             )  # fmt: skip
             out[b, :, heads], lse[b, heads] = o[0], s[0]
             counted = slice(0 if score_last < 0 else max(0, count - score_last), None)

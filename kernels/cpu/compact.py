@@ -13,10 +13,12 @@ from kvops.prepared import prepared
 
 
 class Call(NamedTuple):
-    k_cache: uint8[:, :, :]  # [num_blocks, block_size, D] bytes, and so are the next three, or empty
+    k_cache: uint8[:, :, :]  # [num_blocks, block_size, D] bytes, and so are the next five, or empty
     v_cache: uint8[:, :, :]
     positions: uint8[:, :, :]
     scores: uint8[:, :, :]
+    k_slot_scale: uint8[:, :, :]
+    v_slot_scale: uint8[:, :, :]
     tables: int32[:, :, :]  # [B, Hkv, max_blocks]
     lens: int32[:, :]  # [B, Hkv]
     keep: boolean[:, :, :]  # [B, Hkv, max_blocks * block_size]
@@ -47,6 +49,8 @@ def _compact_share(share, shares, call):
                 _move(call.v_cache, block, offset, to_block, to_offset)
                 _move(call.positions, block, offset, to_block, to_offset)
                 _move(call.scores, block, offset, to_block, to_offset)
+                _move(call.k_slot_scale, block, offset, to_block, to_offset)
+                _move(call.v_slot_scale, block, offset, to_block, to_offset)
             kept += 1
         call.lens[b, h] = kept
         call.freed[b, h] = -(-length // size) - -(-kept // size)
@@ -72,6 +76,8 @@ def _bind(
     *,
     positions: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
 ) -> Binding:
     return Binding(
         _compact,
@@ -80,6 +86,8 @@ def _bind(
         v_cache=v_cache,
         positions=side_bytes(positions),
         scores=side_bytes(scores),
+        k_slot_scale=side_bytes(k_slot_scale),
+        v_slot_scale=side_bytes(v_slot_scale),
         tables=block_tables,
         lens=seq_lens,
         keep=keep,
@@ -98,8 +106,11 @@ def compact(
     *,
     positions: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`kvops.compact`."""
     freed = torch.empty(seq_lens.shape, dtype=torch.int32)
-    binding(k_cache, v_cache, positions, scores, block_tables, seq_lens, keep, freed)
+    sides = positions, scores, k_slot_scale, v_slot_scale
+    binding(k_cache, v_cache, *sides, block_tables, seq_lens, keep, freed)
     return freed

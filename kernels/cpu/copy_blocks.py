@@ -13,10 +13,12 @@ from kvops.prepared import prepared
 
 
 class Call(NamedTuple):
-    k_cache: uint8[:, :, :]  # [num_blocks, block_size, D] bytes, and so are the next three, or empty
+    k_cache: uint8[:, :, :]  # [num_blocks, block_size, D] bytes, and so are the next five, or empty
     v_cache: uint8[:, :, :]
     positions: uint8[:, :, :]
     scores: uint8[:, :, :]
+    k_slot_scale: uint8[:, :, :]
+    v_slot_scale: uint8[:, :, :]
     source: int32[:]
     target: int32[:]
 
@@ -39,6 +41,8 @@ def _copy_share(share, shares, call):
             _copy_block(call.v_cache, call.source[i], call.target[i])
             _copy_block(call.positions, call.source[i], call.target[i])
             _copy_block(call.scores, call.source[i], call.target[i])
+            _copy_block(call.k_slot_scale, call.source[i], call.target[i])
+            _copy_block(call.v_slot_scale, call.source[i], call.target[i])
 
 
 @jit
@@ -56,6 +60,8 @@ def _bind(
     *,
     positions: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
 ) -> Binding:
     return Binding(
         _copy_blocks,
@@ -64,6 +70,8 @@ def _bind(
         v_cache=v_cache,
         positions=side_bytes(positions),
         scores=side_bytes(scores),
+        k_slot_scale=side_bytes(k_slot_scale),
+        v_slot_scale=side_bytes(v_slot_scale),
         source=source,
         target=target,
     )
@@ -79,6 +87,8 @@ def copy_blocks(
     *,
     positions: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
 ) -> None:
     """See :func:`kvops.copy_blocks`."""
-    binding(k_cache, v_cache, positions, scores, source, target)
+    binding(k_cache, v_cache, positions, scores, k_slot_scale, v_slot_scale, source, target)

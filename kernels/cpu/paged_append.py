@@ -31,18 +31,37 @@ class Call(NamedTuple):
     scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
     k_scale: float32[:]  # [Hkv]
     v_scale: float32[:]
+    k_slot_scale: float32[:, :, :]  # [num_blocks, block_size, Hkv]
+    v_slot_scale: float32[:, :, :]
     element: int64  # of k and v
     k_element: int64  # of k_cache
     v_element: int64
 
 
 @jit
-def _write(source, element, target, target_element, width, scale, room):
-    """One row of ``width`` bytes; in another format its numbers divided by ``scale``."""
+def _row_scale(row, element):
+    """The scale of a row in a cache of this format: its largest finite magnitude becomes the largest number of the
+    format. Not below the smallest normal float32, by which zeros are divided."""
+    most = np.float32(0)
+    for x in row:
+        magnitude = abs(x)
+        if magnitude < np.inf:
+            most = max(most, magnitude)
+    largest = 127.0 if element == INT8 else 57344.0 if element == E5M2 else 448.0
+    return max(np.float32(np.float64(most) / largest), np.float32(1.1754943508222875e-38))
+
+
+@jit
+def _write(source, element, target, target_element, width, scale, slot_scales, block, offset, h, room):
+    """One row of ``width`` bytes; in another format its numbers divided by ``scale``, or by a scale of their own, which
+    is written to ``slot_scales``."""
     if target_element == element:
         copy(target.ctypes.data, source.ctypes.data, width)
         return
     widen(source.ctypes.data, element, len(target), room.ctypes.data)
+    if slot_scales.size:
+        scale = _row_scale(room[: len(target)], target_element)
+        slot_scales[block, offset, h] = scale
     for d in range(len(target)):
         # A quotient in float64, rounded, is the float32 quotient, whether or not it is a product with an inverse.
         x = np.float32(np.float64(room[d]) / np.float64(scale))
@@ -79,11 +98,11 @@ def _append_share(share, shares, call):
         v_scale = call.v_scale[h] if call.v_scale.size else np.float32(1)
         _write(
             call.k[b, n, h], call.element, call.k_cache[block, offset, h], call.k_element, call.k.shape[3], k_scale,
-            room,
+            call.k_slot_scale, block, offset, h, room,
         )  # fmt: skip
         _write(
             call.v[b, n, h], call.element, call.v_cache[block, offset, h], call.v_element, call.v.shape[3], v_scale,
-            room,
+            call.v_slot_scale, block, offset, h, room,
         )  # fmt: skip
         if call.positions.size:
             call.positions[block, offset, h] = call.token_positions[b, n]
@@ -130,6 +149,8 @@ def _bind(
         scores=per_head(given.get("scores"), heads, 3),
         k_scale=for_heads(given.get("k_scale"), heads),
         v_scale=for_heads(given.get("v_scale"), heads),
+        k_slot_scale=per_head(given.get("k_slot_scale"), heads, 3),
+        v_slot_scale=per_head(given.get("v_slot_scale"), heads, 3),
         element=FORMATS[k.dtype],
         k_element=FORMATS[k_cache.dtype],
         v_element=FORMATS[v_cache.dtype],
@@ -152,11 +173,13 @@ def paged_append(
     scores: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     **bound: object,
 ) -> None:
     """See :func:`kvops.paged_append`."""
     binding(
         k, v, k_cache, v_cache, block_tables, seq_lens, q_lens, cu_seqlens_q, positions, token_positions, scores,
-        k_scale, v_scale,
+        k_scale, v_scale, k_slot_scale, v_slot_scale,
     )  # fmt: skip

@@ -149,9 +149,21 @@ def _locate_values(call, scratch, b, h, first, count):
 
 
 @inner
+def _multiply_by_slot_scales(scales, call, b, h, rows, first, count, s):
+    """Multiply the columns of s [rows, count] by the scales of their slots, where these have any."""
+    if scales.size:
+        table, size = call.tables[b, h], call.k_cache.shape[1]
+        for j in range(count):
+            scale = scales[table[(first + j) // size], (first + j) % size, h]
+            for r in range(rows):
+                s[r, j] *= scale
+
+
+@inner
 def _score(call, scratch, span, b, h, first_row, rows, first, count):
     """scratch.s [rows, count]: the scores of the loaded queries and keys, as logarithms to base 2."""
     multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s, 0)
+    _multiply_by_slot_scales(call.k_slot_scale, call, b, h, rows, first, count, scratch.s)
     if call.softcap > 0:
         _cap(call.softcap, rows, count, scratch.s)
     if call.slopes.size:
@@ -203,6 +215,7 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
         _locate_values(call, scratch, b, h, first, count)
         for r in range(rows):
             _soften(scratch.s[r], count, partial[r])
+        _multiply_by_slot_scales(call.v_slot_scale, call, b, h, rows, first, count, scratch.s)
         multiply_add(scratch.s, rows, count, scratch.value_rows, scratch.values.shape[1], partial)
 
 
@@ -407,6 +420,8 @@ def _bind(
         slopes=None if alibi_slopes is None else alibi_slopes.float().expand(B, -1),
         k_scale=for_heads(given.get("k_scale"), heads),
         v_scale=for_heads(given.get("v_scale"), heads),
+        k_slot_scale=per_head(given.get("k_slot_scale"), heads, 3),
+        v_slot_scale=per_head(given.get("v_slot_scale"), heads, 3),
         scores=per_head(given.get("scores"), heads, 3),
         decays=given.get("score_decays"),
         out=result,
@@ -439,6 +454,8 @@ def paged_attention(
     tree_mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    k_slot_scale: torch.Tensor | None = None,
+    v_slot_scale: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -458,8 +475,7 @@ def paged_attention(
     slopes = None if alibi_slopes is None else alibi_slopes.float()
     kind.binding(
         queries, k_cache, v_cache, block_tables, seq_lens, q_lens, cu_seqlens_q, positions, query_positions,
-        tree_mask, sinks, slopes, k_scale, v_scale, scores, score_decays, result,
-        lse,
+        tree_mask, sinks, slopes, k_scale, v_scale, k_slot_scale, v_slot_scale, scores, score_decays, result, lse,
     )  # fmt: skip
     if out is None:
         return (result if kind.exact else result.to(q.dtype)), lse

@@ -37,6 +37,8 @@ class Call(NamedTuple):
     slopes: float32[:, :]  # [B, Hq]
     k_scale: float32[:]  # [Hkv]
     v_scale: float32[:]
+    k_slot_scale: float32[:, :, :]  # [num_blocks, block_size, Hkv]
+    v_slot_scale: float32[:, :, :]
     scores: float32[:, :, :]  # [num_blocks, block_size, Hkv]
     decays: float32[:]  # [B]
     out: float32[:, :, :, :]  # as q

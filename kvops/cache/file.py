@@ -91,7 +91,8 @@ def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict
         sizes |= {"dtype": k.dtype, "v_dtype": v.dtype}
     except (KeyError, IndexError):
         raise ValueError(f"path: expected k_cache and v_cache [blocks, slots, head_dim] in {path}") from None
-    scales = {name: tensors[name] for name in _SCALES if name in tensors}
+    scales: dict[str, Any] = {name: tensors[name] for name in _SCALES if name in tensors}
+    scales["slot_scales"] = "k_slot_scale" in tensors or "v_slot_scale" in tensors
     return {**config, **sizes, **scales, "device": device}, tensors
 
 

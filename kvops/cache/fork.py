@@ -76,6 +76,7 @@ def with_rows(cache: PagedKVCache, order: Sequence[int] | Tensor, num_blocks: in
         v_dtype=cache.v_cache.dtype,
         num_blocks=num_blocks or cache.num_blocks,
         max_batch=len(sources),
+        slot_scales=cache.k_slot_scale is not None or cache.v_slot_scale is not None,
     )
     for name, side in cache._storage.sides.items():
         new._storage.sides[name][: cache.num_blocks].copy_(side)

@@ -45,12 +45,15 @@ class PagedKVCache:
             stores; if neither side is one of these, both have the same dtype.
         k_scale, v_scale: the scale of a float8 or int8 side, a float or float32 ``[num_layers, num_kv_heads]``.
             ``k / k_scale`` is stored: an int8 cache needs it, as it holds whole numbers from -127 to 127.
+        slot_scales: gives each token and head of a float8 or int8 side a scale of its own instead, computed by
+            :meth:`append`: no calibration, and large tokens cost the others no precision. It takes 4 bytes a slot.
 
     Attributes:
         k_cache, v_cache: ``[num_blocks, block_size, head_dim]`` and ``[..., v_head_dim]``, not initialised.
         positions: int32 ``[num_blocks, block_size]``, the original position of the token in each slot.
         scores: float32 ``[num_blocks, block_size]``, what :meth:`attend` accumulates and :meth:`evict` ranks by.
         k_scale, v_scale: float32 ``[num_layers, num_kv_heads]``, or None.
+        k_slot_scale, v_slot_scale: float32 ``[num_blocks, block_size]``, the scale of each slot, or None.
         block_tables: int32 ``[num_layers, max_batch, num_kv_heads, max_blocks]``.
         seq_lens: int32 ``[num_layers, max_batch, num_kv_heads]``, slots in use of each list.
         next_positions: int32 ``[max_batch]``, the length of each sequence before any eviction.
@@ -92,6 +95,7 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         k_scale: float | Tensor | None = None,
         v_scale: float | Tensor | None = None,
+        slot_scales: bool = False,
     ) -> None:
         self._config = config = CacheConfig(
             num_layers=num_layers,
@@ -107,7 +111,7 @@ class PagedKVCache:
             device=torch.device(device),
         )
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
-            self._storage = BlockStorage(config, k_scale, v_scale)
+            self._storage = BlockStorage(config, k_scale, v_scale, slot_scales)
             self._pool = BlockPool(config)
             self._states = RowStates(config.max_batch, config.device)
         self._prefixes = PrefixStore(self._pool)
@@ -125,6 +129,7 @@ class PagedKVCache:
         self.k_cache, self.v_cache = storage.k_cache, storage.v_cache
         self.positions, self.scores = storage.positions, storage.scores
         self.k_scale, self.v_scale = storage.k_scale, storage.v_scale
+        self.k_slot_scale, self.v_slot_scale = storage.k_slot_scale, storage.v_slot_scale
         self.block_tables, self.seq_lens = self._pool.tables, self._pool.lens
         self.next_positions, self.compressed = states.next_positions, states.compressed
 
@@ -145,7 +150,7 @@ class PagedKVCache:
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of keys and values in a block."""
+        """Bytes of keys and values in a block, with the scales of their slots."""
         return self._storage.bytes_per_block
 
     def blocks_for(self, tokens: int) -> int:
@@ -188,9 +193,8 @@ class PagedKVCache:
         """The host's part of an :meth:`extend` by up to ``num_tokens``, before a CUDA graph replays it.
 
         Counts the tokens and copies the shared blocks that they are written to. If the graph ``evicts`` too, the rows
-        get copies of all blocks that they share, and count as compressed from now on. Raises as
-        :meth:`extend` does, before anything is changed. It may read numbers from the device, so call it outside the
-        graph.
+        get copies of all blocks that they share, and count as compressed from now on. Raises as :meth:`extend` does,
+        before anything is changed. It may read numbers from the device: call it outside the graph.
         """
         self._selector.expect_tokens(num_tokens)
         selection = self._selector.select(rows)
@@ -213,13 +217,12 @@ class PagedKVCache:
 
         Args:
             layer: from 0.
-            k, v: ``[B', T, Hkv, D]`` and ``[B', T, Hkv, Dv]`` of the newest T tokens of ``rows``, in the cache's dtype
-                (any where both sides are float8 or int8).
+            k, v: ``[B', T, Hkv, D]`` and ``[B', T, Hkv, Dv]`` of the newest T tokens, in the cache's dtype (any where
+                both sides are float8 or int8).
             token_positions: int32 ``[B', T]``, what :meth:`extend` returned.
             q_lens: what :meth:`extend` was given: the first ``q_lens[b]`` tokens of a row are written.
 
-        Raises ValueError and TypeError for other shapes, dtypes and devices, before anything is written. There is no
-        gradient: call it under ``torch.no_grad()``.
+        Raises ValueError and TypeError for other shapes, dtypes and devices, before anything is written. No gradient.
         """
         lists = self._selector.layer(layer, self._selector.select(rows))
         expect_rows("k", k, len(lists[1]))
@@ -352,8 +355,7 @@ class PagedKVCache:
         slots stays too. Only tokens that came in after the last :meth:`evict` or :meth:`keep` that removed anything can
         be rolled back. A fork can be rolled back past the point where it was forked.
 
-        Raises ValueError for more tokens than that, or than a list has (checked on the CPU and with
-        ``KVOPS_DEBUG=1``).
+        Raises ValueError for more tokens than that, or than a list has (on the CPU and with ``KVOPS_DEBUG=1``).
         """
         self._evictor.rollback(num_tokens, self._selector.select(rows))
 
@@ -383,8 +385,7 @@ class PagedKVCache:
     def fork(self, row: int, into: Rows, *, num_tokens: int | None = None) -> None:
         """Let the rows ``into`` continue from what ``row`` holds. They share its blocks until one of them writes.
 
-        Takes no blocks and copies nothing but tables. What a row does afterwards never shows in another. What ``into``
-        held before is freed.
+        Copies nothing but tables. What a row does afterwards never shows in another. What ``into`` held is freed.
 
         Args:
             row: the row to continue from.

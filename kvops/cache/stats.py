@@ -18,7 +18,8 @@ class CacheStats:
 
     Attributes:
         blocks_total, blocks_in_use, block_size: the pool. A block that several rows share counts once.
-        bytes_per_block, side_bytes_per_block: the bytes of keys and values, and of positions and scores.
+        bytes_per_block, side_bytes_per_block: the bytes of keys and values with the scales of their slots, and
+            of positions and scores.
         blocks_shared, blocks_saved: blocks in the lists of several rows (:meth:`~kvops.PagedKVCache.fork`,
             :meth:`~kvops.PagedKVCache.recall`), and how many more would be in use if every row had its own.
         tokens_remembered, blocks_unused: tokens of remembered prefixes, and blocks that no row uses: these are freed

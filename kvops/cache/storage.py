@@ -1,4 +1,4 @@
-"""The arrays of a paged cache: keys, values, positions and scores of every block, and access to them."""
+"""The arrays of a paged cache: keys, values, their scales, positions and scores of every block, and access to them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ class BlockStorage:
         positions: int32 ``[num_blocks, block_size]``.
         scores: float32 ``[num_blocks, block_size]``.
         k_scale, v_scale: float32 ``[num_layers, num_kv_heads]``, or None.
+        k_slot_scale, v_slot_scale: float32 ``[num_blocks, block_size]``, or None.
     """
 
-    def __init__(self, config: CacheConfig, k_scale: float | Tensor | None, v_scale: float | Tensor | None) -> None:
+    def __init__(
+        self, config: CacheConfig, k_scale: float | Tensor | None, v_scale: float | Tensor | None, slot_scales: bool
+    ) -> None:
         slots, device = (config.num_blocks, config.block_size), config.device
         self.k_cache = huge_pages.empty((*slots, config.head_dim), config.dtype, device)
         self.v_cache = huge_pages.empty((*slots, config.v_head_dim), config.v_dtype, device)
         self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
         self.k_scale = _scale("k_scale", k_scale, config.dtype, config)
         self.v_scale = _scale("v_scale", v_scale, config.v_dtype, config)
+        self.k_slot_scale, self.v_slot_scale = _slot_scales(self.k_scale, self.v_scale, config, slot_scales)
         # One more block than the pool has: set_scores() writes ignored entries there.
         self._scores = torch.zeros(slots[0] + 1, slots[1], dtype=torch.float32, device=device)
         self.scores = self._scores[:-1]
@@ -49,12 +53,19 @@ class BlockStorage:
     @property
     def sides(self) -> dict[str, Tensor]:
         """The arrays with a value for each slot of each block, by name."""
-        return {"k_cache": self.k_cache, "v_cache": self.v_cache, "positions": self.positions, "scores": self.scores}
+        sides = {"k_cache": self.k_cache, "v_cache": self.v_cache, "positions": self.positions, "scores": self.scores}
+        return sides | {name: scale for name, scale in self.slot_scales.items() if scale is not None}
+
+    @property
+    def slot_scales(self) -> dict[str, Tensor | None]:
+        """The scales of slots, as keywords of the operators."""
+        return {"k_slot_scale": self.k_slot_scale, "v_slot_scale": self.v_slot_scale}
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of keys and values in a block."""
-        return sum(math.prod(side.shape[1:]) * side.element_size() for side in (self.k_cache, self.v_cache))
+        """Bytes of keys and values in a block, with the scales of their slots."""
+        sides = (self.k_cache, self.v_cache, self.k_slot_scale, self.v_slot_scale)
+        return sum(math.prod(side.shape[1:]) * side.element_size() for side in sides if side is not None)
 
     @property
     def side_bytes_per_block(self) -> int:
@@ -67,6 +78,7 @@ class BlockStorage:
         return {
             "k_scale": None if k_scale is None else k_scale[layer],
             "v_scale": None if v_scale is None else v_scale[layer],
+            **self.slot_scales,
         }
 
     def reach(self, query_positions: Tensor, window_left: int, chunk: int) -> dict[str, Any]:
@@ -103,11 +115,13 @@ class BlockStorage:
 
     def compact(self, tables: Tensor, lens: Tensor, keep: Tensor) -> None:
         """Move the slots that ``keep`` marks to the front of each list, and write the new lengths into ``lens``."""
-        compact(self.k_cache, self.v_cache, tables, lens, keep, positions=self.positions, scores=self.scores)
+        sides = {"positions": self.positions, "scores": self.scores, **self.slot_scales}
+        compact(self.k_cache, self.v_cache, tables, lens, keep, **sides)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy whole blocks, int32 ``[N]``; a negative target copies nothing."""
-        copy_blocks(self.k_cache, self.v_cache, source, target, positions=self.positions, scores=self.scores)
+        sides = {"positions": self.positions, "scores": self.scores, **self.slot_scales}
+        copy_blocks(self.k_cache, self.v_cache, source, target, **sides)
 
     def read(self, blocks: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the first ``length`` slots of ``blocks``: keys, values and positions."""
@@ -117,6 +131,23 @@ class BlockStorage:
             for side in (self.k_cache, self.v_cache, self.positions)
         )
         return k, v, positions
+
+
+def _slot_scales(
+    k_scale: Tensor | None, v_scale: Tensor | None, config: CacheConfig, slot_scales: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the scales of slots of the sides of float8 and int8: float32 ``[num_blocks, block_size]`` each."""
+    if not slot_scales:
+        return None, None
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            raise ValueError(f"{name}: expected None with slot_scales=True, as each slot has one scale, got both")
+    quantised = [dtype in checks.QUANTISED_DTYPES for dtype in (config.dtype, config.v_dtype)]
+    if not any(quantised):
+        raise ValueError(f"slot_scales: expected only with a side of float8 or int8, got a cache of {config.dtype}")
+    slots = config.num_blocks, config.block_size
+    k_slot_scale, v_slot_scale = (torch.zeros(slots, device=config.device) if side else None for side in quantised)
+    return k_slot_scale, v_slot_scale
 
 
 def _scale(name: str, scale: float | Tensor | None, dtype: torch.dtype, config: CacheConfig) -> Tensor | None:

@@ -16,12 +16,14 @@ def copy_blocks(
     *,
     positions: Tensor | None = None,
     scores: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> None:
     entries = (target >= 0).nonzero().flatten()
     if len(entries) == 0:
         return
     source, target = source[entries].long(), target[entries].long()
-    for side in (k_cache, v_cache, positions, scores):
+    for side in (k_cache, v_cache, positions, scores, k_slot_scale, v_slot_scale):
         if side is not None:
             bits = side.view(INTEGERS[side.element_size()])
             bits.index_copy_(0, target, torch.index_select(bits, 0, source))

@@ -132,6 +132,8 @@ def compact(
     *,
     positions: Tensor | None = None,
     scores: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> Tensor:
     """See :func:`kvops.compact`."""
     size = k_cache.shape[1]
@@ -141,7 +143,7 @@ def compact(
     b, h, source = moved.nonzero(as_tuple=True)
     target = target[moved]
     source_block, target_block = (block_tables[b, h, slot // size].long() for slot in (source, target))
-    for side in (k_cache, v_cache, positions, scores):
+    for side in (k_cache, v_cache, positions, scores, k_slot_scale, v_slot_scale):
         if side is not None:
             bits = side.view(INTEGERS[side.element_size()])
             bits[target_block, target % size] = bits[source_block, source % size]  # all are read before one is written

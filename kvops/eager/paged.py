@@ -74,6 +74,14 @@ def _quantised(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-limit, limit).to(dtype)
 
 
+def _row_scales(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of each float32 row in a cache of ``dtype``: its largest finite magnitude becomes the largest number of
+    the dtype. Not below the smallest normal float32, by which zeros are divided."""
+    largest = _LARGEST_INT8 if dtype == torch.int8 else torch.finfo(dtype).max
+    most = rows.abs().nan_to_num(0.0, posinf=0.0).amax(-1)
+    return (most / largest).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def paged_append(
     k: Tensor,
     v: Tensor,
@@ -88,6 +96,8 @@ def paged_append(
     scores: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
 ) -> None:
@@ -115,10 +125,17 @@ def paged_append(
     def write(side: Tensor, values: Tensor, by_head: bool) -> None:
         _bits(side)[(block, offset, h) if by_head else (block, offset)] = _bits(values)
 
-    for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+    for cache, new, scale, slot_scale in (
+        (k_cache, k, k_scale, k_slot_scale),
+        (v_cache, v, v_scale, v_slot_scale),
+    ):
         values = new[place, h]
         if cache.dtype in QUANTISED_DTYPES:
             values = values.float() if scale is None else values.float() / scale.expand(Hkv)[h, None]
+            if slot_scale is not None:
+                of_rows = _row_scales(values, cache.dtype)
+                write(slot_scale, of_rows, uniform)
+                values = values / of_rows[:, None]
             values = _quantised(values, cache.dtype)
         write(cache, values, uniform)
     if positions is not None and token_positions is not None:
@@ -202,7 +219,7 @@ class _Reduced:
         scores[place] = decay * scores[place] + self.values[slot].to(scores.dtype)
 
 
-# Over 80 lines: 30 are the signature.
+# Over 80 lines: 32 are the signature.
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -221,6 +238,8 @@ def paged_attention(
     tree_mask: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
     scores: Tensor | None = None,
     score_reduce: str = "sum",
     score_decay: float = 1.0,
@@ -243,6 +262,9 @@ def paged_attention(
     group = Hq // heads
     dtype = compute_dtype(q.dtype)
     keys, values = _by_head(k_cache, heads, 3), _by_head(v_cache, heads, 3)
+    key_scales, value_scales = (
+        None if side is None else _by_head(side, heads, 2) for side in (k_slot_scale, v_slot_scale)
+    )
     window_left = min(window_left, 1 << 32)  # further than two int32 positions lie apart
     measured = window_left >= 0 or alibi_slopes is not None  # distances are
     places = _by_head(positions, heads, 2) if measured and positions is not None else None
@@ -284,6 +306,10 @@ def paged_attention(
             if low == high:
                 continue
             k, v = (_read(cache[h], table, low, high).to(dtype) for cache in (keys, values))
+            if key_scales is not None:
+                k *= _read(key_scales[h], table, low, high)[:, None]
+            if value_scales is not None:
+                v *= _read(value_scales[h], table, low, high)[:, None]
             s = rows[first * group : last * group] @ k.mT
             if softcap > 0:
                 s.div_(softcap).tanh_().mul_(softcap)

@@ -97,6 +97,8 @@ def _check_compact(
     *,
     positions: Tensor | None = None,
     scores: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> None:
     checks.expect_rank("k_cache", k_cache, "[num_blocks, block_size, D]")
     checks.expect_last_contiguous("k_cache", k_cache)
@@ -115,12 +117,11 @@ def _check_compact(
     checks.expect_shape("keep", keep, "[B, Hkv, max_blocks * block_size]", batch, heads, table * block_size)
     checks.expect_last_contiguous("keep", keep)
     checks.expect_same_device("keep", keep, "k_cache", k_cache)
-    if positions is not None:
-        _check_side("positions", positions, torch.int32, num_blocks, block_size)
-        checks.expect_same_device("positions", positions, "k_cache", k_cache)
-    if scores is not None:
-        _check_side("scores", scores, torch.float32, num_blocks, block_size)
-        checks.expect_same_device("scores", scores, "k_cache", k_cache)
+    sides = {"positions": positions, "scores": scores, "k_slot_scale": k_slot_scale, "v_slot_scale": v_slot_scale}
+    for name, array in sides.items():
+        if array is not None:
+            _check_side(name, array, torch.int32 if name == "positions" else torch.float32, num_blocks, block_size)
+            checks.expect_same_device(name, array, "k_cache", k_cache)
 
 
 def _fake_compact(
@@ -132,6 +133,8 @@ def _fake_compact(
     *,
     positions: Tensor | None = None,
     scores: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> Tensor:
     return seq_lens.new_empty(seq_lens.shape)
 
@@ -151,7 +154,8 @@ _select_blocks = caller(
 _compact = caller(
     register(
         "compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor(c!) seq_lens, Tensor keep, *, "
-        "Tensor(d!)? positions=None, Tensor(e!)? scores=None) -> Tensor",
+        "Tensor(d!)? positions=None, Tensor(e!)? scores=None, Tensor(f!)? k_slot_scale=None, "
+        "Tensor(g!)? v_slot_scale=None) -> Tensor",
         check=_check_compact,
         fake=_fake_compact,
         eager=eager.compact,
@@ -229,6 +233,8 @@ def compact(
     *,
     positions: Tensor | None = None,
     scores: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> Tensor:
     """Move the kept slots of every list to its front, in order and in place, and shorten the list to them.
 
@@ -241,6 +247,8 @@ def compact(
         seq_lens: int32 ``[B, Hkv]``, replaced by the number of kept slots.
         keep: bool ``[B, Hkv, max_blocks * block_size]`` in list order; entries past a list's length are ignored.
         positions, scores: int32 and float32 ``[num_blocks, block_size]``, moved along if given.
+        k_slot_scale, v_slot_scale: float32 ``[num_blocks, block_size]``, moved along if given: the scales of the slots
+            of a float8 or int8 cache.
 
     Returns:
         ``freed`` int32 ``[B, Hkv]``: the number of blocks of the old list that are no longer needed. They are the last
@@ -248,4 +256,14 @@ def compact(
 
     Raises ValueError for wrong shapes, devices or strides, TypeError for wrong dtypes.
     """
-    return _compact(k_cache, v_cache, block_tables, seq_lens, keep, positions=positions, scores=scores)
+    return _compact(  # type: ignore[no-any-return]
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        keep,
+        positions=positions,
+        scores=scores,
+        k_slot_scale=k_slot_scale,
+        v_slot_scale=v_slot_scale,
+    )

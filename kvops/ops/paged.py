@@ -30,7 +30,8 @@ def _fake_append(*args: object, **kwargs: object) -> None:
 _append = register(
     "paged_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor seq_lens, *, "
     "Tensor? q_lens=None, Tensor(c!)? positions=None, Tensor? token_positions=None, Tensor(d!)? scores=None, "
-    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None) -> ()",
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, "
+    "Tensor(e!)? k_slot_scale=None, Tensor(f!)? v_slot_scale=None) -> ()",
     check=check_append,
     check_data=_check_append_data,
     data="cu_seqlens_q",
@@ -64,7 +65,7 @@ _attention = register(
     'Tensor? v_scale=None, Tensor(a!)? scores=None, str score_reduce="sum", float score_decay=1.0, '
     "Tensor? schedule=None, bool batch_invariant=False, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, "
     "Tensor(b!)? out=None, Tensor? alibi_slopes=None, int score_last=-1, "
-    "Tensor? score_decays=None) -> (Tensor out, Tensor lse)",
+    "Tensor? score_decays=None, Tensor? k_slot_scale=None, Tensor? v_slot_scale=None) -> (Tensor out, Tensor lse)",
     check=check_attention,
     check_data=_check_attention_data,
     data="cu_seqlens_q",
@@ -153,6 +154,8 @@ def paged_append(
     v_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> None:
     """Write new keys and values into the last slots of each head's list.
 
@@ -188,6 +191,11 @@ def paged_append(
         v_scale: the same for ``v`` and ``v_cache``.
         cu_seqlens_q: int32 ``[B + 1]``, where the packed tokens of each sequence begin, and where the last ones end.
         max_seqlen_q: along with ``cu_seqlens_q``: the most new tokens of a sequence, or more.
+        k_slot_scale: in place of ``k_scale``, a scale for each token and head, written: float32
+            ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]`` for a 4-D cache). The scale of a row is its
+            largest finite magnitude divided by the largest number that the dtype holds, and at least the smallest
+            normal float32. Infinities are clamped to that magnitude. An int8 cache is then off by half a scale at most.
+        v_slot_scale: the same for ``v`` and ``v_cache``.
 
     Raises:
         ValueError: wrong rank, shape, device or strides; a scale of a cache that is neither float8 nor int8; one of two
@@ -210,6 +218,8 @@ def paged_append(
         v_scale=scale_tensor("v_scale", v_scale, "k", k),
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
+        k_slot_scale=k_slot_scale,
+        v_slot_scale=v_slot_scale,
     )
 
 
@@ -243,6 +253,8 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     score_last: int = -1,
     score_decays: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over a paged cache in which every head has its own list and length.
 
@@ -309,6 +321,10 @@ def paged_attention(
         score_last: so many of the last tokens of each sequence count in ``scores``, for the slots that they see; -1 for
             all tokens.
         score_decays: float32 ``[B]``, in place of ``score_decay`` one for each sequence.
+        k_slot_scale: in place of ``k_scale``, the scale of each slot of a float8 or int8 ``k_cache``, as
+            :func:`paged_append` writes it: float32 ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]`` for
+            a 4-D cache). Not read past a length.
+        v_slot_scale: the same for the values and ``v_cache``.
 
     Returns:
         out ``[B, T, Hq, Dv]`` or ``[tokens, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]`` or
@@ -359,6 +375,8 @@ def paged_attention(
         alibi_slopes=alibi_slopes,
         score_last=score_last,
         score_decays=score_decays,
+        k_slot_scale=k_slot_scale,
+        v_slot_scale=v_slot_scale,
     )
     return (result if out is None else out), lse
 

@@ -50,6 +50,8 @@ def _check_cache(
     seq_lens: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    k_slot_scale: Tensor | None,
+    v_slot_scale: Tensor | None,
     *,
     reference_name: str,
     reference: Tensor,
@@ -76,6 +78,17 @@ def _check_cache(
         checks.expect_same_device(name, tensor, reference_name, reference)
     check_scale("k_scale", k_scale, "k_cache", k_cache, num_heads, reference_name, reference)
     check_scale("v_scale", v_scale, "v_cache", v_cache, num_heads, reference_name, reference)
+    for name, slot_scale, scale, cache in (
+        ("k_slot_scale", k_slot_scale, k_scale, k_cache),
+        ("v_slot_scale", v_slot_scale, v_scale, v_cache),
+    ):
+        if slot_scale is None:
+            continue
+        if cache.dtype not in checks.QUANTISED_DTYPES:
+            raise ValueError(f"{name}: expected only with a float8 or int8 {name[0]}_cache, got {cache.dtype}")
+        if scale is not None:
+            raise ValueError(f"{name}: expected None with {name[0]}_scale, as each slot has one scale, got both")
+        _check_slots(name, slot_scale, k_cache, torch.float32)
     return num_heads
 
 
@@ -201,6 +214,8 @@ def check_append(
     scores: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
 ) -> None:
@@ -214,6 +229,8 @@ def check_append(
         seq_lens,
         k_scale,
         v_scale,
+        k_slot_scale,
+        v_slot_scale,
         reference_name="k",
         reference=k,
         batch=batch,
@@ -246,7 +263,7 @@ def check_packed_data(
     check_ends("_q", name, len(tokens), ends, max_seqlen_q)
 
 
-# Over 80 lines: 32 are the signature.
+# Over 80 lines: 34 are the signature.
 def check_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -265,6 +282,8 @@ def check_attention(
     tree_mask: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_slot_scale: Tensor | None = None,
+    v_slot_scale: Tensor | None = None,
     scores: Tensor | None = None,
     score_reduce: str = "sum",
     score_decay: float = 1.0,
@@ -287,6 +306,8 @@ def check_attention(
         seq_lens,
         k_scale,
         v_scale,
+        k_slot_scale,
+        v_slot_scale,
         reference_name="q",
         reference=q,
         batch=B,

@@ -193,20 +193,22 @@ class Cached(Seen):
         """The entries of one of the cache's tensors for each key: a copy ``[B', Hkv, S, ...]``."""
         return side.flatten(0, 1)[self._slots]
 
-    def _vectors(self, side: Tensor, scale: Tensor | None) -> Tensor:
+    def _vectors(self, side: Tensor, scale: Tensor | None, slot_scale: Tensor | None) -> Tensor:
         """``[B', S, Hkv, D]``, in float32 if the cache is float8 or int8."""
         vectors = self._of(side.view(torch.uint8)).view(side.dtype)  # as bytes: torch cannot index float8
         if side.dtype in checks.QUANTISED_DTYPES:
             vectors = vectors.float() * (1 if scale is None else scale[self.layer, :, None, None])
+            if slot_scale is not None:
+                vectors *= self._of(slot_scale)[..., None]
         return vectors.masked_fill_(self._padded[..., None], 0).transpose(1, 2)
 
     @cached_property
     def k(self) -> Tensor:  # type: ignore[override]
-        return self._vectors(self.cache.k_cache, self.cache.k_scale)
+        return self._vectors(self.cache.k_cache, self.cache.k_scale, self.cache.k_slot_scale)
 
     @cached_property
     def v(self) -> Tensor:  # type: ignore[override]
-        return self._vectors(self.cache.v_cache, self.cache.v_scale)
+        return self._vectors(self.cache.v_cache, self.cache.v_scale, self.cache.v_slot_scale)
 
     def attention(
         self,
