@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine_call import CASES, Call, case, identity, names_for, sites
-from paged_lists import make_lists
+from paged_lists import make_lists, quantise_by_slot
 
 import kvops  # noqa: F401 - registers the operators
 from kvops.autotune.machine import Machine, Options, on_machine
@@ -239,6 +241,18 @@ def paged_decode_everything():
 
 
 @case
+def paged_decode_slot_scales():
+    lists = _lists()
+    sides, options = [], {}
+    for name, side, dtype in (("k", lists.k_cache, torch.int8), ("v", lists.v_cache, torch.float8_e5m2)):
+        stored, scale = quantise_by_slot(side.float(), dtype)
+        sides.append(stored)
+        options[f"{name}_slot_scale"] = scale.masked_fill(side.isnan().any(-1), math.nan)
+    lists = replace(lists, k_cache=sides[0], v_cache=sides[1])
+    return _decode(lists, torch.randn(3, 1, 4, 64).half(), scores=lists.scores, **options)
+
+
+@case
 def paged_decode_float32():
     return _decode(_lists([[50, 40]], 64, torch.float32), torch.randn(1, 1, 4, 64), 1e-4)
 
@@ -286,6 +300,17 @@ def paged_append_float8():
     cache = torch.zeros(lists.k_cache.shape, dtype=torch.float8_e4m3fn)
     options = {"k_scale": torch.rand(2) + 0.5, "v_scale": torch.rand(2) + 0.5}
     return Call(launch, OPS.paged_append, (new, new + 1, cache, cache.clone(), *lists.arguments[2:]), options)
+
+
+@case
+def paged_append_slot_scales():
+    from kvops.kernels.paged_append import paged_append as launch
+
+    lists = _lists([[300, 40], [129, 8], [17, 260]])
+    new = torch.randn(3, 8, 2, 64).half()
+    caches = [torch.zeros(lists.k_cache.shape).to(dtype) for dtype in (torch.int8, torch.float8_e5m2)]
+    options = {name: torch.zeros_like(lists.scores) for name in ("k_slot_scale", "v_slot_scale")}
+    return Call(launch, OPS.paged_append, (new, new + 1, *caches, *lists.arguments[2:]), options)
 
 
 def _eviction():

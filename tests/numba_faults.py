@@ -95,6 +95,13 @@ NUMBA_FAULTS = [
         "p = exp2(s[r, j])",
         PAGED_NUMBA,
     ),
+    Mutation(
+        "scales of slots are those of the slot before",
+        "kernels/cpu/paged_attention.py",
+        "scale = scales[table[(first + j) // size], (first + j) % size, h]",
+        "scale = scales[table[(first + j) // size], (first + j - 1) % size, h]",
+        named("slot_scales", "numba", "multiplies"),
+    ),
     # The other operators on the CPU, compiled by numba
     Mutation(
         "numba: tokens are appended one slot too early",

@@ -8,10 +8,10 @@ import pytest
 import torch
 from engines import MODELS, PAGE, generate, layers, prompts, start
 from no_sync import Trace, _Functions, _Operators
-from paged_lists import quantise
+from paged_lists import quantise, quantise_by_slot
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 import kvops
 from bench.serving.small import small as random_model
@@ -227,6 +227,48 @@ def test_a_layer_attends_in_low_precision_with_any_head_ratio(dtype, heads):
 @pytest.mark.parametrize("step", ["decode", "mixed"])
 def test_a_layer_attends_over_a_float8_cache(step, cache_dtype):
     oracle.assert_accurate(*attend(torch.bfloat16, step, "plain", cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8_per_token_head", "fp8_per_token_head"])
+@pytest.mark.parametrize("head_size", [64, 40])
+def test_a_layer_writes_and_reads_the_scales_of_slots_where_vllm_keeps_them(cache_dtype, head_size):
+    """Behind each key and each value of a page lie the four bytes of its scale."""
+    from kvops.integrations.vllm.backend import KVOpsBackend
+
+    dtype = torch.int8 if cache_dtype.startswith("int8") else torch.float8_e4m3fn
+    generator, (Hq, Hkv), lengths = torch.Generator().manual_seed(0), (6, 2), [40, 70]
+    common, pages = metadata(lengths, lengths, generator)
+    spec = FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=Hkv, head_size=head_size, dtype=torch.int8,
+        kv_quant_mode=get_kv_quant_mode(cache_dtype),
+    )  # fmt: skip
+    spec = KVOpsBackend.customize_spec(spec)
+    content = 2 * (head_size + 4)
+    assert spec.page_size_bytes == Hkv * PAGE * content
+    q, k, v = (torch.randn(sum(lengths), n, head_size, generator=generator) for n in (Hq, Hkv, Hkv))
+    k[3], v[5] = 1000 * k[3], 1000 * v[5]
+    cache = torch.full((len(lengths) * pages.shape[1] + 1, Hkv, PAGE, content), 0x7F, dtype=torch.uint8)
+    out = torch.full_like(q, torch.nan)
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        layer = KVOpsBackend.get_impl_cls()(Hq, head_size, head_size**-0.5, Hkv, None, None, cache_dtype)
+        builder = KVOpsBackend.get_builder_cls()(spec, ["layer.0"], config, torch.device("cpu"))
+        step = builder.build(0, common)
+        layer.forward(SimpleNamespace(layer_name="layer.0"), q, k, v, cache.view(torch.int8), step, out)
+    first = 0
+    for row, length in enumerate(lengths):
+        tokens = torch.arange(length)
+        held = cache.transpose(1, 2)[pages[row, tokens // PAGE].long(), tokens % PAGE]
+        wide = []
+        for side, x in zip(held.split(head_size + 4, -1), (k, v), strict=True):
+            rows, scales = quantise_by_slot(x[first : first + length], dtype)
+            assert torch.equal(side[..., :-4], rows.view(torch.uint8))
+            assert torch.equal(side[..., -4:].contiguous().view(torch.float32)[..., 0], scales)
+            wide.append(rows.float() * scales[..., None])
+        own = q[None, first : first + length]
+        exact = oracle.attention(own, *(x[None] for x in wide), mask=oracle.attention_mask(length, length, causal=True))
+        torch.testing.assert_close(out[first : first + length].double(), exact[0][0], rtol=1e-4, atol=1e-3)
+        first += length
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,9 @@ from kvops.integrations.vllm.spec import CompressedSpec
 from kvops.integrations.vllm.step import Slots, Step, requests_of
 
 _FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+# A slot of a head holds its key, the key's scale in float32, its value and the value's scale.
+_SLOT_SCALES = {"int8_per_token_head": torch.int8, "fp8_per_token_head": torch.float8_e4m3fn}
+_SCALE_BYTES = 4
 
 
 class KVOpsBackend(AttentionBackend):  # type: ignore[misc]
@@ -33,7 +37,7 @@ class KVOpsBackend(AttentionBackend):  # type: ignore[misc]
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "float32", *_FLOAT8]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "float32", *_FLOAT8, *_SLOT_SCALES]
 
     @staticmethod
     def get_name() -> str:
@@ -62,6 +66,8 @@ class KVOpsBackend(AttentionBackend):  # type: ignore[misc]
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """What the scheduler is told about a layer. vLLM asks the class, after it has built the layers."""
+        if spec.kv_quant_mode.name in ("INT8_PER_TOKEN_HEAD", "FP8_PER_TOKEN_HEAD"):
+            return replace(spec, state_content_bytes=spec.head_size + spec.head_size_v + 2 * _SCALE_BYTES)
         if type(spec) is not FullAttentionSpec:  # windows free their own pages; block_size 1 measures a window's page
             return spec
         engine = Engine.built_last()
@@ -201,7 +207,7 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
 
         Args:
             query: ``[tokens, Hq, D]``, packed, padded at the end; ``key`` and ``value`` ``[tokens, Hkv, D]``.
-            kv_cache: ``[pages, Hkv, page_size, D + Dv]``.
+            kv_cache: ``[pages, Hkv, page_size, D + Dv]``, or D + Dv + 8 bytes with scales of slots.
             output: written; ``[tokens, Hq, Dv]``.
         """
         if output_scale is not None or output_block_scale is not None:
@@ -224,10 +230,15 @@ class KVOpsAttention(AttentionImpl[Step]):  # type: ignore[misc]
         return output
 
     def _caches(self, layer: Any, kv_cache: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-        """Keys and values ``[pages, page_size, Hkv, D]``, and the scales of a float8 cache."""
+        """Keys and values ``[pages, page_size, Hkv, D]``, and the scales of a float8 or int8 cache."""
+        slots = kv_cache.transpose(1, 2)
+        if self.kv_cache_dtype in _SLOT_SCALES:
+            k, v = slots.view(torch.int8).split(slots.shape[-1] // 2, dim=-1)
+            k_scale, v_scale = (side[..., -_SCALE_BYTES:].view(torch.float32)[..., 0] for side in (k, v))
+            k, v = (side[..., :-_SCALE_BYTES].view(_SLOT_SCALES[self.kv_cache_dtype]) for side in (k, v))
+            return (k, v), {"k_slot_scale": k_scale, "v_slot_scale": v_scale}
         scales: dict[str, Any] = {}
         if self.kv_cache_dtype in _FLOAT8:
-            kv_cache = kv_cache.view(_FLOAT8[self.kv_cache_dtype])
+            slots = slots.view(_FLOAT8[self.kv_cache_dtype])
             scales = {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
-        slots = kv_cache.transpose(1, 2)
         return (slots[..., : self.head_size], slots[..., self.head_size :]), scales

@@ -60,7 +60,7 @@ def _expect_checkable(config: Any, options: Options) -> None:
             "check: expected no prefix caching without compression, because a prefix that is found was computed by "
             "another request. Next step: --no-enable-prefix-caching"
         )
-    if str(cache.cache_dtype).startswith("fp8"):
+    if str(cache.cache_dtype).startswith(("fp8", "int8")):
         raise ValueError(
             f"check: expected a cache that holds what was computed, got one of {cache.cache_dtype}. Next step: "
             "kv_cache_dtype=auto, or check=false"
