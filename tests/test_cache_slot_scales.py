@@ -1,7 +1,6 @@
 """A paged cache whose slots have scales of their own holds what a cache of its dequantised tokens holds."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -170,7 +169,6 @@ def test_an_uncalibrated_cache_is_close_to_one_of_float32(device, dtype):
     for cache in caches:
         cache.append(0, k, v, cache.extend(tokens, rows=[0]), rows=[0])
         outs.append(cache.attend(0, q, rows=[0]).unflatten(2, (HEADS, GROUP)).double())
-    error = (outs[0] - outs[1]).flatten(3).norm(dim=(0, 1, 3)) / outs[1].norm(dim=(0, 1, 3, 4))
+    off, size = ((x * x).sum((0, 1, 3, 4)).sqrt() for x in (outs[0] - outs[1], outs[1]))
     step = {INT8: 1 / 127}.get(dtype, 2.0 ** (-3 if dtype == torch.float8_e5m2 else -4))
-    assert (error < 3 * step).all()  # of keys, whose scores are sums of 16 products, and of values
-    assert math.isfinite(error.max())
+    assert (off < 3 * step * size).all()  # of keys, whose scores are sums of 16 products, and of values
