@@ -106,10 +106,10 @@ def flash_attention_varlen_bias_backward(
     wide = options | {"bias": bias.to(dbias.dtype)}
     for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_k, wide):
         own = own | {"dlse": None if dlse is None else dlse[None, :, rows]}
-        target = _own_bias(dbias, rows, keys)
-        places = (dout, rows), (q, rows), (k, keys), (v, keys), (out, rows)
-        given = (x[None, place] for x, place in places)
-        target += attention.flash_attention_bias_backward(*given, lse[None, :, rows], **own)
+        target, own_lse = _own_bias(dbias, rows, keys), lse[None, :, rows]
+        target += attention.flash_attention_bias_backward(
+            dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows], own_lse, **own
+        )
     return dbias.to(bias.dtype)
 
 
