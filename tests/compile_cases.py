@@ -312,18 +312,10 @@ def dense_attention(dtype, head_dim, training=True, scores=True, **options):
         attention_scores(q, k, lse, **options)
 
 
-def flash_attention_causal():
-    dense_attention(torch.float16, 128, causal=True)
-
-
 def flash_attention_with_everything():
     sinks, slopes = torch.empty(16, dtype=torch.bfloat16), torch.empty(16)
     options = {"causal": True, "window_left": 1024, "softcap": 30.0, "sinks": sinks, "alibi_slopes": slopes}
     dense_attention(torch.bfloat16, 64, **options)
-
-
-def flash_attention_float32():
-    dense_attention(torch.float32, 64, causal=True)
 
 
 def flash_backward_wide_values():
@@ -347,20 +339,15 @@ def flash_attention_bias(head_dim, dtype=torch.bfloat16, **options):
 
 
 DROPOUT = {"dropout_p": 0.1, "dropout_seed": torch.empty(1, dtype=torch.int64)}
-
-
-def flash_attention_dropout(head_dim, dtype=torch.bfloat16, **options):
-    dense_attention(dtype, head_dim, scores=False, **options, **DROPOUT)
-
-
 FLASH_KERNELS = ("flash_forward_kernel", "flash_backward_keys_kernel", "flash_backward_queries_kernel")
 SOME = ("sm_80", "sm_90", "gfx942")
 BIAS_KERNELS = (*FLASH_KERNELS, "flash_backward_bias_kernel")
+SCORES_KERNELS = (*FLASH_KERNELS, "attention_scores_kernel")
 
 CASES += [
-    CompileCase("flash-fp16-d128", flash_attention_causal, matrix=(*FLASH_KERNELS, "attention_scores_kernel")),
+    CompileCase("flash-fp16-d128", partial(dense_attention, torch.float16, 128, causal=True), matrix=SCORES_KERNELS),
     CompileCase("flash-bf16-d64-everything", flash_attention_with_everything, matrix=FLASH_KERNELS),
-    CompileCase("flash-fp32-d64", flash_attention_float32),
+    CompileCase("flash-fp32-d64", partial(dense_attention, torch.float32, 64, causal=True)),
     CompileCase("flash-backward-bf16-d64-values-of-128", flash_backward_wide_values, matrix=FLASH_KERNELS[1:]),
     CompileCase("flash-bias-d64", partial(flash_attention_bias, 64), matrix=BIAS_KERNELS, targets=SOME),
     CompileCase("flash-bias-d128-causal", partial(flash_attention_bias, 128, causal=True), matrix=BIAS_KERNELS),
@@ -369,20 +356,25 @@ CASES += [
         "flash-bias-d128-mask", partial(flash_attention_bias, 128, torch.bool), matrix=FLASH_KERNELS, targets=SOME
     ),
     CompileCase(
-        "flash-dropout-fp16-d64",
-        partial(flash_attention_dropout, 64, torch.float16),
-        matrix=FLASH_KERNELS,
-        targets=SOME,
-    ),
-    CompileCase("flash-dropout-d128-causal", partial(flash_attention_dropout, 128, causal=True), matrix=FLASH_KERNELS),
-    CompileCase("flash-dropout-d256", partial(flash_attention_dropout, 256), matrix=FLASH_KERNELS, targets=SOME),
-    CompileCase("flash-dropout-fp32-d64", partial(flash_attention_dropout, 64, torch.float32), targets=SOME),
-    CompileCase(
         "flash-dropout-bias-d128",
         partial(flash_attention_bias, 128, causal=True, **DROPOUT),
         matrix=BIAS_KERNELS,
         targets=SOME,
     ),
+]
+CASES += [
+    CompileCase(
+        f"flash-dropout-{name}",
+        partial(dense_attention, dtype, head_dim, scores=False, causal="causal" in name, **DROPOUT),
+        matrix=() if dtype == torch.float32 else FLASH_KERNELS,
+        targets=() if "causal" in name else SOME,
+    )
+    for name, dtype, head_dim in (
+        ("fp16-d64", torch.float16, 64),
+        ("d128-causal", torch.bfloat16, 128),
+        ("d256", torch.bfloat16, 256),
+        ("fp32-d64", torch.float32, 64),
+    )
 ]
 
 # Every default configuration under every kind of mask; no mask at all compiles to a part of what a causal one does, and
@@ -470,40 +462,29 @@ CASES += [
 ]
 
 
-def flash_attention_packed(dtype=torch.float16, head_dim=64, **options):
+def flash_attention_packed(dtype=torch.float16, head_dim=64, biased=False, **options):
     from kvops.kernels.attention_scores import attention_scores_varlen
+    from kvops.kernels.flash_backward_bias import flash_bias_backward_varlen
     from kvops.kernels.flash_backward_launch import flash_backward_varlen
     from kvops.kernels.flash_forward import flash_forward_varlen
 
     q = torch.empty(8192, 16, head_dim, dtype=dtype)
     k, v = torch.empty(2, 8192, 4, head_dim, dtype=dtype)
     lengths = (torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int32), 4096, 4096)
-    out, lse = flash_forward_varlen(q, k, v, *lengths, causal=True, **options)
-    flash_backward_varlen(out, q, k, v, out, lse, *lengths, causal=True, **options)
-    if not options:
+    bias = torch.empty(16, 8192, 4096, dtype=dtype) if biased else None
+    out, lse = flash_forward_varlen(q, k, v, *lengths, causal=True, bias=bias, **options)
+    flash_backward_varlen(out, q, k, v, out, lse, *lengths, causal=True, bias=bias, **options)
+    if biased:
+        flash_bias_backward_varlen(out, q, k, v, out, lse, bias, *lengths, causal=True)
+    elif not options:
         attention_scores_varlen(q, k, lse, *lengths, causal=True)
 
 
-def flash_attention_packed_bias():
-    from kvops.kernels.flash_backward_bias import flash_bias_backward_varlen
-
-    bias = torch.empty(16, 8192, 4096, dtype=torch.bfloat16)
-    flash_attention_packed(torch.bfloat16, 128, bias=bias)
-    q = torch.empty(8192, 16, 128, dtype=torch.bfloat16)
-    k, v = torch.empty(2, 8192, 4, 128, dtype=torch.bfloat16)
-    lengths = (torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int32), 4096, 4096)
-    flash_bias_backward_varlen(q, q, k, v, q, torch.empty(16, 8192), bias, *lengths, causal=True)
-
-
+_packed_bf16 = partial(flash_attention_packed, torch.bfloat16, 128)
 CASES += [
     CompileCase("flash-packed-fp16-d64", flash_attention_packed, matrix=FLASH_KERNELS),
-    CompileCase("flash-packed-bias-d128", flash_attention_packed_bias, matrix=BIAS_KERNELS, targets=SOME),
-    CompileCase(
-        "flash-packed-dropout-d128",
-        partial(flash_attention_packed, torch.bfloat16, 128, **DROPOUT),
-        matrix=FLASH_KERNELS,
-        targets=SOME,
-    ),
+    CompileCase("flash-packed-bias-d128", partial(_packed_bf16, biased=True), matrix=BIAS_KERNELS, targets=SOME),
+    CompileCase("flash-packed-dropout-d128", partial(_packed_bf16, **DROPOUT), matrix=FLASH_KERNELS, targets=SOME),
 ]
 
 

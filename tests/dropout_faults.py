@@ -1,10 +1,39 @@
-"""Planted faults of dropout and of the biases of packed sequences (``mutations.py``)."""
+"""Planted faults of dropout and of biases in dense and packed attention (``mutations.py``)."""
 
 from faults import Mutation, named
 
+BIAS = named("attention_bias", "agrees", "triton")
 DROPOUT = named("attention_dropout", "agrees", "triton")
 
 DROPOUT_FAULTS = [
+    Mutation(
+        "a bias is not added",
+        "kernels/flash_tiles.py",
+        'scores = tl.where(bias == float("-inf"), bias, scores + bias)',
+        'scores = tl.where(bias == float("-inf"), bias, scores)',
+        BIAS,
+    ),
+    Mutation(
+        "a row that a bias hides from all keys has the lse of its sink",
+        "kernels/flash_forward.py",
+        "sees_a_key = empty == 0",
+        "sees_a_key = seqlen_k > 0",
+        named("attention_bias", "triton", "empty"),
+    ),
+    Mutation(
+        "dbias misses the last batch entry",
+        "kernels/flash_backward_bias.py",
+        "for entry in tl.range(first_batch, end_batch):",
+        "for entry in tl.range(first_batch, end_batch - SUM_BATCHES):",
+        BIAS,
+    ),
+    Mutation(
+        "eager: dbias is half of what it is",
+        "kvops/eager/attention.py",
+        "target += ds.flatten(1, 2).sum_to_size(target.shape)",
+        "target += (ds * 0.5).flatten(1, 2).sum_to_size(target.shape)",
+        named("attention_bias", "agrees", "eager"),
+    ),
     Mutation(
         "packed: every sequence reads the bias of the first rows",
         "kernels/flash_forward.py",

@@ -27,7 +27,6 @@ PACKED = "tests/test_paged_packed.py -k 'triton and (two_calls or last_tokens or
 PAGED_EAGER = "tests/test_paged.py tests/test_paged_eager.py -k 'eager and not triton'"
 SLOT_SCALES = named("slot_scales", "triton", "multiplies or float16 or beside")
 LATENTS = named("paged_latent", "triton", "decoding_reads or row_tiles")
-BIAS = named("attention_bias", "agrees", "triton")
 SCORES = named("scores", "triton", "reduction or queries_that_count or windows")
 SCORES_EAGER = named("scores", "eager", "reduction or queries_that_count or windows")
 MERGE = named("merge", "triton", "whole or float64")
@@ -189,35 +188,6 @@ FAULTS = [
         "delta = delta - dlse",
         "delta = delta + dlse",
         GRADIENT_EAGER,
-    ),
-    # Bias
-    Mutation(
-        "a bias is not added",
-        "kernels/flash_tiles.py",
-        'scores = tl.where(bias == float("-inf"), bias, scores + bias)',
-        'scores = tl.where(bias == float("-inf"), bias, scores)',
-        BIAS,
-    ),
-    Mutation(
-        "a row that a bias hides from all keys has the lse of its sink",
-        "kernels/flash_forward.py",
-        "sees_a_key = empty == 0",
-        "sees_a_key = seqlen_k > 0",
-        named("attention_bias", "triton", "empty"),
-    ),
-    Mutation(
-        "dbias misses the last batch entry",
-        "kernels/flash_backward_bias.py",
-        "for entry in tl.range(first_batch, end_batch):",
-        "for entry in tl.range(first_batch, end_batch - SUM_BATCHES):",
-        BIAS,
-    ),
-    Mutation(
-        "eager: dbias is half of what it is",
-        "kvops/eager/attention.py",
-        "target += ds.flatten(1, 2).sum_to_size(target.shape)",
-        "target += (ds * 0.5).flatten(1, 2).sum_to_size(target.shape)",
-        named("attention_bias", "agrees", "eager"),
     ),
     # Union of two attentions
     Mutation(
