@@ -6,6 +6,9 @@ from typing import Any
 import torch
 import triton
 
+# More slots than a list has.
+EVERY_SLOT = 2**31 - 1
+
 
 def padded(head_dim: int) -> int:
     """The width of a tile that holds ``head_dim``: a power of two that a matrix product accepts."""
@@ -40,6 +43,17 @@ def in_every_row(cu_seqlens: torch.Tensor, *packed: torch.Tensor | None) -> tupl
 def list_strides(per_list: torch.Tensor, k_cache: torch.Tensor) -> tuple[int, int]:
     """Sequence and head strides of tables or lengths; the heads of a 4-D cache share them."""
     return per_list.stride(0), 0 if k_cache.dim() == 4 else per_list.stride(1)
+
+
+def bias_numbers(bias: torch.Tensor | None, batch: int, heads: int, tokens: int) -> dict[str, Any]:
+    """The strides of a bias over [batch, heads, tokens, slots], 0 where it is the same for all, and the slots that it
+    has. All None without one: the kernels then compile without it."""
+    names = ("stride_bias_b", "stride_bias_h", "stride_bias_t", "stride_bias_s", "bias_slots")
+    if bias is None:
+        return dict.fromkeys(names)
+    slots = bias.shape[-1] if bias.dim() else 1
+    *row, slot = bias.expand(batch, heads, tokens, slots).stride()
+    return dict(zip(names, (*row, *((0, EVERY_SLOT) if slots == 1 else (slot, slots))), strict=True))
 
 
 def scale_stride(scale: torch.Tensor | None) -> int:

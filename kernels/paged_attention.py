@@ -55,6 +55,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     score_decays: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     **numbers: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels; see ``kvops.paged_attention``. ``kind`` has the arguments that are not tensors."""
@@ -77,6 +78,7 @@ def paged_attention(
             out=out,
             alibi_slopes=alibi_slopes,
             score_decays=score_decays,
+            bias=bias,
         )
     out, result, lse = kind.results(q, out)
     if kind.packed:
@@ -93,8 +95,10 @@ def paged_attention(
         positions = query_positions = None
     if tree_mask is not None:
         tree_mask = tree_mask.view(torch.uint8)
+    if bias is not None and bias.dtype == torch.bool:
+        bias = bias.view(torch.uint8)
     keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.as_bytes else (k_cache, v_cache)
-    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale, alibi_slopes, k_slot_scale
+    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale, alibi_slopes, k_slot_scale, bias
     paged_attention_kernel[plan.grid](
         q,
         keys,

@@ -7,6 +7,7 @@ from kvops.kernels.flash_tiles import alibi_slope
 from kvops.kernels.paged_tiles import (
     READ_AS_SCALARS,
     UNSPECIALISED,
+    biased,
     cache_scale,
     load_slots,
     new_tokens,
@@ -38,6 +39,7 @@ def paged_attention_kernel(
     k_scale_ptr,
     slopes_ptr,
     k_slot_scale_ptr,
+    bias_ptr,
     v_scale_ptr,
     v_slot_scale_ptr,
     sinks_ptr,
@@ -79,6 +81,10 @@ def paged_attention_kernel(
     stride_v_slot_h,
     stride_sinks,
     stride_slopes_b,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_t,
+    stride_bias_s,
     stride_ob,
     stride_ot,
     stride_oh,
@@ -86,6 +92,7 @@ def paged_attention_kernel(
     stride_lse_h,
     num_tokens,
     max_blocks,
+    bias_slots,
     lists,
     coarse,
     programs,
@@ -158,6 +165,8 @@ def paged_attention_kernel(
         row_mask = rows < with_results * GROUP
         place = first_token + token  # in this row of q
         start, stop = visible_range(limit, oldest, start, stop, HAS_WINDOW, query_positions_ptr is not None, BLOCK_SIZE)
+        if bias_ptr is not None:
+            stop = tl.minimum(stop, bias_slots)
         query_head = head * GROUP + rows % GROUP
         columns = tl.arange(0, BLOCK_D)
         q = tl.load(  # [BLOCK_M, BLOCK_D]
@@ -192,6 +201,11 @@ def paged_attention_kernel(
                 stride_k_slot_h,
             )  # fmt: skip
             s, _ = log2_scores(s, distance, key_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
+            if bias_ptr is not None:
+                s = biased(
+                    s, bias_ptr, batch, query_head, place, rows, with_results * GROUP, slots, stop,
+                    stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
+                )  # fmt: skip
             seen = visible_slots(
                 slots, inside, key_places, limit, oldest, token, new_slot,
                 None if tree_ptr is None else tree_ptr + batch * stride_mb, stride_mt, stride_mj, num_tokens,

@@ -76,7 +76,7 @@ def _of_rows(rows: slice, args: tuple[Any, ...], given: dict[str, Any]) -> tuple
     for name in ("q_lens", "score_decays", *(() if packed else ("query_positions", "out"))):
         if given.get(name) is not None:
             own[name] = given[name][rows]
-    for name, rank in (("tree_mask", 3), ("alibi_slopes", 2)):
-        if given.get(name) is not None and given[name].dim() == rank:
+    for name, rank in (("tree_mask", 3), ("alibi_slopes", 2), ("bias", 4)):
+        if given.get(name) is not None and given[name].dim() == rank and given[name].shape[0] > 1:
             own[name] = given[name][rows]
     return (q if packed else q[rows], *caches, block_tables[rows], seq_lens[rows]), own

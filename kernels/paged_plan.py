@@ -10,6 +10,7 @@ import triton
 from kvops.autotune.config import PagedAttentionConfig
 from kvops.kernels.dense import slope_stride
 from kvops.kernels.paged import (
+    bias_numbers,
     in_every_row,
     list_strides,
     padded,
@@ -95,6 +96,7 @@ class PagedKind:
         alibi_slopes: torch.Tensor | None = None,
         score_last: int = -1,
         score_decays: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> None:
         self.packed = cu_seqlens_q is not None
         if cu_seqlens_q is not None:
@@ -154,6 +156,7 @@ class PagedKind:
             **slot_scale_strides("v", v_slot_scale),
             "stride_sinks": 0 if sinks is None else sinks.stride(0),
             "stride_slopes_b": slope_stride(alibi_slopes),
+            **bias_numbers(bias, batch, query_heads, tokens),
             **strides("stride_o", "bth", out_strides if out is None else out.stride()[:3]),
             **strides("stride_lse_", "bh", (row, tokens)),
             "num_tokens": self.num_tokens,

@@ -7,6 +7,7 @@ from kvops.kernels.flash_tiles import alibi_slope
 from kvops.kernels.paged_tiles import (
     READ_AS_SCALARS,
     UNSPECIALISED,
+    biased,
     cache_scale,
     load_slots,
     new_tokens,
@@ -58,6 +59,7 @@ def paged_scores_kernel(
     k_scale_ptr,
     slopes_ptr,
     k_slot_scale_ptr,
+    bias_ptr,
     schedule_ptr,
     stash_ptr,
     lse_ptr,
@@ -88,6 +90,10 @@ def paged_scores_kernel(
     stride_k_slot_s,
     stride_k_slot_h,
     stride_slopes_b,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_t,
+    stride_bias_s,
     stride_lse_b,
     stride_lse_h,
     stride_sb,
@@ -95,6 +101,7 @@ def paged_scores_kernel(
     stride_sh,
     num_tokens,
     max_blocks,
+    bias_slots,
     lists,
     coarse,
     line,
@@ -137,6 +144,8 @@ def paged_scores_kernel(
         start = (begin - list_begin) * UNIT
         unit_stop = (list_end - list_begin) * UNIT
         stop = tl.minimum(length, unit_stop)
+        if bias_ptr is not None:
+            stop = tl.minimum(stop, bias_slots)
         list_scale = cache_scale(scale, k_ptr, k_scale_ptr, head * stride_k_scale)
         table = table_ptr + batch * stride_tb + head * stride_th
         first_token, count, with_results = new_tokens(batch, q_lens_ptr, stride_nb, num_tokens, PACKED)
@@ -190,6 +199,9 @@ def paged_scores_kernel(
                         query_head = head * GROUP + row % GROUP
                         p = _probabilities(s, seen, lse_ptr + lse_cell + query_head * stride_lse_h, None)
                         reduced = _with_rows(reduced, p, REDUCE)
+                        if bias_ptr is not None:  # it may hide a slot from one head alone
+                            own_seen = seen & (s != float("-inf"))
+                            any_seen = tl.maximum(any_seen, tl.max(own_seen.to(tl.int32), 0))
                 else:
                     row_mask = rows < list_rows
                     query_head = head * GROUP + rows % GROUP
@@ -208,9 +220,16 @@ def paged_scores_kernel(
                     distance = query_place[:, None] - key_places[None, :]
                     slope = alibi_slope(slopes_ptr, batch, query_head[:, None], stride_slopes_b)
                     s, _ = log2_scores(s, distance, key_scale, softcap, slope, HAS_SOFTCAP, slopes_ptr is not None)
+                    if bias_ptr is not None:
+                        s = biased(
+                            s, bias_ptr, batch, query_head, place, rows, list_rows, slots, stop,
+                            stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
+                        )  # fmt: skip
+                        seen &= s != float("-inf")
                     p = _probabilities(s, seen, lse_ptr + lse_cell + query_head * stride_lse_h, row_mask)
                     reduced = _with_rows(reduced, p, REDUCE)
-                any_seen = tl.maximum(any_seen, tl.max(seen.to(tl.int32), 0))
+                if bias_ptr is None or stash_ptr is None:
+                    any_seen = tl.maximum(any_seen, tl.max(seen.to(tl.int32), 0))
             cell = block * stride_sb + offset * stride_ss + head * stride_sh
             updated = inside & (any_seen > 0)
             score = tl.load(scores_ptr + cell, mask=updated, other=0.0)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kvops.kernels.flash_tiles import add_bias
 from kvops.kernels.primitives import as_uint8_pointer, e4m3_to_float16, e5m2_to_float16, int8_to_float32
 
 # Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers that are aligned to 16
@@ -25,6 +26,7 @@ READ_AS_SCALARS = (
 UNSPECIALISED = (
     "num_tokens",
     "max_blocks",
+    "bias_slots",
     "stride_tb",
     "stride_th",
     "stride_lb",
@@ -123,6 +125,16 @@ def visible_slots(
         allowed = tl.load(tree_ptr + cell, mask=in_tree, other=0)
         seen &= (new < 0)[None, :] | (allowed != 0)
     return seen
+
+
+@triton.jit
+def biased(
+    s, bias_ptr, batch, query_head, place, rows, num_rows, slots, stop, stride_b, stride_h, stride_t, stride_s
+):  # fmt: skip
+    """Log2 scores [BLOCK_M, BLOCK_N] plus the bias of the rows (see ``add_bias``): of the query heads [BLOCK_M] and the
+    tokens at ``place`` [BLOCK_M] in this row of q. Only slots before ``stop`` have one."""
+    row = batch * stride_b + query_head * stride_h + place.to(tl.int64) * stride_t
+    return add_bias(s, bias_ptr + row[:, None], rows[:, None], slots[None, :], 0, stride_s, num_rows, stop)
 
 
 @triton.jit

@@ -24,6 +24,8 @@ import torch
 from kvops.autotune.inspect import CompileCase
 
 CASES: list[CompileCase] = []
+# One GPU of each kind, for what differs little among others.
+SOME = ("sm_80", "sm_90", "gfx942")
 
 
 def verify_draft_greedy():
@@ -259,6 +261,17 @@ def paged_slot_scales_float8():
     paged_attention(q, k_cache, v_cache, tables, lens, **scales)
 
 
+def paged_attention_bias(head_dim, dtype=torch.bfloat16, **options):
+    """Decoding with one bias for all heads, and a chunk with scores that are computed again."""
+    from kvops.kernels.paged_attention import paged_attention
+
+    cache, tables, lens, sides = _ragged_cache(torch.bfloat16, head_dim)
+    for num_tokens, scores in ((1, None), (1, sides[1]), (512, None), (512, sides[1])):
+        q = torch.empty(4, num_tokens, 32, head_dim, dtype=torch.bfloat16)
+        bias = torch.empty(4, 1, num_tokens, 8192, dtype=dtype)
+        paged_attention(q, cache, cache, tables, lens, bias=bias, scores=scores, **options)
+
+
 def paged_latents(heads, batch=4, dtype=torch.bfloat16, **options):
     from kvops.kernels.paged_latent_attention import paged_latent_attention
 
@@ -284,6 +297,16 @@ CASES += [
     CompileCase("paged-alibi-bf16-d128", paged_attention_alibi_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-slot-scales-int8", paged_slot_scales_int8, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-slot-scales-fp8", paged_slot_scales_float8, matrix=_PAGED),
+    *(
+        CompileCase(f"paged-bias-d{head_dim}", partial(paged_attention_bias, head_dim), matrix=_PAGED, targets=targets)
+        for head_dim, targets in ((64, SOME), (128, ()), (256, SOME))
+    ),
+    CompileCase(
+        "paged-bias-d128-mask",
+        partial(paged_attention_bias, 128, torch.bool, window_left=1024),
+        matrix=_PAGED,
+        targets=SOME,
+    ),
     CompileCase("paged-latents-bf16-16", partial(paged_latents, 16, softcap=30.0), matrix=_LATENT),
     CompileCase("paged-latents-bf16-128", partial(paged_latents, 128), matrix=_LATENT, warpgroup=_LATENT),
     CompileCase("paged-latents-fp16-128-whole", partial(paged_latents, 128, 512, torch.float16), matrix=_LATENT),
@@ -340,7 +363,6 @@ def flash_attention_bias(head_dim, dtype=torch.bfloat16, **options):
 
 DROPOUT = {"dropout_p": 0.1, "dropout_seed": torch.empty(1, dtype=torch.int64)}
 FLASH_KERNELS = ("flash_forward_kernel", "flash_backward_keys_kernel", "flash_backward_queries_kernel")
-SOME = ("sm_80", "sm_90", "gfx942")
 BIAS_KERNELS = (*FLASH_KERNELS, "flash_backward_bias_kernel")
 SCORES_KERNELS = (*FLASH_KERNELS, "attention_scores_kernel")
 

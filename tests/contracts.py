@@ -30,7 +30,7 @@ paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, p
 paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, causal=True, window_left=-1,
     positions=None, query_positions=None, scale=None, softcap=0.0, sinks=None, tree_mask=None, k_scale=None,
     v_scale=None, scores=None!, score_reduce="sum", score_decay=1.0, schedule=None, cu_seqlens_q=None,
-    max_seqlen_q=None, out=None!) -> (out, lse)
+    max_seqlen_q=None, out=None!, bias=None) -> (out, lse)
 paged_latent_attention(q, cache, block_tables, seq_lens, *, value_dim, scale, causal=True, softcap=0.0,
     batch_invariant=False, cu_seqlens_q=None, max_seqlen_q=None, out=None!, cache_scale=None) -> (out, lse)
 paged_schedule(seq_lens, block_size, *, num_programs=0) -> (schedule)

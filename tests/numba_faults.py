@@ -125,6 +125,20 @@ NUMBA_FAULTS = [
         "tests/test_paged_packed.py -k 'numba and two_calls'",
     ),
     Mutation(
+        "numba: a hidden key that is NaN spoils its rows",
+        "kernels/cpu/paged_items.py",
+        "s[r, j] = added if added == -np.inf else s[r, j] + added",
+        "s[r, j] += added",
+        named("paged_bias", "numba", "no_number"),
+    ),
+    Mutation(
+        "numba: slots that the bias does not have are seen",
+        "kernels/cpu/paged_items.py",
+        "for j in range(biased, count):",
+        "for j in range(count, count):",
+        named("paged_bias", "numba", "does_not_have"),
+    ),
+    Mutation(
         "the token before the last ones scores, too",
         "kernels/cpu/paged_attention.py",
         "(tokens - call.last) * group - first_row",

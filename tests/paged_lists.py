@@ -115,6 +115,7 @@ def expected(
     score_decays: Tensor | None = None,
     k_slot_scale: Tensor | None = None,
     v_slot_scale: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the updated scores in float64."""
     q, lists = q.cpu(), Lists(*(getattr(lists, name).cpu() for name in Lists.__dataclass_fields__))
@@ -147,24 +148,36 @@ def expected(
             if query_positions is not None:
                 distance = query_positions.cpu()[b][:, None] - lists.positions[block, offset]
             heads = slice(h * group, (h + 1) * group)
+            own_bias = None if bias is None else _bias_of(bias.cpu().expand(B, Hq, T, -1)[b, heads], length)
             k, v = lists.k_cache[block, offset][None, :, None], lists.v_cache[block, offset][None, :, None]
             o, s, p = attention(
                 q[b : b + 1, :, heads], k, v, mask=mask, scale=scale, softcap=softcap,
                 sinks=None if sinks is None else sinks.cpu()[heads],
                 alibi_slopes=None if alibi_slopes is None else alibi_slopes.cpu().expand(B, Hq)[b, heads],
-                distance=distance,
+                distance=distance, bias=own_bias,
                 key_scales=None if k_slot_scale is None else k_slot_scale.cpu()[block, offset],
                 weights=None if v_slot_scale is None else v_slot_scale.cpu()[block, offset].double(),
             )  # fmt: skip
             out[b, :, heads], lse[b, heads] = o[0], s[0]
             counted = slice(0 if score_last < 0 else max(0, count - score_last), None)
-            p, mask = p[0, :, counted].flatten(0, 1), mask[counted]  # [group * tokens, length]
+            if own_bias is not None:
+                mask = mask & (own_bias if own_bias.dtype == torch.bool else own_bias > -math.inf)
+            mask = mask.expand(group, T, length)[:, counted].flatten(0, 1)
+            p = p[0, :, counted].flatten(0, 1)  # [group * tokens, length]
             if length and len(mask):
                 decay = score_decay if score_decays is None else float(score_decays[b])
                 reduced = p.amax(0) if score_reduce == "max" else (p * p if score_reduce == "sumsq" else p).sum(0)
                 old = scores[block, offset]
                 scores[block, offset] = torch.where(mask.any(0), decay * old + reduced, old)
     return out, lse, scores
+
+
+def _bias_of(bias: Tensor, length: int) -> Tensor:
+    """The bias of a list, [group, tokens, length]: slots that it does not have are hidden."""
+    if bias.shape[-1] == 1:
+        return bias.expand(*bias.shape[:2], length)
+    hidden = False if bias.dtype == torch.bool else -math.inf
+    return torch.nn.functional.pad(bias[..., :length], (0, max(0, length - bias.shape[-1])), value=hidden)
 
 
 def check(
@@ -237,6 +250,17 @@ def pack(q: Tensor, options: dict) -> tuple[Tensor, Tensor, dict]:
         real[b, :count] = torch.arange(start, start + count, device=q.device)
         if "query_positions" in options:
             positions[start : start + count] = options["query_positions"][b, :count]
+    bias = options.get("bias")
+    if bias is not None:  # [B, Hq, T, S] -> [Hq, tokens, S]
+        size = bias.shape
+        if size[0] == size[2] == 1:
+            options = options | {"bias": bias[0]}
+        else:
+            poison = True if bias.dtype == torch.bool else math.nan
+            flat = torch.full((size[1], len(packed), size[3]), poison, dtype=bias.dtype, device=q.device)
+            for b, (start, count) in enumerate(zip(starts, counts, strict=False)):
+                flat[:, start : start + count] = bias.expand(B, -1, T, -1)[b, :, :count]
+            options = options | {"bias": flat}
     options = {name: value for name, value in options.items() if name != "q_lens"}
     if "query_positions" in options:
         options["query_positions"] = positions

@@ -205,15 +205,17 @@ def test_arguments_that_follow_the_tensors_stand_under_their_own_names():
         positional(paged_attention_kernel, "stride_qb", {k: v for k, v in kind.numbers.items() if k != "stride_th"})
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_scores_beyond_the_largest_buffer_are_computed_again(num_tokens, monkeypatch, prepared):
+def test_scores_beyond_the_largest_buffer_are_computed_again(num_tokens, biased, monkeypatch, prepared):
+    options = {"bias": torch.rand(2, 4, num_tokens, 4) < 0.5} if biased else {}
     given = inputs(q=torch.randn(2, num_tokens, 4, 16))
     results = []
     for limit in (paged_plan.MAX_STASH, 0):
         monkeypatch.setattr(paged_plan, "MAX_STASH", limit)
         registry.forget_launches()
         scores = torch.zeros(6, 4)
-        out, lse = kvops.paged_attention(**given, scores=scores)
+        out, lse = kvops.paged_attention(**given, scores=scores, **options)
         results.append((out, lse, scores))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
@@ -230,10 +232,12 @@ def test_batch_invariant_calls_with_large_temporaries_run_in_parts_with_the_same
         "tree_mask": torch.tensor([[True, False], [False, True]]).expand(3, 2, 2),
         "score_decays": torch.tensor([1.0, 0.5, 0.25]),
         "sinks": torch.randn(4),
+        "bias": torch.randn(3, 4, 2, 4),
     }
     if packed:
         given["q"] = given["q"].flatten(0, 1)
         options |= {"cu_seqlens_q": torch.tensor([0, 2, 3, 5], dtype=torch.int32), "max_seqlen_q": 2, "tree_mask": None}
+        options["bias"] = torch.randn(4, 6, 4)
     else:
         options["q_lens"] = torch.tensor([2, 1, 2], dtype=torch.int32)
     kind_of = paged_parts.parted(paged_plan.PagedKind)
@@ -245,7 +249,7 @@ def test_batch_invariant_calls_with_large_temporaries_run_in_parts_with_the_same
         scores = torch.ones_like(given["k_cache"][..., 0])
         results.append((*kvops.paged_attention(**given, **options, scores=scores), scores))
     tall = {**given, "q": torch.empty(*given["q"].shape[:-2], 4 * 64, 16)}
-    tall_options = {**options, "sinks": None}
+    tall_options = {**options, "sinks": None, "bias": None}
     assert isinstance(kind_of(*tall.values(), **tall_options), paged_plan.PagedKind)  # nothing to merge
     parts = kind_of(*given.values(), **options).parts
     assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 2), (2, 3)]

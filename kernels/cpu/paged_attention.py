@@ -17,6 +17,7 @@ from kvops.kernels.cpu.paged_items import (
     PIECE,
     ROWS,
     Call,
+    add_bias,
     by_slots,
     cut,
     first_item,
@@ -168,6 +169,8 @@ def _score(call, scratch, span, b, h, first_row, rows, first, count):
         _cap(call.softcap, rows, count, scratch.s)
     if call.slopes.size:
         take_off_distances(call, span, b, h, first_row, rows, first, count, scratch.s)
+    if call.bias.size:
+        add_bias(call, b, h, first_row, rows, first, count, scratch.s)
     _mask(call, span, b, h, first_row, rows, first, count, scratch.s)
 
 
@@ -366,6 +369,16 @@ class _Kind(NamedTuple):
     exact: bool  # q is float32
 
 
+def _in_float32(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias or a mask in float32, without repeating what it broadcasts over."""
+    if bias is None or bias.dtype == torch.float32:
+        return bias
+    own = bias[tuple(slice(1) if stride == 0 else slice(None) for stride in bias.stride())]
+    if own.dtype == torch.bool:
+        return torch.zeros_like(own, dtype=torch.float32).masked_fill_(~own, -torch.inf)
+    return own.float()
+
+
 def _bind(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -384,6 +397,7 @@ def _bind(
     max_seqlen_q: int | None = None,
     out: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     **given: Any,
 ) -> _Kind:
     B, D = seq_lens.shape[0], q.shape[-1]
@@ -396,10 +410,17 @@ def _bind(
     out_shape, lse_shape = (*q.shape[:-1], v_cache.shape[-1]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
     in_place = out is not None and out.dtype == torch.float32
     exact = q.dtype == torch.float32
+    bias = _in_float32(bias)
+    if bias is not None:
+        slots = block_tables.shape[-1] * k_cache.shape[1]  # what one for all slots is expanded to
+        if bias.dim() and bias.shape[-1] > 1:
+            slots = bias.shape[-1]
+        bias = bias.expand(*q.shape[:-3], q.shape[-2], q.shape[-3], slots)
     q = q.float()
     result, lse = out if in_place else q.new_empty(out_shape), q.new_empty(lse_shape)
     if cu_seqlens_q is not None:
         q, result, lse = q[None], result[None], lse[None]
+        bias = None if bias is None else bias[None]
         query_positions = None if query_positions is None else query_positions[None]
     binding = Binding(
         _run,
@@ -418,6 +439,7 @@ def _bind(
         tree=None if tree is None else tree.expand(B, tokens, tokens),
         sinks=None if sinks is None else sinks.float(),
         slopes=None if alibi_slopes is None else alibi_slopes.float().expand(B, -1),
+        bias=bias,
         k_scale=for_heads(given.get("k_scale"), heads),
         v_scale=for_heads(given.get("v_scale"), heads),
         k_slot_scale=per_head(given.get("k_slot_scale"), heads, 3),
@@ -461,6 +483,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     score_decays: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     **bound: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvops.paged_attention`. Every call is batch invariant and balanced without a ``schedule``."""
@@ -475,7 +498,8 @@ def paged_attention(
     slopes = None if alibi_slopes is None else alibi_slopes.float()
     kind.binding(
         queries, k_cache, v_cache, block_tables, seq_lens, q_lens, cu_seqlens_q, positions, query_positions,
-        tree_mask, sinks, slopes, k_scale, v_scale, k_slot_scale, v_slot_scale, scores, score_decays, result, lse,
+        tree_mask, sinks, slopes, _in_float32(bias), k_scale, v_scale, k_slot_scale, v_slot_scale, scores, score_decays,
+        result, lse,
     )  # fmt: skip
     if out is None:
         return (result if kind.exact else result.to(q.dtype)), lse

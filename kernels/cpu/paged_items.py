@@ -35,6 +35,7 @@ class Call(NamedTuple):
     tree: boolean[:, :, :]  # [B, T, T]
     sinks: float32[:]  # [Hq]
     slopes: float32[:, :]  # [B, Hq]
+    bias: float32[:, :, :, :]  # [B, Hq, T, slots]; packed [1, Hq, tokens, slots]
     k_scale: float32[:]  # [Hkv]
     v_scale: float32[:]
     k_slot_scale: float32[:, :, :]  # [num_blocks, block_size, Hkv]
@@ -162,3 +163,18 @@ def take_off_distances(call, span, b, h, first_row, rows, first, count, s):
             if call.query_positions.size:
                 place = np.int64(call.positions[table[place // size], place % size, h])
             s[r, j] -= slope * np.float32(abs(own - place))
+
+
+@inner
+def add_bias(call, b, h, first_row, rows, first, count, s):
+    """Add the bias of each row and slot. Where it is -inf, or has no such slot, it hides it whatever the score is."""
+    group = call.q.shape[2] // call.lens.shape[1]
+    row, first_token, _ = new_tokens(call, b)
+    biased = min(max(call.bias.shape[3] - first, 0), count)
+    for r in range(rows):
+        head, t = h * group + (first_row + r) % group, first_token + (first_row + r) // group
+        for j in range(biased):
+            added = call.bias[row, head, t, first + j] * np.float32(LOG2_E)
+            s[r, j] = added if added == -np.inf else s[r, j] + added
+        for j in range(biased, count):
+            s[r, j] = -np.inf

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvops.checks import QUANTISED_DTYPES
 from kvops.eager.attention import compute_dtype, default_scale
+from kvops.eager.bias import bias_tile
 from kvops.eager.softmax import beside_sinks, softmax
 
 # Scores held at once: 4 MiB in float32.
@@ -205,13 +206,13 @@ class _Reduced:
         self.values, self.seen = torch.zeros(length, dtype=dtype), torch.zeros(length, dtype=torch.bool)
 
     def add(self, p: Tensor, low: int, seen: Tensor) -> None:
-        """p [rows, n] of the slots from ``low`` on, those that are ``seen`` [tokens, n]."""
+        """p [rows, n] of the slots from ``low`` on, those that are ``seen`` [tokens, 1 or group, n]."""
         values = self.values[low : low + p.shape[1]]
         if self.reduce == "max":
             torch.maximum(values, p.amax(0), out=values)
         else:
             values += (p.square() if self.reduce == "sumsq" else p).sum(0)
-        self.seen[low : low + p.shape[1]] |= seen.any(0)
+        self.seen[low : low + p.shape[1]] |= seen.flatten(0, 1).any(0)
 
     def write(self, scores: Tensor, table: Tensor, decay: float | Tensor) -> None:
         slot = self.seen.nonzero()[:, 0]
@@ -251,6 +252,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     score_last: int = -1,
     score_decays: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvops.paged_attention`. Every call is batch invariant, and needs no ``schedule``: each product has a
     shape and an alignment that follow from its list alone."""
@@ -271,6 +273,10 @@ def paged_attention(
     own_places = query_positions.long() if measured and query_positions is not None else None
     slopes = None if alibi_slopes is None else alibi_slopes.to(dtype).expand(B, Hq)
     tree = None if tree_mask is None else tree_mask.expand(B, T, T)
+    capacity = block_tables.shape[2] * k_cache.shape[1]
+    if bias is not None:  # [B, Hq, T, S]; packed [Hq, tokens, S]
+        capacity = bias.shape[-1] if bias.dim() and bias.shape[-1] > 1 else capacity
+        bias = bias.expand(*q.shape[:-3], Hq, q.shape[-3], capacity)
     lens = seq_lens.clamp(0, block_tables.shape[2] * k_cache.shape[1]).tolist()
     if cu_seqlens_q is not None:
         of_sequence: list[Any] = [(slice(start, end),) for start, end in pairwise(cu_seqlens_q.tolist())]
@@ -303,7 +309,8 @@ def paged_attention(
         for first in range(0, tokens.num_tokens, step):
             last = min(first + step, tokens.num_tokens)
             low, high = tokens.span(first, last)
-            if low == high:
+            high = min(high, capacity)
+            if low >= high:
                 continue
             k, v = (_read(cache[h], table, low, high).to(dtype) for cache in (keys, values))
             if key_scales is not None:
@@ -318,8 +325,13 @@ def paged_attention(
             by_token = s.view(last - first, group, -1)
             if slopes is not None:
                 by_token -= slopes[b, own, None] * distances.abs()[:, None]
-            seen = tokens.seen(first, last, low, high, distances)
-            by_token.masked_fill_(~seen[:, None], -torch.inf)
+            seen = tokens.seen(first, last, low, high, distances)[:, None]
+            if bias is not None:
+                of_rows = bias[(*new[:-1], own, new[-1])][None]  # [1, group, tokens, S]
+                added = bias_tile(of_rows, slice(first, last), slice(low, high), dtype)[0][0].transpose(0, 1)
+                by_token += added
+                seen = seen & (added != -torch.inf)  # [tokens, group, n]
+            by_token.masked_fill_(~seen, -torch.inf)
             p, found = softmax(s)
             found = found.view(last - first, group)
             if sinks is not None:

@@ -65,7 +65,8 @@ _attention = register(
     'Tensor? v_scale=None, Tensor(a!)? scores=None, str score_reduce="sum", float score_decay=1.0, '
     "Tensor? schedule=None, bool batch_invariant=False, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, "
     "Tensor(b!)? out=None, Tensor? alibi_slopes=None, int score_last=-1, "
-    "Tensor? score_decays=None, Tensor? k_slot_scale=None, Tensor? v_slot_scale=None) -> (Tensor out, Tensor lse)",
+    "Tensor? score_decays=None, Tensor? k_slot_scale=None, Tensor? v_slot_scale=None, "
+    "Tensor? bias=None) -> (Tensor out, Tensor lse)",
     check=check_attention,
     check_data=_check_attention_data,
     data="cu_seqlens_q",
@@ -255,6 +256,7 @@ def paged_attention(
     score_decays: Tensor | None = None,
     k_slot_scale: Tensor | None = None,
     v_slot_scale: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over a paged cache in which every head has its own list and length.
 
@@ -325,6 +327,12 @@ def paged_attention(
             :func:`paged_append` writes it: float32 ``[num_blocks, block_size]`` (``[num_blocks, block_size, Hkv]`` for
             a 4-D cache). Not read past a length.
         v_slot_scale: the same for the values and ``v_cache``.
+        bias: a bool mask (True: may attend) or a float tensor that is added to the scores behind ALiBi, of any shape
+            that broadcasts to ``[B, Hq, T, S]`` or, packed, ``[Hq, tokens, S]``; float16, bfloat16 or float32, any
+            strides. Column j belongs to slot j of the list that the row reads. S is 1, for the same bias in all slots,
+            or at least the longest list; slots from S on are hidden. It applies beside ``causal``, windows and
+            ``tree_mask``: ``causal=False`` leaves it all to the mask. -inf hides a slot like False, and so does what
+            times log2(e) is below the range of float32, such as its lowest number.
 
     Returns:
         out ``[B, T, Hq, Dv]`` or ``[tokens, Hq, Dv]`` in the dtype of ``q``, lse float32 ``[B, Hq, T]`` or
@@ -334,7 +342,8 @@ def paged_attention(
     Raises:
         ValueError: wrong rank, shape, device, strides, head ratio or value; a scale of a cache that is neither float8
             nor int8; one of two arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``,
-            invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
+            invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of range, and lists that
+            are longer than S.
         TypeError: wrong dtype.
         RuntimeError: an input requires a gradient.
 
@@ -377,6 +386,7 @@ def paged_attention(
         score_decays=score_decays,
         k_slot_scale=k_slot_scale,
         v_slot_scale=v_slot_scale,
+        bias=bias,
     )
     return (result if out is None else out), lse
 

@@ -200,6 +200,28 @@ def _check_tree_mask(tree_mask: Tensor, q: Tensor, B: int, T: int) -> None:
     checks.expect_same_device("tree_mask", tree_mask, "q", q)
 
 
+def _check_bias(bias: Tensor, q: Tensor) -> None:
+    """A float bias or a bool mask over the slots of lists; any strides."""
+    checks.expect_dtype("bias", bias, torch.bool, *checks.FLOAT_DTYPES)
+    names = "[batch, query_heads, tokens, slots]" if q.dim() == 4 else "[query_heads, tokens, slots]"
+    wanted = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    own = tuple(bias.shape)
+    rows = zip(reversed(own[:-1]), reversed(wanted), strict=False)
+    if len(own) > q.dim() or any(size not in (1, whole) for size, whole in rows):
+        shown = ", ".join(map(str, wanted))
+        raise ValueError(f"bias: expected a shape that broadcasts to {names} = [{shown}, any], got {list(own)}")
+    if own:
+        checks.expect_at_least("bias.shape[-1] (slots)", own[-1], 1)
+    checks.expect_same_device("bias", bias, "q", q)
+
+
+def _check_bias_data(bias: Tensor, seq_lens: Tensor) -> None:
+    """Runs under KVOPS_DEBUG=1."""
+    if bias.dim() and bias.shape[-1] > 1:
+        slots = bias.shape[-1]
+        checks.expect_data("seq_lens", f"lengths up to the {slots} slots of bias", seq_lens <= slots)
+
+
 def check_append(
     k: Tensor,
     v: Tensor,
@@ -295,6 +317,7 @@ def check_attention(
     alibi_slopes: Tensor | None = None,
     score_last: int = -1,
     score_decays: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     B, T = check_packed("q", q, "query_heads, head_dim", q_lens, cu_seqlens_q, max_seqlen_q)
     checks.expect_dtype("q", q, *checks.FLOAT_DTYPES)
@@ -327,6 +350,8 @@ def check_attention(
         checks.expect_shape("sinks", sinks, "[query_heads]", Hq)
         checks.expect_same_device("sinks", sinks, "q", q)
     check_slopes(alibi_slopes, B, q)
+    if bias is not None:
+        _check_bias(bias, q)
     if tree_mask is not None:
         _check_tree_mask(tree_mask, q, B, T)
     check_out(out, q, v_cache.shape[-1])
@@ -347,6 +372,8 @@ def check_attention(
         check_given_schedule(schedule, B if k_cache.dim() == 4 else B * num_heads, "q", q)
     if checks.debug() and checks.has_data(seq_lens):
         check_tables_data(k_cache, block_tables, seq_lens)
+        if bias is not None:
+            _check_bias_data(bias, seq_lens)
         if schedule is not None:
             check_schedule_data(schedule, seq_lens, k_cache.shape[1], batch_invariant)
 
