@@ -242,6 +242,8 @@ class PagedKVCache:
         sinks: Tensor | None = None,
         scale: float | None = None,
         tree_mask: Tensor | None = None,
+        causal: bool = True,
+        bias: Tensor | None = None,
         accumulate: Literal["sum", "sumsq", "max"] | None = None,
         decay: float = 1.0,
     ) -> Tensor:
@@ -257,6 +259,8 @@ class PagedKVCache:
             softcap, sinks, scale: as in :func:`kvops.flash_attention`.
             tree_mask: bool ``[B', T, T]``, which of the T tokens each of them sees, in place of causality
                 (:func:`kvops.tree_mask`).
+            causal: False lets every query see the whole list.
+            bias: a bool mask or a float tensor for the slots of each list, as in :func:`kvops.paged_attention`.
             accumulate: "sum", "sumsq" or "max" adds the attention that each slot receives to ``scores``, after
                 multiplying these by ``decay``. Rows that share blocks get their own copies first, in all layers.
 
@@ -268,7 +272,7 @@ class PagedKVCache:
         expect_rows("q", q, len(lists[1]))
         storage = self._storage
         options: dict[str, Any] = {"q_lens": q_lens, "scale": scale, "softcap": softcap, "sinks": sinks}
-        options |= {"tree_mask": tree_mask, **storage.scales(layer)}
+        options |= {"tree_mask": tree_mask, "causal": causal, "bias": bias, **storage.scales(layer)}
         if window_left >= 0 or chunk:
             if query_positions is None:
                 first = self.next_positions[selection.index] - (q.shape[1] if q_lens is None else q_lens)

@@ -96,8 +96,8 @@ def attention(
         The output ``[B, T, Hq, Dv]``, and None in place of the weights.
 
     Raises:
-        ValueError: a mask that was made for other lengths, dropout or a bias beside a :class:`KVOpsCache`, or any other
-            argument that is not None.
+        ValueError: a mask that was made for other lengths, dropout beside a :class:`KVOpsCache` or a :class:`Decoder`, a
+            bias beside a :class:`Decoder`, or any other argument that is not None.
     """
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS:
@@ -124,12 +124,14 @@ def attention(
                 f"dropout: expected 0 beside a KVOpsCache or a Decoder, got {dropout}: call model.eval() to generate, "
                 "and train without a cache"
             )
-        # A KVOpsCache takes the dense mask of a prompt: it has all of its keys at hand.
-        of_prompt = isinstance(key, Deferred) and mask.source is not None and q_length == kv_length
-        if position_bias is not None or not of_prompt:
-            _refuse_bias_of_a_cache(position_bias, mask)
+        if not isinstance(key, Deferred):
+            _refuse_bias_of_a_decoder(position_bias, mask)
         if packing is not None:
             raise ValueError("cu_seq_lens_q: expected None with a cache that holds padded rows, got packed sequences")
+        if position_bias is not None and mask.bias is not None:
+            mask = replace(mask, bias=_bias(position_bias, mask, False)[0])
+        elif position_bias is not None:
+            options["bias"] = position_bias
         return key.attend(query.transpose(1, 2), mask, options), None
     mask = mask.packed()
     bias, mask = _bias(position_bias, mask, packing is not None)
@@ -139,15 +141,15 @@ def attention(
     return attend(q, k, v, mask, packing or mask.packing, options), None
 
 
-def _refuse_bias_of_a_cache(position_bias: Tensor | None, mask: Mask) -> None:
+def _refuse_bias_of_a_decoder(position_bias: Tensor | None, mask: Mask) -> None:
     name, expected = "attention_mask", "a causal mask with windows and padding only"
     if position_bias is not None:
         name, expected = "position_bias", "None"
     bias = mask.bias if position_bias is None else position_bias
     if bias is not None:
         raise ValueError(
-            f"{name}: expected {expected} beside a KVOpsCache or a Decoder, which have no bias, got "
-            f"{checks.shown(bias)}: generate with the model's own cache"
+            f"{name}: expected {expected} beside a Decoder, whose loop has no bias, got {checks.shown(bias)}: "
+            "use model.generate with KVOpsCache"
         )
 
 

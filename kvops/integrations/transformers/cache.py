@@ -12,6 +12,7 @@ from transformers.utils import logging
 from kvops import checks
 from kvops.cache import CacheStats, PagedKVCache
 from kvops.integrations.transformers.attention import NAME
+from kvops.integrations.transformers.columns import Columns
 from kvops.integrations.transformers.config import expect_layers, head_groups, num_layers_of, rope_of, state_layers
 from kvops.integrations.transformers.masks import Mask, QueryOffset, Source
 from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
@@ -60,7 +61,7 @@ class KVOpsCache(Cache):
         ValueError: the model has layers of another kind than full, sliding or chunked attention; the compression has a
             ``chunk``, scores that cannot grow while decoding together with ``every``, or a policy with a recital.
             While the model runs: layers have heads that the config does not tell, attention is not causal, or there is
-            a compression and the model computes with keys after storing them.
+            a compression and the model computes with keys after storing them or has a dense mask or a position bias.
         TypeError: an argument of another type; while the model runs, ``attn_implementation`` is not ``"kvops"``, or the
             model computes with stored keys without making its mask by transformers' functions.
         RuntimeError: the model runs with gradients.
@@ -103,6 +104,7 @@ class KVOpsCache(Cache):
         self.max_tokens, self.compression = max_tokens, compression
         self.num_blocks, self.block_size = num_blocks, block_size
         self._length = 0  # of the rows, including padding, as transformers counts
+        self._columns = Columns()  # which of them are stored
         self._since_eviction = 0
         self._rope = rope_of(text)  # an input of some policies
         self._recording = False  # tokens may be removed: evict after crop()
@@ -161,8 +163,8 @@ class KVOpsCache(Cache):
         """
         if torch.is_grad_enabled() and q.requires_grad:
             raise RuntimeError(_NO_GRADIENT)
-        if mask.bias is not None:
-            return self._attend_to_prompt(new, q, mask, options)
+        if mask.bias is not None or options.get("bias") is not None:
+            return self._attend_with_bias(new, q, mask, options)
         if not mask.causal:
             raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
         if mask.source is None and mask.packing is not None:
@@ -183,20 +185,48 @@ class KVOpsCache(Cache):
         self._stored(step, new.layer)
         return out
 
-    def _attend_to_prompt(self, new: NewTokens, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
-        """Attend under a dense mask to a prompt, whose keys are all new, and store it."""
+    def _attend_with_bias(self, new: NewTokens, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
+        """Attend under a dense mask or beside a position bias, ``options["bias"]``."""
+        name = "attention_mask" if mask.bias is not None else "position_bias"
         if self.compression is not None:
             raise ValueError(
-                "compression: expected None with a prompt under a dense mask, which policies do not know, got "
-                f"{type(self.compression.policy).__name__}"
+                f"{name}: expected a causal mask with windows and padding only beside a compression, as policies score "
+                f"keys by it, got {checks.shown(mask.bias if mask.bias is not None else options['bias'])}: leave out "
+                "the compression"
             )
+        if mask.bias is None and not mask.causal:
+            raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
+        paged, place = self._pools.of(new.layer)
+        first = self._length == 0 if new.step is None else new.step.empty
         if new.step is None:
-            paged, place = self._pools.of(new.layer)
             step = new.step = self._begin(new, mask.real_queries())
             step.store(paged, place, new.k, new.v)
             self._stored(step, new.layer)
-        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (new.k, new.v))
-        return flash_attention(q, k, v, bias=mask.bias, **options)[0]
+        if first and mask.bias is not None and q.shape[1] == new.k.shape[1]:  # all keys are at hand
+            k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (new.k, new.v))
+            return flash_attention(q, k, v, bias=mask.bias, **options)[0]
+        bias = options["bias"] if mask.bias is None else mask.bias
+        columns = self._columns_of_slots(new, mask.bias)
+        options = {key: value for key, value in options.items() if key != "bias"}
+        return new.step.attend_with_bias(paged, place, q, mask, bias, columns, options)
+
+    def _columns_of_slots(self, new: NewTokens, mask: Tensor | None) -> Tensor | None:
+        """int64 ``[B, S]``: the column of each slot of a layer; None where slot j is column j.
+
+        Raises ValueError where ``mask``, bool or float ``[B or 1, H or 1, T, S]``, shows keys that are freed.
+        """
+        if self._trimmed == 0 or self._windows.get(new.layer, -1) < 0:
+            return self._columns.order()
+        # The lists lack keys outside of the windows, those of all heads the same ones.
+        paged, place = self._pools.of(new.layer)
+        positions = paged.positions[paged.block_tables[place, :, 0].long()].flatten(1)
+        columns = self._columns.of_tokens(positions[:, : new.kv_length].long().clamp(0, new.kv_length - 1))
+        if mask is not None and self._columns.shows_others(mask, columns, paged.seq_lens[place, :, 0]):
+            raise ValueError(
+                "attention_mask: expected a mask that hides the keys outside of the layer's sliding window, which are "
+                f"freed, got {checks.shown(mask)}, which shows some: {_OWN_CACHE}"
+            )
+        return columns
 
     def copies(self, new: NewTokens) -> tuple[Tensor, Tensor]:
         """Store ``new`` and copy the keys and values of all tokens out of the cache, ``[B, Hkv, S, ·]`` with zeros for
@@ -228,6 +258,7 @@ class KVOpsCache(Cache):
         if self._step is None:
             self._settle(force=True)
             self._step = Step(new.k.shape[1], real, self._rope, empty=self._length == 0)
+            self._columns.add(new.k.shape[1], real)
         return self._step
 
     def _stored(self, step: Step, layer: int) -> None:
@@ -276,6 +307,7 @@ class KVOpsCache(Cache):
             )
         if self._step is not None:
             self._step.undo()
+            self._columns.crop(self._step.num_tokens)
         self._step = None
 
     def _settle(self, force: bool = False) -> None:
@@ -384,6 +416,7 @@ class KVOpsCache(Cache):
             for pool in self._pools:
                 pool.rollback(-tokens_to_remove)
             self._length += tokens_to_remove
+            self._columns.crop(-tokens_to_remove)
         self._evict()
 
     def activate_past_recording(self) -> None:
@@ -398,11 +431,13 @@ class KVOpsCache(Cache):
             layer.reset()
         self._length, self._since_eviction, self._trimmed = 0, 0, 0
         self._recording, self._due, self._step, self._source = False, False, None, None
+        self._columns.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue from row ``beam_idx[i]``. Rows share blocks until they write: no key is copied here."""
         self._settle_rows()
         order = beam_idx.tolist()
+        self._columns.take(order)
         for pool in self._pools:
             pool.reorder(order)
         for layer in self._states:
@@ -419,6 +454,7 @@ class KVOpsCache(Cache):
     def _take_rows(self, order: list[int]) -> None:
         self._settle_rows()
         self._pools.with_rows(order)
+        self._columns.take(order)
         for layer in self._states:
             layer.reorder_cache(torch.tensor(order))  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvops.cache import PagedKVCache
+from kvops.integrations.transformers.columns import take_columns, tokens_in_order
 from kvops.integrations.transformers.masks import Mask
 from kvops.integrations.transformers.placeholders import Deferred
 from kvops.ops.attention import flash_attention
@@ -39,6 +40,12 @@ class NewTokens(Deferred):
         self.step: Step | None = None
         self._copies: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor that it stands for: T5 counts keys by it."""
+        batch, _, heads, width = self.k.shape
+        return torch.Size((batch, heads, self.kv_length, width))
+
     def attend(self, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
         """q ``[B, T, Hq, D]`` -> ``[B, T, Hq, Dv]``; the keys and values are in the cache afterwards."""
         return self._cache.attend(self, q, mask, options)
@@ -69,12 +76,14 @@ class Step:
 
     Attributes:
         num_tokens: T, including padding.
+        real: bool ``[B, T]``, False for padding; None without padding.
         empty: whether the cache was empty before: these tokens are the prompt.
         layers: the indices of layers that have stored their keys.
     """
 
     def __init__(self, num_tokens: int, real: Tensor | None, rope: Tensor | None, empty: bool) -> None:
         self._rope, self.empty, self.num_tokens = rope, empty, num_tokens
+        self.real = real
         self._rows = _RealTokens(real)
         self._extended: dict[int, tuple[PagedKVCache, Tensor]] = {}  # the pools that have room, and the positions
         self.layers: set[int] = set()
@@ -137,6 +146,38 @@ class Step:
         out = paged.attend(place, rows.gather(q), q_lens=rows.counts, window_left=window, chunk=chunk, **options)
         return rows.scatter(out)
 
+    def attend_with_bias(
+        self,
+        paged: PagedKVCache,
+        place: int,
+        q: Tensor,
+        mask: Mask,
+        bias: Tensor,
+        columns: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Queries ``[B, T', Hq, D]``, of all of the pass' tokens or the last ones, over keys that are stored.
+
+        Args:
+            bias: ``[B or 1, Hq or 1, T', S]``, as in :func:`kvops.paged_attention`, but of the columns of the batch.
+            columns: int64 ``[B, S]``, the column of each slot; None where slot j is column j.
+        """
+        rows = _RealTokens(None if self.real is None else self.real[:, -q.shape[1] :])
+        bias = rows.gather_bias(bias)
+        if columns is not None:
+            bias = take_columns(bias, columns, 3)
+        out = paged.attend(
+            place,
+            rows.gather(q),
+            q_lens=rows.counts,
+            causal=mask.bias is None,
+            bias=bias,
+            window_left=mask.window_left,
+            chunk=mask.chunk or 0,
+            **options,
+        )
+        return rows.scatter(out)
+
     def _read_prompt(
         self,
         paged: PagedKVCache,
@@ -176,11 +217,15 @@ class _RealTokens:
     def __init__(self, real: Tensor | None) -> None:
         self.counts = None if real is None else real.sum(1, dtype=torch.int32)
         # [B, T]: the real tokens of each row in order, then its padding. A single token is first, real or not.
-        self._order = None if real is None or real.shape[1] == 1 else (~real).byte().argsort(dim=1, stable=True)
+        self._order = None if real is None or real.shape[1] == 1 else tokens_in_order(real)
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` -> the same with the real tokens of each row first."""
         return x if self._order is None else _take(x, self._order)
+
+    def gather_bias(self, bias: Tensor) -> Tensor:
+        """``[B or 1, H or 1, T or 1, S]`` -> the same with the real tokens of each row first."""
+        return bias if self._order is None else take_columns(bias, self._order, 2)
 
     def scatter(self, x: Tensor) -> Tensor:
         """Undo :meth:`gather`."""
