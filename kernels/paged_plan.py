@@ -1,7 +1,7 @@
 """Grids, strides and constants of the launches of paged attention, computed once for calls with equal shapes, strides,
 dtypes and options (see ``kvops.prepared``)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -212,7 +212,11 @@ class PagedKind:
         return self.axis_heads * places * self.rows * (self.value_dim + 2)
 
     def _new_plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
-        row_tiles = triton.cdiv(self.rows, config.block_m)
+        tile = config
+        if self.numbers["bias_slots"] is not None:
+            # A tile of bias needs registers as the scores do: beside windows and ALiBi whole tiles spill (sm_80).
+            tile = replace(config, block_n=max(16, config.block_n // 2))
+        row_tiles = triton.cdiv(self.rows, tile.block_m)
         all_heads = self.lists * self.axis_heads
         split = row_tiles == 1 or row_tiles * all_heads < shares
         if self.invariant:
@@ -228,8 +232,8 @@ class PagedKind:
         stash = self.axis_heads * self.rows * line if self.scored and row_tiles == 1 else 0
         places = max(self.units, 1) if self.invariant else programs + self.lists  # a kernel cannot take an empty buffer
         numbers = self.numbers | {
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
             "SPLIT": split,
             "coarse": coarse,
             "programs": programs,
@@ -250,5 +254,5 @@ class PagedKind:
             scores_numbers=positional(paged_scores_kernel, "stride_qb", numbers | {"coarse": scores_coarse}),
             merge_warps=4 if self.block_dv >= 64 else 1,
             # From the stash a thread reads slots of its own; more threads than slots would read them twice.
-            scores_warps=min(config.num_warps, max(config.block_n // 32, 1)) if stash else config.num_warps,
+            scores_warps=min(tile.num_warps, max(tile.block_n // 32, 1)) if stash else tile.num_warps,
         )

@@ -96,8 +96,8 @@ def attention(
         The output ``[B, T, Hq, Dv]``, and None in place of the weights.
 
     Raises:
-        ValueError: a mask that was made for other lengths, dropout beside a :class:`KVOpsCache` or a :class:`Decoder`, a
-            bias beside a :class:`Decoder`, or any other argument that is not None.
+        ValueError: a mask that was made for other lengths, dropout beside a :class:`KVOpsCache` or a :class:`Decoder`,
+            a bias beside a :class:`Decoder`, or any other argument that is not None.
     """
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS:
