@@ -213,8 +213,9 @@ class PagedKind:
 
     def _new_plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
         tile = config
-        if self.numbers["bias_slots"] is not None:
-            # A tile of bias needs registers as the scores do: beside windows and ALiBi whole tiles spill (sm_80).
+        if self.numbers["bias_slots"] is not None and max(self.block_d, self.block_dv) <= 128:
+            # A tile of bias needs registers as the scores do: beside windows and ALiBi whole tiles spill (sm_80). Those
+            # of wider heads are small, and half of one makes ptxas allot so few registers that it spills (sm_90).
             tile = replace(config, block_n=max(16, config.block_n // 2))
         row_tiles = triton.cdiv(self.rows, tile.block_m)
         all_heads = self.lists * self.axis_heads

@@ -327,7 +327,8 @@ def paged_attention(
                 by_token -= slopes[b, own, None] * distances.abs()[:, None]
             seen = tokens.seen(first, last, low, high, distances)[:, None]
             if bias is not None:
-                of_rows = bias[(*new[:-1], own, new[-1])][None]  # [1, group, tokens, S]
+                place = (*new[:-1], own, new[-1])
+                of_rows = bias[place][None]  # [1, group, tokens, S]
                 added = bias_tile(of_rows, slice(first, last), slice(low, high), dtype)[0][0].transpose(0, 1)
                 by_token += added
                 seen = seen & (added != -torch.inf)  # [tokens, group, n]
