@@ -300,7 +300,7 @@ def test_opcheck(backend, device, kind):
         (
             {"bias": torch.ones(2, 3, 2, 40)},
             ValueError,
-            r"bias: expected a shape that broadcasts to \[batch, query_heads, tokens, slots\] = \[2, 6, 2, any\], got",
+            r"bias: expected a shape that broadcasts to \[batch, heads, seqlen_q, seqlen_k\] = \[2, 6, 2, 40\], got",
         ),
         ({"bias": torch.ones(3, 1, 2, 40)}, ValueError, r"bias: expected .* got \[3, 1, 2, 40\]"),
         ({"bias": torch.ones(1, 3, 40)}, ValueError, r"bias: expected .* got \[1, 3, 40\]"),
@@ -313,7 +313,7 @@ def test_opcheck(backend, device, kind):
                 "bias": torch.ones(1, 6, 5, 40),
             },
             ValueError,
-            r"bias: expected a shape that broadcasts to \[query_heads, tokens, slots\] = \[6, 5, any\], got",
+            r"bias: expected a shape that broadcasts to \[heads, total_q, max_seqlen_k\] = \[6, 5, 40\], got",
         ),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager.paged import schedule_ends
-from kvops.ops.dense import check_ends, check_scores, check_slopes
+from kvops.ops.dense import check_bias, check_ends, check_scores, check_slopes
 
 REDUCTIONS = ("sum", "sumsq", "max")
 
@@ -201,18 +201,10 @@ def _check_tree_mask(tree_mask: Tensor, q: Tensor, B: int, T: int) -> None:
 
 
 def _check_bias(bias: Tensor, q: Tensor) -> None:
-    """A float bias or a bool mask over the slots of lists; any strides."""
-    checks.expect_dtype("bias", bias, torch.bool, *checks.FLOAT_DTYPES)
-    names = "[batch, query_heads, tokens, slots]" if q.dim() == 4 else "[query_heads, tokens, slots]"
-    wanted = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    own = tuple(bias.shape)
-    rows = zip(reversed(own[:-1]), reversed(wanted), strict=False)
-    if len(own) > q.dim() or any(size not in (1, whole) for size, whole in rows):
-        shown = ", ".join(map(str, wanted))
-        raise ValueError(f"bias: expected a shape that broadcasts to {names} = [{shown}, any], got {list(own)}")
-    if own:
-        checks.expect_at_least("bias.shape[-1] (slots)", own[-1], 1)
-    checks.expect_same_device("bias", bias, "q", q)
+    """As of dense attention, with a key for each slot that the bias has."""
+    slots = bias.shape[-1] if bias.dim() else 1
+    check_bias(bias, q, slots)
+    checks.expect_at_least("bias.shape[-1] (slots)", slots, 1)
 
 
 def _check_bias_data(bias: Tensor, seq_lens: Tensor) -> None:
