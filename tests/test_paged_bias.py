@@ -111,6 +111,10 @@ def test_features_in_any_combination(backend, device, seed):
     stored = [quantise(cache, side) for cache, side in ((lists.k_cache, QUANTISED[0]), (lists.v_cache, QUANTISED[2]))]
     wide = dataclasses.replace(lists, k_cache=stored[0].to(dtype), v_cache=stored[1].to(dtype))
     cache = dataclasses.replace(lists, k_cache=stored[0], v_cache=stored[1])
+    if draw.random() < 0.5:
+        options |= {
+            name: torch.rand(lists.scores.shape, device=device) + 0.5 for name in ("k_slot_scale", "v_slot_scale")
+        }
     check(q, wide, cache=cache, scores=True, given_out=True, **options)
 
 
