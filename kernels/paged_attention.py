@@ -98,7 +98,18 @@ def paged_attention(
     if bias is not None and bias.dtype == torch.bool:
         bias = bias.view(torch.uint8)
     keys, values = (as_bytes(k_cache), as_bytes(v_cache)) if kind.as_bytes else (k_cache, v_cache)
-    lists = block_tables, seq_lens, q_lens, positions, query_positions, tree_mask, k_scale, alibi_slopes, k_slot_scale, bias
+    lists = (
+        block_tables,
+        seq_lens,
+        q_lens,
+        positions,
+        query_positions,
+        tree_mask,
+        k_scale,
+        alibi_slopes,
+        k_slot_scale,
+        bias,
+    )
     paged_attention_kernel[plan.grid](
         q,
         keys,

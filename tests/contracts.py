@@ -26,7 +26,8 @@ flash_attention_varlen_bias_backward(dout, q, k, v, out, lse, bias, cu_seqlens_q
 merge_attention(out_a, lse_a, out_b, lse_b) -> (out, lse)
 merge_attention_backward(dout, out_a, lse_a, out_b, lse_b, *, dlse=None) -> (dout_a, dlse_a, dout_b, dlse_b)
 paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, positions=None!, token_positions=None,
-    scores=None!, k_scale=None, v_scale=None, cu_seqlens_q=None, max_seqlen_q=None) -> ()
+    scores=None!, k_scale=None, v_scale=None, cu_seqlens_q=None, max_seqlen_q=None, k_slot_scale=None!,
+    v_slot_scale=None!) -> ()
 paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, causal=True, window_left=-1,
     positions=None, query_positions=None, scale=None, softcap=0.0, sinks=None, tree_mask=None, k_scale=None,
     v_scale=None, scores=None!, score_reduce="sum", score_decay=1.0, schedule=None, cu_seqlens_q=None,
