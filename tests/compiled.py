@@ -65,7 +65,7 @@ def sample(version: str, targets: str) -> dict[tuple[str, str], str]:
 def _sources() -> str:
     files = sorted(path for folder in ("kernels", "autotune") for path in (ROOT / folder).rglob("*") if path.is_file())
     digest = hashlib.sha256()
-    for path in (*files, CASES_FILE, *filter(Path.exists, [RECORD])):
+    for path in (*files, *sorted(CASES_FILE.parent.glob("*compile_cases.py")), *filter(Path.exists, [RECORD])):
         if "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -31,7 +31,7 @@ paged_append(k, v, k_cache!, v_cache!, block_tables, seq_lens, *, q_lens=None, p
 paged_attention(q, k_cache, v_cache, block_tables, seq_lens, *, q_lens=None, causal=True, window_left=-1,
     positions=None, query_positions=None, scale=None, softcap=0.0, sinks=None, tree_mask=None, k_scale=None,
     v_scale=None, scores=None!, score_reduce="sum", score_decay=1.0, schedule=None, cu_seqlens_q=None,
-    max_seqlen_q=None, out=None!, bias=None) -> (out, lse)
+    max_seqlen_q=None, out=None!, bias=None, k_slot_scale=None, v_slot_scale=None) -> (out, lse)
 paged_latent_attention(q, cache, block_tables, seq_lens, *, value_dim, scale, causal=True, softcap=0.0,
     batch_invariant=False, cu_seqlens_q=None, max_seqlen_q=None, out=None!, cache_scale=None) -> (out, lse)
 paged_schedule(seq_lens, block_size, *, num_programs=0) -> (schedule)
@@ -42,8 +42,10 @@ attention_scores_varlen(q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max
     reduce="sum", group="sum") -> (scores)
 select_blocks(scores, block_tables, seq_lens, budget, *, positions=None, protect_first=0, protect_last=0,
     min_per_head=0, scope="head") -> (new_lens, keep)
-compact(k_cache!, v_cache!, block_tables, seq_lens!, keep, *, positions=None!, scores=None!) -> (freed)
-copy_blocks(k_cache!, v_cache!, source, target, *, positions=None!, scores=None!) -> ()
+compact(k_cache!, v_cache!, block_tables, seq_lens!, keep, *, positions=None!, scores=None!, k_slot_scale=None!,
+    v_slot_scale=None!) -> (freed)
+copy_blocks(k_cache!, v_cache!, source, target, *, positions=None!, scores=None!, k_slot_scale=None!,
+    v_slot_scale=None!) -> ()
 verify_draft(target_logits, draft_tokens, *, draft_lens=None, draft_probs=None, temperature=None, seed=None, step=None)
     -> (tokens, num_accepted)
 verify_tree(target_logits, draft_tokens, parents, *, draft_probs=None, temperature=None, seed=None, step=None)

@@ -18,9 +18,10 @@ import time
 from dropout_faults import DROPOUT_FAULTS
 from faults import FAULTS, Mutation
 from numba_faults import NUMBA_FAULTS
+from slot_scale_faults import SLOT_SCALE_FAULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
-MUTATIONS = [*FAULTS, *DROPOUT_FAULTS, *NUMBA_FAULTS]
+MUTATIONS = [*FAULTS, *DROPOUT_FAULTS, *SLOT_SCALE_FAULTS, *NUMBA_FAULTS]
 
 
 def copied(target: pathlib.Path) -> None:

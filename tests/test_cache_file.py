@@ -41,6 +41,8 @@ def a_used_cache(device, **changes):
         (torch.float8_e4m3fn, {"k_scale": torch.rand(LAYERS, HEADS) * 1000 + 100, "v_scale": 300.0}),
         (torch.int8, {"k_scale": torch.rand(LAYERS, HEADS) * 100 + 10, "v_dtype": torch.bfloat16}),
         (torch.float32, {"v_dtype": torch.float8_e5m2, "v_scale": 3.0}),
+        (torch.int8, {"slot_scales": True}),
+        (torch.int8, {"slot_scales": True, "v_dtype": torch.bfloat16}),
     ],
 )
 def test_every_byte_comes_back_and_the_rows_go_on_alike(device, tmp_path, dtype, scales):
@@ -89,7 +91,7 @@ def test_the_file_has_every_part_of_the_state(device):
     stored = {
         "_config": "num_layers num_kv_heads head_dim v_head_dim num_blocks max_batch max_tokens block_size dtype "
         "v_dtype device",
-        "_storage": "k_cache v_cache positions scores _scores k_scale v_scale",
+        "_storage": "k_cache v_cache positions scores _scores k_scale v_scale k_slot_scale v_slot_scale",
         "_states": "next_positions settled compressed",
         "_prefixes": "pool entries _clock",
         "_pool": "num_blocks max_tokens max_blocks block_size tables lens held sharers free free_count in_order exact "

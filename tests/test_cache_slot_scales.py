@@ -6,8 +6,13 @@ import pytest
 import torch
 from cache_helpers import BLOCKS, HEADS, LAYERS, SIZE, make_cache
 from paged_lists import QUANTISED, quantise_by_slot
+from test_generate import prompts_of, tiny_model
 
 import kvops
+from kvops.generation.evaluate import forced_logits
+from kvops.generation.generate import generate
+from kvops.generation.passes import prefill
+from kvops.policies import Compression
 
 NUMBA = True
 D, GROUP = 16, 2
@@ -172,3 +177,36 @@ def test_an_uncalibrated_cache_is_close_to_one_of_float32(device, dtype):
     off, size = ((x * x).sum((0, 1, 3, 4)).sqrt() for x in (outs[0] - outs[1], outs[1]))
     step = {INT8: 1 / 127}.get(dtype, 2.0 ** (-3 if dtype == torch.float8_e5m2 else -4))
     assert (off < 3 * step * size).all()  # of keys, whose scores are sums of 16 products, and of values
+
+
+def slot_scaled_cache(model, dtype=INT8):
+    config = model.config
+    return kvops.PagedKVCache(
+        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, num_blocks=200,
+        max_batch=2, max_tokens=200, dtype=dtype, slot_scales=dtype in QUANTISED,
+    )  # fmt: skip
+
+
+def test_a_model_says_over_int8_what_it_says_over_float32():
+    """The logits of a prompt that goes on, read through a cache that nobody calibrated."""
+    model, tokens = tiny_model(), prompts_of(120)[0]
+    logits = []
+    for dtype in (torch.float32, INT8):
+        cache = slot_scaled_cache(model, dtype)
+        with torch.no_grad():
+            hidden = prefill(model, cache, torch.tensor([tokens[:90]]), 0)
+        logits.append(forced_logits(model, cache, hidden[:, -1:], torch.tensor(tokens[90:]), chunk=8)[1:])
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("draft", [None, "prompt_lookup"])
+def test_a_model_generates_over_an_int8_cache_that_is_compressed(draft):
+    """Prompts of different lengths, evictions while decoding, and drafts that are kept in part."""
+    model = tiny_model()
+    cache, prompts = slot_scaled_cache(model), [prompts_of(30)[0] * 3, prompts_of(40)[0]]
+    compression = Compression(ratio=2, protect_first=2, protect_last=8, every=8)
+    result = generate(model, prompts, max_new_tokens=20, cache=cache, compression=compression, draft=draft)
+    assert [len(tokens) for tokens in result.tokens] == [20, 20]
+    assert result.stats.blocks_in_use <= cache.blocks_for(110) / 2 + cache.blocks_for(60) / 2 + 2 * cache.blocks_for(16)
+    assert cache.stats().blocks_in_use == 0

@@ -83,6 +83,7 @@ def test_attention_over_heads_of_different_lengths_is_the_oracle_s(reduce, group
         (torch.float8_e4m3fn, None, (1 / 16, 0.01)),
         (torch.float8_e4m3fn, torch.tensor([[0.5, 2.0]]), (1 / 16, 0.01)),
         (torch.int8, torch.tensor([[0.04, 0.05]]), (0, 0.026)),
+        (torch.int8, "slots", (0, 0.02)),
     ],
 )
 def test_keys_and_values_of_a_float8_or_int8_cache_are_seen_at_their_size(dtype, scales, error):
@@ -94,8 +95,7 @@ def test_keys_and_values_of_a_float8_or_int8_cache_are_seen_at_their_size(dtype,
         max_batch=1,
         max_tokens=40,
         dtype=dtype,
-        k_scale=scales,
-        v_scale=scales,
+        **({"slot_scales": True} if scales == "slots" else {"k_scale": scales, "v_scale": scales}),
     )
     k, v = torch.randn(1, 20, HEADS, D), torch.randn(1, 20, HEADS, D)
     cache.append(0, k, v, cache.extend(20))

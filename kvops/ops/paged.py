@@ -139,6 +139,7 @@ _define_with_numbers(_attention, _attention_with_numbers)
 _call_append, _call_attention, _call_schedule = map(caller, (_append, _attention, _schedule))
 
 
+# Over 80 lines: a signature, its documentation and one call.
 def paged_append(
     k: Tensor,
     v: Tensor,
