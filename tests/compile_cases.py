@@ -136,6 +136,12 @@ def _ragged_cache(dtype: torch.dtype, head_dim: int, heads: int = 8):
     return cache, tables, lens, sides
 
 
+def paged_attention(*args, **options):
+    from kvops.kernels.paged_attention import paged_attention
+
+    paged_attention(*args, **options)
+
+
 def paged_append_bf16_and_bytes():
     from kvops.kernels.paged_append import paged_append
 
@@ -150,8 +156,6 @@ def paged_append_bf16_and_bytes():
 
 
 def paged_attention_decode_bf16():
-    from kvops.kernels.paged_attention import paged_attention
-
     q = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16)
     cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
     paged_attention(q, cache, cache, tables, lens)
@@ -161,8 +165,6 @@ def paged_attention_decode_bf16():
 
 
 def paged_attention_drafts_bf16():
-    from kvops.kernels.paged_attention import paged_attention
-
     q = torch.empty(4, 16, 32, 128, dtype=torch.bfloat16)
     cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
     tree = torch.empty(16, 16, dtype=torch.bool)
@@ -170,16 +172,12 @@ def paged_attention_drafts_bf16():
 
 
 def paged_attention_chunk_bf16():
-    from kvops.kernels.paged_attention import paged_attention
-
     q = torch.empty(4, 512, 32, 128, dtype=torch.bfloat16)
     cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
     paged_attention(q, cache, cache, tables, lens, window_left=4096, scores=sides[1], score_reduce="sumsq")
 
 
 def paged_attention_uniform_float8():
-    from kvops.kernels.paged_attention import paged_attention
-
     q = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16)
     cache = torch.empty(1024, 16, 8, 128, dtype=torch.float8_e4m3fn)
     tables, lens = torch.empty(4, 512, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
@@ -187,8 +185,6 @@ def paged_attention_uniform_float8():
 
 
 def paged_attention_of_two_formats():
-    from kvops.kernels.paged_attention import paged_attention
-
     q = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16)
     cache, tables, lens, _ = _ragged_cache(torch.int8, 128)
     scales = {"k_scale": torch.empty(8), "v_scale": torch.empty(8)}
@@ -199,16 +195,12 @@ def paged_attention_of_two_formats():
 
 
 def paged_attention_float32_head_dim_64():
-    from kvops.kernels.paged_attention import paged_attention
-
     cache, tables, lens, _ = _ragged_cache(torch.float32, 64, heads=3)
     for num_tokens in (1, 64):
         paged_attention(torch.empty(4, num_tokens, 9, 64), cache, cache, tables, lens)
 
 
 def paged_attention_head_dim_256():
-    from kvops.kernels.paged_attention import paged_attention
-
     q = torch.empty(4, 1, 32, 256, dtype=torch.float16)
     cache, tables, lens, _ = _ragged_cache(torch.float16, 256)
     paged_attention(q, cache, cache, tables, lens)
@@ -216,7 +208,6 @@ def paged_attention_head_dim_256():
 
 def paged_attention_packed_bf16():
     from kvops.kernels.paged_append import paged_append
-    from kvops.kernels.paged_attention import paged_attention
 
     q, new = torch.empty(2048, 32, 128, dtype=torch.bfloat16), torch.empty(2048, 8, 128, dtype=torch.bfloat16)
     cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
@@ -229,8 +220,6 @@ def paged_attention_packed_bf16():
 
 
 def paged_attention_alibi_bf16():
-    from kvops.kernels.paged_attention import paged_attention
-
     q, slopes = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16), torch.empty(32)
     cache, tables, lens, sides = _ragged_cache(torch.bfloat16, 128)
     paged_attention(q, cache, cache, tables, lens, alibi_slopes=slopes)
@@ -240,7 +229,6 @@ def paged_attention_alibi_bf16():
 
 def paged_slot_scales_int8():
     from kvops.kernels.paged_append import paged_append
-    from kvops.kernels.paged_attention import paged_attention
 
     q, new = torch.empty(4, 1, 32, 128, dtype=torch.bfloat16), torch.empty(4, 8, 8, 128, dtype=torch.bfloat16)
     cache, tables, lens, sides = _ragged_cache(torch.int8, 128)
@@ -255,7 +243,6 @@ def paged_slot_scales_int8():
 
 def paged_slot_scales_float8():
     from kvops.kernels.paged_append import paged_append
-    from kvops.kernels.paged_attention import paged_attention
 
     q, new = torch.empty(4, 1, 32, 128, dtype=torch.float16), torch.empty(4, 1, 8, 128, dtype=torch.float16)
     k_cache = torch.empty(1024, 16, 8, 128, dtype=torch.float8_e4m3fn)
@@ -266,15 +253,13 @@ def paged_slot_scales_float8():
     paged_attention(q, k_cache, v_cache, tables, lens, **scales)
 
 
-def paged_attention_bias(head_dim, dtype=torch.bfloat16, **options):
-    """Decoding with one bias for all heads, and a chunk with scores that are computed again."""
-    from kvops.kernels.paged_attention import paged_attention
-
+def paged_attention_bias(head_dim, dtype=torch.bfloat16):
     cache, tables, lens, sides = _ragged_cache(torch.bfloat16, head_dim)
     for num_tokens, scores in ((1, None), (1, sides[1]), (512, None), (512, sides[1])):
         q = torch.empty(4, num_tokens, 32, head_dim, dtype=torch.bfloat16)
         bias = torch.empty(4, 1, num_tokens, 8192, dtype=dtype)
-        paged_attention(q, cache, cache, tables, lens, bias=bias, scores=scores, **options)
+        window = 1024 if dtype == torch.bool else -1
+        paged_attention(q, cache, cache, tables, lens, bias=bias, scores=scores, window_left=window)
 
 
 def paged_latents(heads, batch=4, dtype=torch.bfloat16, **options):
@@ -302,16 +287,10 @@ CASES += [
     CompileCase("paged-alibi-bf16-d128", paged_attention_alibi_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-slot-scales-int8", paged_slot_scales_int8, matrix=_PAGED),
     CompileCase("paged-slot-scales-fp8", paged_slot_scales_float8, matrix=_PAGED),
-    *(
-        CompileCase(f"paged-bias-d{head_dim}", partial(paged_attention_bias, head_dim), matrix=_PAGED, targets=targets)
-        for head_dim, targets in ((64, SOME), (128, ()), (256, SOME))
-    ),
-    CompileCase(
-        "paged-bias-d128-mask",
-        partial(paged_attention_bias, 128, torch.bool, window_left=1024),
-        matrix=_PAGED,
-        targets=SOME,
-    ),
+    CompileCase("paged-bias-d64", partial(paged_attention_bias, 64), matrix=_PAGED, targets=SOME),
+    CompileCase("paged-bias-d128", partial(paged_attention_bias, 128), matrix=_PAGED),
+    CompileCase("paged-bias-d256", partial(paged_attention_bias, 256), matrix=_PAGED, targets=SOME),
+    CompileCase("paged-bias-d128-mask", partial(paged_attention_bias, 128, torch.bool), matrix=_PAGED, targets=SOME),
     CompileCase("paged-latents-bf16-16", partial(paged_latents, 16, softcap=30.0), matrix=_LATENT),
     CompileCase("paged-latents-bf16-128", partial(paged_latents, 128), matrix=_LATENT, warpgroup=_LATENT),
     CompileCase("paged-latents-fp16-128-whole", partial(paged_latents, 128, 512, torch.float16), matrix=_LATENT),

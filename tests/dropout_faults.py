@@ -1,4 +1,4 @@
-"""Planted faults of dropout and of biases in dense and packed attention (``mutations.py``)."""
+"""Planted faults of dropout and of biases in dense, packed and paged attention (``mutations.py``)."""
 
 from faults import Mutation, named
 
@@ -110,5 +110,33 @@ DROPOUT_FAULTS = [
         'options = options | {"first_entry": i}',
         'options = options | {"first_entry": 0}',
         named("attention_dropout", "packed", "eager"),
+    ),
+    Mutation(
+        "paged: every token has the bias of the first one",
+        "kernels/paged_tiles.py",
+        "query_head * stride_h + place.to(tl.int64) * stride_t",
+        "query_head * stride_h",
+        named("paged_bias", "triton", "agrees"),
+    ),
+    Mutation(
+        "paged: a slot that a bias hides from all rows loses its score",
+        "kernels/paged_scores.py",
+        'own_seen = seen & (s != float("-inf"))',
+        "own_seen = seen",
+        named("paged_bias", "triton", "all_rows_are_hidden"),
+    ),
+    Mutation(
+        "paged: a slot that a bias hides from all rows of a chunk loses its score",
+        "kernels/paged_scores.py",
+        'seen &= s != float("-inf")',
+        "seen &= s == s",
+        named("paged_bias", "triton", "all_rows_are_hidden"),
+    ),
+    Mutation(
+        "paged, eager: a hidden key that is NaN spoils its rows",
+        "kvops/eager/paged.py",
+        "seen = seen & (added != -torch.inf)",
+        "seen = seen & (added == added)",
+        named("paged_bias", "eager", "no_number"),
     ),
 ]

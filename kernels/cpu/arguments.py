@@ -84,6 +84,16 @@ def for_heads(scale: torch.Tensor | None, heads: int) -> torch.Tensor | None:
     return None if scale is None else scale.expand(heads)
 
 
+def in_float32(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias or a mask in float32, without repeating what it broadcasts over."""
+    if bias is None or bias.dtype == torch.float32:
+        return bias
+    own = bias[tuple(slice(1) if stride == 0 else slice(None) for stride in bias.stride())]
+    if own.dtype == torch.bool:
+        return torch.zeros_like(own, dtype=torch.float32).masked_fill_(~own, -torch.inf)
+    return own.float()
+
+
 def compile_for(function: Any, call: type[NamedTuple]) -> Callable[..., bool]:
     """The function of a :class:`Binding`, compiled: all that it depends on is the type of the call."""
     addresses = types.UniTuple(types.int64, len(_arrays(call)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import boolean, float32, int64
 
-from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
+from kvops.kernels.cpu.arguments import Binding, for_heads, in_float32, per_head, unpack
 from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import (
@@ -369,16 +369,6 @@ class _Kind(NamedTuple):
     exact: bool  # q is float32
 
 
-def _in_float32(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """A bias or a mask in float32, without repeating what it broadcasts over."""
-    if bias is None or bias.dtype == torch.float32:
-        return bias
-    own = bias[tuple(slice(1) if stride == 0 else slice(None) for stride in bias.stride())]
-    if own.dtype == torch.bool:
-        return torch.zeros_like(own, dtype=torch.float32).masked_fill_(~own, -torch.inf)
-    return own.float()
-
-
 def _bind(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -410,7 +400,7 @@ def _bind(
     out_shape, lse_shape = (*q.shape[:-1], v_cache.shape[-1]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
     in_place = out is not None and out.dtype == torch.float32
     exact = q.dtype == torch.float32
-    bias = _in_float32(bias)
+    bias = in_float32(bias)
     if bias is not None:
         slots = block_tables.shape[-1] * k_cache.shape[1]  # what one for all slots is expanded to
         if bias.dim() and bias.shape[-1] > 1:
@@ -498,7 +488,7 @@ def paged_attention(
     slopes = None if alibi_slopes is None else alibi_slopes.float()
     kind.binding(
         queries, k_cache, v_cache, block_tables, seq_lens, q_lens, cu_seqlens_q, positions, query_positions,
-        tree_mask, sinks, slopes, _in_float32(bias), k_scale, v_scale, k_slot_scale, v_slot_scale, scores, score_decays,
+        tree_mask, sinks, slopes, in_float32(bias), k_scale, v_scale, k_slot_scale, v_slot_scale, scores, score_decays,
         result, lse,
     )  # fmt: skip
     if out is None:

@@ -256,11 +256,8 @@ class PagedKVCache:
             query_positions: int32 ``[B', T]``, for windows; None for the positions that :meth:`extend` returned.
             window_left: the number of original positions before its own that a query sees, -1 for all.
             chunk: queries see only their own chunk of so many original positions instead; 0 for no chunks.
-            softcap, sinks, scale: as in :func:`kvops.flash_attention`.
-            tree_mask: bool ``[B', T, T]``, which of the T tokens each of them sees, in place of causality
-                (:func:`kvops.tree_mask`).
-            causal: False lets every query see the whole list.
-            bias: a bool mask or a float tensor for the slots of each list, as in :func:`kvops.paged_attention`.
+            softcap, sinks, scale, causal, bias: as in :func:`kvops.paged_attention`; a bias is for slots of lists.
+            tree_mask: bool ``[B', T, T]``, in place of causality: which tokens each one sees (:func:`kvops.tree_mask`).
             accumulate: "sum", "sumsq" or "max" adds the attention that each slot receives to ``scores``, after
                 multiplying these by ``decay``. Rows that share blocks get their own copies first, in all layers.
 
@@ -270,24 +267,23 @@ class PagedKVCache:
         selection = self._selector.select(rows)
         lists = self._selector.layer(layer, selection)
         expect_rows("q", q, len(lists[1]))
-        storage = self._storage
         options: dict[str, Any] = {"q_lens": q_lens, "scale": scale, "softcap": softcap, "sinks": sinks}
-        options |= {"tree_mask": tree_mask, "causal": causal, "bias": bias, **storage.scales(layer)}
+        options |= {"tree_mask": tree_mask, "causal": causal, "bias": bias, **self._storage.scales(layer)}
         if window_left >= 0 or chunk:
             if query_positions is None:
                 first = self.next_positions[selection.index] - (q.shape[1] if q_lens is None else q_lens)
                 query_positions = first[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=self.device)
-            options |= storage.reach(query_positions, window_left, chunk)
+            options |= self._storage.reach(query_positions, window_left, chunk)
         if accumulate is not None:
             checks.expect_choice("accumulate", accumulate, REDUCTIONS)
             checks.expect_at_least("decay", decay, 0)
-            options |= {"scores": storage.scores, "score_reduce": accumulate, "score_decay": decay}
+            options |= {"scores": self.scores, "score_reduce": accumulate, "score_decay": decay}
             if self._pool.may_share(selection.numbers) and not self._pool.capturing():
-                check_attention(q, storage.k_cache, storage.v_cache, *lists, **options)  # before blocks are copied
+                check_attention(q, self.k_cache, self.v_cache, *lists, **options)  # before blocks are copied
                 self._allocator.unshare(selection)
                 lists = self._selector.layer(layer, selection)
         schedule = self._selector.schedule(layer, selection)
-        return paged_attention(q, storage.k_cache, storage.v_cache, *lists, schedule=schedule, **options)[0]
+        return paged_attention(q, self.k_cache, self.v_cache, *lists, schedule=schedule, **options)[0]
 
     def set_scores(self, layer: int, scores: Tensor, *, rows: Rows = slice(None)) -> None:
         """Store float32 ``[B', Hkv, S]`` in list order as the scores of the first S slots of each list of a layer.
