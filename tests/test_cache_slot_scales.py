@@ -44,7 +44,7 @@ class Pair:
         for layer in range(LAYERS):
             q = torch.randn(batch, num_tokens, HEADS * GROUP, D)
             k, v = torch.randn(2, batch, num_tokens, HEADS, D)
-            k[:, 0], v[:, -1] = 1000 * k[:, 0], 1000 * v[:, -1]  # outliers, whose scale no other token has
+            k[:, 0], v[:, -1] = 30 * k[:, 0], 1000 * v[:, -1]  # outliers, whose scale no other token has
             outs = []
             for number, cache in enumerate(self.caches):
                 device = cache.device
@@ -53,7 +53,8 @@ class Pair:
                 own = (k, v) if number == 0 else [dequantised(x, t) for x, t in zip((k, v), self.dtypes, strict=True)]
                 cache.append(layer, *(x.to(device) for x in own), self.positions, rows=rows)
                 outs.append(cache.attend(layer, q.to(device), rows=rows, accumulate=accumulate, **options))
-            torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-3)
+            # Scores of some hundreds are rounded by 2^-24 of them a few times, and weights by as much relatively.
+            torch.testing.assert_close(*outs, rtol=0, atol=1e-4 * float(outs[1].abs().max()))
 
     def each(self, method, *args, **kwargs):
         for cache in self.caches:
