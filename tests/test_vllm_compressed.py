@@ -400,6 +400,10 @@ def test_full_layers_are_compressed_beside_windows(tmp_path):
     ("options", "message"),
     [
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: kvops does not compress with fp8"),
+        (
+            {"kv_cache_dtype": "int8_per_token_head"},
+            "kv_cache_dtype: kvops does not compress with int8_per_token_head",
+        ),
         ({"kvops": {"policy": "kvzip"}}, "policy: KVzip needs a prompt that is read twice"),
     ],
 )
@@ -430,6 +434,10 @@ def test_attention_of_a_whole_cache_is_checked_too(small):
     [
         ({}, "check: expected no prefix caching without compression"),
         ({"enable_prefix_caching": False, "kv_cache_dtype": "fp8"}, "check: expected a cache that holds what was comp"),
+        (
+            {"enable_prefix_caching": False, "kv_cache_dtype": "int8_per_token_head"},
+            "check: expected a cache that holds what was comp",
+        ),
     ],
 )
 def test_what_cannot_be_checked_is_refused(small, options, message):

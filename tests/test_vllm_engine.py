@@ -323,6 +323,19 @@ def test_the_same_greedy_tokens_as_vllms_own_backend(family, tmp_path):
     assert generate(llm, ids) == expected
 
 
+@pytest.mark.parametrize("cache_dtype", ["int8_per_token_head", "fp8_per_token_head"])
+def test_an_engine_keeps_a_scale_for_each_token_and_head(small, cache_dtype):
+    """Prompts of several steps, decoded beside each other, whose tokens are mostly those of an exact cache."""
+    ids = prompts([5, 40, 300, 33])
+    expected = generate(start(small, attention_backend="CUSTOM"), ids, 6)
+    llm = start(small, attention_backend="CUSTOM", kv_cache_dtype=cache_dtype)
+    (layer, *_) = layers(llm)
+    assert layer.kv_cache.shape[-1] * layer.kv_cache.element_size() == 2 * (layer.impl.head_size + 4)
+    found = generate(llm, ids, 6)
+    same = sum(a == b for both in zip(found, expected, strict=True) for a, b in zip(*both, strict=True))
+    assert same >= 12  # of 24
+
+
 def test_graphs_of_decoding_are_declared_for_whole_caches_alone():
     from kvops.integrations.vllm.backend import KVOpsBackend
 
