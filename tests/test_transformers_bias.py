@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from test_transformers import TINY, assert_like_eager, make_model
+from transformers.masking_utils import create_causal_mask
 
 from kvops.integrations.transformers import KVOpsCache, attention
 from kvops.policies import Compression
@@ -142,6 +143,18 @@ def test_a_mask_that_shows_freed_keys_is_refused():
         mask = torch.ones(1, 1, 1, 41, dtype=torch.bool)
         with pytest.raises(ValueError, match="attention_mask: expected a mask that hides the keys outside"):
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_a_position_bias_beside_packed_sequences_in_a_paged_cache_is_refused():
+    model = make_model("Llama")
+    bias, places = torch.zeros(1, 6, 6, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    module = model.model.layers[0].self_attn
+    model.set_attn_implementation("kvops")
+    cache = KVOpsCache(model.config, max_tokens=64)
+    mask = create_causal_mask(model.config, torch.zeros(1, 6, 48), None, None, position_ids=places)
+    q, k, v = (torch.zeros(1, heads, 6, 8) for heads in (6, 2, 2))
+    with pytest.raises(ValueError, match="position_ids: expected one sequence to a row"):
+        attention(module, q, *cache.update(k, v, 0), mask, position_bias=bias)
 
 
 def test_a_bias_beside_packed_sequences_is_refused():

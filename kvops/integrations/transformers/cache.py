@@ -163,12 +163,12 @@ class KVOpsCache(Cache):
         """
         if torch.is_grad_enabled() and q.requires_grad:
             raise RuntimeError(_NO_GRADIENT)
-        if mask.bias is not None or options.get("bias") is not None:
-            return self._attend_with_bias(new, q, mask, options)
-        if not mask.causal:
+        if mask.bias is None and not mask.causal:
             raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
         if mask.source is None and mask.packing is not None:
             raise ValueError("position_ids: expected one sequence to a row with a KVOpsCache, got packed sequences")
+        if mask.bias is not None or options.get("bias") is not None:
+            return self._attend_with_bias(new, q, mask, options)
         paged, place = self._pools.of(new.layer)
         if mask.chunk and self.compression is not None:
             raise ValueError(
@@ -194,8 +194,6 @@ class KVOpsCache(Cache):
                 f"keys by it, got {checks.shown(mask.bias if mask.bias is not None else options['bias'])}: leave out "
                 "the compression"
             )
-        if mask.bias is None and not mask.causal:
-            raise ValueError("KVOpsCache: expected causal attention, got bidirectional")
         paged, place = self._pools.of(new.layer)
         first = self._length == 0 if new.step is None else new.step.empty
         if new.step is None:
