@@ -44,7 +44,7 @@ def attention(
     distance [Sq, Sk], by default from the bottom right corner, and the scales of keys [Sk] ->
     out [B, Sq, Hq, Dv], lse [B, Hq, Sq], p [B, Hq, Sq, Sk]. Rows that see nothing: out 0, lse -inf, p 0.
     Order: scale, softcap, ALiBi -slope * |distance|, bias (bool: False hides), mask, sinks in the denominator only.
-    ``weights``, broadcastable to P, multiply P for out alone, as dropout and scales of values do.
+    Dropout multiplies P by ``weights`` [B, Hq, Sq, Sk] for out alone.
     """
     group = q.shape[2] // k.shape[2]
     num_queries, num_keys = q.shape[1], k.shape[1]

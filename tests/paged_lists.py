@@ -150,13 +150,14 @@ def expected(
             heads = slice(h * group, (h + 1) * group)
             own_bias = None if bias is None else _bias_of(bias.cpu().expand(B, Hq, T, -1)[b, heads], length)
             k, v = lists.k_cache[block, offset][None, :, None], lists.v_cache[block, offset][None, :, None]
+            if v_slot_scale is not None:  # not of P: its rounding in float16 would be that of tiny numbers
+                v = v.double() * v_slot_scale.cpu().double()[block, offset][:, None, None]
             o, s, p = attention(
                 q[b : b + 1, :, heads], k, v, mask=mask, scale=scale, softcap=softcap,
                 sinks=None if sinks is None else sinks.cpu()[heads],
                 alibi_slopes=None if alibi_slopes is None else alibi_slopes.cpu().expand(B, Hq)[b, heads],
                 distance=distance, bias=own_bias,
                 key_scales=None if k_slot_scale is None else k_slot_scale.cpu()[block, offset],
-                weights=None if v_slot_scale is None else v_slot_scale.cpu()[block, offset].double(),
             )  # fmt: skip
             out[b, :, heads], lse[b, heads] = o[0], s[0]
             counted = slice(0 if score_last < 0 else max(0, count - score_last), None)

@@ -2,7 +2,7 @@
 
 from faults import Mutation, named
 
-SLOT_SCALES = named("slot_scales", "triton", "multiplies or float16 or beside")
+SLOT_SCALES = named("slot_scales", "triton", "(multiplies or float16 or beside)")
 
 SLOT_SCALE_FAULTS = [
     Mutation(

@@ -200,9 +200,9 @@ def paged_append(
         v_slot_scale: the same for ``v`` and ``v_cache``.
 
     Raises:
-        ValueError: wrong rank, shape, device or strides; a scale of a cache that is neither float8 nor int8; one of two
-            arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``;
-            with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
+        ValueError: wrong rank, shape, device or strides; a scale of a cache that is neither float8 nor int8, or two for
+            one side; one of two arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``,
+            invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
         TypeError: wrong dtype.
     """
     _call_append(
@@ -342,9 +342,9 @@ def paged_attention(
 
     Raises:
         ValueError: wrong rank, shape, device, strides, head ratio or value; a scale of a cache that is neither float8
-            nor int8; one of two arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``,
-            invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of range, and lists that
-            are longer than S.
+            nor int8, or two for one side; one of two arguments that belong together; on the CPU, and elsewhere with
+            ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of
+            range, and lists that are longer than S.
         TypeError: wrong dtype.
         RuntimeError: an input requires a gradient.
 
