@@ -6,12 +6,14 @@ the probabilities: no second read, and no padding of 576 columns to 1,024. Row t
 grid, so that they run together and find its slots in the second level cache.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from kvops.autotune.config import PagedAttentionConfig
 from kvops.autotune.lookup import choose
 from kvops.kernels.device import current_device
 from kvops.kernels.paged import as_bytes, padded
@@ -228,6 +230,11 @@ class LatentKind(PagedKind):
         varying = (0, 0) if self.invariant else (self.lists * self.axis_heads, self.max_blocks * self.block_size)
         self.problem = self.block_dv, q.element_size(), self.block_size, self.rows, *varying
         self.numbers["BLOCK_R"] = padded(self.head_dim - value_dim)
+        self.quantised = cache.element_size() == 1
+
+    def tile(self, config: PagedAttentionConfig) -> PagedAttentionConfig:
+        """64 rows have no registers left to convert a cache of 8 bits: they spill 62 (sm_90)."""
+        return replace(config, block_m=min(config.block_m, 32)) if self.quantised else config
 
 
 @prepared(parted(LatentKind))

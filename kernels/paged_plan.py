@@ -211,12 +211,21 @@ class PagedKind:
         """float32 elements of so many partial results: of a row the weighted sum of V, its maximum and its sum."""
         return self.axis_heads * places * self.rows * (self.value_dim + 2)
 
+    def tile(self, config: PagedAttentionConfig) -> PagedAttentionConfig:
+        """The configuration with the tile for these arguments.
+
+        A tile of bias needs registers as the scores do: beside windows and ALiBi whole tiles spill (sm_80). Those of
+        wider heads are small, and half of one makes ptxas allot so few registers that it spills (sm_90). With scales of
+        slots the wide tiles of narrow heads spill beside scores (sm_90, sm_120).
+        """
+        width = max(self.block_d, self.block_dv)
+        slot_scales = any(self.numbers[f"stride_{side}_slot_b"] is not None for side in "kv")
+        if (self.numbers["bias_slots"] is not None and width <= 128) or (slot_scales and width <= 64):
+            return replace(config, block_n=max(16, config.block_n // 2))
+        return config
+
     def _new_plan(self, config: PagedAttentionConfig, shares: int) -> PagedPlan:
-        tile = config
-        if self.numbers["bias_slots"] is not None and max(self.block_d, self.block_dv) <= 128:
-            # A tile of bias needs registers as the scores do: beside windows and ALiBi whole tiles spill (sm_80). Those
-            # of wider heads are small, and half of one makes ptxas allot so few registers that it spills (sm_90).
-            tile = replace(config, block_n=max(16, config.block_n // 2))
+        tile = self.tile(config)
         row_tiles = triton.cdiv(self.rows, tile.block_m)
         all_heads = self.lists * self.axis_heads
         split = row_tiles == 1 or row_tiles * all_heads < shares

@@ -241,6 +241,13 @@ def paged_slot_scales_int8():
     paged_attention(q, cache, cache, tables, lens, scores=sides[1], **scales)
 
 
+def paged_slot_scales_head_dim_64():
+    cache, tables, lens, sides = _ragged_cache(torch.int8, 64)
+    scales = {"k_slot_scale": sides[1], "v_slot_scale": torch.empty_like(sides[1])}
+    q = torch.empty(4, 512, 32, 64, dtype=torch.bfloat16)
+    paged_attention(q, cache, cache, tables, lens, scores=sides[1], **scales)
+
+
 def paged_slot_scales_float8():
     from kvops.kernels.paged_append import paged_append
 
@@ -267,6 +274,8 @@ def paged_latents(heads, batch=4, dtype=torch.bfloat16, **options):
 
     q, cache = torch.empty(batch, 1, heads, 576, dtype=dtype), torch.empty(1024, 64, 1, 576, dtype=dtype)
     tables, lens = torch.empty(batch, 128, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+    if "cache_scale" in options:
+        cache = torch.empty(cache.shape, dtype=torch.int8)
     if options.pop("packed", False):
         q = q[:, 0]
         options |= {"cu_seqlens_q": torch.empty(batch + 1, dtype=torch.int32), "max_seqlen_q": 1}
@@ -286,6 +295,7 @@ CASES += [
     CompileCase("paged-packed-bf16-d128", paged_attention_packed_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-alibi-bf16-d128", paged_attention_alibi_bf16, matrix=(*_PAGED, "paged_scores_kernel")),
     CompileCase("paged-slot-scales-int8", paged_slot_scales_int8, matrix=_PAGED),
+    CompileCase("paged-slot-scales-int8-d64", paged_slot_scales_head_dim_64, matrix=_PAGED),
     CompileCase("paged-slot-scales-fp8", paged_slot_scales_float8, matrix=_PAGED),
     CompileCase("paged-bias-d64", partial(paged_attention_bias, 64), matrix=_PAGED, targets=SOME),
     CompileCase("paged-bias-d128", partial(paged_attention_bias, 128), matrix=_PAGED),
@@ -300,6 +310,8 @@ CASES += [
         matrix=_LATENT,
         warpgroup=_LATENT,
     ),
+    CompileCase("paged-latents-int8-16", partial(paged_latents, 16, cache_scale=torch.empty(1)), matrix=_LATENT),
+    CompileCase("paged-latents-int8-128", partial(paged_latents, 128, cache_scale=torch.empty(1)), matrix=_LATENT),
     CompileCase("paged-latents-fp32-16", partial(paged_latents, 16, dtype=torch.float32)),
 ]
 
