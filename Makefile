@@ -147,7 +147,7 @@ demo: $(SETUP)  ## a real model with its cache full and compressed, without and 
 train: $(SETUP)  ## a small model learns through kvops and through torch, loss beside loss; ARGS="--plot losses.png"
 	$(BIN)/python examples/train_bytes.py $(ARGS)
 
-bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving: on this CPU: JSON, BENCHMARKS.md and plots
+bench: $(SETUP)  ## every operator beside its peers, growth, generation, serving, processes: on this CPU: JSON, BENCHMARKS.md and plots
 	$(BIN)/python -m bench run --device cpu --seconds 1 --json $(OUT)/operators.json
 	$(BIN)/python -m bench growth --device cpu --json $(OUT)/growth.json || echo "growth is not as theory: see the table"
 	$(BIN)/python bench/generate_cpu.py --rounds 2 --json $(OUT)/generate.json
