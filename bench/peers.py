@@ -263,6 +263,22 @@ def dense() -> tuple[Peer, ...]:
     return (Peer("kvops Gluon", _gluon, "kvops"), *theirs)
 
 
+def dropping() -> tuple[Peer, ...]:
+    """For causal cases that have dropout, the share that is dropped; the outputs begin with out."""
+
+    def sdpa(inputs: Inputs) -> Callable[[], Outputs]:
+        q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+        options = {"dropout_p": inputs["dropout"], "is_causal": True, "enable_gqa": q.shape[1] != k.shape[1]}
+        return lambda: (F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2),)
+
+    def flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
+        function = importlib.import_module("flash_attn").flash_attn_func
+        tensors = [inputs[name] for name in ("q", "k", "v")]
+        return lambda: (function(*tensors, inputs["dropout"], causal=True),)
+
+    return Peer("SDPA", sdpa), Peer("flash-attn 2", flash_attn, "flash-attn")
+
+
 def dense_backward() -> tuple[Peer, ...]:
     """The same peers' backward alone, for cases that have dout too, and outputs dq, dk, dv."""
 

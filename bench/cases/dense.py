@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def of_group(x: Tensor, head: int, kv_heads: int, dim: int) -> Tensor:
 def options(inputs: Inputs) -> dict[str, object]:
     chosen: dict[str, object] = {"causal": inputs["causal"], "window_left": inputs["window"]}
     chosen["softcap"] = inputs["softcap"]
-    names = {"bias": "bias", "slopes": "alibi_slopes"}
+    names = {"bias": "bias", "slopes": "alibi_slopes", "dropout": "dropout_p", "seed": "dropout_seed"}
     return chosen | {option: inputs[name] for name, option in names.items() if name in inputs}
 
 
@@ -60,9 +61,10 @@ def make_inputs(
     backward: bool = False,
     biased: bool = False,
     alibi: bool = False,
+    dropout: float = 0.0,
 ) -> Callable[[torch.device, torch.dtype, torch.Generator], Inputs]:
-    """Random q, k and v, with ``biased`` a bias, with ``alibi`` slopes, and with ``backward`` dout and the results of
-    the forward."""
+    """Random q, k and v, with ``biased`` a bias, with ``alibi`` slopes, with ``dropout`` its share and a seed, and with
+    ``backward`` dout and the results of the forward."""
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         def random(heads: int) -> Tensor:
@@ -76,6 +78,8 @@ def make_inputs(
             inputs["bias"] = torch.randn(shape, device=device, generator=generator).to(dtype)
         if alibi:
             inputs["slopes"] = 2.0 ** (-8 * (torch.arange(model.heads, device=device) + 1) / model.heads)
+        if dropout:
+            inputs |= {"dropout": dropout, "seed": torch.tensor([1], device=device)}
         if backward:
             inputs["dout"] = random(model.heads)
             inputs["out"], inputs["lse"] = _forward(inputs)
@@ -161,6 +165,18 @@ def forward(
     )
 
 
+def dropped(model: Model, tokens: int) -> Case:
+    """Dropout of a tenth. Everybody drops other probabilities, so that only lse is compared: tests compare the rest."""
+    plain = forward(model, 1, tokens)
+    return replace(
+        plain,
+        shape=plain.shape | {"dropout": "dropout 0.1"},
+        make_inputs=make_inputs(model, 1, tokens, True, dropout=0.1),
+        sample=lambda inputs, outputs: (None, *_sample_forward(inputs, outputs)[1:]),
+        peers=peers.dropping(),
+    )
+
+
 def backward(model: Model, batch: int, tokens: int, *, causal: bool = True) -> Case:
     """Five products in place of two: 2.5 times the operations of the forward."""
     rows, keys = batch * tokens * model.heads, batch * tokens * model.kv_heads
@@ -210,6 +226,7 @@ def cases(scale: Scale) -> Iterator[Case]:
     yield forward(scale.model(SMOLLM), 1, longest, causal=False)
     yield forward(scale.model(T5), 1, scale.prompts[len(scale.prompts) // 2], causal=False, biased=True)
     yield forward(scale.model(BLOOM), 1, scale.prompts[len(scale.prompts) // 2], alibi=True)
+    yield dropped(scale.model(LLAMA_8B), scale.prompts[len(scale.prompts) // 2])
     if scale.prompts[0] > _SHORT:
         yield forward(scale.model(SMOLLM), 1, _SHORT)
     for model in (LLAMA_8B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA):

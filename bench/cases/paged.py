@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -46,20 +47,29 @@ def _queries(inputs: Inputs, batch: int, head: int) -> Tensor:
 
 def _attend(inputs: Inputs) -> Outputs:
     cache = (inputs[name] for name in ("k_cache", "v_cache", "block_tables", "seq_lens"))
-    options = {"window_left": inputs["window"], "softcap": inputs["softcap"], **_scales(inputs)}
+    options = {"window_left": inputs["window"], "softcap": inputs["softcap"], "bias": inputs["bias"], **_scales(inputs)}
     if inputs["reduce"]:
         options |= {"scores": inputs["scores"], "score_reduce": inputs["reduce"]}
     out, lse = kvops.paged_attention(inputs["q"], *cache, **options)
     return (out, lse, inputs["scores"]) if inputs["reduce"] else (out, lse)
 
 
-def _scales(inputs: Inputs) -> dict[str, float]:
-    return {} if inputs["scale"] is None else {"k_scale": inputs["scale"], "v_scale": inputs["scale"]}
+def _scales(inputs: Inputs) -> dict[str, float | Tensor]:
+    """The scales of an int8 cache: one for all, or one for each slot."""
+    kind = "scale" if isinstance(inputs["scale"], float) else "slot_scale"
+    return {} if inputs["scale"] is None else {f"{side}_{kind}": inputs["scale"] for side in "kv"}
 
 
-def _wide(inputs: Inputs, slots: Tensor) -> Tensor:
-    """Slots of a cache of 8 bits in the dtype of the queries; others as they are."""
-    return slots if inputs["scale"] is None else slots.to(inputs["q"].dtype) * inputs["scale"]
+def _given(option: object) -> bool:
+    return isinstance(option, Tensor) or bool(option)
+
+
+def _wide(inputs: Inputs, name: str, places: Tensor) -> Tensor:
+    """The slots at ``places`` of a cache, those of 8 bits in the dtype of the queries."""
+    slots, scale = inputs[name].flatten(0, 1)[places], inputs["scale"]
+    if scale is None:
+        return slots
+    return slots.to(inputs["q"].dtype) * (scale if isinstance(scale, float) else scale.flatten()[places][..., None])
 
 
 def _sample(inputs: Inputs, outputs: Outputs) -> Outputs:
@@ -78,8 +88,13 @@ def _truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     parts = []
     for b, h in sampled(inputs):
         where = slots(inputs, b, h)
-        k, v = (_wide(inputs, inputs[name].flatten(0, 1)[where]) for name in ("k_cache", "v_cache"))
+        k, v = (_wide(inputs, name, where) for name in _CACHES)
         options = {"causal": True, "window": inputs["window"], "softcap": inputs["softcap"]}
+        if inputs["bias"] is not None:
+            shown = inputs["bias"][b, :, :, : len(k)].expand(
+                inputs["q"].shape[2] // inputs["seq_lens"].shape[1], -1, -1
+            )
+            options["bias"] = torch.zeros(shown.shape, device=k.device).masked_fill(~shown, -math.inf)
         score_from = 0 if inputs["reduce"] else None
         part = truth.attention(_queries(inputs, b, h), k, v, dtype, score_from=score_from, **options)
         parts.append(part | {"scores": inputs["scores"].flatten()[where] + part["scores"]})
@@ -93,6 +108,8 @@ def _seen(inputs: Inputs, length: int) -> Tensor:
     query = lens - T + torch.arange(T, device=lens.device)[:, None]
     slot = torch.arange(length, device=lens.device)
     mask = slot <= query
+    if inputs["bias"] is not None:
+        mask = mask & inputs["bias"][..., :length]
     return mask & (slot >= query - inputs["window"]) if inputs["window"] >= 0 else mask
 
 
@@ -104,7 +121,7 @@ def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
 
     def call() -> Outputs:
         places, _ = gathered_slots(inputs)
-        k, v = (_wide(inputs, inputs[name].flatten(0, 1)[places]) for name in ("k_cache", "v_cache"))
+        k, v = (_wide(inputs, name, places) for name in _CACHES)
         seen = _seen(inputs, places.shape[2])
         q = inputs["q"].transpose(1, 2).unflatten(1, (Hkv, -1))  # [B, Hkv, group, T, D]
         if not softcap and not inputs["reduce"]:
@@ -125,8 +142,9 @@ def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
 
 def _contiguous(inputs: Inputs) -> Callable[[], Outputs]:
     """SDPA over a contiguous cache, which shows the cost of paging. Gathered outside the timing."""
-    for name, lacks in (("reduce", "gives no scores"), ("softcap", "has no softcap"), ("scale", "has no 8-bit cache")):
-        if inputs[name]:
+    lacking = {"reduce": "gives no scores", "softcap": "has no softcap", "scale": "has no 8-bit cache"}
+    for name, lacks in lacking.items():
+        if _given(inputs[name]):
             raise UnavailableError(lacks)
     places, _ = gathered_slots(inputs)
     k, v = (in_huge_pages(inputs[name].flatten(0, 1)[places]) for name in ("k_cache", "v_cache"))
@@ -154,11 +172,21 @@ def _back(out: Tensor, batch: int) -> Tensor:
     return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
+def _expect_plain(inputs: Inputs) -> None:
+    """For libraries whose lists are sequences: a mask over the slots of each would be a tensor of another shape."""
+    for name, lacks in (
+        ("reduce", "gives no scores"),
+        ("scale", "has no int8 cache"),
+        ("bias", "its mask was left out"),
+    ):
+        if _given(inputs[name]):
+            raise UnavailableError(lacks)
+
+
 def _flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
     import flashinfer
 
-    if inputs["reduce"] or inputs["scale"]:
-        raise UnavailableError("gives no scores" if inputs["reduce"] else "has no int8 cache")
+    _expect_plain(inputs)
     q = _one_head_each(inputs)
     lists, T, group, D = q.shape
     lens = inputs["seq_lens"].flatten()
@@ -184,8 +212,7 @@ def _flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
     """The same lists in pages of its own size, copied outside the timing."""
     from flash_attn import flash_attn_with_kvcache
 
-    if inputs["reduce"] or inputs["scale"]:
-        raise UnavailableError("gives no scores" if inputs["reduce"] else "has no int8 cache")
+    _expect_plain(inputs)
     q = _one_head_each(inputs)
     places, filled = gathered_slots(inputs)
     pages = -(-places.shape[2] // _FLASH_ATTN_PAGE)
@@ -212,10 +239,12 @@ def attention(
     tokens: int = 1,
     spread: str = "ragged",
     reduce: str = "",
-    scale: float | None = None,
+    cache: str = "",
+    masked: bool = False,
 ) -> Case:
     """``tokens`` new ones per sequence over "equal" lists of ``context``, "ragged" ones of up to it or "heavy-tailed"
-    ones of it in the mean; ``reduce``: scores out of the same pass; ``scale``: of an int8 cache."""
+    ones of it in the mean; ``reduce``: scores out of the same pass; ``cache``: "int8" with one scale, or "int8, slot
+    scales" with one for each slot; ``masked``: a mask over the slots hides a quarter of them."""
     if spread == "heavy-tailed":
         lens = heavy_tailed(batch, model.kv_heads, context).clamp(min=tokens)
     else:
@@ -229,15 +258,27 @@ def attention(
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         inputs = make_lists(lens, D, device, dtype, generator)
         q = torch.randn(batch, tokens, model.heads, D, device=device, generator=generator).to(dtype)
-        options = {"window": model.window, "softcap": model.softcap, "reduce": reduce, "scale": scale}
-        if scale is not None:
-            inputs |= {name: (inputs[name] / scale).round().clamp(-127, 127).to(torch.int8) for name in _CACHES}
+        options = {"window": model.window, "softcap": model.softcap, "reduce": reduce, "scale": None, "bias": None}
+        if cache:
+            size = torch.rand(inputs["k_cache"].shape[:2], device=device, generator=generator) / 16 + 1 / 32
+            options["scale"] = size if "slot" in cache else 1 / 32
+            divisor = size[..., None] if "slot" in cache else 1 / 32
+            inputs |= {name: (inputs[name] / divisor).round().clamp(-127, 127).to(torch.int8) for name in _CACHES}
+        if masked:
+            shown = (
+                torch.rand(
+                    batch, 1, tokens, inputs["block_tables"].shape[2] * BLOCK_SIZE, device=device, generator=generator
+                )
+                < 0.75
+            )
+            options["bias"] = shown
         return inputs | {"q": q, "old_scores": inputs["scores"].clone()} | options
 
     shape: dict[str, int | str] = {"batch": batch, "context": context, "lengths": spread}
     shape |= {"tokens": tokens} if tokens > 1 else {}
     shape |= {"window": model.window} if model.window >= 0 else {}
-    shape |= {} if scale is None else {"cache": "int8"}
+    shape |= {"cache": cache} if cache else {}
+    shape |= {"bias": "masked slots"} if masked else {}
     return Case(
         op="paged_attention",
         model=model.name,
@@ -249,9 +290,10 @@ def attention(
         reset=(lambda inputs: inputs["scores"].copy_(inputs["old_scores"])) if reduce else None,
         flops=4 * seen * model.group * D,
         bytes=lambda size: (
-            2 * (slots_read * (size if scale is None else 1) + rows * size) * D
+            2 * (slots_read * (1 if cache else size) + rows * size) * D
             + 4 * rows
-            + (8 * slots_read if reduce else 0)
+            + (8 * slots_read if reduce or "slot" in cache else 0)
+            + (batch * tokens * int(lens.max()) if masked else 0)
         ),
         peers=(
             Peer("gather + SDPA", _gathered),
@@ -405,7 +447,9 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield attention(scale.model(model), batches[-1], scale.contexts[0])
     yield attention(llama, batches[-1], scale.contexts[0], tokens=8)
     yield attention(llama, batches[-1], scale.contexts[0], reduce="sum")
-    yield attention(llama, batches[-1], scale.contexts[0], scale=1 / 32)
+    yield attention(llama, batches[-1], scale.contexts[0], cache="int8")
+    yield attention(llama, batches[-1], scale.contexts[0], cache="int8, slot scales")
+    yield attention(llama, batches[-1], scale.contexts[0], masked=True)
     # As many slots equal and as after compressing the longest context eightfold with heads that compete.
     mean = min(8192, longest // 8)
     yield attention(llama, _MANY, mean, spread="equal")
