@@ -433,3 +433,17 @@ def test_vllms_own_backend_serves_where_kvops_is_not_asked_for(small):
 def test_a_wrong_option_stops_the_engine(small):
     with pytest.raises(ValueError, match="ratio: expected at least 1, got 0"):
         start(small, attention_backend="CUSTOM", additional_config={"kvops": {"ratio": 0}})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+def test_latents_are_decoded_as_by_vllms_own_kernel(dtype, tolerance):
+    """vLLM's pages of latents work in place; bfloat16 differs by a rounding of values of up to 4."""
+    from vllm._custom_ops import mla_decode_kvcache_cpu
+
+    scale, lens = 192**-0.5, torch.tensor([1, 70, 200], dtype=torch.int32)
+    cache, q = torch.randn(40, 16, 576).to(dtype), torch.randn(3, 16, 576).to(dtype)
+    tables = torch.randperm(40).int()[:39].view(3, 13)  # its kernel has pages of 16
+    expected = torch.empty(3, 16, 512, dtype=dtype)
+    mla_decode_kvcache_cpu(expected, q, cache, scale, tables, lens)
+    out, _ = kvops.paged_latent_attention(q[:, None], cache[:, :, None], tables, lens, value_dim=512, scale=scale)
+    torch.testing.assert_close(out[:, 0], expected, rtol=tolerance, atol=tolerance)
