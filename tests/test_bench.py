@@ -140,9 +140,12 @@ def test_bytes_of_decoding_are_those_of_the_slots_in_sight():
                 }
                 slots += len(seen)
         out, lse = case.run(inputs)[:2]
-        cached = slots * 2 * inputs["q"].shape[-1] * 4
-        scored = 2 * 4 * slots if inputs.get("reduce") else 0
-        assert case.bytes(4) == cached + scored + nbytes(inputs["q"], out, lse)
+        cached = slots * 2 * inputs["q"].shape[-1] * inputs["k_cache"].element_size()
+        beside = 2 * 4 * slots if inputs.get("reduce") or isinstance(inputs.get("scale"), torch.Tensor) else 0
+        masked = 0
+        if inputs.get("bias") is not None:
+            masked = inputs["bias"][..., : int(inputs["seq_lens"].max())].numel()
+        assert case.bytes(4) == cached + beside + masked + nbytes(inputs["q"], out, lse)
 
 
 def test_bytes_of_compaction_are_those_of_the_slots_that_move():

@@ -270,11 +270,89 @@ def packed(op: str, model: Model, batch: int, longest: int) -> Case:
     )
 
 
+def _bias_backward(inputs: Inputs) -> Outputs:
+    tensors = (inputs[name] for name in ("dout", "q", "k", "v", "out", "lse", "bias"))
+    return (kvops.flash_attention_varlen_bias_backward(*tensors, *packed_lengths(inputs), causal=True),)
+
+
+def _bias_truth(inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    kv_heads, parts = inputs["k"].shape[1], []
+    for tokens, h in _compared(inputs):
+        q, dout = (dense.of_group(inputs[name][tokens], h, kv_heads, 1) for name in ("q", "dout"))
+        k, v = inputs["k"][tokens, h], inputs["v"][tokens, h]
+        bias = dense.of_group(inputs["bias"], h, kv_heads, 0)[:, tokens, : len(k)]
+        parts.append(truth.attention(q, k, v, dtype, causal=True, bias=bias, dout=dout)["dbias"].flatten())
+    return (torch.cat(parts),)
+
+
+def _sample_bias(inputs: Inputs, outputs: Outputs) -> Outputs:
+    """Flat, without the columns past the end of a sequence."""
+    kv_heads, dbias = inputs["k"].shape[1], outputs[0]
+    rows = [
+        dense.of_group(dbias, h, kv_heads, 0)[:, tokens, : tokens.stop - tokens.start].flatten()
+        for tokens, h in _compared(inputs)
+    ]
+    return (torch.cat(rows),)
+
+
+def _bias_one_by_one(inputs: Inputs) -> Callable[[], Outputs]:
+    """Forward again, as the operator has only lse, and autograd's way back to the bias."""
+    names = ("q", "k", "v", "dout")
+
+    def call() -> Outputs:
+        bias = inputs["bias"].detach().requires_grad_()
+        gradient = torch.zeros_like(bias)
+        for tokens in _sequences(inputs):
+            q, k, v, dout = (inputs[name][tokens].transpose(0, 1) for name in names)
+            group = len(q) // len(k)
+            s = q @ k.repeat_interleave(group, 0).mT * q.shape[2] ** -0.5 + bias[:, tokens, : k.shape[1]]
+            position = torch.arange(k.shape[1], device=q.device)
+            seen = truth.visible(position, len(position), len(position), True, -1)
+            out = s.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(group, 0)
+            gradient += torch.autograd.grad(out, bias, dout)[0]
+        return (gradient,)
+
+    return call
+
+
+def bias_backward(model: Model, batch: int, longest: int) -> Case:
+    """The gradient of a bias [heads, tokens, longest]."""
+    plain = packed("flash_attention_varlen_backward", model, batch, longest)
+    lengths, D = _lengths(batch, longest), model.head_dim
+    tokens = sum(lengths)
+    seen = model.heads * sum(truth.pairs(n, n, True, -1) for n in lengths)
+
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        inputs = plain.make_inputs(device, dtype, generator)
+        bias = torch.randn(model.heads, tokens, longest, device=device, generator=generator).to(dtype)
+        inputs["bias"] = bias
+        qkv = (inputs[name] for name in ("q", "k", "v"))
+        inputs["out"], inputs["lse"] = kvops.flash_attention_varlen(
+            *qkv, *packed_lengths(inputs), causal=True, bias=bias
+        )
+        return inputs
+
+    added, rows = model.heads * sum(n * n for n in lengths), tokens * model.heads
+    return Case(
+        op="flash_attention_varlen_bias_backward",
+        model=model.name,
+        shape=plain.shape,
+        make_inputs=make,
+        run=_bias_backward,
+        oracle=_bias_truth,
+        sample=_sample_bias,
+        flops=4 * seen * D,
+        bytes=lambda size: (3 * rows * D + 2 * tokens * model.kv_heads * D + 2 * added) * size + 4 * rows,
+        peers=(Peer("plain torch, one by one", _bias_one_by_one),),
+    )
+
+
 def cases(scale: Scale) -> Iterator[Case]:
     longest = scale.prompts[len(scale.prompts) // 2]
     for model, batch in ((LLAMA_8B, 2), (LLAMA_8B, 8), (MISTRAL_7B, 4), (SMOLLM, 8)):
         yield packed("flash_attention_varlen", scale.model(model), batch, longest)
     for model in (LLAMA_8B, SMOLLM):
         yield packed("flash_attention_varlen_backward", scale.model(model), 4, longest)
+    yield bias_backward(scale.model(SMOLLM), 4, longest)
     for model in (LLAMA_8B, SMOLLM):
         yield packed("attention_scores_varlen", scale.model(model), 4, longest)
