@@ -150,27 +150,30 @@ def _locate_values(call, scratch, b, h, first, count):
 
 
 @inner
-def _multiply_by_slot_scales(scales, call, b, h, rows, first, count, s):
-    """Multiply the columns of s [rows, count] by the scales of their slots, where these have any."""
-    if scales.size:
-        table, size = call.tables[b, h], call.k_cache.shape[1]
-        for j in range(count):
-            scale = scales[table[(first + j) // size], (first + j) % size, h]
-            for r in range(rows):
-                s[r, j] *= scale
+def _multiply_by_slot_scales(scales, table, h, rows, first, count, s):
+    """Multiply the columns of s [rows, count] by the scales of their slots."""
+    size = scales.shape[1]
+    for j in range(count):
+        scale = scales[table[(first + j) // size], (first + j) % size, h]
+        for r in range(rows):
+            s[r, j] *= scale
 
 
 @inner
 def _score(call, scratch, span, b, h, first_row, rows, first, count):
     """scratch.s [rows, count]: the scores of the loaded queries and keys, as logarithms to base 2."""
     multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s, 0)
-    _multiply_by_slot_scales(call.k_slot_scale, call, b, h, rows, first, count, scratch.s)
+    # What few calls have is compiled apart: inlined, it would slow down all of them.
+    if call.k_slot_scale.size:
+        _multiply_by_slot_scales(call.k_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
     if call.softcap > 0:
         _cap(call.softcap, rows, count, scratch.s)
     if call.slopes.size:
         take_off_distances(call, span, b, h, first_row, rows, first, count, scratch.s)
     if call.bias.size:
-        add_bias(call, b, h, first_row, rows, first, count, scratch.s)
+        group = call.q.shape[2] // call.lens.shape[1]
+        row, first_token, _ = new_tokens(call, b)
+        add_bias(call.bias, row, h * group, group, first_token, first_row, rows, first, count, scratch.s)
     _mask(call, span, b, h, first_row, rows, first, count, scratch.s)
 
 
@@ -218,7 +221,8 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
         _locate_values(call, scratch, b, h, first, count)
         for r in range(rows):
             _soften(scratch.s[r], count, partial[r])
-        _multiply_by_slot_scales(call.v_slot_scale, call, b, h, rows, first, count, scratch.s)
+        if call.v_slot_scale.size:
+            _multiply_by_slot_scales(call.v_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
         multiply_add(scratch.s, rows, count, scratch.value_rows, scratch.values.shape[1], partial)
 
 

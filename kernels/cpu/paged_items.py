@@ -166,15 +166,13 @@ def take_off_distances(call, span, b, h, first_row, rows, first, count, s):
 
 
 @inner
-def add_bias(call, b, h, first_row, rows, first, count, s):
+def add_bias(bias, row, first_head, group, first_token, first_row, rows, first, count, s):
     """Add the bias of each row and slot. Where it is -inf, or has no such slot, it hides it whatever the score is."""
-    group = call.q.shape[2] // call.lens.shape[1]
-    row, first_token, _ = new_tokens(call, b)
-    biased = min(max(call.bias.shape[3] - first, 0), count)
+    biased = min(max(bias.shape[3] - first, 0), count)
     for r in range(rows):
-        head, t = h * group + (first_row + r) % group, first_token + (first_row + r) // group
+        head, t = first_head + (first_row + r) % group, first_token + (first_row + r) // group
         for j in range(biased):
-            added = call.bias[row, head, t, first + j] * np.float32(LOG2_E)
+            added = bias[row, head, t, first + j] * np.float32(LOG2_E)
             s[r, j] = added if added == -np.inf else s[r, j] + added
         for j in range(biased, count):
             s[r, j] = -np.inf
