@@ -23,6 +23,7 @@ from kvops.kernels.cpu.paged_items import (
     first_item,
     item_slots,
     list_of,
+    multiply_by_slot_scales,
     new_tokens,
     seen_slots,
     take_off_distances,
@@ -150,22 +151,12 @@ def _locate_values(call, scratch, b, h, first, count):
 
 
 @inner
-def _multiply_by_slot_scales(scales, table, h, rows, first, count, s):
-    """Multiply the columns of s [rows, count] by the scales of their slots."""
-    size = scales.shape[1]
-    for j in range(count):
-        scale = scales[table[(first + j) // size], (first + j) % size, h]
-        for r in range(rows):
-            s[r, j] *= scale
-
-
-@inner
 def _score(call, scratch, span, b, h, first_row, rows, first, count):
     """scratch.s [rows, count]: the scores of the loaded queries and keys, as logarithms to base 2."""
     multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s, 0)
     # What few calls have is compiled apart: inlined, it would slow down all of them.
     if call.k_slot_scale.size:
-        _multiply_by_slot_scales(call.k_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
+        multiply_by_slot_scales(call.k_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
     if call.softcap > 0:
         _cap(call.softcap, rows, count, scratch.s)
     if call.slopes.size:
@@ -222,7 +213,7 @@ def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, sta
         for r in range(rows):
             _soften(scratch.s[r], count, partial[r])
         if call.v_slot_scale.size:
-            _multiply_by_slot_scales(call.v_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
+            multiply_by_slot_scales(call.v_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
         multiply_add(scratch.s, rows, count, scratch.value_rows, scratch.values.shape[1], partial)
 
 

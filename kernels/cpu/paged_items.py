@@ -176,3 +176,13 @@ def add_bias(bias, row, first_head, group, first_token, first_row, rows, first, 
             s[r, j] = added if added == -np.inf else s[r, j] + added
         for j in range(biased, count):
             s[r, j] = -np.inf
+
+
+@inner
+def multiply_by_slot_scales(scales, table, h, rows, first, count, s):
+    """Multiply the columns of s [rows, count] by the scales of their slots."""
+    size = scales.shape[1]
+    for j in range(count):
+        scale = scales[table[(first + j) // size], (first + j) % size, h]
+        for r in range(rows):
+            s[r, j] *= scale
