@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from machine_suite import MACHINE
 from paged_lists import QUANTISED, check, expected, make_lists, quantise, quantise_by_slot, queries
 
 import kvops
@@ -33,6 +34,19 @@ def new_tokens(shape, dtype, device):
     return x.to(dtype).to(device)
 
 
+def stored(x, lists, counts, dtype, factor=1.0):
+    """The bits of a cache of zeros and its scales of slots, once the tokens are in it: quotients times ``factor``."""
+    cache = quantise(torch.zeros(*lists.k_cache.shape[:2], x.shape[-1]), dtype).view(torch.uint8)
+    scales = torch.full(cache.shape[:2], math.nan)
+    for b, h in product(range(2), range(3)):
+        block, offset = (place[-counts[b] :] for place in lists.slots(b, h))
+        rows = x[b, : counts[b], h].cpu().float()
+        _, scales[block, offset] = quantise_by_slot(rows, dtype)
+        quotients = rows / scales[block, offset][:, None]
+        cache[block, offset] = quantise(quotients * factor, dtype).view(torch.uint8)
+    return cache, scales
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("k_dtype", "v_dtype"), [(INT8, E4M3), (E4M3, E5M2), (E5M2, INT8), (INT8, None)])
 @pytest.mark.parametrize("packed", [False, True])
@@ -54,13 +68,14 @@ def test_append_writes_a_scale_for_each_token_and_head(backend, device, k_dtype,
         given, options = new, {"q_lens": torch.tensor(counts, dtype=torch.int32, device=device)}
     kvops.paged_append(*given, *sides, lists.block_tables, lists.seq_lens, **options, **scales)
     for side, x, name in zip(sides, new, names, strict=False):
-        wanted, wanted_scales = quantise(torch.zeros(side.shape), side.dtype), torch.full(side.shape[:2], math.nan)
-        for b, h in product(range(2), range(3)):
-            block, offset = (place[-counts[b] :] for place in lists.slots(b, h))
-            rows, row_scales = quantise_by_slot(x[b, : counts[b], h].cpu().float(), side.dtype)
-            wanted.view(torch.uint8)[block, offset] = rows.view(torch.uint8)
-            wanted_scales[block, offset] = row_scales
-        assert torch.equal(side.cpu().view(torch.uint8), wanted.view(torch.uint8))
+        bits = side.cpu().view(torch.uint8)
+        wanted, wanted_scales = stored(x, lists, counts, side.dtype)
+        right = bits == wanted
+        if MACHINE or bits.device != side.device:
+            # Compiled, a division is off by up to two units in the last place: a quotient may cross a tie.
+            for factor in (1 - 2.0**-21, 1 + 2.0**-21):
+                right |= bits == stored(x, lists, counts, side.dtype, factor)[0]
+        assert right.all()
         assert torch.equal(scales[name].cpu().nan_to_num(-7.0), wanted_scales.nan_to_num(-7.0))
 
 
