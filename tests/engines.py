@@ -1,5 +1,6 @@
 """Engines of the real vLLM for tests, in the test's own process; a module that imports this is skipped without vLLM."""
 
+import gc
 import os
 
 import pytest
@@ -46,6 +47,8 @@ def start(model, **options):
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
     }
+    # An engine in a cycle of references takes the process groups of the next one along when it goes, if that is later.
+    gc.collect()
     return vllm.LLM(model=str(model), **(settings | options))
 
 
