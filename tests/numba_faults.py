@@ -97,7 +97,7 @@ NUMBA_FAULTS = [
     ),
     Mutation(
         "scales of slots are those of the slot before",
-        "kernels/cpu/paged_attention.py",
+        "kernels/cpu/paged_items.py",
         "scale = scales[table[(first + j) // size], (first + j) % size, h]",
         "scale = scales[table[(first + j) // size], (first + j - 1) % size, h]",
         named("slot_scales", "numba", "multiplies"),
