@@ -33,6 +33,8 @@ from bench.lists import BLOCK_SIZE, gathered_slots, heavy_tailed, in_huge_pages,
 _FLASH_ATTN_PAGE = 256
 _WORKSPACE = 256 << 20
 _CACHES = "k_cache", "v_cache"
+# Lists are sequences of their own for these libraries: a mask over slots would be a tensor of another shape.
+_LIBRARIES_LACK = {"reduce": "gives no scores", "scale": "has no int8 cache", "bias": "its mask was left out"}
 # The number of programs of a schedule: two for each multiprocessor of an H100.
 _PROGRAMS = 264
 # Enough requests for a longest list of 16 times the mean.
@@ -62,6 +64,13 @@ def _scales(inputs: Inputs) -> dict[str, float | Tensor]:
 
 def _given(option: object) -> bool:
     return isinstance(option, Tensor) or bool(option)
+
+
+def _refuse(inputs: Inputs, **lacks: str) -> None:
+    """Raise UnavailableError where an option is given that a peer lacks."""
+    for name, reason in lacks.items():
+        if _given(inputs[name]):
+            raise UnavailableError(reason)
 
 
 def _wide(inputs: Inputs, name: str, places: Tensor) -> Tensor:
@@ -142,10 +151,7 @@ def _gathered(inputs: Inputs) -> Callable[[], Outputs]:
 
 def _contiguous(inputs: Inputs) -> Callable[[], Outputs]:
     """SDPA over a contiguous cache, which shows the cost of paging. Gathered outside the timing."""
-    lacking = {"reduce": "gives no scores", "softcap": "has no softcap", "scale": "has no 8-bit cache"}
-    for name, lacks in lacking.items():
-        if _given(inputs[name]):
-            raise UnavailableError(lacks)
+    _refuse(inputs, reduce="gives no scores", softcap="has no softcap", scale="has no 8-bit cache")
     places, _ = gathered_slots(inputs)
     k, v = (in_huge_pages(inputs[name].flatten(0, 1)[places]) for name in ("k_cache", "v_cache"))
     group = inputs["q"].shape[2] // k.shape[1]
@@ -172,21 +178,10 @@ def _back(out: Tensor, batch: int) -> Tensor:
     return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _expect_plain(inputs: Inputs) -> None:
-    """For libraries whose lists are sequences: a mask over the slots of each would be a tensor of another shape."""
-    for name, lacks in (
-        ("reduce", "gives no scores"),
-        ("scale", "has no int8 cache"),
-        ("bias", "its mask was left out"),
-    ):
-        if _given(inputs[name]):
-            raise UnavailableError(lacks)
-
-
 def _flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
     import flashinfer
 
-    _expect_plain(inputs)
+    _refuse(inputs, **_LIBRARIES_LACK)
     q = _one_head_each(inputs)
     lists, T, group, D = q.shape
     lens = inputs["seq_lens"].flatten()
@@ -212,7 +207,7 @@ def _flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
     """The same lists in pages of its own size, copied outside the timing."""
     from flash_attn import flash_attn_with_kvcache
 
-    _expect_plain(inputs)
+    _refuse(inputs, **_LIBRARIES_LACK)
     q = _one_head_each(inputs)
     places, filled = gathered_slots(inputs)
     pages = -(-places.shape[2] // _FLASH_ATTN_PAGE)

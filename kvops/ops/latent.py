@@ -13,7 +13,7 @@ from kvops.ops.paged_checks import (
     check_lists,
     check_out,
     check_packed,
-    check_packed_data,
+    check_packed_queries,
     check_q_lens,
     check_scale,
     check_schedule_data,
@@ -82,12 +82,6 @@ def _fake(
     return result, q.new_empty(*batch, query_heads, tokens, dtype=torch.float32)
 
 
-def _check_data(
-    q: Tensor, *args: Tensor, cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, **given: object
-) -> None:
-    check_packed_data("q", q, cu_seqlens_q, max_seqlen_q)
-
-
 _attention = register(
     "paged_latent_attention(Tensor q, Tensor cache, Tensor block_tables, Tensor seq_lens, *, int value_dim, "
     "float scale, Tensor? q_lens=None, bool causal=True, float softcap=0.0, Tensor? schedule=None, "
@@ -95,7 +89,7 @@ _attention = register(
     "Tensor? cache_scale=None) "
     "-> (Tensor out, Tensor lse)",
     check=_check,
-    check_data=_check_data,
+    check_data=check_packed_queries,
     data="cu_seqlens_q",
     fake=_fake,
     eager=eager.paged_latent_attention,

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from kvops import checks
 from kvops.eager import paged as eager
-from kvops.ops.paged_checks import check_append, check_attention, check_packed_data, check_schedule, scale_tensor
+from kvops.ops.paged_checks import (
+    check_append,
+    check_attention,
+    check_packed_data,
+    check_packed_queries,
+    check_schedule,
+    scale_tensor,
+)
 from kvops.ops.registry import LIBRARY, caller, register
 from kvops.private_torch import schema_of
 
@@ -44,12 +51,6 @@ _append = register(
 )
 
 
-def _check_attention_data(
-    q: Tensor, *args: Tensor, cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, **given: object
-) -> None:
-    check_packed_data("q", q, cu_seqlens_q, max_seqlen_q)
-
-
 def _fake_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object, out: Tensor | None = None, **kwargs: object
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ _attention = register(
     "Tensor? score_decays=None, Tensor? k_slot_scale=None, Tensor? v_slot_scale=None, "
     "Tensor? bias=None) -> (Tensor out, Tensor lse)",
     check=check_attention,
-    check_data=_check_attention_data,
+    check_data=check_packed_queries,
     data="cu_seqlens_q",
     fake=_fake_attention,
     eager=eager.paged_attention,

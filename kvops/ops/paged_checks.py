@@ -277,6 +277,13 @@ def check_packed_data(
     check_ends("_q", name, len(tokens), ends, max_seqlen_q)
 
 
+def check_packed_queries(
+    q: Tensor, *args: Tensor, cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, **given: object
+) -> None:
+    """:func:`check_packed_data` with the arguments of an operator of attention."""
+    check_packed_data("q", q, cu_seqlens_q, max_seqlen_q)
+
+
 # Over 80 lines: 34 are the signature.
 def check_attention(
     q: Tensor,
