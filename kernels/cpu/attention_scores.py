@@ -14,7 +14,7 @@ from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded, widen
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
-from kvops.kernels.cpu.vector import multiply_add
+from kvops.kernels.cpu.vector import NOTHING, address_of, multiply_add
 from kvops.prepared import prepared
 
 KEYS = 64  # of a tile
@@ -81,7 +81,7 @@ def _sequence(call, b):
 
 @jit
 def _address(x, row):
-    return x.ctypes.data + row * x.strides[0]
+    return address_of(x) + row * x.strides[0]
 
 
 @inner
@@ -91,7 +91,7 @@ def _score(call, scratch, sequence, head, first, rows):
     for r in range(rows):
         widen(_address(q, r), call.element, call.head_dim, _address(scratch.queries, r))
     scratch.s[:] = 0
-    multiply_add(scratch.queries, rows, call.head_dim, scratch.key_rows, KEYS, scratch.s)
+    multiply_add(scratch.queries, rows, call.head_dim, scratch.key_rows, KEYS, scratch.s, NOTHING)
 
 
 @jit
@@ -166,7 +166,7 @@ def _score_tile(call, scratch, sequence, h, first_key):
     members = call.q.shape[2] // call.k.shape[2]
     k = call.k[sequence.batch, sequence.first_k + first_key : sequence.first_k + first_key + keys, h]
     for j in range(keys):
-        widen(_address(k, j), call.element, call.head_dim, scratch.row.ctypes.data)
+        widen(_address(k, j), call.element, call.head_dim, address_of(scratch.row))
         for d in range(call.head_dim):
             scratch.keys[d, j] = scratch.row[d]
     out = call.scores[sequence.batch, h, sequence.first_k + first_key : sequence.first_k + first_key + keys]
@@ -197,7 +197,7 @@ def _scores_share(share, shares, call):
         np.empty(KEYS, np.float64),
     )
     for d in range(call.head_dim):
-        scratch.key_rows[d] = scratch.keys.ctypes.data + d * scratch.keys.strides[0]
+        scratch.key_rows[d] = address_of(scratch.keys) + d * scratch.keys.strides[0]
     item = 0
     for b in range(max(len(call.cu_seqlens_q) - 1, 0) if call.cu_seqlens_q.size else call.q.shape[0]):
         sequence = _sequence(call, b)

@@ -8,7 +8,7 @@ from numba import boolean, int32, uint8
 from kvops.kernels.cpu.arguments import Binding, side_bytes, unpack
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
-from kvops.kernels.cpu.vector import copy
+from kvops.kernels.cpu.vector import address_of, copy
 from kvops.prepared import prepared
 
 
@@ -28,8 +28,8 @@ class Call(NamedTuple):
 @jit
 def _move(side, block, offset, to_block, to_offset):
     if side.size:
-        source = side.ctypes.data + block * side.strides[0] + offset * side.strides[1]
-        target = side.ctypes.data + to_block * side.strides[0] + to_offset * side.strides[1]
+        source = address_of(side) + block * side.strides[0] + offset * side.strides[1]
+        target = address_of(side) + to_block * side.strides[0] + to_offset * side.strides[1]
         copy(target, source, side.shape[2])
 
 

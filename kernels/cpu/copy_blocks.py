@@ -8,7 +8,7 @@ from numba import int32, uint8
 from kvops.kernels.cpu.arguments import Binding, side_bytes, unpack
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
-from kvops.kernels.cpu.vector import copy
+from kvops.kernels.cpu.vector import address_of, copy
 from kvops.prepared import prepared
 
 
@@ -29,7 +29,7 @@ def _copy_block(side, source, target):
     if side.strides[1] == width:  # a block in one piece
         slots, width = min(slots, 1), slots * width
     for slot in range(slots):
-        start = side.ctypes.data + slot * side.strides[1]
+        start = address_of(side) + slot * side.strides[1]
         copy(start + target * side.strides[0], start + source * side.strides[0], width)
 
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inlined, jit
 from kvops.kernels.cpu.vector import (
     LANES,
     copy,
@@ -104,31 +104,32 @@ def padded(width):
     return -(-width // (2 * LANES)) * (2 * LANES)
 
 
+@inlined
+def _load_as(address, element, count):
+    """A vector of ``min(count, LANES)`` elements, and 0 for the rest."""
+    if element == FLOAT32:
+        return load_float32(address, count)
+    if element == BFLOAT16:
+        return load_bfloat16(address, count)
+    if element == FLOAT16:
+        return load_float16(address, count)
+    if element == E4M3:
+        return load_e4m3(address, count)
+    if element == E5M2:
+        return load_e5m2(address, count)
+    return load_int8(address, count)
+
+
 @jit
 def widen(address, element, count, out):
     """Write ``count`` elements from ``address`` on as float32 to the address ``out``, and 0 to a whole vector's end."""
-    step = 4 * LANES
-    for _ in range(0, count, LANES):
-        if element == FLOAT32:
-            store(out, load_float32(address, count))
-            address += 4 * LANES
-        elif element == BFLOAT16:
-            store(out, load_bfloat16(address, count))
-            address += 2 * LANES
-        elif element == FLOAT16:
-            store(out, load_float16(address, count))
-            address += 2 * LANES
-        elif element == E4M3:
-            store(out, load_e4m3(address, count))
-            address += LANES
-        elif element == E5M2:
-            store(out, load_e5m2(address, count))
-            address += LANES
-        else:
-            store(out, load_int8(address, count))
-            address += LANES
-        out += step
-        count -= LANES
+    size = 4 if element == FLOAT32 else 2 if element in (BFLOAT16, FLOAT16) else 1
+    for _ in range(count // LANES):
+        store(out, _load_as(address, element, LANES))
+        address += LANES * size
+        out += 4 * LANES
+    if count % LANES:
+        store(out, _load_as(address, element, count % LANES))
 
 
 @jit

@@ -42,6 +42,11 @@ def inner(function: Callable[..., Any]) -> Any:
     return _njit(function, _FAST_MATH, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """:func:`inner` for what is called where registers are full of what a call would have to save."""
+    return _njit(function, _FAST_MATH, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+
+
 def exact(function: Callable[..., Any]) -> Any:
     """:func:`jit` for what must round as it is written: sums in their order, products before they are added."""
     return _njit(function, set())

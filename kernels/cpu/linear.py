@@ -11,9 +11,9 @@ from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import LOG2_E, exp2
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
-from kvops.kernels.cpu.vector import LANES, multiply_transposed
+from kvops.kernels.cpu.vector import LANES, Ahead, address_of, multiply_transposed
 
-AHEAD = 4  # rows of a matrix that are on their way from memory: what is multiplied at once
+CHUNK = 64  # rows of a matrix that are multiplied while the next are asked for
 
 
 class Call(NamedTuple):
@@ -50,8 +50,11 @@ def _multiply_by(x, weight, share, shares, out):
     first, last = _share_of(len(weight), share, shares)
     rows = np.empty(last - first, np.int64)
     for j in range(last - first):
-        rows[j] = weight.ctypes.data + (first + j) * weight.strides[0]
-    multiply_transposed(x, len(x), rows, last - first, x.shape[1], out[:, first:last], AHEAD * weight.strides[0])
+        rows[j] = address_of(weight) + (first + j) * weight.strides[0]
+    for j in range(0, len(rows), CHUNK):
+        ahead = Ahead(address_of(rows) + 8 * (j + CHUNK), min(CHUNK, len(rows) - j - CHUNK), weight.strides[0])
+        some = rows[j : j + CHUNK]
+        multiply_transposed(x, len(x), some, len(some), x.shape[1], out[:, first + j : last], ahead)
 
 
 @inner

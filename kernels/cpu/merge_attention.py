@@ -10,7 +10,7 @@ from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FLOAT32, FORMATS, LOG2_E, exp2, narrow, padded, widen
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
-from kvops.kernels.cpu.vector import LANES, fma, load, splat, store, zero
+from kvops.kernels.cpu.vector import LANES, address_of, fma, load, splat, store, zero
 from kvops.prepared import prepared
 
 
@@ -53,14 +53,14 @@ def _weigh(address_a, weight_a, address_b, weight_b, width, out):
 def _merge_share(share, shares, call):
     B, S, H, _ = call.out_a.shape
     room = np.empty((2, padded(call.width)), np.float32)
-    a, b = room[0].ctypes.data, room[1].ctypes.data
+    a, b = address_of(room[0]), address_of(room[1])
     in_place = call.element == FLOAT32 and call.width % LANES == 0
     for token in range(B * S * share // shares, B * S * (share + 1) // shares):
         n, s = token // S, token % S
         for h in range(H):
             weight_a, weight_b, call.lse[n, h, s] = _union(call.lse_a[n, h, s], call.lse_b[n, h, s])
-            part_a, part_b = call.out_a[n, s, h].ctypes.data, call.out_b[n, s, h].ctypes.data
-            out = call.out[n, s, h].ctypes.data
+            part_a, part_b = address_of(call.out_a[n, s, h]), address_of(call.out_b[n, s, h])
+            out = address_of(call.out[n, s, h])
             if in_place:
                 _weigh(part_a, weight_a, part_b, weight_b, call.width, out)
                 continue
@@ -102,9 +102,9 @@ def _backward_share(share, shares, call):
         n, s = token // S, token % S
         for h in range(H):
             weight_a, weight_b, _ = _union(call.lse_a[n, h, s], call.lse_b[n, h, s])
-            widen(call.dout[n, s, h].ctypes.data, call.element, call.width, dout.ctypes.data)
-            widen(call.out_a[n, s, h].ctypes.data, call.element, call.width, a.ctypes.data)
-            widen(call.out_b[n, s, h].ctypes.data, call.element, call.width, b.ctypes.data)
+            widen(address_of(call.dout[n, s, h]), call.element, call.width, address_of(dout))
+            widen(address_of(call.out_a[n, s, h]), call.element, call.width, address_of(a))
+            widen(address_of(call.out_b[n, s, h]), call.element, call.width, address_of(b))
             # d weight_a / d lse_a = weight_a * weight_b = -d weight_b / d lse_a
             change = np.float32(0)
             for d in range(len(dout)):
@@ -116,8 +116,8 @@ def _backward_share(share, shares, call):
             call.dlse_b[n, h, s] = dlse * weight_b - change if weight_b != 0 else -change
             for d in range(len(dout)):
                 a[d], b[d] = dout[d] * weight_a, dout[d] * weight_b
-            narrow(a.ctypes.data, call.element, call.width, call.dout_a[n, s, h].ctypes.data, dout.ctypes.data)
-            narrow(b.ctypes.data, call.element, call.width, call.dout_b[n, s, h].ctypes.data, dout.ctypes.data)
+            narrow(address_of(a), call.element, call.width, address_of(call.dout_a[n, s, h]), address_of(dout))
+            narrow(address_of(b), call.element, call.width, address_of(call.dout_b[n, s, h]), address_of(dout))
 
 
 @jit

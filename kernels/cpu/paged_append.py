@@ -11,7 +11,7 @@ from kvops.kernels.cpu.elements import E5M2, FORMATS, INT8, padded, to_e4m3, to_
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import list_of
 from kvops.kernels.cpu.threads import run_shares, worth
-from kvops.kernels.cpu.vector import copy
+from kvops.kernels.cpu.vector import address_of, copy
 from kvops.prepared import prepared
 
 
@@ -56,9 +56,9 @@ def _write(source, element, target, target_element, width, scale, slot_scales, b
     """One row of ``width`` bytes; in another format its numbers divided by ``scale``, or by a scale of their own, which
     is written to ``slot_scales``."""
     if target_element == element:
-        copy(target.ctypes.data, source.ctypes.data, width)
+        copy(address_of(target), address_of(source), width)
         return
-    widen(source.ctypes.data, element, len(target), room.ctypes.data)
+    widen(address_of(source), element, len(target), address_of(room))
     if slot_scales.size:
         scale = _row_scale(room[: len(target)], target_element)
         slot_scales[block, offset, h] = scale

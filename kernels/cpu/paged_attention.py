@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import boolean, float32, int64
+from numba import boolean, float32
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, in_float32, per_head, unpack
 from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded
@@ -17,6 +17,7 @@ from kvops.kernels.cpu.paged_items import (
     PIECE,
     ROWS,
     Call,
+    Place,
     add_bias,
     by_slots,
     cut,
@@ -25,10 +26,11 @@ from kvops.kernels.cpu.paged_items import (
     list_of,
     multiply_by_slot_scales,
     new_tokens,
+    place_of,
     seen_slots,
     take_off_distances,
 )
-from kvops.kernels.cpu.paged_rows import TILE, locate
+from kvops.kernels.cpu.paged_rows import TILE, Rows, ahead, bring, locate, widened
 from kvops.kernels.cpu.threads import run_shares
 from kvops.kernels.cpu.vector import multiply_add, multiply_transposed
 from kvops.prepared import prepared
@@ -96,11 +98,9 @@ class Scratch(NamedTuple):
     """What a thread works in."""
 
     queries: float32[:, ::1]  # [ROWS, D], head sizes rounded up to whole vectors
-    keys: float32[:, ::1]  # [TILE + 1, D], the last row is 0
-    key_rows: int64[::1]  # [TILE], addresses
     s: float32[:, ::1]  # [ROWS, TILE], the scores, then the probabilities
-    values: float32[:, ::1]  # [TILE + 1, Dv]
-    value_rows: int64[::1]  # [TILE]
+    keys: Rows
+    values: Rows
     far: boolean  # whether K and V are too large for a cache of the processor
 
 
@@ -110,50 +110,39 @@ def _scratch(threads, head_dim, value_dim):
     D, Dv = padded(head_dim), padded(value_dim)
     return (
         np.empty((threads, ROWS, D), np.float32),
-        np.empty((threads, TILE + 1, D), np.float32),
-        np.empty((threads, TILE), np.int64),
         np.empty((threads, ROWS, TILE), np.float32),
+        np.empty((threads, TILE + 1, D), np.float32),
         np.empty((threads, TILE + 1, Dv), np.float32),
-        np.empty((threads, TILE), np.int64),
+        np.empty((threads, 4, TILE), np.int64),
     )
 
 
 @inner
 def _own(scratches, share, call, items):
     """The scratch memory of one thread, with 0 where products read what nothing writes."""
-    queries, keys, key_rows, s, values, value_rows = scratches
-    head_dim, value_dim = call.q.shape[3], call.out.shape[3]
+    queries, s, keys, values, places = scratches
+    s[share] = 0
+    queries[share, :, call.q.shape[3] :] = 0
+    keys[share, :, call.q.shape[3] :] = 0
+    keys[share, TILE] = 0
+    values[share, :, call.out.shape[3] :] = 0
+    values[share, TILE] = 0
     far = items.costs[-1] * (call.k_cache.shape[3] + call.v_cache.shape[3]) > _NEAR
-    scratch = Scratch(queries[share], keys[share], key_rows[share], s[share], values[share], value_rows[share], far)
-    scratch.s[:] = 0
-    scratch.queries[:, head_dim:] = 0
-    scratch.keys[:TILE, head_dim:] = 0
-    scratch.keys[TILE] = 0
-    scratch.values[:TILE, value_dim:] = 0
-    scratch.values[TILE] = 0
-    return scratch
+    return Scratch(
+        queries[share],
+        s[share],
+        Rows(places[share, 0], keys[share], places[share, 1]),
+        Rows(places[share, 2], values[share], places[share, 3]),
+        far,
+    )
 
 
 @inner
-def _locate_keys(call, scratch, b, h, first, count):
-    locate(
-        call.k_cache, call.k_element, call.q.shape[3], scratch.far, call.tables[b, h], h, first, count,
-        scratch.keys, scratch.key_rows,
-    )  # fmt: skip
-
-
-@inner
-def _locate_values(call, scratch, b, h, first, count):
-    locate(
-        call.v_cache, call.v_element, call.out.shape[3], scratch.far, call.tables[b, h], h, first, count,
-        scratch.values, scratch.value_rows,
-    )  # fmt: skip
-
-
-@inner
-def _score(call, scratch, span, b, h, first_row, rows, first, count):
-    """scratch.s [rows, count]: the scores of the loaded queries and keys, as logarithms to base 2."""
-    multiply_transposed(scratch.queries, rows, scratch.key_rows, count, scratch.queries.shape[1], scratch.s, 0)
+def _score(call, scratch, span, b, h, first_row, rows, first, count, then):
+    """scratch.s [rows, count]: the scores of the loaded queries and the located keys, as logarithms to base 2.
+    ``then``: what is read next."""
+    keys = widened(scratch.keys, call.k_element, call.q.shape[3], count)
+    multiply_transposed(scratch.queries, rows, keys, count, scratch.queries.shape[1], scratch.s, then)
     # What few calls have is compiled apart: inlined, it would slow down all of them.
     if call.k_slot_scale.size:
         multiply_by_slot_scales(call.k_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
@@ -190,46 +179,62 @@ def _soften(s, count, acc):
 
 
 @inner
-def _attend(call, scratch, span, b, h, first_row, rows, begin, end, partial, stash):
-    """One item: rows [first_row, first_row + rows) over the slots [begin, end) of a list.
+def _locate_keys(call, scratch, i, first, end):
+    """Locate the keys of the tile from slot ``first`` of list ``i`` on. Returns how many they are."""
+    Hkv, count = call.lens.shape[1], min(TILE, end - first)
+    locate(scratch.keys, call.k_cache, call.tables[i // Hkv, i % Hkv], i % Hkv, first, count)
+    return count
+
+
+@inner
+def _attend(call, scratch, spans, place, then, partial, stash):
+    """One item; the keys of its first tile are located, and in the end those of the item ``then``.
 
     partial [rows, padded Dv + 2]: the weighted sum of V, the sum of the weights and the largest score. stash
     [rows, PIECE] keeps the scores, where it has room for them.
     """
-    Dv = scratch.values.shape[1]
+    Hkv, Dv = call.lens.shape[1], scratch.values.copies.shape[1]
+    b, h, first_row, rows = place.i // Hkv, place.i % Hkv, place.first_row, place.rows
     _load_queries(call, b, h, first_row, rows, scratch.queries)
     for r in range(len(partial)):
         partial[r, : Dv + 1] = 0
         partial[r, Dv + 1] = -np.inf
-    for first in range(begin, end, TILE):
-        count = min(TILE, end - first)
-        _locate_keys(call, scratch, b, h, first, count)
-        _score(call, scratch, span, b, h, first_row, rows, first, count)
+    for first in range(place.begin, place.end, TILE):
+        count = min(TILE, place.end - first)
+        locate(scratch.values, call.v_cache, call.tables[b, h], h, first, count)
+        values = ahead(scratch.values, count if scratch.far else 0, call.v_cache)
+        _score(call, scratch, spans[place.i], b, h, first_row, rows, first, count, values)
         if stash.size:
             for r in range(rows):
                 for j in range(count):
-                    stash[r, first - begin + j] = scratch.s[r, j]
-        _locate_values(call, scratch, b, h, first, count)
+                    stash[r, first - place.begin + j] = scratch.s[r, j]
         for r in range(rows):
             _soften(scratch.s[r], count, partial[r])
         if call.v_slot_scale.size:
             multiply_by_slot_scales(call.v_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
-        multiply_add(scratch.s, rows, count, scratch.value_rows, scratch.values.shape[1], partial)
+        if first + TILE < place.end:
+            next_keys = _locate_keys(call, scratch, place.i, first + TILE, place.end)
+        else:
+            next_keys = _locate_keys(call, scratch, then.i, then.begin, then.end)
+        rows_of_values = widened(scratch.values, call.v_element, call.out.shape[3], count)
+        keys = ahead(scratch.keys, next_keys if scratch.far else 0, call.k_cache)
+        multiply_add(scratch.s, rows, count, rows_of_values, Dv, partial, keys)
 
 
 @inner
 def _attend_share(share, shares, call, items, scratches, partials, stash):
-    Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
     scratch = _own(scratches, share, call, items)
-    for item in range(first_item(items, share, shares), first_item(items, share + 1, shares)):
-        i = list_of(items.starts, item)
-        first_row = (item - items.starts[i]) * ROWS if items.tiles[i] > 1 else 0
-        rows = min(ROWS, items.spans[i, 1] * group - first_row)
-        begin, end = item_slots(items, item, i)
-        _attend(
-            call, scratch, items.spans[i], i // Hkv, i % Hkv, first_row, rows, begin, end, partials[item],
-            stash[min(item, len(stash) - 1)],
-        )  # fmt: skip
+    first, last = first_item(items, share, shares), first_item(items, share + 1, shares)
+    if first == last:
+        return
+    place = place_of(call, items, first)
+    count = _locate_keys(call, scratch, place.i, place.begin, place.end)
+    if scratch.far:
+        bring(scratch.keys, count, call.k_cache.shape[3])
+    for item in range(first, last):
+        then = place_of(call, items, item + 1) if item + 1 < last else Place(0, 0, 0, 0, 0)
+        _attend(call, scratch, items.spans, place, then, partials[item], stash[min(item, len(stash) - 1)])
+        place = then
 
 
 @inner
@@ -265,14 +270,15 @@ def _merge_share(share, shares, call, items, partials):
                 call.lse[row, head, t] = np.inf
                 continue
             total = exp2(sink - largest)
+            merged = partials[first, r % ROWS]  # a row in one piece, as out need not be
             for item in range(first, last):
                 partial = partials[item, r % ROWS]
                 share_of_all = exp2(partial[largest_score] - largest)
                 total += share_of_all * partial[weight]
                 for d in range(Dv):
-                    out[d] += share_of_all * partial[d]
+                    merged[d] = share_of_all * partial[d] + (merged[d] if item > first else np.float32(0))
             for d in range(Dv):
-                out[d] *= factor / total
+                out[d] = merged[d] * (factor / total)
             call.lse[row, head, t] = (largest + np.log2(total)) / np.float32(LOG2_E)
 
 
@@ -300,13 +306,14 @@ def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
     """The reduced probabilities of the slots [begin, end) of a list whose scores were not kept."""
     group = call.q.shape[2] // call.lens.shape[1]
     rows, scored = span[1] * group, max(0, span[1] - call.last) * group
+    nothing = ahead(scratch.keys, 0, call.k_cache)
     for first in range(begin, end, TILE):
         count, done = min(TILE, end - first), first - begin
-        _locate_keys(call, scratch, b, h, first, count)
+        _locate_keys(call, scratch, b * call.lens.shape[1] + h, first, end)
         for first_row in range(scored // ROWS * ROWS, rows, ROWS):
             some = min(ROWS, rows - first_row)
             _load_queries(call, b, h, first_row, some, scratch.queries)
-            _score(call, scratch, span, b, h, first_row, some, first, count)
+            _score(call, scratch, span, b, h, first_row, some, first, count, nothing)
             _reduce(call, b, h, first_row, some, scratch.s, count, reduced[done:], seen[done:])
 
 

@@ -146,6 +146,25 @@ def item_slots(items, item, i):
     return max(first, begin), min(first + PIECE, end)
 
 
+class Place(NamedTuple):
+    """An item of work: rows [first_row, first_row + rows) over the slots [begin, end) of list ``i``."""
+
+    i: int64
+    first_row: int64
+    rows: int64
+    begin: int64
+    end: int64
+
+
+@inner
+def place_of(call, items, item):
+    """The place of an item."""
+    i, group = list_of(items.starts, item), call.q.shape[2] // call.lens.shape[1]
+    first_row = (item - items.starts[i]) * ROWS if items.tiles[i] > 1 else 0
+    begin, end = item_slots(items, item, i)
+    return Place(i, first_row, min(ROWS, items.spans[i, 1] * group - first_row), begin, end)
+
+
 @inner
 def take_off_distances(call, span, b, h, first_row, rows, first, count, s):
     """ALiBi: take off each row's slope times the distance of a slot."""

@@ -1,49 +1,65 @@
 """The rows of a tile of keys or values: where the slots of a list are, in float32, and how they come from memory."""
 
-from kvops.kernels.cpu.elements import FLOAT32, widen
-from kvops.kernels.cpu.jit import jit
-from kvops.kernels.cpu.vector import touch
+from typing import NamedTuple
 
-TILE = 64  # slots of K and V that are widened to float32 at once; they stay in the first level of the cache
-LINE = 64  # bytes that come from memory at once
+from numba import float32, int64
+
+from kvops.kernels.cpu.elements import FLOAT32, widen
+from kvops.kernels.cpu.jit import inner, jit
+from kvops.kernels.cpu.vector import LINE, Ahead, address_of, touch
+
+TILE = 64  # slots of K and V that are read at once; they stay in the caches of a core
+
+
+class Rows(NamedTuple):
+    """What a thread has of the keys, or of the values, of a tile."""
+
+    places: int64[::1]  # [TILE], the addresses of the rows in the cache
+    copies: float32[:, ::1]  # [TILE + 1, padded width], the rows in float32 where the cache has others; the last is 0
+    copied: int64[::1]  # [TILE], the addresses of these
 
 
 @jit
-def _touch(rows, count, size):
-    """Bring rows of ``size`` bytes into the cache, in their order but a line of each quarter of them in turn.
+def locate(rows, cache, table, h, first, count):
+    """Write down where the slots [first, first + count) of a list are; up to a count by fours stand the row of 0."""
+    size = cache.shape[1]
+    block, offset, j = first // size, first % size, 0
+    while j < count:
+        address = address_of(cache) + h * cache.strides[2] + table[block] * cache.strides[0] + offset * cache.strides[1]
+        for _ in range(min(size - offset, count - j)):
+            rows.places[j] = address
+            address += cache.strides[1]
+            j += 1
+        block, offset = block + 1, 0
+    for j in range(count, -(-count // 4) * 4):
+        rows.places[j] = address_of(rows.copies) + TILE * rows.copies.strides[0]
 
-    The products read four neighbouring rows at a time, an order in which memory is slow. Quarters of a tile lie in
-    different blocks, and a core reads four blocks at a time faster than one by one.
-    """
+
+@jit
+def bring(rows, count, size):
+    """Wait until rows of ``size`` bytes are in the cache: in the order in which :class:`Ahead` would ask for them."""
     quarter, last = -(-count // 4), count - 1
     for j in range(quarter):
         second, third, fourth = min(j + quarter, last), min(j + 2 * quarter, last), min(j + 3 * quarter, last)
         for byte in range(0, size, LINE):
-            for row in (rows[j], rows[second], rows[third], rows[fourth]):
-                touch((row + byte) & -LINE)
+            for place in (j, second, third, fourth):
+                touch((rows.places[place] + byte) & -LINE)
+
+
+@inner
+def ahead(rows, count, cache):
+    return Ahead(address_of(rows.places), count, cache.shape[3])
 
 
 @jit
-def locate(cache, element, width, far, table, h, first, count, tile, rows):
-    """Where the slots [first, first + count) of a list stand as float32 rows of whole vectors: in the cache itself, or
-    in ``tile`` [TILE + 1, padded width], to which they are copied. Writes the addresses of the rows; the number of rows
-    is rounded up by fours with the last of the tile, which is 0. ``far``: the rows are likely in no cache.
-    """
-    size = cache.shape[1]
-    block, offset, j = first // size, first % size, 0
-    while j < count:
-        address = cache.ctypes.data + h * cache.strides[2] + table[block] * cache.strides[0] + offset * cache.strides[1]
-        for _ in range(min(size - offset, count - j)):
-            rows[j] = address
-            address += cache.strides[1]
-            j += 1
-        block, offset = block + 1, 0
-    if far:
-        _touch(rows, count, cache.shape[3])
-    if element != FLOAT32 or width != tile.shape[1]:
-        for j in range(count):
-            target = tile.ctypes.data + j * tile.strides[0]
-            widen(rows[j], element, width, target)
-            rows[j] = target
+def widened(rows, element, width, count):
+    """The addresses of the located rows as float32 in whole vectors: in the cache itself, or copied."""
+    if element == FLOAT32 and width == rows.copies.shape[1]:
+        return rows.places
+    for j in range(count):
+        target = address_of(rows.copies) + j * rows.copies.strides[0]
+        widen(rows.places[j], element, width, target)
+        rows.copied[j] = target
     for j in range(count, -(-count // 4) * 4):
-        rows[j] = tile.ctypes.data + TILE * tile.strides[0]
+        rows.copied[j] = address_of(rows.copies) + TILE * rows.copies.strides[0]
+    return rows.copied

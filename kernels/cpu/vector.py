@@ -6,19 +6,21 @@ An address is an integer, in bytes; vectors need no alignment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from kvops.kernels.cpu.jit import jit
+from kvops.kernels.cpu.jit import inlined, jit
 
 # Numbers in a vector: a register of the processor that compiles.
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
+LINE = 64  # bytes that come from memory at once
 
 
 class _VectorType(types.Type):
@@ -94,26 +96,26 @@ def _every(number: int) -> Any:
     return ir.Constant(ir.VectorType(ir.IntType(32), LANES), [number] * LANES)
 
 
-def _from_e4m3(builder: Any, x: Any) -> Any:
-    """The exponent's bias is 7 where float32 has 127, and all bits set are NaN."""
-    bits = builder.zext(x, _every(0).type)
-    magnitude = builder.and_(bits, _every(0x7F))
-    scale = ir.Constant(_VECTOR, [2.0**120] * LANES)
-    value = builder.fmul(builder.bitcast(builder.shl(magnitude, _every(20)), _VECTOR), scale)
-    is_nan = builder.icmp_signed("==", magnitude, _every(0x7F))
-    unsigned = builder.select(is_nan, _every(0x7FC00000), builder.bitcast(value, bits.type))
-    sign = builder.shl(builder.and_(bits, _every(0x80)), _every(24))
-    return builder.bitcast(builder.or_(unsigned, sign), _VECTOR)
-
-
 def _from_float16(builder: Any, x: Any) -> Any:
     return builder.fpext(builder.bitcast(x, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
 
 
+def _halves(number: int) -> Any:
+    return ir.Constant(ir.VectorType(ir.IntType(16), LANES), [number] * LANES)
+
+
+def _from_e4m3(builder: Any, x: Any) -> Any:
+    """Its exponent's bias is 7 where float16 has 15, and all bits set are NaN."""
+    signed = builder.sext(x, _halves(0).type)
+    bits = builder.and_(builder.shl(signed, _halves(7)), _halves(0xBF80))
+    is_nan = builder.icmp_signed("==", builder.and_(signed, _halves(0x7F)), _halves(0x7F))
+    nan = builder.and_(builder.sext(is_nan, signed.type), _halves(0x7E00))
+    return builder.fmul(_from_float16(builder, builder.or_(bits, nan)), ir.Constant(_VECTOR, [256.0] * LANES))
+
+
 def _from_e5m2(builder: Any, x: Any) -> Any:
     """It is the high byte of a float16."""
-    halves = ir.VectorType(ir.IntType(16), LANES)
-    return _from_float16(builder, builder.shl(builder.zext(x, halves), ir.Constant(halves, [8] * LANES)))
+    return _from_float16(builder, builder.shl(builder.zext(x, _halves(0).type), _halves(8)))
 
 
 load_float32 = _loader(32, lambda builder, x: builder.bitcast(x, _VECTOR))
@@ -195,6 +197,29 @@ def splat(typing_context: Any, x: Any) -> tuple[Any, _Generate]:
 
 
 @intrinsic
+def number_at(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
+    """The int64 at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()), align=8)
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def every(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
+    """A vector of the one number at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = builder.load(builder.inttoptr(arguments[0], ir.FloatType().as_pointer()), align=4)
+        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.IntType(32)(0))
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+
+    return vector(types.intp), generate
+
+
+@intrinsic
 def fma(typing_context: Any, a: Any, b: Any, c: Any) -> tuple[Any, _Generate]:
     """a * b + c, rounded once where the processor can."""
 
@@ -248,41 +273,99 @@ def touch(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
 
 
 @intrinsic
-def prefetch_once(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
-    """Ask for memory that is read once, which then does not push out of the caches what is read again."""
+def prefetch(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
+    """Ask for the memory at an address, and go on before it is there."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         function = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), [pointer, number, number, number]), "llvm.prefetch.p0i8"
         )
-        reads, once, data = number(0), number(0), number(1)
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), reads, once, data])
+        reads, into_the_nearest_cache, data = number(0), number(3), number(1)
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), reads, into_the_nearest_cache, data])
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
 
 
 @jit
+def address_of(array):
+    """Where an array begins. Signed as all else that is added to it: numba adds an unsigned number in float64."""
+    return np.int64(array.ctypes.data)
+
+
+class Ahead(NamedTuple):
+    """Rows that are read next, which a product asks for while it computes.
+
+    One line of four rows each is asked for at a time, a quarter of all rows apart: these lie in different blocks or
+    pages, and a core reads four of them at a time faster than one by one.
+    """
+
+    rows: int64  # where their addresses stand
+    count: int64
+    size: int64  # bytes of a row
+
+
+NOTHING = Ahead(0, 0, 0)
+
+
+@inlined
+def _ask(ahead, lines, quad, byte):
+    """Ask for so many of the next lines of four rows each. Returns what is next: the first of the rows, and the line's
+    place in them."""
+    quarter = ahead.count // 4
+    for _ in range(lines):
+        if quad >= quarter:
+            break
+        address = ahead.rows + 8 * quad
+        for _ in range(4):
+            prefetch(number_at(address) + byte)
+            address += 8 * quarter
+        byte += LINE
+        if byte >= ahead.size:
+            quad, byte = quad + 1, 0
+    return quad, byte
+
+
+@jit
 def multiply_transposed(a, rows, b, columns, width, out, ahead):
     """out [rows, columns] = a [rows, width] @ b [columns, width].T; widths are multiples of ``LANES``.
 
-    ``b`` has the addresses of its rows. Two rows of ``a`` by four of ``b`` at a time: every number that is loaded is
-    used more than once. ``b`` and ``out`` have room for columns by fours. What stands ``ahead`` bytes behind the rows
-    of ``b`` is asked for early, unless that is 0: it waits for memory less where ``b`` is far and in one piece.
+    ``b`` has the addresses of its rows. Three rows of ``a`` by four of ``b`` at a time: every number that is loaded is
+    used more than once. ``b`` and ``out`` have room for columns by fours.
     """
-    step = 4 * LANES
+    step, stride = 4 * LANES, a.strides[0]
+    pairs = -rows % 3 if rows > 1 else 1
+    next_row = stride if rows > 1 else 0  # a single row is its own partner
+    quad, byte = 0, 0
     for j in range(0, columns, 4):
+        quad, byte = _ask(ahead, 4 * width // LINE, quad, byte)
         b0, b1, b2, b3 = b[j], b[j + 1], b[j + 2], b[j + 3]
-        for i in range(0, rows - 1, 2):
-            a0 = a.ctypes.data + i * a.strides[0]
-            a1 = a0 + a.strides[0]
+        a0, address = address_of(a), address_of(out) + 4 * j
+        for _ in range((rows - 2 * pairs) // 3):
+            a1, a2 = a0 + stride, a0 + 2 * stride
+            x0, x1, x2, x3 = zero(), zero(), zero(), zero()
+            y0, y1, y2, y3 = zero(), zero(), zero(), zero()
+            z0, z1, z2, z3 = zero(), zero(), zero(), zero()
+            for d in range(0, 4 * width, step):
+                x, y, z = load(a0 + d), load(a1 + d), load(a2 + d)
+                c = load(b0 + d)
+                x0, y0, z0 = fma(x, c, x0), fma(y, c, y0), fma(z, c, z0)
+                c = load(b1 + d)
+                x1, y1, z1 = fma(x, c, x1), fma(y, c, y1), fma(z, c, z1)
+                c = load(b2 + d)
+                x2, y2, z2 = fma(x, c, x2), fma(y, c, y2), fma(z, c, z2)
+                c = load(b3 + d)
+                x3, y3, z3 = fma(x, c, x3), fma(y, c, y3), fma(z, c, z3)
+            store_totals(address, x0, x1, x2, x3)
+            store_totals(address + out.strides[0], y0, y1, y2, y3)
+            store_totals(address + 2 * out.strides[0], z0, z1, z2, z3)
+            a0, address = a2 + stride, address + 3 * out.strides[0]
+        for _ in range(pairs):
+            a1 = a0 + next_row
             x0, x1, x2, x3 = zero(), zero(), zero(), zero()
             y0, y1, y2, y3 = zero(), zero(), zero(), zero()
             for d in range(0, 4 * width, step):
-                if ahead and i == 0:
-                    for row in (b0, b1, b2, b3):
-                        prefetch_once(row + d + ahead)
                 x, y = load(a0 + d), load(a1 + d)
                 c = load(b0 + d)
                 x0, y0 = fma(x, c, x0), fma(y, c, y0)
@@ -292,48 +375,45 @@ def multiply_transposed(a, rows, b, columns, width, out, ahead):
                 x2, y2 = fma(x, c, x2), fma(y, c, y2)
                 c = load(b3 + d)
                 x3, y3 = fma(x, c, x3), fma(y, c, y3)
-            address = out.ctypes.data + i * out.strides[0] + 4 * j
             store_totals(address, x0, x1, x2, x3)
-            store_totals(address + out.strides[0], y0, y1, y2, y3)
-        if rows % 2:
-            i = rows - 1
-            a0 = a.ctypes.data + i * a.strides[0]
-            x0, x1, x2, x3 = zero(), zero(), zero(), zero()
-            for d in range(0, 4 * width, step):
-                if ahead and i == 0:
-                    for row in (b0, b1, b2, b3):
-                        prefetch_once(row + d + ahead)
-                x = load(a0 + d)
-                x0, x1 = fma(x, load(b0 + d), x0), fma(x, load(b1 + d), x1)
-                x2, x3 = fma(x, load(b2 + d), x2), fma(x, load(b3 + d), x3)
-            store_totals(out.ctypes.data + i * out.strides[0] + 4 * j, x0, x1, x2, x3)
+            store_totals(address + (out.strides[0] if rows > 1 else 0), y0, y1, y2, y3)
+            a0, address = a1 + stride, address + 2 * out.strides[0]
 
 
 @jit
-def multiply_add(a, rows, depth, b, width, out):
+def multiply_add(a, rows, depth, b, width, out, ahead):
     """out [rows, width] += a [rows, depth] @ b [depth, width], a multiple of ``2 * LANES`` wide.
 
     ``b`` has the addresses of its rows. Four rows by two vectors of ``out`` stay in registers; ``a`` and ``out`` have
     room for rows by fours.
     """
-    step = 4 * LANES
+    step, stride = 4 * LANES, a.strides[0]
+    quad, byte = 0, 0
     for i in range(0, rows, 4):
-        out0 = out.ctypes.data + i * out.strides[0]
+        out0 = address_of(out) + i * out.strides[0]
         out1, out2, out3 = out0 + out.strides[0], out0 + 2 * out.strides[0], out0 + 3 * out.strides[0]
         for d in range(0, 4 * width, 2 * step):
             e = d + step
             w0, x0, y0, z0 = load(out0 + d), load(out1 + d), load(out2 + d), load(out3 + d)
             w1, x1, y1, z1 = load(out0 + e), load(out1 + e), load(out2 + e), load(out3 + e)
-            for j in range(depth):
-                b0, b1 = load(b[j] + d), load(b[j] + e)
-                c = splat(a[i, j])
-                w0, w1 = fma(c, b0, w0), fma(c, b1, w1)
-                c = splat(a[i + 1, j])
-                x0, x1 = fma(c, b0, x0), fma(c, b1, x1)
-                c = splat(a[i + 2, j])
-                y0, y1 = fma(c, b0, y0), fma(c, b1, y1)
-                c = splat(a[i + 3, j])
-                z0, z1 = fma(c, b0, z0), fma(c, b1, z1)
+            a0, row = address_of(a) + i * stride, address_of(b)
+            a1, a2, a3 = a0 + stride, a0 + 2 * stride, a0 + 3 * stride
+            left = depth
+            while left > 0:
+                quad, byte = _ask(ahead, 2, quad, byte)
+                for _ in range(min(left, 8)):
+                    b0, b1 = load(number_at(row) + d), load(number_at(row) + e)
+                    c = every(a0)
+                    w0, w1 = fma(c, b0, w0), fma(c, b1, w1)
+                    c = every(a1)
+                    x0, x1 = fma(c, b0, x0), fma(c, b1, x1)
+                    c = every(a2)
+                    y0, y1 = fma(c, b0, y0), fma(c, b1, y1)
+                    c = every(a3)
+                    z0, z1 = fma(c, b0, z0), fma(c, b1, z1)
+                    row += 8
+                    a0, a1, a2, a3 = a0 + 4, a1 + 4, a2 + 4, a3 + 4
+                left -= 8
             store(out0 + d, w0)
             store(out0 + e, w1)
             store(out1 + d, x0)

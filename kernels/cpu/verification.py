@@ -7,6 +7,7 @@ import numpy as np
 
 from kvops.kernels.cpu.elements import LOG2_E, exp2, widen
 from kvops.kernels.cpu.jit import exact, jit
+from kvops.kernels.cpu.vector import address_of
 
 ACCEPT, RESAMPLE = 0, 1  # streams of random numbers
 _MASK = 0xFFFFFFFF
@@ -67,7 +68,7 @@ def first_largest(row):
 @jit
 def read_row(address, element, row):
     """Make ``row``, a view of whole vectors, the logits at ``address``; see :func:`first_largest`."""
-    widen(address, element, len(row), row.ctypes.data)
+    widen(address, element, len(row), address_of(row))
     return first_largest(row)
 
 

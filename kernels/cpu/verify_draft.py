@@ -10,6 +10,7 @@ from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FORMATS, padded
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
+from kvops.kernels.cpu.vector import address_of
 from kvops.kernels.cpu.verification import ACCEPT, exponent_scale, philox, race, read_row, soften, subtract, uniform
 from kvops.prepared import prepared
 
@@ -72,7 +73,7 @@ def _read_share(share, shares, call, rows):
         count = _num_drafts(call, b)
         if t > count:
             continue
-        address = call.logits[b, t].ctypes.data
+        address = address_of(call.logits[b, t])
         largest, argmax, usable = read_row(address, call.element, row)
         rows.largest[b, t], rows.argmax[b, t], rows.usable[b, t] = largest, argmax, usable
         if usable and _sampled(call, b):
@@ -83,7 +84,7 @@ def _read_share(share, shares, call, rows):
 @inner
 def _weights(call, rows, b, t, row):
     """The weights of a row that was read before."""
-    read_row(call.logits[b, t].ctypes.data, call.element, row)
+    read_row(address_of(call.logits[b, t]), call.element, row)
     soften(row, rows.largest[b, t], exponent_scale(call.temperature[b]))
 
 

@@ -10,6 +10,7 @@ from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import FORMATS, padded
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
+from kvops.kernels.cpu.vector import address_of
 from kvops.kernels.cpu.verification import ACCEPT, exponent_scale, philox, race, read_row, soften, subtract, uniform
 from kvops.prepared import prepared
 
@@ -59,7 +60,7 @@ def _walk(call, b, weights):
     node, depth, child, mass = 0, 0, 0, np.float32(0)
     while True:
         call.path[b, depth] = node
-        largest, argmax, usable = read_row(call.logits[b, node].ctypes.data, call.element, weights)
+        largest, argmax, usable = read_row(address_of(call.logits[b, node]), call.element, weights)
         if not usable:
             break
         if sampled:
