@@ -49,8 +49,8 @@ NUMBA_FAULTS = [
     Mutation(
         "the last four outputs of a share are left out",
         "kernels/cpu/linear.py",
-        "len(x), rows, last - first, x",
-        "len(x), rows, last - first - 4, x",
+        "some, len(some), x.shape[1]",
+        "some, len(some) - 4 * (j + CHUNK >= len(rows)), x.shape[1]",
         named("cpu_kernels", "few_rows"),
     ),
     Mutation(
@@ -84,8 +84,8 @@ NUMBA_FAULTS = [
     Mutation(
         "the bias of a float8 exponent is 6",
         "kernels/cpu/vector.py",
-        "[2.0**120] * LANES",
-        "[2.0**121] * LANES",
+        "[256.0] * LANES",
+        "[512.0] * LANES",
         PAGED_NUMBA,
     ),
     Mutation(
@@ -162,8 +162,29 @@ NUMBA_FAULTS = [
     Mutation(
         "numba: values are read in the format of keys",
         "kernels/cpu/paged_attention.py",
-        "call.v_cache, call.v_element,",
-        "call.v_cache, call.k_element,",
+        "scratch.values, call.v_element,",
+        "scratch.values, call.k_element,",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "numba: an item reads the first keys of the item before it",
+        "kernels/cpu/paged_attention.py",
+        "then.i, then.begin, then.end",
+        "place.i, place.begin, place.end",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "numba: of three query rows the last is the second",
+        "kernels/cpu/vector.py",
+        "a1, a2 = a0 + stride, a0 + 2 * stride",
+        "a1, a2 = a0 + stride, a0 + stride",
+        PAGED_NUMBA,
+    ),
+    Mutation(
+        "numba: the last numbers of a row are not widened",
+        "kernels/cpu/elements.py",
+        "    if count % LANES:\n        store(out, _load_as(address, element, count % LANES))",
+        "    if count % LANES:\n        store(out, _load_as(address, element, 0))",
         PAGED_NUMBA,
     ),
     Mutation(
