@@ -49,6 +49,49 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang = patch_once
 
 
+def _make_types_once() -> None:
+    """Triton's interpreter makes the type of each intermediate result anew, and what follows from it: that takes longer
+    than to compute the result. Both are kept by the name of the type; operands of one type are not converted."""
+    import triton.language as tl
+    from triton.language import semantic
+    from triton.runtime import interpreter
+
+    make_type, make_tensor, as_numpy = tl.core.block_type.__init__, tl.core.tensor.__init__, interpreter._get_np_dtype
+    types, tensors, numpy_types = {}, {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, tuple(shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = self.__dict__.copy()
+        self.__dict__.update(types[key])
+
+    def tensor(self, handle, type):
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = self.__dict__.copy()
+        self.__dict__.update(tensors[type.name], handle=handle, type=type)
+
+    def numpy_type(type):
+        key = type.scalar.name
+        if key not in numpy_types:
+            numpy_types[key] = as_numpy(type)
+        return numpy_types[key]
+
+    check = semantic.TritonSemantic.binary_op_type_checking_impl
+    alike = {"fp32", "fp64", "int32", "int64"}
+
+    def check_types(self, lhs, rhs, *options, **named):
+        operands = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
+        if operands and lhs.type.name == rhs.type.name and lhs.dtype.name in alike:
+            return lhs, rhs
+        return check(self, lhs, rhs, *options, **named)
+
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = block_type, tensor
+    interpreter._get_np_dtype = numpy_type
+    semantic.TritonSemantic.binary_op_type_checking_impl = check_types
+
+
 def _round_bfloat16_to_nearest() -> None:
     """Triton's interpreter cuts the bits off that bfloat16 has no room for; a GPU rounds to the nearest even one."""
     import triton.language as tl
@@ -77,6 +120,7 @@ if DEVICE == "cpu":
     del os.environ["TRITON_INTERPRET"]
     if not MACHINE:
         _patch_once_a_launch()
+        _make_types_once()
         _round_bfloat16_to_nearest()
 else:
     # Tests that ask for deterministic algorithms multiply matrices, too: cuBLAS wants this by then.
