@@ -50,6 +50,24 @@ def test_the_arithmetic_itself_is_within_half_of_the_tolerance(dtype, size):
     assert margins.recorded[-1].margin < 0.5
 
 
+def test_samples_are_kept_for_the_same_arguments_of_a_function_that_reads_nothing_else():
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    mask = attention_mask(40, 40, causal=True)
+    kept = rounded(torch.float32, scaled, q, k, v, mask=mask)
+    assert rounded(torch.float32, scaled, q.clone(), k, v, mask=mask) is kept
+    others = [
+        rounded(torch.float16, scaled, q, k, v, mask=mask),
+        rounded(torch.float32, one_key_less, q, k, v, mask=mask),
+        rounded(torch.float32, scaled, q, k, v, mask=~mask),
+        rounded(torch.float32, scaled, q, k, 2 * v, mask=mask),
+    ]
+    assert not any(torch.equal(other, kept) for other in others)
+    for factor in (1, 2):
+        twice = rounded(torch.float32, lambda x, factor=factor: factor * x, q)
+        assert torch.allclose(twice, factor * q.double(), atol=1e-4)
+    assert not torch.equal(*(rounded(torch.float32, lambda x: factor * x, q) for factor in (1, 2)))  # noqa: B023
+
+
 def scaled(q, k, v, mask):
     return attention(q, k, v, mask=mask, scale=0.25 * (1 + 3e-6))[0]
 
