@@ -8,6 +8,8 @@
 4. ``emit_kernel``: one program per request merges the splits of the race.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ from kvops.kernels.verification import (
     vocabulary_index,
 )
 from kvops.kernels.verify_block import accept_block
+from kvops.packed import verify_padded
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=READ_AS_SCALARS)
@@ -214,3 +217,6 @@ def verify_draft(
         flags["HAS_RATIO"] = ratio is not None
         draw_by_race(race_kernel, tensors, (*strides, T, V), flags, row_sum, num_accepted, tokens, config)
     return tokens, num_accepted
+
+
+verify_draft_varlen = partial(verify_padded, verify_draft)

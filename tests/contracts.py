@@ -48,6 +48,8 @@ copy_blocks(k_cache!, v_cache!, source, target, *, positions=None!, scores=None!
     v_slot_scale=None!) -> ()
 verify_draft(target_logits, draft_tokens, *, draft_lens=None, draft_probs=None, temperature=None, seed=None, step=None)
     -> (tokens, num_accepted)
+verify_draft_varlen(target_logits, draft_tokens, cu_seqlens, max_seqlen, *, draft_probs=None, temperature=None,
+    seed=None, step=None) -> (tokens, num_accepted)
 verify_tree(target_logits, draft_tokens, parents, *, draft_probs=None, temperature=None, seed=None, step=None)
     -> (path, tokens, num_accepted)
 prompt_lookup(tokens, lens, *, num_draft, max_ngram=3, min_ngram=1) -> (draft_tokens, draft_lens)

@@ -267,9 +267,16 @@ NUMBA_FAULTS = [
     Mutation(
         "numba: a refused draft can be drawn again",
         "kernels/cpu/verify_draft.py",
-        "row[call.drafts[b, accepted]] = 0",
-        "row[call.drafts[b, accepted]] *= 1",
+        "row[_draft(call, b, accepted)] = 0",
+        "row[_draft(call, b, accepted)] *= 1",
         VERIFY_NUMBA,
+    ),
+    Mutation(
+        "numba: packed requests take the probabilities of the first one's drafts",
+        "kernels/cpu/verify_draft.py",
+        "call.probs[b, _place(call, b, t)]",
+        "call.probs[b, t]",
+        named("verify_varlen", "numba", "packed_drafts"),
     ),
     Mutation(
         "numba: every key but one behind the query counts",

@@ -182,6 +182,12 @@ def verify_draft():
     return (logits, drafts), keywords
 
 
+def verify_draft_varlen():
+    keywords = verify_draft()[1] | {"draft_probs": torch.randn(4, 11).softmax(-1)}
+    del keywords["draft_lens"]
+    return (torch.randn(4 + B, 11), torch.randint(0, 11, (4,)), int32(0, 3, 4), T), keywords
+
+
 def verify_tree():
     nodes = 4
     keywords = verify_draft()[1] | {"draft_probs": torch.randn(B, nodes, 11).softmax(-1)}
@@ -215,6 +221,7 @@ SAMPLES = {
         compact,
         copy_blocks,
         verify_draft,
+        verify_draft_varlen,
         verify_tree,
         prompt_lookup,
     )

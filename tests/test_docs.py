@@ -133,9 +133,7 @@ def test_every_operator_is_on_exactly_one_page():
         name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvops::")
     }
     operators = {name.partition(".")[0] for name in operators}
-    assert sorted(shown) == sorted(
-        operators | {"tree_mask", "process_logits", "verify_draft_varlen", "verify_tree_varlen"}
-    )
+    assert sorted(shown) == sorted(operators | {"tree_mask", "process_logits", "verify_tree_varlen"})
 
 
 def test_figures_are_what_the_script_draws():

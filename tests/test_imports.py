@@ -33,7 +33,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.checks": ({"torch", "kvops.private_torch"}, set()),
     "kvops.extras": (set(), set()),
     "kvops.prepared": (set(), set()),
-    "kvops.eager": ({"torch", "kvops.eager", "kvops.checks", "kvops.prepared", "kvops.private_torch"}, set()),
+    "kvops.packed": ({"torch"}, set()),
+    "kvops.eager": (
+        {"torch", "kvops.eager", "kvops.checks", "kvops.packed", "kvops.prepared", "kvops.private_torch"},
+        set(),
+    ),
     # What a family is tried with stands above the kernels; it is named, and imported where candidates are compiled or
     # run.
     "kvops.autotune": (
@@ -44,14 +48,17 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.autotune.workloads": ({"torch", "kvops.autotune", "kvops.eager"}, {"kvops.kernels"}),
     "kvops.kernels": (
         {
-            *("torch", "triton", "kvops.kernels", "kvops.prepared"),
+            *("torch", "triton", "kvops.kernels", "kvops.packed", "kvops.prepared"),
             *("kvops.autotune.config", "kvops.autotune.lookup", "kvops.autotune.relaunch"),
         },
         set(),
     ),
     "kvops.kernels.cpu": ({"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu", "kvops.prepared"}, set()),
     "kvops.ops": (
-        {"torch", "kvops.ops", "kvops.checks", "kvops.eager", "kvops.extras", "kvops.private_torch"},
+        {
+            *("torch", "kvops.ops", "kvops.checks", "kvops.eager", "kvops.extras", "kvops.packed"),
+            "kvops.private_torch",
+        },
         {"triton", "kvops.kernels", "kvops.autotune"},
     ),
     "kvops.sampling": ({"torch", "kvops.checks"}, set()),

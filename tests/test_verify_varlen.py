@@ -141,6 +141,10 @@ def test_it_compiles_as_one_graph(device):
         ({"cu_seqlens": int32(0, 2, 4)}, ValueError, "cu_seqlens: expected ends within the 3 tokens of draft_tokens"),
         ({"max_seqlen": -1}, ValueError, "max_seqlen: expected at least 0"),
         ({"draft_probs": torch.zeros(5, 9)}, ValueError, "draft_probs: expected shape"),
+        ({"temperature": 0.7}, TypeError, "temperature: expected a torch.Tensor, got float"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature: expected shape \[batch\] = \[2\], got \[3\]"),
+        ({"temperature": torch.ones(2), "seed": int32(1, 2)}, TypeError, "seed: expected dtype int64"),
+        ({"step": int32(1, 2)}, TypeError, "step: expected dtype int64"),
     ],
 )
 def test_bad_arguments_are_named(device, changes, error, message):
@@ -157,3 +161,57 @@ def test_bad_arguments_are_named(device, changes, error, message):
         arguments["target_logits"] = arguments["target_logits"][:3]
         with pytest.raises(error, match=f"^{message}"):
             kvops.verify_tree_varlen(**arguments)
+
+
+def test_the_columns_of_logits_and_probabilities_lie_together(backend, device):
+    arguments = [torch.zeros(9, 5).T, torch.zeros(3, dtype=torch.int64), int32(0, 1, 3)]
+    arguments = [x.to(device) for x in arguments]
+    with pytest.raises(ValueError, match=r"^target_logits: expected the last dimension contiguous"):
+        kvops.verify_draft_varlen(*arguments, 2)
+    arguments[0], probs = arguments[0].contiguous(), torch.full((9, 3), 1 / 9, device=device).T
+    with pytest.raises(ValueError, match=r"^draft_probs: expected the last dimension contiguous"):
+        kvops.verify_draft_varlen(*arguments, 2, draft_probs=probs)
+
+
+def test_strided_rows_are_read_in_place(backend, device):
+    logits, drafts, probs, seeds, steps = (x.to(device) for x in request_batch(2, 2, 30))
+    keywords = sampling(seeds, steps, device)
+
+    def strided(x):
+        memory = torch.full((2 * len(x), *x.shape[1:]), -7 if x.dtype == torch.int64 else float("nan")).to(x)
+        memory[::2] = x
+        return memory[::2]
+
+    packed = [logits.flatten(0, 1), drafts.flatten(), int32(0, 2, 4).to(device)]
+    want = kvops.verify_draft(logits, drafts, draft_probs=probs, **keywords)
+    got = kvops.verify_draft_varlen(
+        *(strided(x) for x in packed), 2, draft_probs=strided(probs.flatten(0, 1)), **keywords
+    )
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_seeds_are_drawn_once_for_all_requests(backend, device):
+    logits, drafts, _, _, _ = (x.to(device) for x in request_batch(3, 2, 30))
+    temperature = torch.ones(3, device=device)
+    results = []
+    for call in (
+        lambda: kvops.verify_draft(logits, drafts, temperature=temperature),
+        lambda: kvops.verify_draft_varlen(
+            logits.flatten(0, 1), drafts.flatten(), int32(0, 2, 4, 6).to(device), 2, temperature=temperature
+        ),
+    ):
+        torch.manual_seed(7)
+        results.append([*call(), torch.rand(1, device=device)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_debug_mode_names_the_request_of_bad_data(backend, device, monkeypatch):
+    monkeypatch.setenv("KVOPS_DEBUG", "1")
+    logits, drafts, ends = torch.zeros(5, 9), torch.tensor([1, 2, 9, 99]), int32(0, 1, 3)
+    arguments = [x.to(device) for x in (logits, drafts[:3], ends)]
+    with pytest.raises(ValueError, match=r"^draft_tokens: expected tokens inside .* the first at \[1, 1\]"):
+        kvops.verify_draft_varlen(*arguments, 2)
+    arguments[1] = drafts[[0, 1, 1]].to(device)
+    kvops.verify_draft_varlen(*arguments, 2)

@@ -1,6 +1,6 @@
 """Draft verification on the CPU: every row of logits is read once, and the row of the emitted token once more."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,16 @@ from kvops.prepared import prepared
 
 
 class Call(NamedTuple):
-    """The arguments of one call; what is not given has size 0."""
+    """The arguments of one call; what is not given has size 0.
+
+    Packed requests lie behind each other: ``ends[b]`` is the place of the first draft of request b and, among the rows
+    of logits from row b on, of its first row.
+    """
 
     logits: uint8[:, :, :]  # [B, T + 1, V] bytes
     drafts: int64[:, :]  # [B, T]
     lens: int64[:]  # [B]
+    ends: int32[:]  # [B + 1]
     probs: float32[:, :, :]  # [B, T, V]
     temperature: float32[:]  # [B]
     seed: int64[:]
@@ -53,7 +58,29 @@ def _sampled(call, b):
 
 
 @inner
+def _place(call, b, t):
+    return call.ends[b] + t if call.ends.size else t
+
+
+@inner
+def _logits(call, b, t):
+    return address_of(call.logits[b, _place(call, b, t)])
+
+
+@inner
+def _draft(call, b, t):
+    return call.drafts[b, _place(call, b, t)]
+
+
+@inner
+def _probs(call, b, t):
+    return call.probs[b, _place(call, b, t)]
+
+
+@inner
 def _num_drafts(call, b):
+    if call.ends.size:
+        return call.ends[b + 1] - call.ends[b]
     T = call.drafts.shape[1]
     return min(max(call.lens[b], 0), T) if call.lens.size else T
 
@@ -66,25 +93,24 @@ def _is_token(call, token):
 @inner
 def _read_share(share, shares, call, rows):
     """The facts about a share of the rows."""
-    B, R, _ = call.logits.shape
+    B, R = call.tokens.shape
     row = np.empty(padded(call.vocabulary), np.float32)[: call.vocabulary]
     for i in range(share, B * R, shares):
         b, t = i // R, i % R
         count = _num_drafts(call, b)
         if t > count:
             continue
-        address = address_of(call.logits[b, t])
-        largest, argmax, usable = read_row(address, call.element, row)
+        largest, argmax, usable = read_row(_logits(call, b, t), call.element, row)
         rows.largest[b, t], rows.argmax[b, t], rows.usable[b, t] = largest, argmax, usable
         if usable and _sampled(call, b):
             rows.total[b, t] = soften(row, largest, exponent_scale(call.temperature[b]))
-            rows.drafted[b, t] = row[call.drafts[b, t]] if t < count and _is_token(call, call.drafts[b, t]) else 0
+            rows.drafted[b, t] = row[_draft(call, b, t)] if t < count and _is_token(call, _draft(call, b, t)) else 0
 
 
 @inner
 def _weights(call, rows, b, t, row):
     """The weights of a row that was read before."""
-    read_row(address_of(call.logits[b, t]), call.element, row)
+    read_row(_logits(call, b, t), call.element, row)
     soften(row, rows.largest[b, t], exponent_scale(call.temperature[b]))
 
 
@@ -94,7 +120,7 @@ def _accept_tokens(call, rows, b, count, randoms):
     for t in range(count):
         threshold = uniform(philox(0, t, ACCEPT, randoms.seed, randoms.step)[0])
         if call.probs.size:
-            threshold *= call.probs[b, t, call.drafts[b, t]]
+            threshold *= _probs(call, b, t)[_draft(call, b, t)]
         if not threshold * rows.total[b, t] < rows.drafted[b, t]:
             return t
     return count
@@ -109,7 +135,7 @@ def _accept_block(call, rows, b, count, randoms, row):
         if not call.probs.size:
             path *= p
         else:
-            path = min(path * p / call.probs[b, t, call.drafts[b, t]], np.float32(1)) if p > 0 else np.float32(0)
+            path = min(path * p / _probs(call, b, t)[_draft(call, b, t)], np.float32(1)) if p > 0 else np.float32(0)
         i = t + 1
         u = uniform(philox(0, t, ACCEPT, randoms.seed, randoms.step)[0])
         if i == count:
@@ -117,7 +143,7 @@ def _accept_block(call, rows, b, count, randoms, row):
         else:
             if call.probs.size:
                 _weights(call, rows, b, i, row)
-                left = subtract(row, path / rows.total[b, i], call.probs[b, i])
+                left = subtract(row, path / rows.total[b, i], _probs(call, b, i))
             else:
                 left = path * (1 - rows.drafted[b, i] / rows.total[b, i])
             passes = u * (left + (1 - path)) < left
@@ -131,7 +157,7 @@ def _sample(call, rows, b, row):
     """The number of drafts that a sampled request accepts, and the token behind them."""
     randoms = Randoms(call.seed[b], call.step[b] if call.step.size else 0)
     count = 0
-    while count < _num_drafts(call, b) and rows.usable[b, count] and _is_token(call, call.drafts[b, count]):
+    while count < _num_drafts(call, b) and rows.usable[b, count] and _is_token(call, _draft(call, b, count)):
         count += 1
     if call.block:
         accepted, ratio = _accept_block(call, rows, b, count, randoms, row)
@@ -142,9 +168,9 @@ def _sample(call, rows, b, row):
     _weights(call, rows, b, accepted, row)
     if accepted < count:  # the draft was refused: its residual is left to draw from
         if call.probs.size:
-            subtract(row, ratio / rows.total[b, accepted], call.probs[b, accepted])
+            subtract(row, ratio / rows.total[b, accepted], _probs(call, b, accepted))
         else:
-            row[call.drafts[b, accepted]] = 0
+            row[_draft(call, b, accepted)] = 0
     return accepted, race(row, accepted, randoms.seed, randoms.step, rows.argmax[b, accepted])
 
 
@@ -157,13 +183,13 @@ def _emit_share(share, shares, call, rows):
         else:
             accepted, count = 0, _num_drafts(call, b)
             while (
-                accepted < count and rows.usable[b, accepted] and call.drafts[b, accepted] == rows.argmax[b, accepted]
+                accepted < count and rows.usable[b, accepted] and _draft(call, b, accepted) == rows.argmax[b, accepted]
             ):
                 accepted += 1
             following = rows.argmax[b, accepted] if rows.usable[b, accepted] else np.int64(-1)
         call.tokens[b] = -1
         for t in range(accepted):
-            call.tokens[b, t] = call.drafts[b, t]
+            call.tokens[b, t] = _draft(call, b, t)
         call.tokens[b, accepted] = following
         call.num_accepted[b] = accepted
 
@@ -179,7 +205,7 @@ def _verify_draft(addresses, table, threads):
         np.empty(shape, np.float32),
         np.empty(shape, np.float32),
     )
-    threads = worth(threads, 4 * call.logits.size)
+    threads = worth(threads, 4 * call.tokens.size * call.logits.shape[2])
     succeeded = run_shares(_read_share, (call, rows), threads)
     return run_shares(_emit_share, (call, rows), min(threads, len(call.tokens))) and succeeded
 
@@ -188,6 +214,8 @@ def _bind(
     target_logits: torch.Tensor,
     draft_tokens: torch.Tensor,
     *,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     draft_lens: torch.Tensor | None = None,
     draft_probs: torch.Tensor | None = None,
     temperature: torch.Tensor | None = None,
@@ -195,13 +223,15 @@ def _bind(
     step: torch.Tensor | None = None,
     method: str = "token",
 ) -> Binding:
-    tokens, num_accepted = _results(target_logits)
+    batch, rows, V = target_logits.shape
+    tokens, num_accepted = _results(batch, rows if max_seqlen is None else max_seqlen + 1)
     return Binding(
         _verify_draft,
         Call,
         logits=target_logits,
         drafts=draft_tokens,
         lens=None if draft_lens is None else draft_lens.long(),
+        ends=cu_seqlens,
         probs=draft_probs,
         temperature=temperature,
         seed=seed,
@@ -209,14 +239,33 @@ def _bind(
         tokens=tokens,
         num_accepted=num_accepted,
         element=FORMATS[target_logits.dtype],
-        vocabulary=target_logits.shape[2],
+        vocabulary=V,
         block=method == "block",
     )
 
 
-def _results(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, rows, _ = logits.shape
-    return torch.empty(batch, rows, dtype=torch.int64), torch.empty(batch, dtype=torch.int32)
+def _bind_varlen(
+    target_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    draft_probs: torch.Tensor | None = None,
+    **options: Any,
+) -> Binding:
+    batch, (N, V), stride = len(cu_seqlens) - 1, (len(draft_tokens), target_logits.shape[1]), target_logits.stride()
+    return _bind(
+        target_logits.as_strided((batch, N + 1, V), (stride[0], *stride)),
+        draft_tokens.expand(batch, N),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        draft_probs=None if draft_probs is None else draft_probs.expand(batch, N, V),
+        **options,
+    )
+
+
+def _results(batch: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(batch, width, dtype=torch.int64), torch.empty(batch, dtype=torch.int32)
 
 
 @prepared(_bind)
@@ -233,7 +282,27 @@ def verify_draft(
     method: str = "token",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvops.verify_draft`."""
-    tokens, num_accepted = _results(target_logits)
+    tokens, num_accepted = _results(*target_logits.shape[:2])
     lens = None if draft_lens is None else draft_lens.long()
-    binding(target_logits, draft_tokens, lens, draft_probs, temperature, seed, step, tokens, num_accepted)
+    binding(target_logits, draft_tokens, lens, None, draft_probs, temperature, seed, step, tokens, num_accepted)
+    return tokens, num_accepted
+
+
+@prepared(_bind_varlen)
+def verify_draft_varlen(
+    binding: Binding,
+    target_logits: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    draft_probs: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    method: str = "token",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvops.verify_draft_varlen`."""
+    tokens, num_accepted = _results(len(cu_seqlens) - 1, max_seqlen + 1)
+    binding(target_logits, draft_tokens, None, cu_seqlens, draft_probs, temperature, seed, step, tokens, num_accepted)
     return tokens, num_accepted

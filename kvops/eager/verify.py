@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvops.eager.philox import ACCEPT, GROUP_WIDTH, race_exponentials, uniform
+from kvops.packed import verify_padded
 
 LOG2_E = math.log2(math.e)
 # Partial sums of the softmax run over chunks of this size and then over the chunks, so that a row's sum never depends
@@ -136,6 +138,9 @@ def verify_draft(
         own = {name: None if value is None else value[part] for name, value in given.items()}
         tokens[part], num_accepted[part] = _verify_group(target_logits[part], draft_tokens[part], method=method, **own)
     return tokens, num_accepted
+
+
+verify_draft_varlen = partial(verify_padded, verify_draft)
 
 
 def _accept_tokens(

@@ -23,10 +23,20 @@ def check_per_request(name: str, value: Tensor | None, reference: Tensor, *dtype
     checks.expect_same_device(name, value, "target_logits", reference)
 
 
+def check_sampling(requests: Tensor, temperature: Tensor | None, seed: Tensor | None, step: Tensor | None) -> None:
+    """Check what there is one of for each of the ``requests`` ``[batch, ...]``."""
+    check_per_request("temperature", temperature, requests, torch.float32)
+    check_per_request("seed", seed, requests, torch.int64)
+    check_per_request("step", step, requests, torch.int64)
+    if temperature is not None and seed is None:
+        raise ValueError("seed: expected int64 [batch] along with temperature, got None")
+
+
 def draw_seed(temperature: Tensor | None, seed: Tensor | None) -> Tensor | None:
     """The given seeds, or seeds from torch's default generator if sampling needs them."""
     if temperature is None or seed is not None:
         return seed
+    checks.expect_tensor("temperature", temperature)
     return torch.randint(-(2**63), 2**63 - 1, temperature.shape, dtype=torch.int64, device=temperature.device)
 
 
@@ -57,16 +67,12 @@ def _check_verify_draft(
         checks.expect_shape("draft_probs", draft_probs, "[batch, drafts, vocab]", B, rows - 1, V)
         checks.expect_last_contiguous("draft_probs", draft_probs)
         checks.expect_same_device("draft_probs", draft_probs, "target_logits", target_logits)
-    check_per_request("temperature", temperature, target_logits, torch.float32)
-    check_per_request("seed", seed, target_logits, torch.int64)
-    check_per_request("step", step, target_logits, torch.int64)
-    if temperature is not None and seed is None:
-        raise ValueError("seed: expected int64 [batch] along with temperature, got None")
+    check_sampling(target_logits, temperature, seed, step)
     if checks.debug() and checks.has_data(target_logits):
-        _check_draft_data(target_logits, draft_tokens, draft_lens, draft_probs, temperature)
+        check_draft_data(target_logits, draft_tokens, draft_lens, draft_probs, temperature)
 
 
-def _check_draft_data(
+def check_draft_data(
     target_logits: Tensor,
     draft_tokens: Tensor,
     draft_lens: Tensor | None,

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvops import checks
 from kvops.eager import verify_tree as eager
 from kvops.ops.registry import caller, register
-from kvops.ops.verify import check_per_request, draw_seed
+from kvops.ops.verify import check_sampling, draw_seed
 
 
 def _check_verify_tree(
@@ -36,11 +36,7 @@ def _check_verify_tree(
         checks.expect_shape("draft_probs", draft_probs, "[batch, nodes, vocab]", B, N, V)
         checks.expect_last_contiguous("draft_probs", draft_probs)
         checks.expect_same_device("draft_probs", draft_probs, "target_logits", target_logits)
-    check_per_request("temperature", temperature, target_logits, torch.float32)
-    check_per_request("seed", seed, target_logits, torch.int64)
-    check_per_request("step", step, target_logits, torch.int64)
-    if temperature is not None and seed is None:
-        raise ValueError("seed: expected int64 [batch] along with temperature, got None")
+    check_sampling(target_logits, temperature, seed, step)
     if checks.debug() and checks.has_data(target_logits):
         _check_tree_data(target_logits, draft_tokens, parents, draft_probs, temperature)
 
