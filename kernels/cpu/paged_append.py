@@ -8,7 +8,7 @@ from numba import float32, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
 from kvops.kernels.cpu.elements import E5M2, FORMATS, INT8, padded, to_e4m3, to_e5m2, to_int8, widen
-from kvops.kernels.cpu.jit import inner, jit
+from kvops.kernels.cpu.jit import exact, inner, jit
 from kvops.kernels.cpu.paged_items import list_of
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import address_of, copy
@@ -51,6 +51,12 @@ def _row_scale(row, element):
     return max(np.float32(np.float64(most) / largest), np.float32(1.1754943508222875e-38))
 
 
+@exact
+def _quotient(x, scale):
+    """Rounded once: LLVM may make a product with the inverse of any other, a quotient in float64 included."""
+    return x / scale
+
+
 @jit
 def _write(source, element, target, target_element, width, scale, slot_scales, block, offset, h, room):
     """One row of ``width`` bytes; in another format its numbers divided by ``scale``, or by a scale of their own, which
@@ -63,8 +69,7 @@ def _write(source, element, target, target_element, width, scale, slot_scales, b
         scale = _row_scale(room[: len(target)], target_element)
         slot_scales[block, offset, h] = scale
     for d in range(len(target)):
-        # A quotient in float64, rounded, is the float32 quotient, whether or not it is a product with an inverse.
-        x = np.float32(np.float64(room[d]) / np.float64(scale))
+        x = _quotient(room[d], scale)
         if target_element == INT8:
             target[d] = to_int8(x)
         elif target_element == E5M2:
