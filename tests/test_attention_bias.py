@@ -1,6 +1,7 @@
 """flash_attention with a bias or a mask of any shape: against float64, its gradient, and rows that see nothing."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -264,3 +265,19 @@ def test_a_mask_has_no_gradient():
     q = torch.zeros(1, 5, 1, 16)
     with pytest.raises(TypeError, match="bias: expected a float dtype, got bool: a mask has no gradient"):
         kvops.flash_attention_bias_backward(q, q, q, q, q, torch.zeros(1, 1, 5), torch.ones(5, 5).bool())
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_rows_that_see_no_key_stay_zero_beside_a_key_of_nan(backend, kind):
+    """Where a bias hid all rows, so that no other row showed the NaN, they were NaN on a CPU."""
+    q, k, v = (torch.randn(2, 6, heads, 16) for heads in (4, 2, 2))
+    k[:, 3] = math.nan
+    bias = torch.zeros(1, 1, dtype=torch.bool) if kind == "bool" else torch.full((1, 1), -math.inf)
+    lengths = torch.tensor([0, 6, 12]).int()
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    for out, lse in (
+        kvops.flash_attention(q, k, v, bias=bias),
+        kvops.flash_attention_varlen(*packed, lengths, lengths, 6, 6, bias=bias),
+    ):
+        assert (out == 0).all()
+        assert (lse == -math.inf).all()

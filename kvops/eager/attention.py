@@ -192,10 +192,10 @@ class _Attention:
         """out [B, Hq, rows, Dv] and lse [B, Hq, rows] of torch's kernel."""
         inputs, options, hides = self._for_torch(tile)
         out, lse = _forward(*inputs, 0.0, tile.causal, **options)
-        if hides:  # torch's lse of rows that its mask hides from all keys is 0
+        if hides:  # torch's lse of rows that its mask hides from all keys is 0, or NaN beside a key of NaN
             mask = options["attn_mask"]
             hidden = mask.amax(-1) == -torch.inf if mask.shape[-1] else mask.new_ones(mask.shape[:-1]).bool()
-            lse = lse.masked_fill(hidden, -torch.inf)
+            lse = lse.masked_fill(hidden & ~lse.isnan(), -torch.inf)
         return out[..., : self.v.shape[3]], lse
 
     def plain(self, tile: Tile) -> tuple[Tensor, Tensor]:
