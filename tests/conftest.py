@@ -50,7 +50,7 @@ def _patch_once_a_launch() -> None:
 
 
 def _make_types_once() -> None:
-    """Triton's interpreter makes the type of each intermediate result anew, and what follows from it: that takes longer
+    """Triton's interpreter makes a new type for each intermediate result, and what follows from it: that takes longer
     than to compute the result. Both are kept by the name of the type; operands of one type are not converted."""
     import triton.language as tl
     from triton.language import semantic

@@ -134,7 +134,8 @@ def _key(function: Callable, *given: object) -> bytes | None:
     for leaf in tree_leaves(tree_map_only(is_dataclass, lambda x: list(vars(x).values()), given, is_leaf=is_dataclass)):
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            whole = leaf.detach().cpu().clone(memory_format=torch.contiguous_format)  # of one number also its strides
+            digest.update(whole.flatten().view(torch.uint8).numpy())
         elif leaf is None or isinstance(leaf, (int, float, str, torch.dtype)):
             digest.update(repr(leaf).encode())
         else:

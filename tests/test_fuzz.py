@@ -41,6 +41,14 @@ def no_window(real):
     return lambda *args, **kwargs: real(*args, **{**kwargs, "window_left": -1})
 
 
+def without(option):
+    return lambda real: lambda *args, **kwargs: real(*args, **{**kwargs, option: None})
+
+
+def no_dropout(real):
+    return lambda *args, **kwargs: real(*args, **{**kwargs, "dropout_p": 0.0})
+
+
 def a_draft_too_short(real):
     def faulty(*args, **kwargs):
         tokens, lens = real(*args, **kwargs)
@@ -84,9 +92,14 @@ def nothing_refused(real):
     ("area", "function", "fault", "shows", "cases"),
     [
         ("dense", "flash_attention", no_window, lambda case: case.window_left >= 0, 60),
+        ("dense", "flash_attention", no_dropout, lambda case: case.dropout, 30),
+        ("packed", "flash_attention_varlen", without("bias"), lambda case: case.bias, 30),
+        ("latents", "paged_latent_attention", without("cache_scale"), lambda case: case.stored, 15),
         ("lookup", "prompt_lookup", a_draft_too_short, lambda case: case.num_draft >= 5, 100),
         ("eviction", "compact", a_slot_lost, lambda case: case.blocks, 20),
+        ("eviction", "copy_blocks", without("v_slot_scale"), lambda case: case.slot_scales, 5),
         ("verification", "verify_draft", a_token_more_likely, lambda case: case.vocab > 1, 30),
+        ("verification", "verify_draft_varlen", without("step"), lambda case: case.packed, 5),
         ("sampling", "process_logits", nothing_refused, lambda case: case.bad, 60),
     ],
 )

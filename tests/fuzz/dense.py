@@ -26,7 +26,16 @@ from fuzz.inputs import (
     often,
     without_equals,
 )
-from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients, finite
+from fuzz.scoring import (
+    Scoring,
+    compare,
+    draw_bias,
+    draw_scoring,
+    expected_gradients,
+    finite,
+    learned,
+    make_bias,
+)
 
 MUTATIONS = {
     "q": (*TENSOR, "strided"),
@@ -40,6 +49,8 @@ MUTATIONS = {
     "sinks": ("integer", "dtype", "rank", "last", "meta", "string"),
     "alibi_slopes": ("integer", "dtype", "flat", "last", "meta", "string"),
     "bias": ("integer", "last", "meta", "string"),
+    "dropout_p": ("negative", "fraction", "nan", "inf", "string", "none"),
+    "dropout_seed": ("integer", "rank", "last", "meta", "string"),
 }
 
 
@@ -88,7 +99,7 @@ def draw(r: Random) -> Case:
         magnitude=often(r, 1.0, 0.0, 0.01, 10.0, p=0.8),
         poison=often(r, "", "nan", "inf", p=0.8),
         gradient=often(r, "", "out", "lse", "both", p=0.4),
-        bias=often(r, "", f"{r.choice(('float', 'bool'))} {''.join(r.choice('1n') for _ in range(4))}", p=0.6),
+        bias=draw_bias(r, 4),
         scores=often(r, "", f"{reduce} {group}", p=0.6),
         query_start=often(r, 0, r.randint(-longest, longest)),
         skip_recent=often(r, 0, r.randint(0, longest), 2**31 - 1, p=0.7),
@@ -99,6 +110,7 @@ def draw(r: Random) -> Case:
 
 
 def check(case: Case) -> None:
+    torch.manual_seed(case.seed)
     with backend(case.backend):
         _check(case)
 
@@ -117,48 +129,33 @@ def _check(case: Case) -> None:
         laid_out((torch.randn(shape, generator=g) * case.magnitude).to(dtype), layout)
         for shape, layout in zip(shapes, layouts, strict=False)
     )
-    options = case.tensors(heads, case.batch, g) | _bias(case, heads, g)
+    sizes = case.batch, heads, case.queries, case.keys
+    options = case.tensors(heads, case.batch, g) | make_bias(case.bias, sizes, g)
+    drops = case.drops(case.seed)
     if case.bad:
         name = case.bad.split(":")[0]
         optional = {"sinks": (heads,), "alibi_slopes": (heads,), "bias": (case.queries, case.keys)}
         extra = {name: torch.zeros(optional[name])} if name in optional and name not in options else {}
+        extra |= drops or {"dropout_p": 0.5, "dropout_seed": torch.tensor([case.seed])}
         if case.bad == "bias:last" and (options | extra)["bias"].shape[-1] + 1 in (1, case.keys):
             return  # it broadcasts all the same
         expect_refusal(kvops.flash_attention, {"q": q, "k": k, "v": v, **case.window(), **options, **extra}, case.bad)
         return
-    mask = case.mask(case.queries, case.keys)
-    exact = attention(q, k, v, mask=mask, **options)
-    low = rounded(dtype, attention, q, k, v, mask=mask, **finite(options))
+    mask, weights = case.mask(case.queries, case.keys), case.weights(case.seed, *sizes)
+    exact = attention(q, k, v, mask=mask, **options, **weights)
+    low = rounded(dtype, attention, q, k, v, mask=mask, **finite(options), **weights)
     rows = _poison(case, k, mask, g)
     gradient = case.gradient if not case.poison else ""
-    for tensor in (q, k, v, *_learned(options)):
+    for tensor in (q, k, v, *learned(options)):
         tensor.requires_grad_(bool(gradient))
-    out, lse = kvops.flash_attention(q, k, v, **case.window(), **options)
+    out, lse = kvops.flash_attention(q, k, v, **case.window(), **options, **drops)
     assert out.shape == (case.batch, case.queries, heads, case.value_dim), out.shape
     close(out[:, rows], exact[0][:, rows], low[0][:, :, rows], "out")
     close(lse[..., rows], exact[1][..., rows], low[1][..., rows], "lse")
     if gradient:
-        _check_gradient(case, gradient, (q, k, v), options, mask, (out, lse), g)
+        _check_gradient(gradient, (q, k, v), options, weights, mask, (out, lse), g)
     if case.scores and not case.poison and not case.bias:
         _check_scores(case, q.detach(), k.detach(), v.detach(), lse.detach(), mask, options)
-
-
-def _bias(case: Case, heads: int, g: torch.Generator) -> dict[str, Tensor]:
-    if not case.bias:
-        return {}
-    kind, code = case.bias.split()
-    sizes = case.batch, heads, case.queries, case.keys
-    shape = [1 if letter == "1" else size for letter, size in zip(code, sizes, strict=True)]
-    keep = torch.rand(shape, generator=g) < 0.7
-    if kind == "bool":
-        return {"bias": keep}
-    return {"bias": torch.randn(shape, generator=g).masked_fill(~keep, -torch.inf)}
-
-
-def _learned(options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The options that have a gradient: sinks, then a float bias."""
-    given = (options[name] for name in ("sinks", "bias") if name in options)
-    return tuple(x for x in given if x.is_floating_point())
 
 
 def _poison(case: Case, k: Tensor, mask: Tensor, g: torch.Generator) -> Tensor:
@@ -174,10 +171,10 @@ def _poison(case: Case, k: Tensor, mask: Tensor, g: torch.Generator) -> Tensor:
 
 
 def _check_gradient(
-    case: Case,
     gradient: str,
     inputs: tuple[Tensor, Tensor, Tensor],
-    options: dict,
+    options: dict[str, Any],
+    weights: dict[str, Tensor],
     mask: Tensor,
     results: tuple[Tensor, Tensor],
     g: torch.Generator,
@@ -186,10 +183,10 @@ def _check_gradient(
     dout = torch.randn(out.shape, generator=g).to(out.dtype) if gradient != "lse" else None
     dlse = torch.randn(lse.shape, generator=g) if gradient != "out" else None
     with_gradient = [(x, d) for x, d in ((out, dout), (lse, dlse)) if d is not None]
-    leaves = (*inputs, *_learned(options))
+    leaves = (*inputs, *learned(options))
     actual = torch.autograd.grad([x for x, _ in with_gradient], leaves, [d for _, d in with_gradient])
     q, k, v = (x.detach() for x in inputs)
-    plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
+    plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()} | weights
     dout = torch.zeros_like(out) if dout is None else dout
     given = q, k, v, dout.detach(), dlse, mask
     exact = expected_gradients(*given, plain)

@@ -36,6 +36,7 @@ class Case:
     values: str = "continuous"
     budget: tuple[int, ...] = ()
     positions: bool = False
+    slot_scales: bool = False
     protect_first: int = 0
     protect_last: int = 0
     min_per_head: int = 0
@@ -59,6 +60,7 @@ def draw(r: Random) -> Case:
         values=r.choice(("continuous", "ties", "any")),
         budget=tuple(often(r, r.randint(0, heads * blocks + 1), 0, -1, 2**31 - 1, p=0.9) for _ in range(batch)),
         positions=r.random() < 0.5,
+        slot_scales=r.random() < 0.4,
         protect_first=often(r, 0, r.randint(0, slots), 2**31 - 1, 2**63 - 1),
         protect_last=often(r, 0, r.randint(0, slots), 1, 2**31 - 1, 2**63 - 1),
         min_per_head=often(r, 0, r.randint(0, slots), 2**31 - 1, 2**63 - 1, p=0.7),
@@ -96,8 +98,11 @@ def _check(case: Case) -> None:
     elif case.keep:
         keep = torch.full_like(keep, case.keep == "all")
     k, v = _bytes(case, lists, g, 3), _bytes(case, lists, g, 2)
-    _check_copy(case, lists, k, v, g)
-    _check_compact(case, lists, keep, k, v)
+    sides = {"positions": lists.positions, "scores": lists.scores}
+    if case.slot_scales:
+        sides |= {f"{name}_slot_scale": torch.rand(lists.scores.shape, generator=g) for name in "kv"}
+    _check_copy(case, k, v, sides, g)
+    _check_compact(case, lists, keep, k, v, sides)
 
 
 def _bytes(case: Case, lists: Lists, g: torch.Generator, width: int) -> torch.Tensor:
@@ -106,33 +111,37 @@ def _bytes(case: Case, lists: Lists, g: torch.Generator, width: int) -> torch.Te
     return raw.to(torch.uint8).view(dtype)
 
 
-def _check_compact(case: Case, lists: Lists, keep: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    before = [side.clone() for side in (k, v, lists.positions, lists.scores)]
+def _check_compact(
+    case: Case, lists: Lists, keep: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sides: dict[str, torch.Tensor]
+) -> None:
+    before = [side.clone() for side in (k, v, *sides.values())]
     lens = lists.lens.clone()
-    freed = kvops.compact(k, v, lists.tables, lens, keep, positions=lists.positions, scores=lists.scores)
+    freed = kvops.compact(k, v, lists.tables, lens, keep, **sides)
     for b, h in ((b, h) for b in range(case.batch) for h in range(case.heads)):
         old = lists.slots(b, h)
         kept = [slot for i, slot in enumerate(old) if keep[b, h, i]]
         assert int(lens[b, h]) == len(kept), "length after compact"
         assert int(freed[b, h]) == -(-len(old) // case.size) - -(-len(kept) // case.size), "blocks freed"
-        for side, was in zip((k, v, lists.positions, lists.scores), before, strict=True):
+        for side, was in zip((k, v, *sides.values()), before, strict=True):
             for to, origin in zip(old, kept, strict=False):
                 one, other = (x[at].reshape(-1).view(torch.uint8) for x, at in ((side, to), (was, origin)))
                 assert torch.equal(one, other), "bytes moved by compact"
 
 
-def _check_copy(case: Case, lists: Lists, k: torch.Tensor, v: torch.Tensor, g: torch.Generator) -> None:
+def _check_copy(
+    case: Case, k: torch.Tensor, v: torch.Tensor, sides: dict[str, torch.Tensor], g: torch.Generator
+) -> None:
     blocks = torch.randperm(len(k), generator=g).int()
     count = min(case.copies, len(k) // 2)
     source, target = blocks[:count], blocks[count : 2 * count].clone()
     if count:
         target[0] = -1 - int(target[0])  # copies nothing
-    sides = (k, v, lists.positions, lists.scores)
-    right = [side.view(torch.uint8).clone() for side in sides]
+    copied = k, v, *sides.values()
+    right = [side.view(torch.uint8).clone() for side in copied]
     for one, other in zip(source.tolist(), target.tolist(), strict=True):
         if other >= 0:
             for side in right:
                 side[other] = side[one]
-    kvops.copy_blocks(k, v, source, target, positions=lists.positions, scores=lists.scores)
-    for side, wanted in zip(sides, right, strict=True):
+    kvops.copy_blocks(k, v, source, target, **sides)
+    for side, wanted in zip(copied, right, strict=True):
         assert torch.equal(side.view(torch.uint8), wanted), "copy_blocks"

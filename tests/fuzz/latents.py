@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from random import Random
 
 import torch
-from paged_lists import expected, make_lists, pack, unpack
+from paged_lists import Lists, expected, make_lists, pack, quantise, unpack
 from rounding import rounded
+from torch import Tensor
 
 import kvops
-from fuzz.inputs import DTYPES, backend, close, laid_out, often
+from fuzz.inputs import DTYPES, SIDES, backend, close, laid_out, often
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Case:
     programs: int = 0  # of a schedule
     layout: str = ""  # of q
     packed: bool = False
+    stored: str = ""  # dtype of a quantised cache
+    scales: str = ""  # of it: one "number", or one for each of the "heads"
     invariant: bool = False
 
 
@@ -53,6 +57,8 @@ def draw(r: Random) -> Case:
         programs=often(r, 0, 1, 3, 20),
         layout=often(r, "", "padded", "transposed"),
         packed=r.random() < 0.3,
+        stored=often(r, "", *SIDES),
+        scales=r.choice(("", "number", "heads")),
         invariant=r.random() < 0.3,
     )
 
@@ -63,6 +69,10 @@ def check(case: Case) -> None:
     lengths = [[max(0, n - h) for h in range(case.heads)] for n in case.lengths]
     head_dim = case.value_dim + case.rotary
     lists = make_lists(lengths, block_size=case.block_size, head_dim=head_dim, dtype=dtype)
+    cache, scale = lists.k_cache, None
+    if case.stored:
+        cache, numbers, scale = _stored(case, lists)
+        lists = dataclasses.replace(lists, k_cache=numbers)
     lists = dataclasses.replace(lists, v_cache=lists.k_cache[..., : case.value_dim])
     q = laid_out(torch.randn(len(lengths), case.tokens, case.heads * case.group, head_dim).to(dtype), case.layout)
     options = {"causal": case.causal, "softcap": case.softcap, "scale": head_dim**-0.5}
@@ -78,10 +88,23 @@ def check(case: Case) -> None:
         real = None
         if case.packed:
             q, real, options = pack(q, options)
-        tensors = q, lists.k_cache, lists.block_tables, lists.seq_lens
-        options |= {"schedule": schedule, "batch_invariant": case.invariant}
+        tensors = q, cache, lists.block_tables, lists.seq_lens
+        options |= {"schedule": schedule, "batch_invariant": case.invariant, "cache_scale": scale}
         out, lse = kvops.paged_latent_attention(*tensors, value_dim=case.value_dim, **options)
     if real is not None:
         out, lse = unpack(real, out, lse)
     close(out, exact[0], same[0], "out")
     close(lse, exact[1], same[1], "lse")
+
+
+def _stored(case: Case, lists: Lists) -> tuple[Tensor, Tensor, float | Tensor | None]:
+    """The cache in 8 bits, the numbers that it stands for, and its scale."""
+    codes = quantise(10 * lists.k_cache.float(), SIDES[case.stored])
+    if case.scales == "":
+        return codes, codes.double(), None
+    if case.scales == "number":
+        return codes, 0.05 * codes.double(), 0.05
+    scale, by_slot = torch.rand(case.heads) + 0.5, torch.ones(lists.k_cache.shape[:2])
+    for b, h in itertools.product(range(len(case.lengths)), range(case.heads)):
+        by_slot[lists.slots(b, h)] = scale[h]
+    return codes, codes.double() * by_slot[..., None], scale

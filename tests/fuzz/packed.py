@@ -27,7 +27,18 @@ from fuzz.inputs import (
     raised,
     without_equals,
 )
-from fuzz.scoring import Scoring, compare, draw_scoring, expected_gradients, finite, one_sequence
+from fuzz.scoring import (
+    Scoring,
+    bias_of,
+    compare,
+    draw_bias,
+    draw_scoring,
+    expected_gradients,
+    finite,
+    learned,
+    make_bias,
+    one_sequence,
+)
 
 _LENGTHS = ("dtype", "rank", "flat", "last", "meta", "string", "none")
 MUTATIONS = {
@@ -40,6 +51,9 @@ MUTATIONS = {
     "max_seqlen_k": COUNT,
     "window_left": COUNT,
     "softcap": ("nan", "inf", "negative", "string", "none"),
+    "bias": ("integer", "last", "meta", "string"),
+    "dropout_p": ("negative", "fraction", "nan", "inf", "string", "none"),
+    "dropout_seed": ("integer", "rank", "last", "meta", "string"),
 }
 
 
@@ -57,6 +71,7 @@ class Case(Scoring):
     value_dim: int = 1
     layouts: tuple[str, ...] = ()
     gradient: str = ""
+    bias: str = ""  # "float" or "bool", and for heads, queries and keys "1" or "n": "float 1nn"
     scores: bool = False
     query_start: int = 0
     bad: str = ""
@@ -83,6 +98,7 @@ def draw(r: Random) -> Case:
         value_dim=often(r, head_dim, *HEAD_DIMS[: 10 if on_triton else None]),
         layouts=() if r.random() < 0.4 else tuple(r.choice(LAYOUTS[:-1]) for _ in range(3)),
         gradient=often(r, "", "out", "both", p=0.5),
+        bias=draw_bias(r, 3),
         scores=r.random() < 0.3,
         query_start=often(r, 0, r.randint(-longest, longest)),
         bad=draw_mutation(r, MUTATIONS) if r.random() < 0.12 else "",
@@ -93,6 +109,7 @@ def draw(r: Random) -> Case:
 
 
 def check(case: Case) -> None:
+    torch.manual_seed(case.seed)
     with backend(case.backend):
         _check(case)
 
@@ -116,30 +133,36 @@ def _check(case: Case) -> None:
         laid_out(torch.randn(shape, generator=g).to(dtype), layout)
         for shape, layout in zip(shapes, case.layouts or ("", "", ""), strict=False)
     )
-    options = case.tensors(heads, batch, g)
     longest = [max([0, *(pair[side] for pair in case.lengths)]) + case.more for side in (0, 1)]
+    options = case.tensors(heads, batch, g) | make_bias(case.bias, (heads, tokens[0], longest[1]), g)
+    drops = case.drops(case.seed)
     packing = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, **packing, **case.window(), **options}
     if case.bad:
-        expect_refusal(kvops.flash_attention_varlen, arguments, case.bad)
+        extra = {"bias": torch.zeros(tokens[0], longest[1])} if not case.bias else {}
+        extra |= drops or {"dropout_p": 0.5, "dropout_seed": torch.tensor([case.seed])}
+        if case.bad != "bias:last" or (arguments | extra)["bias"].shape[-1] + 1 not in (1, longest[1]):
+            expect_refusal(kvops.flash_attention_varlen, arguments | extra, case.bad)
         return
     if case.nonsense:
+        arguments.pop("bias", None)  # whose shape follows from a length
         _check_nonsense(case, arguments)
         return
     if case.tail[1] and not case.layouts:
         for side in (k, v):
             side[int(cu_k[-1]) :] = float("nan")
-    sinks = (options["sinks"],) if "sinks" in options else ()
-    for tensor in (q, k, v, *sinks):
+    for tensor in (q, k, v, *learned(options)):
         tensor.requires_grad_(bool(case.gradient))
-    out, lse = kvops.flash_attention_varlen(**arguments)
+    out, lse = kvops.flash_attention_varlen(**arguments, **drops)
+    options |= case.weights(case.seed, batch, heads, *longest)
     exact = _each(case, q, k, v, options)
     low = rounded(dtype, _each, case, q, k, v, finite(options))
     compare((out, lse), exact[:2], low[:2], ("out", "lse"))
     if case.gradient:
         _check_gradient(case, (q, k, v), options, out, lse, g)
-    if case.scores:
-        scoring = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items() if name != "sinks"}
+    if case.scores and not case.bias:
+        scoring = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
+        scoring = {name: x for name, x in scoring.items() if name not in ("sinks", "weights")}
         actual = kvops.attention_scores_varlen(
             q.detach(), k.detach(), lse.detach(), **packing, **case.window(), **scoring, query_start=case.query_start
         )
@@ -164,7 +187,7 @@ def _each(case: Case, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) 
     for b, (queries, keys) in enumerate(_spans(case)):
         mask = case.mask(*case.lengths[b])
         parts = (x.detach()[None, span] for x, span in ((q, queries), (k, keys), (v, keys)))
-        o, s, p = attention(*parts, mask=mask, **one_sequence(plain, b))
+        o, s, p = attention(*parts, mask=mask, **one_sequence(plain, b, queries, keys))
         out[queries], lse[:, queries] = o[0], s[0]
         count = case.lengths[b][0]
         start = case.query_start if case.query_start >= 0 else max(count + case.query_start, 0)
@@ -176,31 +199,33 @@ def _check_gradient(
     case: Case, inputs: tuple[Tensor, Tensor, Tensor], options: dict[str, Any], out: Tensor, lse: Tensor, g
 ) -> None:
     dout, dlse = torch.randn(out.shape, generator=g).to(out.dtype), torch.randn(lse.shape, generator=g)
-    sinks = (options["sinks"],) if "sinks" in options else ()
+    others = learned(options)
     if case.gradient == "both":
-        actual = torch.autograd.grad([out, lse], [*inputs, *sinks], [dout, dlse])
+        actual = torch.autograd.grad([out, lse], [*inputs, *others], [dout, dlse])
     else:
-        actual = torch.autograd.grad(out, [*inputs, *sinks], dout)
+        actual = torch.autograd.grad(out, [*inputs, *others], dout)
     plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
 
     q, k, v = (x.detach() for x in inputs)
 
     def expected(options: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         total = [torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v)]
-        of_sinks = [torch.zeros(x.shape, dtype=torch.float64) for x in sinks]
+        of_others = [torch.zeros(x.shape, dtype=torch.float64) for x in others]
         for b, (queries, keys) in enumerate(_spans(case)):
             parts = (x[None, span] for x, span in ((q, queries), (k, keys), (v, keys), (dout, queries)))
             of_lse = dlse[None, :, queries] if case.gradient == "both" else None
             mask = case.mask(*case.lengths[b])
-            found = expected_gradients(*parts, of_lse, mask, one_sequence(options, b), dtype)
+            found = expected_gradients(*parts, of_lse, mask, one_sequence(options, b, queries, keys), dtype)
             for x, span, part in zip(total, (queries, keys, keys), found, strict=False):
                 x[span] = part[0]
-            for x, part in zip(of_sinks, found[3:], strict=True):
-                x += part
-        return *total, *of_sinks
+            for x, part in zip(of_others, found[3:], strict=True):
+                own = x if x.dim() == 1 else bias_of(x, queries, keys)
+                own += part
+        return *total, *of_others
 
     low = rounded(out.dtype, expected, finite(plain), out.dtype)
-    compare(actual, expected(plain), low, ("dq", "dk", "dv", "dsinks")[: len(actual)])
+    names = [f"d{name}" for name in ("sinks", "bias") if name in options]
+    compare(actual, expected(plain), low, ("dq", "dk", "dv", *names[: len(others)]))
 
 
 def _check_nonsense(case: Case, arguments: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from paged_lists import POISON_BLOCK, QUANTISED, Lists, expected, quantise
+from paged_lists import POISON_BLOCK, QUANTISED, Lists, expected, quantise, quantise_by_slot
 from rounding import rounded
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from fuzz.inputs import (
     DTYPES,
     HEAD_DIMS,
     LAYOUTS,
+    SIDES,
     TENSOR,
     backend,
     close,
@@ -26,7 +27,7 @@ from fuzz.inputs import (
     laid_out,
     often,
 )
-from fuzz.scoring import finite
+from fuzz.scoring import draw_bias, finite, make_bias
 
 _INDEX = ("dtype", "integer", "rank", "flat", "meta", "string", "none")
 MUTATIONS = {
@@ -43,10 +44,9 @@ MUTATIONS = {
     "score_reduce": ("string", "fraction", "none"),
     "score_decay": ("negative", "nan", "string", "none"),
     "k_scale": ("list", "dtype"),
+    "bias": ("integer", "meta", "string"),
+    "k_slot_scale": ("dtype", "integer", "rank", "flat", "last", "meta", "string"),
 }
-
-
-_SIDES = {str(dtype).removeprefix("torch."): dtype for dtype in QUANTISED}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Case:
     softcap: float = 0.0
     sinks: str = ""
     tree: str = ""  # tree_mask for "all" sequences or for "each"
-    float8: str = ""  # "number", "heads" or "none" scales; then at least one side is float8 or int8
+    bias: str = ""  # "float" or "bool", and for batch, heads, tokens and slots "1" or "n": "float 1nn1"
+    float8: str = ""  # "number", "heads", "slots" or "none" scales; then at least one side is float8 or int8
     sides: tuple[str, str] = ("float8_e4m3fn", "float8_e4m3fn")  # dtypes of K and V; "" for that of q
     scores: str = ""
     decay: float = 1.0
@@ -114,8 +115,9 @@ def draw(r: Random) -> Case:
         # The kernels give NaN for a sink of +inf, and for one of -inf beside an empty list; eager code gives 0.
         sinks=often(r, "", "random", *(() if on_triton else ("-inf", "inf")), p=0.7),
         tree=often(r, "", "all", "each", p=0.8),
-        float8=often(r, "", "number", "heads", "none", p=0.8),
-        sides=r.choice([(k, v) for k in (*_SIDES, "") for v in (*_SIDES, "") if k or v]),
+        bias=draw_bias(r, 4),
+        float8=often(r, "", "number", "heads", "slots", "none", p=0.7),
+        sides=r.choice([(k, v) for k in (*SIDES, "") for v in (*SIDES, "") if k or v]),
         scores=often(r, "", "sum", "sumsq", "max", p=0.5),
         decay=often(r, 1.0, 0.0, 0.5, 2.0),
         schedule=r.choice((-1, -1, 0, 1, 2, 7, 40)),
@@ -129,8 +131,8 @@ def check(case: Case) -> None:
         _check(case)
 
 
-def _shuffled(case: Case, g: torch.Generator, dtype: torch.dtype) -> Lists:
-    """Lists in a shuffled pool, NaN wherever no list is."""
+def _shuffled(case: Case, g: torch.Generator, dtype: torch.dtype) -> tuple[Lists, dict[str, Tensor]]:
+    """Lists in a shuffled pool, NaN wherever no list is, and the scales of their slots, if they have some."""
     size, heads = case.block_size, len(case.lengths[0]) if case.lengths else 1
     lens = torch.tensor(case.lengths, dtype=torch.int32).view(-1, heads)
     used = (lens + size - 1) // size
@@ -152,17 +154,21 @@ def _shuffled(case: Case, g: torch.Generator, dtype: torch.dtype) -> Lists:
         k[where], v[where] = (torch.randn(n, width, generator=g) for width in (case.head_dim, case.value_dim))
         positions[where] = torch.randint(1, 4, (n,), generator=g).cumsum(0).int()
         scores[where] = torch.rand(n, generator=g)
-    if case.float8:
-        k, v = (quantise(x, _SIDES.get(side, dtype)) for x, side in zip((k, v), case.sides, strict=True))
-    else:
-        k, v = k.to(dtype), v.to(dtype)
-    return Lists(k, v, tables, lens, positions, scores)
+    caches, slot_scales = [], {}
+    for name, x, side in zip("kv", (k, v), case.sides if case.float8 else ("", ""), strict=True):
+        if case.float8 == "slots" and side:
+            stored, scale = quantise_by_slot(x, SIDES[side])
+            caches.append(stored)
+            slot_scales[f"{name}_slot_scale"] = scale.masked_fill(x.isnan().any(-1), math.nan)
+        else:
+            caches.append(quantise(x, SIDES.get(side, dtype)))
+    return Lists(*caches, tables, lens, positions, scores), slot_scales
 
 
 def _check(case: Case) -> None:
     g = torch.Generator().manual_seed(case.seed)
     dtype = DTYPES[case.dtype]
-    lists = _shuffled(case, g, dtype)
+    lists, slot_scales = _shuffled(case, g, dtype)
     batch, heads = lists.seq_lens.shape
     Hq, T = heads * case.group, case.tokens
     layouts = case.layouts or ("", "", "")
@@ -173,9 +179,9 @@ def _check(case: Case) -> None:
     tree = None
     if case.tree and T:
         tree = torch.rand(*(batch,) * (case.tree == "each"), T, T, generator=g) < 0.5
-    pool = _Pool(case, lists, layouts)
+    pool = _Pool(case, lists, layouts, slot_scales)
     if case.append:
-        _check_append(case, pool, lists, q_lens, scales, g)
+        _check_append(case, pool, lists, q_lens, scales, slot_scales, g)
     options: dict[str, Any] = {
         "q_lens": q_lens,
         "causal": case.causal,
@@ -184,6 +190,8 @@ def _check(case: Case) -> None:
         "softcap": case.softcap,
         "sinks": _sinks(case, Hq, g),
         "tree_mask": tree,
+        # One column more than there are slots, every other time.
+        **make_bias(case.bias, (batch, Hq, T, max([1, *map(max, case.lengths)]) + case.seed % 2), g),
     }
     schedule = None
     if case.schedule >= 0:
@@ -194,6 +202,7 @@ def _check(case: Case) -> None:
         **{"q": q, "k_cache": pool.k, "v_cache": pool.v, "block_tables": pool.tables, "seq_lens": pool.seq_lens},
         **options,
         **scales,
+        **pool.slot_scales,
         "positions": pool.positions if case.positions else None,
         "query_positions": query_positions if case.positions else None,
         "scores": pool.scores if case.scores else None,
@@ -210,6 +219,7 @@ def _check(case: Case) -> None:
     reference.k_cache, reference.v_cache = _dequantised(lists, scales)
     right = {
         **options,
+        **slot_scales,
         "window_left": min(case.window_left, 2**40),
         "query_positions": query_positions.long() if case.positions else None,
         "score_reduce": case.scores if T and case.scores else "sum",
@@ -227,12 +237,13 @@ def _check(case: Case) -> None:
 class _Pool:
     """The lists as the operators take them: in other memory, or as pages that hold every head."""
 
-    def __init__(self, case: Case, lists: Lists, layouts: tuple[str, ...]) -> None:
+    def __init__(self, case: Case, lists: Lists, layouts: tuple[str, ...], slot_scales: dict[str, Tensor]) -> None:
         self.pages = case.pages and all(len(set(row)) == 1 for row in case.lengths)
         self.lists = lists
         heads = lists.seq_lens.shape[1]
         k, v, positions, scores = lists.k_cache, lists.v_cache, lists.positions, lists.scores
         self.tables, self.seq_lens = lists.block_tables, lists.seq_lens
+        self.slot_scales = {name: scale.clone() for name, scale in slot_scales.items()}
         if self.pages:
             # The blocks of the first head number the pages; the other heads' blocks go beside them.
             self.of_page = {}
@@ -252,6 +263,7 @@ class _Pool:
 
             k, v, scores = beside(k, math.nan), beside(v, math.nan), beside(scores, math.nan)
             positions = beside(positions, 0)
+            self.slot_scales = {name: beside(scale, math.nan) for name, scale in slot_scales.items()}
             self.tables, self.seq_lens = self.tables[:, 0], self.seq_lens[:, 0]
         self.k, self.v = (_laid_out(x, layout) for x, layout in zip((k, v), layouts[1:], strict=False))
         self.positions, self.scores = positions.clone(), scores.clone()
@@ -311,7 +323,13 @@ def _dequantised(lists: Lists, scales: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _check_append(
-    case: Case, pool: _Pool, lists: Lists, q_lens: Tensor | None, scales: dict[str, Any], g: torch.Generator
+    case: Case,
+    pool: _Pool,
+    lists: Lists,
+    q_lens: Tensor | None,
+    scales: dict[str, Any],
+    slot_scales: dict[str, Tensor],
+    g: torch.Generator,
 ) -> None:
     """New tokens go into the last slots, all else stays as it is, bit by bit; the lists then hold them, too."""
     batch, heads = lists.seq_lens.shape
@@ -325,6 +343,7 @@ def _check_append(
         token_positions=token_positions if case.positions else None,
         scores=pool.scores if case.scores else None,
         **scales,
+        **pool.slot_scales,
     )
 
     def stored(x: Tensor, scale: Any, h: int, side: torch.dtype) -> Tensor:
@@ -341,8 +360,12 @@ def _check_append(
             continue
         where = block[-kept:], offset[-kept:]
         new = slice(count - kept, count)
-        for side, x, scale in ((lists.k_cache, k, "k_scale"), (lists.v_cache, v, "v_scale")):
-            values = stored(x[b, new, h], scales[scale], h, side.dtype)
+        for side, x, name in ((lists.k_cache, k, "k"), (lists.v_cache, v, "v")):
+            by_slot = slot_scales.get(f"{name}_slot_scale")
+            if by_slot is not None:
+                values, by_slot[where] = quantise_by_slot(x[b, new, h].float(), side.dtype)
+            else:
+                values = stored(x[b, new, h], scales[f"{name}_scale"], h, side.dtype)
             side.view(torch.uint8).view(*side.shape[:2], -1)[where] = (
                 values.contiguous().view(torch.uint8).view(kept, -1)
             )
@@ -350,15 +373,19 @@ def _check_append(
             lists.positions[where] = token_positions[b, new]
         if case.scores:
             lists.scores[where] = 0.0
-    sides = [("k_cache", pool.k), ("v_cache", pool.v), ("scores", pool.scores)]
+    sides = [("k_cache", pool.k), ("v_cache", pool.v), ("scores", pool.scores), *pool.slot_scales.items()]
     for name, side in sides:
-        right, found = getattr(lists, name), pool.by_block(side)
-        right, found = (x.float() for x in (right, found))
+        right = slot_scales[name] if name in slot_scales else getattr(lists, name)
+        right, found = right.float(), pool.by_block(side).float()
         assert torch.equal(right.nan_to_num(-1e30), found.nan_to_num(-1e30)), f"{name} after paged_append"
 
 
 def _check_refusal(case: Case, arguments: dict[str, Any]) -> None:
     name, how = case.bad.split(":")
+    if name == "bias" and "bias" not in arguments:
+        arguments["bias"] = torch.zeros(case.tokens, 1)
+    if name == "k_slot_scale" and name not in arguments:
+        return
     if name == "k_scale" and how == "dtype":
         arguments["k_scale"] = torch.ones(())
         if case.float8 and case.sides[0]:  # is what a float8 cache takes, but not in float64

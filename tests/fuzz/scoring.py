@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import torch
 from oracle import attention, attention_backward, attention_mask
+from test_attention_dropout import kept
 from torch import Tensor
 
 from fuzz.inputs import close, often
@@ -26,6 +28,7 @@ class Scoring:
     softcap: float = 0.0
     sinks: str = ""  # "random", "large", "-inf", "inf", or "some" of each
     alibi: str = ""  # "heads" or "batch"
+    dropout: float = 0.0
 
     def window(self) -> dict[str, Any]:
         return {"causal": self.causal, "window_left": self.window_left, "window_right": self.window_right}
@@ -52,6 +55,20 @@ class Scoring:
             options["alibi_slopes"] = torch.rand(shape, generator=generator)
         return options
 
+    def drops(self, seed: int) -> dict[str, Any]:
+        """Dropout under the operators' names; a seed of 31 bits fills both words of theirs."""
+        return {"dropout_p": self.dropout, "dropout_seed": torch.tensor([_wide(seed)])} if self.dropout else {}
+
+    def weights(self, seed: int, *sizes: int) -> dict[str, Tensor]:
+        """The same for the oracle; ``sizes`` are batch, heads, queries and keys."""
+        if not self.dropout:
+            return {}
+        return {"weights": kept(_wide(seed), self.dropout, *sizes).double() / (1 - self.dropout)}
+
+
+def _wide(seed: int) -> int:
+    return (seed << 33 | seed) - 2**63
+
 
 def draw_scoring(r: Random, longest: int, on_triton: bool) -> dict[str, Any]:
     near = r.randint(0, longest + 2)
@@ -64,13 +81,49 @@ def draw_scoring(r: Random, longest: int, on_triton: bool) -> dict[str, Any]:
         # The forward kernels give NaN for a sink of +inf, where eager code gives 0.
         "sinks": often(r, "", "random", "large", "-inf", *(() if on_triton else ("inf", "some")), p=0.7),
         "alibi": often(r, "", "heads", "batch", p=0.75),
+        "dropout": often(r, 0.0, 0.1, 0.5, 0.97, p=0.75),
     }
 
 
-def one_sequence(options: dict[str, Any], b: int) -> dict[str, Any]:
-    """The options of one sequence of a batch."""
-    slopes = options.get("alibi_slopes")
-    return options if slopes is None or slopes.dim() == 1 else {**options, "alibi_slopes": slopes[b]}
+def draw_bias(r: Random, dimensions: int) -> str:
+    """What :func:`make_bias` takes."""
+    return often(r, "", f"{r.choice(('float', 'bool'))} {''.join(r.choice('1n') for _ in range(dimensions))}", p=0.6)
+
+
+def make_bias(bias: str, sizes: Sequence[int], g: torch.Generator) -> dict[str, Tensor]:
+    """A float bias, in part -inf, or a mask: "float 1nn" is as large as the second and the third of three sizes."""
+    if not bias:
+        return {}
+    kind, code = bias.split()
+    shape = [1 if letter == "1" else size for letter, size in zip(code, sizes, strict=True)]
+    keep = torch.rand(shape, generator=g) < 0.7
+    if kind == "bool":
+        return {"bias": keep}
+    return {"bias": torch.randn(shape, generator=g).masked_fill(~keep, -math.inf)}
+
+
+def learned(options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The options that have a gradient: sinks, then a float bias."""
+    given = (options[name] for name in ("sinks", "bias") if name in options)
+    return tuple(x for x in given if x.is_floating_point())
+
+
+def bias_of(bias: Tensor, queries: slice, keys: slice) -> Tensor:
+    """A view of the part of a packed bias [heads, queries, keys] that is for one sequence."""
+    own = bias[:, queries] if bias.shape[1] > 1 else bias
+    return own[..., : keys.stop - keys.start] if bias.shape[2] > 1 else own
+
+
+def one_sequence(options: dict[str, Any], b: int, queries: slice, keys: slice) -> dict[str, Any]:
+    """The options of one sequence of a batch, which has these queries and keys."""
+    own = dict(options)
+    if "alibi_slopes" in options and options["alibi_slopes"].dim() > 1:
+        own["alibi_slopes"] = options["alibi_slopes"][b]
+    if "bias" in options:
+        own["bias"] = bias_of(options["bias"], queries, keys)
+    if "weights" in options:
+        own["weights"] = options["weights"][b, :, : queries.stop - queries.start, : keys.stop - keys.start]
+    return own
 
 
 def finite(options: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +137,14 @@ def compare(
 ) -> None:
     for one, exact, same, name in zip(actual, expected, low, names, strict=True):
         close(one, exact, same, name)
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` with the error of a rounding to ``dtype``, another one in each run: that of nearly equal numbers would be
+    the same in all of them."""
+    finite = x.masked_fill(x.isinf(), 0.0)
+    unit = torch.finfo(dtype).eps * torch.exp2(finite.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor())
+    return x + unit * (torch.rand(x.shape, dtype=x.dtype) - 0.5)
 
 
 def expected_gradients(
@@ -100,7 +161,7 @@ def expected_gradients(
     and float32."""
     out, lse, _ = attention(q, k, v, mask=mask, **options)
     if dtype != torch.float64:
-        out, lse = out.to(dtype).double(), lse.float().double()
+        out, lse = _stored(out, dtype), _stored(lse, torch.float32)
     result = attention_backward(dout, q, k, v, out, lse, mask=mask, dlse=dlse, **options)
     sinks = options.get("sinks")
     of_bias = () if result[4] is None else (result[4],)

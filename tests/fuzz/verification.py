@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -42,6 +43,7 @@ class Case:
     lens: bool = False
     block: bool = False
     tree: bool = False
+    packed: bool = False  # the rows of all requests end to end
     greedy: str = ""  # "some" or "all"
     odd: str = ""  # "out of vocabulary", "-inf", "nan" or "ties"
     distribution: bool = False
@@ -62,6 +64,7 @@ def draw(r: Random) -> Case:
         lens=r.random() < 0.4,
         block=r.random() < 0.4,
         tree=r.random() < 0.4,
+        packed=r.random() < 0.4,
         greedy=often(r, "", "some", "all"),
         odd=often(r, "", "out of vocabulary", "-inf", "nan", "ties", p=0.7),
         distribution=distribution,
@@ -115,7 +118,7 @@ def _check_tokens(case: Case) -> None:
         if not (case.bad == "target_logits:last" and not (case.probs and N)):
             expect_refusal(kvops.verify_draft, arguments, case.bad)
         return
-    tokens, accepted = kvops.verify_draft(**arguments)
+    tokens, accepted = _draft_varlen(arguments) if case.packed else kvops.verify_draft(**arguments)
     for b in range(B):
         n = N if lens is None else int(lens[b])
         found = tokens[b].tolist(), int(accepted[b])
@@ -142,6 +145,27 @@ def _check_tokens(case: Case) -> None:
         _expect(model, own, same, f"request {b}: {found}")
 
 
+def _draft_varlen(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """``verify_draft_varlen`` of what ``verify_draft`` takes; behind the last request there is a draft of none."""
+    B, rows = arguments["target_logits"].shape[:2]
+    lens = [rows - 1] * B if arguments["draft_lens"] is None else arguments["draft_lens"].tolist()
+    packed = {name: x for name, x in arguments.items() if name != "draft_lens"}
+    for name, more in (("target_logits", 1), ("draft_tokens", 0), ("draft_probs", 0)):
+        if (x := arguments[name]) is not None:
+            packed[name] = torch.cat([*(x[b, : n + more] for b, n in enumerate(lens)), x.new_zeros(1, *x.shape[2:])])
+    ends = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
+    return kvops.verify_draft_varlen(cu_seqlens=ends, max_seqlen=rows - 1, **packed)
+
+
+def _tree_varlen(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """``verify_tree_varlen`` of what ``verify_tree`` takes."""
+    B, nodes = arguments["draft_tokens"].shape
+    names = "target_logits", "draft_tokens", "parents", "draft_probs"
+    packed = {name: x.flatten(0, 1) if name in names and x is not None else x for name, x in arguments.items()}
+    ends = nodes * torch.arange(B + 1, dtype=torch.int32)
+    return kvops.verify_tree_varlen(cu_seqlens=ends, max_seqlen=nodes, **packed)
+
+
 def _check_tree(case: Case, arguments: dict[str, Any], g: torch.Generator) -> None:
     B, nodes = arguments["draft_tokens"].shape
     parents = torch.full((B, nodes), -1, dtype=torch.int32)
@@ -153,7 +177,7 @@ def _check_tree(case: Case, arguments: dict[str, Any], g: torch.Generator) -> No
         if case.bad.split(":")[0] in tree and not (case.bad == "target_logits:last" and not case.probs):
             expect_refusal(kvops.verify_tree, tree, case.bad)
         return
-    path, tokens, accepted = kvops.verify_tree(**tree)
+    path, tokens, accepted = _tree_varlen(tree) if case.packed else kvops.verify_tree(**tree)
     for b in range(B):
         if _refused(arguments["target_logits"][b]):
             continue
