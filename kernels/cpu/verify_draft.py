@@ -207,7 +207,9 @@ def _verify_draft(addresses, table, threads):
     )
     threads = worth(threads, 4 * call.tokens.size * call.logits.shape[2])
     succeeded = run_shares(_read_share, (call, rows), threads)
-    return run_shares(_emit_share, (call, rows), min(threads, len(call.tokens))) and succeeded
+    # Greedy requests read no logits any more: one thread is faster than to wait for a second one.
+    threads = min(threads, len(call.tokens)) if call.temperature.size else 1
+    return run_shares(_emit_share, (call, rows), threads) and succeeded
 
 
 def _bind(
