@@ -11,9 +11,7 @@ from kvops.kernels.cpu.arguments import Binding, unpack
 from kvops.kernels.cpu.elements import LOG2_E, exp2
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
-from kvops.kernels.cpu.vector import LANES, Ahead, address_of, multiply_transposed
-
-CHUNK = 64  # rows of a matrix that are multiplied while the next are asked for
+from kvops.kernels.cpu.vector import LANES, address_of, fma, load, prefetch, store_totals, zero
 
 
 class Call(NamedTuple):
@@ -44,17 +42,55 @@ def _share_of(columns, share, shares):
     return 4 * (columns // 4 * share // shares), 4 * (columns // 4 * (share + 1) // shares)
 
 
+@jit
+def _multiply_rows(x, b0, stride, out):
+    """out = x @ b.T for consecutive rows of b, from the address ``b0`` on.
+
+    Two rows of x by four of b at a time. The next four rows of b are asked for all along, which waits for memory less
+    than to ask for them at once.
+    """
+    step, ahead = 4 * LANES, 4 * stride
+    for j in range(0, out.shape[1], 4):
+        b1, b2, b3 = b0 + stride, b0 + 2 * stride, b0 + 3 * stride
+        x0, address = address_of(x), address_of(out) + 4 * j
+        for i in range(0, len(x) - 1, 2):
+            x1 = x0 + x.strides[0]
+            y0, y1, y2, y3 = zero(), zero(), zero(), zero()
+            z0, z1, z2, z3 = zero(), zero(), zero(), zero()
+            for d in range(0, x.strides[0], step):
+                if i == 0:
+                    for row in (b0, b1, b2, b3):
+                        prefetch(row + d + ahead)
+                y, z = load(x0 + d), load(x1 + d)
+                c = load(b0 + d)
+                y0, z0 = fma(y, c, y0), fma(z, c, z0)
+                c = load(b1 + d)
+                y1, z1 = fma(y, c, y1), fma(z, c, z1)
+                c = load(b2 + d)
+                y2, z2 = fma(y, c, y2), fma(z, c, z2)
+                c = load(b3 + d)
+                y3, z3 = fma(y, c, y3), fma(z, c, z3)
+            store_totals(address, y0, y1, y2, y3)
+            store_totals(address + out.strides[0], z0, z1, z2, z3)
+            x0, address = x1 + x.strides[0], address + 2 * out.strides[0]
+        if len(x) % 2:
+            y0, y1, y2, y3 = zero(), zero(), zero(), zero()
+            for d in range(0, x.strides[0], step):
+                if len(x) == 1:
+                    for row in (b0, b1, b2, b3):
+                        prefetch(row + d + ahead)
+                y = load(x0 + d)
+                y0, y1 = fma(y, load(b0 + d), y0), fma(y, load(b1 + d), y1)
+                y2, y3 = fma(y, load(b2 + d), y2), fma(y, load(b3 + d), y3)
+            store_totals(address, y0, y1, y2, y3)
+        b0 = b3 + stride
+
+
 @inner
 def _multiply_by(x, weight, share, shares, out):
     """The columns of out = x @ weight.T that belong to a share."""
     first, last = _share_of(len(weight), share, shares)
-    rows = np.empty(last - first, np.int64)
-    for j in range(last - first):
-        rows[j] = address_of(weight) + (first + j) * weight.strides[0]
-    for j in range(0, len(rows), CHUNK):
-        ahead = Ahead(address_of(rows) + 8 * (j + CHUNK), min(CHUNK, len(rows) - j - CHUNK), weight.strides[0])
-        some = rows[j : j + CHUNK]
-        multiply_transposed(x, len(x), some, len(some), x.shape[1], out[:, first + j : last], ahead)
+    _multiply_rows(x, address_of(weight) + first * weight.strides[0], weight.strides[0], out[:, first:last])
 
 
 @inner
