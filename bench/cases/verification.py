@@ -261,7 +261,7 @@ def packed(model: Model, batch: int, longest: int) -> Case:
         return {"logits": logits[0], "drafts": drafts, "ends": starts, "longest": longest}
 
     return Case(
-        op="verify_draft",
+        op="verify_draft_varlen",
         model=model.name,
         shape={"batch": batch, "drafts": f"0 to {longest} packed", "vocab": V, "mode": "greedy"},
         make_inputs=make,
