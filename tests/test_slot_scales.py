@@ -82,7 +82,7 @@ def test_append_writes_a_scale_for_each_token_and_head(backend, device, k_dtype,
 @pytest.mark.skipif(bool(MACHINE), reason="divisions of the compiled kernels are off by up to two units")
 @pytest.mark.parametrize("dtype", QUANTISED)
 def test_a_number_is_divided_by_its_scale_and_not_multiplied_by_the_inverse(backend, dtype):
-    """The CPU kernel did so, although it divided in float64: one of 20,000 numbers was stored as the one beside."""
+    """The CPU kernel did so, although it divided in float64: now and then a number was stored as the one beside."""
     largest = 1.0 + torch.arange(1024)[:, None] / 1024  # of a row of two
     other = largest.mT / 2
     scale = largest / (127 if dtype == torch.int8 else torch.finfo(dtype).max)

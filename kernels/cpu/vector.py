@@ -184,14 +184,17 @@ def copy(typing_context: Any, target: Any, source: Any, count: Any) -> tuple[Any
     return types.void(types.intp, types.intp, types.intp), generate
 
 
+def _repeat(builder: Any, number: Any) -> Any:
+    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.IntType(32)(0))
+    return _pick(builder, first, first, [0] * LANES)
+
+
 @intrinsic
 def splat(typing_context: Any, x: Any) -> tuple[Any, _Generate]:
     """A vector of one number."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[0], ir.IntType(32)(0))
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-        return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+        return _repeat(builder, arguments[0])
 
     return vector(types.float32), generate
 
@@ -211,10 +214,7 @@ def every(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
     """A vector of the one number at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number = builder.load(builder.inttoptr(arguments[0], ir.FloatType().as_pointer()), align=4)
-        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.IntType(32)(0))
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-        return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+        return _repeat(builder, builder.load(builder.inttoptr(arguments[0], ir.FloatType().as_pointer()), align=4))
 
     return vector(types.intp), generate
 

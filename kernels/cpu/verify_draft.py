@@ -18,8 +18,8 @@ from kvops.prepared import prepared
 class Call(NamedTuple):
     """The arguments of one call; what is not given has size 0.
 
-    Packed requests lie behind each other: ``ends[b]`` is the place of the first draft of request b and, among the rows
-    of logits from row b on, of its first row.
+    Packed requests follow one another without padding. The drafts of request b begin at ``ends[b]``, its rows of logits
+    at ``ends[b] + b``: ``logits[b]`` is a view that begins at row b.
     """
 
     logits: uint8[:, :, :]  # [B, T + 1, V] bytes
