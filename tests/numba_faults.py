@@ -167,9 +167,9 @@ NUMBA_FAULTS = [
         PAGED_NUMBA,
     ),
     Mutation(
-        "numba: an item reads the first keys of the item before it",
+        "numba: every tile of an item reads the keys of the first",
         "kernels/cpu/paged_attention.py",
-        "then.i, then.begin, then.end",
+        "place.i, first + TILE, place.end",
         "place.i, place.begin, place.end",
         PAGED_NUMBA,
     ),
