@@ -227,6 +227,20 @@ def test_powers_of_two_err_by_less_than_two_units_in_the_last_place():
     assert math.isnan(elements.exp2(special.numpy()[3]))
 
 
+def test_tanh_errs_by_few_units_in_the_last_place_near_zero_too():
+    """The quotient errs most at 0.25, where the series ends: 1.9 times the error of t, which is 2.5 units (2 of exp2
+    and 0.5 of its argument), and 1.5 units of its own."""
+    near_zero = 2.0 ** torch.linspace(-100, -2, 2001)
+    x = torch.cat([near_zero, torch.linspace(0.25, 12, 4001)])
+    x = torch.cat([x, -x])
+    exact = torch.tanh(x.double())
+    result = torch.tensor([elements.tanh(value) for value in x.numpy()], dtype=torch.float64)
+    assert ((result - exact).abs() / exact.abs()).max() < 6.3 * 2**-23
+    special = torch.tensor([0.0, math.inf, -math.inf, math.nan])
+    assert [elements.tanh(value) for value in special.numpy()][:3] == [0.0, 1.0, -1.0]
+    assert math.isnan(elements.tanh(special.numpy()[3]))
+
+
 @pytest.mark.parametrize(("out_features", "in_features"), [(40, 32), (4, 16), (2048, 96), (36, 1536)])
 def test_products_of_few_rows_have_the_same_bits_whatever_stands_beside_a_row(out_features, in_features, two_threads):
     weight, x = torch.randn(out_features, in_features), torch.randn(7, in_features)

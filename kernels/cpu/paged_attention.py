@@ -11,7 +11,7 @@ import torch
 from numba import boolean, float32
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, in_float32, per_head, unpack
-from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded
+from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded, tanh
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import (
     PIECE,
@@ -65,7 +65,7 @@ def _query_factor(call, h):
 def _cap(softcap, rows, count, s):
     for r in range(rows):
         for j in range(count):
-            s[r, j] = np.float32(softcap * LOG2_E) * np.tanh(s[r, j] / np.float32(softcap))
+            s[r, j] = np.float32(softcap * LOG2_E) * tanh(s[r, j] / np.float32(softcap))
 
 
 @inner

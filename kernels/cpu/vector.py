@@ -339,7 +339,7 @@ def multiply_transposed(a, rows, b, columns, width, out, ahead):
     next_row = stride if rows > 1 else 0  # a single row is its own partner
     quad, byte = 0, 0
     for j in range(0, columns, 4):
-        quad, byte = _ask(ahead, 4 * width // LINE, quad, byte)
+        quad, byte = _ask(ahead, -(-ahead.size // LINE), quad, byte)
         b0, b1, b2, b3 = b[j], b[j + 1], b[j + 2], b[j + 3]
         a0, address = address_of(a), address_of(out) + 4 * j
         for _ in range((rows - 2 * pairs) // 3):
