@@ -117,6 +117,8 @@ class Scale:
     batches: tuple[int, ...]
     """Requests decoded together."""
     max_kv_heads: int
+    max_cached_heads: int
+    """KV heads where new tokens read a cache: far less work than the attention of a prompt."""
     max_head_dim: int
     max_vocab: int
     max_logits: int
@@ -124,9 +126,10 @@ class Scale:
     window: int
     """Replaces a model's window, if it has one."""
 
-    def model(self, model: Model) -> Model:
-        """The model with as many KV heads, head size, vocabulary and window as this scale allows; its group is kept."""
-        kv_heads = min(model.kv_heads, self.max_kv_heads)
+    def model(self, model: Model, *, cached: bool = False) -> Model:
+        """The model with as many KV heads, head size, vocabulary and window as this scale allows; its group is kept.
+        ``cached``: for new tokens that read a cache."""
+        kv_heads = min(model.kv_heads, self.max_cached_heads if cached else self.max_kv_heads)
         return replace(
             model,
             heads=kv_heads * model.group,
@@ -146,6 +149,7 @@ SCALES = {
             contexts=(4096, 32768, 131072),
             batches=(1, 16, 64),
             max_kv_heads=1 << 30,
+            max_cached_heads=1 << 30,
             max_head_dim=1 << 30,
             max_vocab=1 << 30,
             max_logits=1 << 40,
@@ -157,6 +161,7 @@ SCALES = {
             contexts=(1024, 4096),
             batches=(1, 8),
             max_kv_heads=2,
+            max_cached_heads=8,
             max_head_dim=256,
             max_vocab=1 << 30,
             max_logits=1 << 24,
@@ -169,6 +174,7 @@ SCALES = {
             contexts=(40,),
             batches=(1, 2),
             max_kv_heads=2,
+            max_cached_heads=2,
             max_head_dim=16,
             max_vocab=97,
             max_logits=1024,

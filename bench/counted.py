@@ -29,7 +29,7 @@ from kvops.cli.console import table
 
 DTYPE = torch.float16
 # Small enough for a CPU, large enough that the ends of loops do not govern: two KV heads of a model with 8.
-SCALE = replace(SCALES["cpu"], max_kv_heads=2, max_head_dim=128, max_vocab=4096)
+SCALE = replace(SCALES["cpu"], max_kv_heads=2, max_cached_heads=2, max_head_dim=128, max_vocab=4096)
 PEER = "vLLM triton_unified_attention"
 # What vLLM cuts a list into when it decodes few requests.
 _SEGMENTS = 16

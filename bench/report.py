@@ -27,7 +27,8 @@ _HEAD = """# Benchmarks
 - Contenders take turns, in a random order in every round. A ratio is the median over the rounds, ± half the distance
   from the 20th to the 80th percentile. Inputs are random and made outside the timing.
 - On a GPU: CUDA events, the L2 cache flushed before every call, warm clocks, calls below 0.2 ms as replays of a
-  graph. On a CPU: fixed threads, warm caches, and ratios only, because only ratios carry over to another machine.
+  graph. On a CPU: fixed threads, caches as the call before left them (mostly another contender's), and ratios
+  only, because only ratios carry over to another machine.
 - **× PEER** is how many times as fast kvops is: above 1 kvops is faster, below 1 the peer is. **of roofline** is the
   least time that the measured copy bandwidth and matrix peak allow, over kvops' time. Inputs that fit into a CPU's
   caches can exceed 100 %.

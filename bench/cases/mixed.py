@@ -105,4 +105,4 @@ def mixed(model: Model, batch: int, context: int, chunk: int) -> Case:
 
 def cases(scale: Scale) -> Iterator[Case]:
     context = scale.contexts[0]
-    yield mixed(scale.model(LLAMA_8B), scale.batches[-1], context, context // 4)
+    yield mixed(scale.model(LLAMA_8B, cached=True), scale.batches[-1], context, context // 4)

@@ -434,12 +434,12 @@ def schedule(model: Model, batch: int, context: int) -> Case:
 
 def cases(scale: Scale) -> Iterator[Case]:
     longest, batches = scale.contexts[-1], scale.batches
-    llama = scale.model(LLAMA_8B)
+    llama = scale.model(LLAMA_8B, cached=True)
     for context in scale.contexts:
         yield attention(llama, batches[0], context, spread="equal")
         yield attention(llama, batches[-1], context)
     for model in (LLAMA_70B, MISTRAL_7B, QWEN_7B, SMOLLM, GEMMA, STARCODER):
-        yield attention(scale.model(model), batches[-1], scale.contexts[0])
+        yield attention(scale.model(model, cached=True), batches[-1], scale.contexts[0])
     yield attention(llama, batches[-1], scale.contexts[0], tokens=8)
     yield attention(llama, batches[-1], scale.contexts[0], reduce="sum")
     yield attention(llama, batches[-1], scale.contexts[0], cache="int8")
@@ -452,6 +452,6 @@ def cases(scale: Scale) -> Iterator[Case]:
     yield attention(llama, _MANY, mean, spread="heavy-tailed", reduce="sum")
     yield attention(llama, _MANY, mean, spread="heavy-tailed", tokens=8)
     for model in (LLAMA_8B, SMOLLM):
-        yield append(scale.model(model), batches[-1], scale.contexts[0])
+        yield append(scale.model(model, cached=True), batches[-1], scale.contexts[0])
     yield append(llama, 1, longest, tokens=min(512, longest // 8))
     yield schedule(llama, batches[-1], longest)
