@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
                 case,
                 clock,
                 dtype,
-                roofline,
+                roofline if clock.gpu else None,
                 peers=arguments.peers,
                 rounds=arguments.rounds,
                 seconds=arguments.seconds,

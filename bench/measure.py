@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Inputs, Outputs, Peer, UnavailableError
-from bench.timing import Clock, Roofline, captured, quantiles, tflops
+from bench.timing import Clock, Roofline, captured, measure_roofline, quantiles, tflops
 
 KVOPS = "kvops"
 # Below this many milliseconds a GPU's host and launches weigh in: such calls are timed as replays of a graph.
 _GRAPH_BELOW_MS = 0.2
+_ROOFLINE_ROUNDS = 5  # before a case, and after it
 
 
 @dataclass
@@ -73,14 +75,18 @@ def measure(
     case: Case,
     clock: Clock,
     dtype: torch.dtype,
-    roofline: Roofline,
+    roofline: Roofline | None = None,
     *,
     peers: Sequence[str] | None = None,
     rounds: int = 20,
     seconds: float = 2.0,
     seed: int = 0,
 ) -> list[Row]:
-    """kvops and the peers (None: all) whose name contains one of ``peers``, in rounds within ``seconds``."""
+    """kvops and the peers (None: all) whose name contains one of ``peers``, in rounds within ``seconds``.
+
+    Without a ``roofline`` the device's own is measured just before the rounds and after them: what a host that others
+    share gives changes from minute to minute.
+    """
     inputs = build(case, clock.device, dtype, seed)
     chosen = [peer for peer in case.peers if peers is None or any(word.lower() in peer.name.lower() for word in peers)]
     contenders = [_contender(case, dtype, None), *(_contender(case, dtype, peer) for peer in chosen)]
@@ -89,7 +95,7 @@ def measure(
         torch.cuda.empty_cache()
         for contender in contenders:
             _capture(case, inputs, contender, clock)
-    _time(case, inputs, clock, contenders, roofline, rounds, seconds)
+    _time(case, inputs, clock, dtype, contenders, roofline, rounds, seconds)
     return [contender.row for contender in contenders]
 
 
@@ -214,21 +220,28 @@ def _time(
     case: Case,
     inputs: Inputs,
     clock: Clock,
+    dtype: torch.dtype,
     contenders: Sequence[_Contender],
-    roofline: Roofline,
+    roofline: Roofline | None,
     rounds: int,
     seconds: float,
 ) -> None:
     ready = {contender.row.contender: contender for contender in contenders if contender.call is not None}
     calls = {name: contender.call for name, contender in ready.items() if contender.call is not None}
+
+    def around() -> Roofline:
+        return roofline or measure_roofline(clock, dtype, _ROOFLINE_ROUNDS, statistics.median)
+
+    before = around()
     samples = clock.interleaved(calls, rounds, seconds=seconds, reset=lambda name: reset(case, inputs))
+    after = around()
     for name, times in samples.items():
         row = ready[name].row
         row.rounds = len(times)
         row.p20_ms, row.ms, row.p80_ms = quantiles(times)
         row.tflops = tflops(row.flops, row.ms) if row.flops else None
         row.gbps = row.bytes / row.ms / 1e6
-        row.of_roofline = roofline.bound_ms(row.flops, row.bytes) / row.ms
+        row.of_roofline = statistics.mean(peaks.bound_ms(row.flops, row.bytes) for peaks in (before, after)) / row.ms
         if KVOPS in samples:
             ratios = [theirs / ours for theirs, ours in zip(times, samples[KVOPS], strict=True)]
             row.p20_ratio, row.ratio, row.p80_ratio = quantiles(ratios)

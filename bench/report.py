@@ -30,8 +30,9 @@ _HEAD = """# Benchmarks
   graph. On a CPU: fixed threads, caches as the call before left them (mostly another contender's), and ratios
   only, because only ratios carry over to another machine.
 - **× PEER** is how many times as fast kvops is: above 1 kvops is faster, below 1 the peer is. **of roofline** is the
-  least time that the measured copy bandwidth and matrix peak allow, over kvops' time. Inputs that fit into a CPU's
-  caches can exceed 100 %.
+  least time that the measured copy bandwidth and matrix peak allow, over kvops' time: on a GPU those of the run, on a
+  CPU the medians just before and after each case, as what a shared host gives changes from minute to minute. Inputs
+  that fit into a CPU's caches can exceed 100 %.
 """
 
 

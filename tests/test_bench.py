@@ -210,6 +210,15 @@ def test_a_wrong_operator_is_not_timed():
     assert rows[1].ratio is None
 
 
+def test_the_roofline_of_a_case_is_what_the_device_gives_before_and_after_it(monkeypatch):
+    found = iter([Roofline(matrix_tflops=0.1, copy_gbps=10.0), Roofline(matrix_tflops=0.1, copy_gbps=5.0)])
+    monkeypatch.setattr(measure, "measure_roofline", lambda *arguments: next(found))
+    (row,) = measure.measure(doubled(), Clock(CPU), torch.float32, rounds=3)
+    assert row.bytes > 0
+    assert row.of_roofline == pytest.approx(row.bytes / 1e6 * (1 / 10 + 1 / 5) / 2 / row.ms)
+    assert next(found, None) is None
+
+
 def test_whole_numbers_and_infinities_must_be_equal():
     case = doubled()
     one, inf = torch.tensor([1]), torch.tensor([1.0, float("inf")])
