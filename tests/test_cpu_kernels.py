@@ -21,7 +21,7 @@ from kvops import checks
 pytest.importorskip("numba")
 
 from kvops.kernels.cpu import elements, jit, linear, threads
-from kvops.models.linear import Linear, feed_forward
+from kvops.models.linear import Linear, after_attention, rotated_heads
 from kvops.ops.registry import forget_launches
 
 
@@ -253,59 +253,79 @@ def test_products_of_few_rows_have_the_same_bits_whatever_stands_beside_a_row(ou
         assert torch.equal(linear.linear(x[row : row + 1], weight)[0], together[row])
 
 
+def seen_by_hooks(*modules):
+    """The modules that run from now on, in their order."""
+    seen = []
+    for module in modules:
+        module.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    return seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_a_norm_before_a_product_is_that_of_torch(rows, two_threads):
-    norm, weight = torch.nn.RMSNorm(96, eps=1e-5), torch.randn(48, 96)
+def test_projections_behind_a_norm_and_a_rotary_embedding_are_those_of_torch(rows, bias, two_threads):
+    heads, D = (3, 1), 24
+    norm, layer = torch.nn.RMSNorm(96, eps=1e-5), Linear(96, 5 * D, bias=bias)
     torch.nn.init.normal_(norm.weight)
-    x = 30 * torch.randn(rows, 96)
+    x, angle = 30 * torch.randn(rows, 1, 96), torch.randn(rows, 1, 1, D)
+    cos, sin = angle.cos(), angle.sin()
+
+    def reference(norm, layer, x, cos, sin):
+        q, k, v = layer(norm(x)).unflatten(-1, (5, D)).split((3, 1, 1), 2)
+        return *(head * cos + head.roll(D // 2, -1) * sin for head in (q, k)), v
+
     with torch.no_grad():
-        exact = norm.double()(x.double()) @ weight.double().T
-        error = (norm.float()(x) @ weight.T - exact).abs().max()
-        result = linear.linear(x, weight, norm.weight, norm.eps)
-        assert (result - exact).abs().max() <= 2 * error + 1e-6
-        layer = Linear(96, 48, bias=True)
-        torch.testing.assert_close(layer.after(norm, x), layer(norm(x)))
-        seen = []
-        for module in (norm, layer):
-            module.register_forward_hook(lambda module, inputs, output: seen.append(module))
-        assert torch.equal(layer.after(norm, x), layer(norm(x)))
-        assert seen == 2 * [norm, layer]
+        doubles = (copy.deepcopy(module).double() for module in (norm, layer))
+        exact = reference(*doubles, x.double(), cos.double(), sin.double())
+        plain, results = reference(norm, layer, x, cos, sin), rotated_heads(norm, layer, x, cos, sin, heads)
+        torch.set_num_threads(3)
+        for row in range(rows):
+            alone = rotated_heads(norm, layer, x[row : row + 1], cos[row : row + 1], sin[row : row + 1], heads)
+            assert all(torch.equal(one[0], result[row]) for one, result in zip(alone, results, strict=True))
+        seen = seen_by_hooks(norm, layer)
+        hooked = rotated_heads(norm, layer, x, cos, sin, heads)
+        assert seen == [norm, layer]
+        for result, other, expected, same in zip(results, hooked, exact, plain, strict=True):
+            allowed = 2 * (same - expected).abs().max() + 1e-6
+            assert (result - expected).abs().max() <= allowed
+            assert (other - expected).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_a_feed_forward_block_is_that_of_torch(rows, two_threads):
-    norm, gate_up, down = torch.nn.RMSNorm(96, eps=1e-5), Linear(96, 64, bias=False), Linear(32, 96, bias=False)
+def test_a_layer_behind_its_attention_is_that_of_torch(rows, two_threads):
+    projection, norm = Linear(64, 96, bias=False), torch.nn.RMSNorm(96, eps=1e-5)
+    gate_up, down = Linear(96, 64, bias=False), Linear(32, 96, bias=False)
     torch.nn.init.normal_(norm.weight)
-    x = 30 * torch.randn(rows, 1, 96)
+    x, attended = 30 * torch.randn(rows, 1, 96), torch.randn(rows, 1, 64)
 
-    def reference(x, norm, gate_up, down):
-        gate, up = gate_up(norm(x)).chunk(2, -1)
-        return x + down(torch.nn.functional.silu(gate) * up)
+    def reference(x, attended, projection, norm, gate_up, down):
+        y = x + projection(attended)
+        gate, up = gate_up(norm(y)).chunk(2, -1)
+        return y + down(torch.nn.functional.silu(gate) * up)
 
-    modules = norm, gate_up, down
+    modules = projection, norm, gate_up, down
     with torch.no_grad():
-        exact = reference(x.double(), *(copy.deepcopy(module).double() for module in modules))
-        error = (reference(x, *modules) - exact).abs().max()
-        result = feed_forward(x, *modules)
+        exact = reference(x.double(), attended.double(), *(copy.deepcopy(module).double() for module in modules))
+        error = (reference(x, attended, *modules) - exact).abs().max()
+        result = after_attention(x, attended, *modules)
         assert (result - exact).abs().max() <= 2 * error + 1e-6
         torch.set_num_threads(3)
         for row in range(rows):
-            assert torch.equal(feed_forward(x[row : row + 1], *modules)[0], result[row])
-        seen = []
-        for module in modules:
-            module.register_forward_hook(lambda module, inputs, output: seen.append(module))
-        torch.testing.assert_close(feed_forward(x, *modules), result)
+            alone = after_attention(x[row : row + 1], attended[row : row + 1], *modules)
+            assert torch.equal(alone[0], result[row])
+        seen = seen_by_hooks(*modules)
+        torch.testing.assert_close(after_attention(x, attended, *modules), result)
         assert seen == [*modules]
 
 
 @pytest.mark.parametrize("gate", [0.0, 100.0, -100.0, 300.0, -300.0, math.nan])
-def test_the_gate_of_a_feed_forward_block_takes_every_number(gate):
+def test_the_gate_behind_attention_takes_every_number(gate):
     gate_up = torch.zeros(64, 32)
     gate_up[:32, 0] = gate_up[32:, 1] = 1  # the normalised x has the gate in front, then what it lets through
     x = torch.zeros(1, 32)
     x[0, :2] = torch.tensor([1.0, -1.0]) * 4  # whose root mean square is 1
     norm = torch.tensor([gate / 4, -0.5] + 30 * [1.0])
-    out = linear.feed_forward(x, norm, gate_up, torch.eye(32), 0.0)
+    out = linear.after_attention(x, x, torch.zeros(32, 32), norm, gate_up, torch.eye(32), 0.0)
     expected = x + torch.nn.functional.silu(torch.tensor(gate).double()).float() * 2
     torch.testing.assert_close(out, expected, equal_nan=True)
 

@@ -24,47 +24,61 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x) if self._has_kernel(x) else F.linear(x, self.weight, self.bias)
+        return self._multiply(x) if _few(x, self) else F.linear(x, self.weight, self.bias)
 
-    def after(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        """``self(norm(x))``, by the kernel at once if neither module has a hook that would see what is between."""
-        if not self._has_kernel(x) or _has_hooks(self, norm):
-            return self(norm(x))  # type: ignore[no-any-return]
-        return self._multiply(x, norm.weight, norm.eps)
-
-    def _has_kernel(self, x: Tensor) -> bool:
-        """Whether numba's kernel takes these rows: few, no subclasses, and nothing that is traced."""
-        weight = self.weight  # modules search for a parameter, which takes a microsecond
-        return (
-            not torch.is_grad_enabled()
-            and x.dtype == torch.float32
-            and 0 < x.numel() <= _FEW * x.shape[-1]
-            and x.is_cpu
-            and type(x) is Tensor
-            and type(weight) is nn.Parameter
-            and not torch.compiler.is_compiling()
-            and backend() == "numba"
-            and _kernels().serves(weight)
-        )
-
-    def _multiply(self, x: Tensor, *norm: Any) -> Tensor:
-        shape, bias = x.shape, self.bias
-        out = _kernels().linear(x.reshape(-1, shape[-1]).contiguous(), self.weight, *norm)
-        if len(shape) != 2:
-            out = out.view(*shape[:-1], out.shape[-1])
-        return out if bias is None else out + bias
+    def _multiply(self, x: Tensor, *options: Any) -> Tensor:
+        """The kernel's product; ``options`` follow the bias in :func:`kvops.kernels.cpu.linear.linear`."""
+        weight = self.weight
+        return _kernels().linear(_rows(x), weight, self.bias, *options).view(*x.shape[:-1], weight.shape[0])
 
 
-def feed_forward(x: Tensor, norm: nn.RMSNorm, gate_up: Linear, down: Linear) -> Tensor:
-    """x + down(silu(gate) * up), where ``gate_up(norm(x))`` has gate and up side by side; the layers have no bias.
+def rotated_heads(
+    norm: nn.RMSNorm, linear: Linear, x: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, T, heads, D] of ``linear(norm(x))``, with q and k behind a rotary embedding.
 
-    It is one kernel where :class:`Linear` runs one, if no module has a hook that would see what is between.
+    ``heads`` counts those of q, and those of k, which v has too. cos, sin [B, T, 1, D]; the first half of the sines is
+    negative (see :mod:`kvops.rotary`).
     """
-    if gate_up._has_kernel(x) and _kernels().serves(down.weight) and not _has_hooks(norm, gate_up, down):
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return _kernels().feed_forward(rows, norm.weight, gate_up.weight, down.weight, norm.eps).view(x.shape)
-    gate, up = gate_up(norm(x)).chunk(2, dim=-1)
-    return x + down(F.silu(gate) * up)
+    rotated, head_dim = sum(heads), cos.shape[-1]
+    if _few(x, linear) and not _has_hooks(norm, linear):
+        done = linear._multiply(x, norm.weight, norm.eps, _rows(cos), _rows(sin), rotated)
+        return done.unflatten(-1, (-1, head_dim)).split((*heads, heads[1]), dim=2)  # type: ignore[return-value]
+    plain = linear(norm(x)).unflatten(-1, (-1, head_dim))
+    rotating = plain[:, :, :rotated]
+    q, k = torch.addcmul(rotating * cos, rotating.roll(head_dim // 2, -1), sin).split(heads, dim=2)
+    return q, k, plain[:, :, rotated:]
+
+
+def after_attention(
+    x: Tensor, attended: Tensor, projection: Linear, norm: nn.RMSNorm, gate_up: Linear, down: Linear
+) -> Tensor:
+    """y + down(silu(gate) * up), where y is x + projection(attended) and ``gate_up(norm(y))`` has gate and up side by
+    side; the layers have no bias. x [B, T, hidden], attended [B, T, heads * D]."""
+    if _few(x, projection, gate_up, down) and not _has_hooks(projection, norm, gate_up, down):
+        weights = projection.weight, norm.weight, gate_up.weight, down.weight
+        return _kernels().after_attention(_rows(x), _rows(attended), *weights, norm.eps).view(x.shape)
+    y = x + projection(attended)
+    gate, up = gate_up(norm(y)).chunk(2, dim=-1)
+    return y + down(F.silu(gate) * up)
+
+
+def _few(x: Tensor, *layers: Linear) -> bool:
+    """Whether numba's kernel takes these rows of these layers: few, no subclasses, and nothing that is traced."""
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and 0 < x.numel() <= _FEW * x.shape[-1]
+        and x.is_cpu
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and backend() == "numba"
+        and all(type(layer.weight) is nn.Parameter and _kernels().serves(layer.weight) for layer in layers)
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _has_hooks(*modules: nn.Module) -> bool:

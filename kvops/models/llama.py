@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvops.models.config import LlamaConfig
-from kvops.models.linear import Linear, feed_forward
+from kvops.models.linear import Linear, after_attention, rotated_heads
 from kvops.models.rope import YarnRopeScaling, frequencies
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -46,13 +46,9 @@ class LlamaLayer(nn.Module):
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]."""
         config = self.config
-        qkv = self.qkv.after(self.attention_norm, x).unflatten(-1, (-1, config.head_dim))
-        rotating = qkv[:, :, : -config.num_kv_heads]
-        rotated = torch.addcmul(rotating * cos, rotating.roll(config.head_dim // 2, -1), sin)
-        q, k = rotated.split((config.num_heads, config.num_kv_heads), dim=2)
-        v = qkv[:, :, -config.num_kv_heads :]
-        x = x + self.out(attend(q, k, v).flatten(2))
-        return feed_forward(x, self.mlp_norm, self.gate_up, self.down)
+        heads = config.num_heads, config.num_kv_heads
+        q, k, v = rotated_heads(self.attention_norm, self.qkv, x, cos, sin, heads)
+        return after_attention(x, attend(q, k, v).flatten(2), self.out, self.mlp_norm, self.gate_up, self.down)
 
 
 class Llama(nn.Module):
