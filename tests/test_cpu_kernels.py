@@ -365,6 +365,27 @@ def test_the_models_linear_layer_takes_the_kernel_for_few_rows_alone(monkeypatch
     assert len(served) == 2
 
 
+def test_what_does_not_fit_the_models_kernels_is_left_to_torch(two_threads):
+    """They read memory by address: what has another shape or dtype must not reach them."""
+    norm, layer, hidden = torch.nn.RMSNorm(32, eps=1e-5), Linear(32, 96, bias=True), torch.randn(2, 3, 32)
+    angle = torch.randn(1, 3, 1, 24)
+    modules = Linear(48, 32, bias=False), norm, Linear(32, 64, bias=False), Linear(32, 32, bias=False)
+    with torch.no_grad():
+        for x in (torch.randn(2, 16), torch.randn(2, 64)):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                layer(x)
+        for attended in (torch.randn(2, 3, 32), torch.randn(2, 3, 48).double()):
+            with pytest.raises(RuntimeError, match=r"cannot be multiplied|same dtype"):
+                after_attention(hidden, attended, *modules)
+        one_for_all = rotated_heads(norm, layer, hidden, angle.cos(), angle.sin(), (2, 1))
+        repeated = (table.expand(2, 3, 1, 24) for table in (angle.cos(), angle.sin()))
+        for result, expected in zip(one_for_all, rotated_heads(norm, layer, hidden, *repeated, (2, 1)), strict=True):
+            torch.testing.assert_close(result, expected)
+        expected = layer(hidden)
+        layer.bias = torch.nn.Parameter(torch.stack((layer.bias, layer.bias), 1)[:, 0])  # not contiguous
+        torch.testing.assert_close(layer(hidden), expected)
+
+
 def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path))
     jit._state.cache_clear()

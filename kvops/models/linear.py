@@ -24,7 +24,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x) if _few(x, self) else F.linear(x, self.weight, self.bias)
+        return self._multiply(x) if _has_kernel(self, x) else F.linear(x, self.weight, self.bias)
 
     def _multiply(self, x: Tensor, *options: Any) -> Tensor:
         """The kernel's product; ``options`` follow the bias in :func:`kvops.kernels.cpu.linear.linear`."""
@@ -41,7 +41,12 @@ def rotated_heads(
     negative (see :mod:`kvops.rotary`).
     """
     rotated, head_dim = sum(heads), cos.shape[-1]
-    if _few(x, linear) and not _has_hooks(norm, linear):
+    if (
+        _has_kernel(linear, x, norm.weight)
+        and cos.shape[:-1] == sin.shape[:-1] == (*x.shape[:-1], 1)  # one for all rows is for torch
+        and cos.dtype == sin.dtype == x.dtype
+        and not _has_hooks(norm, linear)
+    ):
         done = linear._multiply(x, norm.weight, norm.eps, _rows(cos), _rows(sin), rotated)
         return done.unflatten(-1, (-1, head_dim)).split((*heads, heads[1]), dim=2)  # type: ignore[return-value]
     plain = linear(norm(x)).unflatten(-1, (-1, head_dim))
@@ -55,7 +60,15 @@ def after_attention(
 ) -> Tensor:
     """y + down(silu(gate) * up), where y is x + projection(attended) and ``gate_up(norm(y))`` has gate and up side by
     side; the layers have no bias. x [B, T, hidden], attended [B, T, heads * D]."""
-    if _few(x, projection, gate_up, down) and not _has_hooks(projection, norm, gate_up, down):
+    if (
+        _has_kernel(projection, attended)
+        and _has_kernel(gate_up, x, norm.weight)
+        and _serves(down.weight)
+        and attended.shape[:-1] == x.shape[:-1]
+        and projection.weight.shape[0] == x.shape[-1]
+        and down.weight.shape == (x.shape[-1], gate_up.weight.shape[0] // 2)
+        and not _has_hooks(projection, norm, gate_up, down)
+    ):
         weights = projection.weight, norm.weight, gate_up.weight, down.weight
         return _kernels().after_attention(_rows(x), _rows(attended), *weights, norm.eps).view(x.shape)
     y = x + projection(attended)
@@ -63,8 +76,10 @@ def after_attention(
     return y + down(F.silu(gate) * up)
 
 
-def _few(x: Tensor, *layers: Linear) -> bool:
-    """Whether numba's kernel takes these rows of these layers: few, no subclasses, and nothing that is traced."""
+def _has_kernel(layer: Linear, x: Tensor, norm: Tensor | None = None) -> bool:
+    """Whether numba's kernel takes these rows of a layer: few, no subclasses, and nothing that is traced. What does not
+    fit is left to torch, whose errors say so."""
+    weight = layer.weight  # modules search for a parameter, which takes a microsecond
     return (
         not torch.is_grad_enabled()
         and x.dtype == torch.float32
@@ -73,8 +88,19 @@ def _few(x: Tensor, *layers: Linear) -> bool:
         and type(x) is Tensor
         and not torch.compiler.is_compiling()
         and backend() == "numba"
-        and all(type(layer.weight) is nn.Parameter and _kernels().serves(layer.weight) for layer in layers)
+        and _serves(weight)
+        and x.shape[-1] == weight.shape[1]
+        and (layer.bias is None or _is_plain(layer.bias))
+        and (norm is None or (_is_plain(norm) and norm.shape == weight.shape[1:]))
     )
+
+
+def _serves(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and _is_plain(weight) and _kernels().serves(weight)  # type: ignore[no-any-return]
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
