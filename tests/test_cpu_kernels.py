@@ -378,9 +378,22 @@ def test_what_does_not_fit_the_models_kernels_is_left_to_torch(two_threads):
             with pytest.raises(RuntimeError, match=r"cannot be multiplied|same dtype"):
                 after_attention(hidden, attended, *modules)
         one_for_all = rotated_heads(norm, layer, hidden, angle.cos(), angle.sin(), (2, 1))
-        repeated = (table.expand(2, 3, 1, 24) for table in (angle.cos(), angle.sin()))
+        repeated = [table.expand(2, 3, 1, 24).contiguous() for table in (angle.cos(), angle.sin())]
         for result, expected in zip(one_for_all, rotated_heads(norm, layer, hidden, *repeated, (2, 1)), strict=True):
             torch.testing.assert_close(result, expected)
+        for other in (torch.nn.RMSNorm(32), torch.nn.RMSNorm(32, elementwise_affine=False)):  # no eps, no weight
+            for result, expected in zip(
+                rotated_heads(other, layer, hidden, *repeated, (2, 1)),
+                rotated_heads(norm, layer, hidden, *repeated, (2, 1)),
+                strict=True,
+            ):
+                torch.testing.assert_close(result, expected, atol=1e-3, rtol=1e-3)
+        attended, biased = torch.randn(2, 3, 48), Linear(48, 32, bias=True)
+        biased.weight = modules[0].weight
+        torch.testing.assert_close(
+            after_attention(hidden, attended, biased, *modules[1:]),
+            after_attention(hidden + biased.bias, attended, *modules),
+        )
         expected = layer(hidden)
         layer.bias = torch.nn.Parameter(torch.stack((layer.bias, layer.bias), 1)[:, 0])  # not contiguous
         torch.testing.assert_close(layer(hidden), expected)

@@ -241,7 +241,7 @@ def linear(
     """x [rows, in_features] @ weight [out_features, in_features].T + bias, all contiguous, in float32.
 
     With the weight ``norm`` [in_features] and the ``eps`` of an RMSNorm, x is normalised first. With ``cos`` and
-    ``sin`` [rows, D], the first ``rotated`` heads of D numbers become ``head * cos + head.roll(D // 2) * sin``. The
+    ``sin``, rows of D, the first ``rotated`` heads of D numbers become ``head * cos + head.roll(D // 2) * sin``. The
     bits of a row's result depend neither on the other rows nor on the number of threads.
     """
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)

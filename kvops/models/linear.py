@@ -42,12 +42,13 @@ def rotated_heads(
     """
     rotated, head_dim = sum(heads), cos.shape[-1]
     if (
-        _has_kernel(linear, x, norm.weight)
+        _has_kernel(linear, x, norm)
         and cos.shape[:-1] == sin.shape[:-1] == (*x.shape[:-1], 1)  # one for all rows is for torch
-        and cos.dtype == sin.dtype == x.dtype
+        and _is_plain(cos)
+        and _is_plain(sin)
         and not _has_hooks(norm, linear)
     ):
-        done = linear._multiply(x, norm.weight, norm.eps, _rows(cos), _rows(sin), rotated)
+        done = linear._multiply(x, norm.weight, norm.eps, cos, sin, rotated)
         return done.unflatten(-1, (-1, head_dim)).split((*heads, heads[1]), dim=2)  # type: ignore[return-value]
     plain = linear(norm(x)).unflatten(-1, (-1, head_dim))
     rotating = plain[:, :, :rotated]
@@ -62,8 +63,9 @@ def after_attention(
     side; the layers have no bias. x [B, T, hidden], attended [B, T, heads * D]."""
     if (
         _has_kernel(projection, attended)
-        and _has_kernel(gate_up, x, norm.weight)
+        and _has_kernel(gate_up, x, norm)
         and _serves(down.weight)
+        and projection.bias is gate_up.bias is down.bias is None
         and attended.shape[:-1] == x.shape[:-1]
         and projection.weight.shape[0] == x.shape[-1]
         and down.weight.shape == (x.shape[-1], gate_up.weight.shape[0] // 2)
@@ -76,7 +78,7 @@ def after_attention(
     return y + down(F.silu(gate) * up)
 
 
-def _has_kernel(layer: Linear, x: Tensor, norm: Tensor | None = None) -> bool:
+def _has_kernel(layer: Linear, x: Tensor, norm: nn.RMSNorm | None = None) -> bool:
     """Whether numba's kernel takes these rows of a layer: few, no subclasses, and nothing that is traced. What does not
     fit is left to torch, whose errors say so."""
     weight = layer.weight  # modules search for a parameter, which takes a microsecond
@@ -91,8 +93,14 @@ def _has_kernel(layer: Linear, x: Tensor, norm: Tensor | None = None) -> bool:
         and _serves(weight)
         and x.shape[-1] == weight.shape[1]
         and (layer.bias is None or _is_plain(layer.bias))
-        and (norm is None or (_is_plain(norm) and norm.shape == weight.shape[1:]))
+        and (norm is None or _normalises(norm, weight.shape[1:]))
     )
+
+
+def _normalises(norm: nn.RMSNorm, shape: torch.Size) -> bool:
+    """Whether the kernel's norm is this one: it has a weight and an eps."""
+    weight: Tensor | None = norm.weight
+    return norm.eps is not None and weight is not None and _is_plain(weight) and weight.shape == shape
 
 
 def _serves(weight: Tensor) -> bool:
