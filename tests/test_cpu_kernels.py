@@ -59,14 +59,43 @@ def test_one_element_may_be_strided():
     assert_same_bits(call(lists, q), expected)
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in elements.FORMATS if dtype.itemsize == 1])
-def test_every_byte_of_a_cache_is_widened_exactly(dtype):
-    x = torch.arange(256, dtype=torch.uint8).view(dtype)
-    out = torch.empty(256)
-    elements.widen(x.data_ptr(), elements.FORMATS[dtype], 256, out.data_ptr())
-    assert torch.equal(out.isnan(), x.float().isnan())
-    assert torch.equal(out.nan_to_num(nan=7.0), x.float().nan_to_num(nan=7.0))
-    assert torch.equal(out.signbit(), x.float().signbit())
+@pytest.mark.parametrize("dtype", [dtype for dtype in elements.FORMATS if dtype.itemsize < 4])
+def test_all_numbers_of_a_small_dtype_are_widened_exactly(dtype):
+    bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    x = torch.arange(1 << (8 * dtype.itemsize)).to(bits).view(dtype)
+    out = torch.empty(len(x))
+    elements.widen(x.data_ptr(), elements.FORMATS[dtype], len(x), out.data_ptr())
+    assert_same_numbers(out, x.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_are_rounded_to_even(dtype):
+    """All numbers of the dtype, what lies halfway between two, and the float32 numbers beside these."""
+    numbers = torch.arange(1 << 15).to(torch.int16).view(dtype).float()
+    numbers = numbers[numbers.isfinite()]
+    middles = torch.cat(((numbers[1:] + numbers[:-1]) / 2, 2 * numbers[-1:] - (numbers[-1:] + numbers[-2:-1]) / 2))
+    infinity = torch.tensor(math.inf)
+    special = torch.tensor([math.inf, math.nan, 1e-45, 1e-30, 7e4, 1e30, torch.finfo(torch.float32).max])
+    x = torch.cat((numbers, middles, middles.nextafter(infinity), middles.nextafter(-infinity), special))
+    x, spare = torch.cat((x, -x)), torch.empty(16)
+    out = torch.empty(len(x), dtype=dtype)
+    elements.narrow(x.data_ptr(), elements.FORMATS[dtype], len(x), out.data_ptr(), spare.data_ptr())
+    assert_same_numbers(out, x.to(dtype))
+
+
+def assert_same_numbers(result, expected):
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    assert torch.equal(result.signbit() & ~result.isnan(), expected.signbit() & ~expected.isnan())
+
+
+def test_processors_that_do_not_convert_float16_have_the_same_numbers(tmp_path):
+    """LLVM ended the process: it called functions that were not there."""
+    own = ["widened or rounded_to_even", "-p", "no:cacheprovider", "--override-ini", "addopts=--import-mode=importlib"]
+    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "KVOPS_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", *own]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_powers_of_two_err_by_less_than_two_units_in_the_last_place():

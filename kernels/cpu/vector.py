@@ -5,20 +5,25 @@ An address is an integer, in bytes; vectors need no alignment.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import int64, types
+from numba import config, int64, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, register_model
 
 from kvops.kernels.cpu.jit import inlined, jit
 
-# Numbers in a vector: a register of the processor that compiles.
-LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+_FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
+
+# Numbers in a vector: a register of the processor that numba compiles for.
+LANES = 16 if "+avx512f" in _FEATURES else 8
+# Whether that processor converts float16. For others LLVM calls functions that a process may not have.
+_HAS_FLOAT16 = "+f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 LINE = 64  # bytes that come from memory at once
 
@@ -97,7 +102,35 @@ def _every(number: int) -> Any:
 
 
 def _from_float16(builder: Any, x: Any) -> Any:
-    return builder.fpext(builder.bitcast(x, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
+    if _HAS_FLOAT16:
+        return builder.fpext(builder.bitcast(x, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
+    bits = builder.zext(x, _every(0).type)
+    sign = builder.shl(builder.and_(bits, _every(0x8000)), _every(16))
+    magnitude = builder.shl(builder.and_(bits, _every(0x7FFF)), _every(13))
+    # The exponent's bias is 15 where float32 has 127; the largest exponent is that of infinity and NaN.
+    scaled = builder.fmul(builder.bitcast(magnitude, _VECTOR), ir.Constant(_VECTOR, [2.0**112] * LANES))
+    is_finite = builder.icmp_unsigned("<", magnitude, _every(31 << 23))
+    exponent = builder.select(is_finite, _every(0), _every(255 << 23))
+    return builder.bitcast(builder.or_(builder.or_(builder.bitcast(scaled, bits.type), exponent), sign), _VECTOR)
+
+
+def _to_float16(builder: Any, x: Any) -> Any:
+    """Rounded to even."""
+    narrow = ir.VectorType(ir.IntType(16), LANES)
+    if _HAS_FLOAT16:
+        return builder.bitcast(builder.fptrunc(x, ir.VectorType(ir.HalfType(), LANES)), narrow)
+    bits = builder.bitcast(x, _every(0).type)
+    magnitude = builder.and_(bits, _every(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, _every(13)), _every(1))
+    code = builder.lshr(builder.add(magnitude, builder.add(odd, _every(0xFFF - (112 << 23)))), _every(13))
+    # What is no normal float16 is a multiple of 2 ** -24, the last place of 0.5.
+    rounded = builder.fadd(builder.bitcast(magnitude, _VECTOR), ir.Constant(_VECTOR, [0.5] * LANES))
+    is_small = builder.icmp_unsigned("<", magnitude, _every(113 << 23))
+    code = builder.select(is_small, builder.sub(builder.bitcast(rounded, bits.type), _every(126 << 23)), code)
+    overflows = builder.icmp_unsigned(">=", magnitude, _every(0x47800000))  # 65,536
+    code = builder.select(overflows, _every(0x7C00), code)
+    code = builder.select(builder.icmp_unsigned(">", magnitude, _every(255 << 23)), _every(0x7E00), code)  # NaN
+    return builder.trunc(builder.or_(code, builder.and_(builder.lshr(bits, _every(16)), _every(0x8000))), narrow)
 
 
 def _halves(number: int) -> Any:
@@ -164,12 +197,7 @@ def _to_bfloat16(builder: Any, x: Any) -> Any:
 
 
 store_bfloat16 = _storer(16, _to_bfloat16)
-store_float16 = _storer(
-    16,
-    lambda builder, x: builder.bitcast(
-        builder.fptrunc(x, ir.VectorType(ir.HalfType(), LANES)), ir.VectorType(ir.IntType(16), LANES)
-    ),
-)
+store_float16 = _storer(16, _to_float16)
 
 
 @intrinsic
