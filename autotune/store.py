@@ -24,6 +24,7 @@ from typing import Any
 
 from kvops.autotune.records import ForeignFileError, Record, dump, load, read_text
 from kvops.autotune.spec import OpSpec, Problem
+from kvops.user_cache import user_cache
 
 LOGGER = logging.getLogger("kvops.autotune")
 SHIPPED = Path(__file__).parent / "configs" / "tuned"
@@ -126,12 +127,9 @@ class Layer:
 
 
 def user_folder() -> Path | None:
-    """The user's layer: in ``KVOPS_CACHE_DIR``, or in the XDG cache; None for a user without a home directory."""
-    named = os.environ.get("KVOPS_CACHE_DIR")
-    if named:
-        return Path(named) / "autotune"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "kvops" / "autotune" if os.path.isabs(cache) else None
+    """The user's layer; None for a user without a home directory."""
+    cache = user_cache()
+    return None if cache is None else cache / "autotune"
 
 
 def default_layers() -> list[Layer]:

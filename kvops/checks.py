@@ -50,8 +50,9 @@ def shown(value: object) -> str:
 
 @functools.cache
 def has_numba() -> bool:
-    """Whether numba, which compiles the CPU kernels, is installed (the extra ``kvops[cpu]``)."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether numba, which compiles the CPU kernels, is installed (the extra ``kvops[cpu]``) and may compile:
+    ``NUMBA_DISABLE_JIT=1`` turns that off."""
+    return importlib.util.find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 
 def eager_on_cpu() -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numba_kernels
@@ -75,7 +76,7 @@ def test_numbers_are_rounded_to_even(dtype):
     numbers = numbers[numbers.isfinite()]
     middles = torch.cat(((numbers[1:] + numbers[:-1]) / 2, 2 * numbers[-1:] - (numbers[-1:] + numbers[-2:-1]) / 2))
     infinity = torch.tensor(math.inf)
-    special = torch.tensor([math.inf, math.nan, 1e-45, 1e-30, 7e4, 1e30, torch.finfo(torch.float32).max])
+    special = torch.tensor([math.inf, math.nan, 1e-45, 1e-30, 6.6e4, 7e4, 1e30, torch.finfo(torch.float32).max])
     x = torch.cat((numbers, middles, middles.nextafter(infinity), middles.nextafter(-infinity), special))
     x, spare = torch.cat((x, -x)), torch.empty(16)
     out = torch.empty(len(x), dtype=dtype)
@@ -293,6 +294,24 @@ def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, mo
         jit._state.cache_clear()
 
 
+@pytest.mark.parametrize("why", ["no home directory", "not a folder"])
+def test_what_cannot_be_kept_is_compiled_for_one_process(monkeypatch, tmp_path, why):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if why == "not a folder":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("KVOPS_CACHE_DIR", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+    @jit.jit
+    def add(x, y):
+        return x + y
+
+    assert add(2, 3) == 5
+    assert Path(add._cache.cache_path).parent == Path(tempfile.gettempdir())
+
+
 def test_what_is_compiled_before_the_tests_is_every_kernel():
     """Both processes of a parallel run would compile one that is missing."""
     unpacked = [
@@ -325,6 +344,9 @@ def test_eager_is_chosen_by_a_variable_and_without_numba(monkeypatch):
     monkeypatch.setenv("KVOPS_CPU", "eager")
     assert kvops.backend("cpu") == "eager"
     monkeypatch.delenv("KVOPS_CPU")
+    assert checks.has_numba.__wrapped__()
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert not checks.has_numba.__wrapped__()
     monkeypatch.setattr(checks, "has_numba", lambda: False)
     assert kvops.backend("cpu") == "eager"
 

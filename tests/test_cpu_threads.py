@@ -170,11 +170,11 @@ def test_a_forked_child_works_alone(problem, two_threads):
 def test_torchs_pool_is_found_in_a_folder_with_a_space(tmp_path, monkeypatch):
     if not threads.has_pool():
         pytest.skip("torch has no OpenMP library")
-    spaced = tmp_path / "a folder" / "torch" / "libgomp.so"
+    spaced = tmp_path / "a földer" / "torch" / "libgomp.so"
     spaced.parent.mkdir(parents=True)
     shutil.copy(threads._LIBRARY._name, spaced)
     line = f"7f0000000000-7f0000001000 r-xp 00000000 00:1f 4711    {spaced}"
-    monkeypatch.setattr(Path, "read_text", lambda path: line)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: os.fsencode(line))
     assert threads._openmp()._name == str(spaced)
 
 
@@ -184,16 +184,16 @@ import os, sys
 from pathlib import Path
 import numba, torch, kvops
 
-read_text = Path.read_text
+read_bytes = Path.read_bytes
 
-def read(path, *args, **options):
+def read(path):
     if str(path) != "/proc/self/maps":
-        return read_text(path, *args, **options)
+        return read_bytes(path)
     if sys.argv[1] == "no list":
         raise FileNotFoundError(path)
-    return ""
+    return b""
 
-Path.read_text = read
+Path.read_bytes = read
 del os.register_at_fork
 from kvops.kernels.cpu import threads
 assert not threads.has_pool() and threads.num_threads() == 1

@@ -33,6 +33,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvops.checks": ({"torch", "kvops.private_torch"}, set()),
     "kvops.extras": (set(), set()),
     "kvops.prepared": (set(), set()),
+    "kvops.user_cache": (set(), set()),
     "kvops.packed": ({"torch"}, set()),
     "kvops.eager": (
         {"torch", "kvops.eager", "kvops.checks", "kvops.packed", "kvops.prepared", "kvops.private_torch"},
@@ -41,7 +42,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     # What a family is tried with stands above the kernels; it is named, and imported where candidates are compiled or
     # run.
     "kvops.autotune": (
-        {"torch", "triton", "numpy", "kvops.autotune", "kvops.cli.console", "kvops.extras"},
+        {"torch", "triton", "numpy", "kvops.autotune", "kvops.cli.console", "kvops.extras", "kvops.user_cache"},
         {"tqdm", "kvops.autotune.workloads", "kvops.kernels.device"},
     ),
     "kvops.autotune.machine": ({"torch", "triton", "numpy", "kvops.autotune", "kvops.private_torch"}, set()),
@@ -53,7 +54,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
-    "kvops.kernels.cpu": ({"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu", "kvops.prepared"}, set()),
+    "kvops.kernels.cpu": (
+        {"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu", "kvops.prepared", "kvops.user_cache"},
+        set(),
+    ),
     "kvops.ops": (
         {
             *("torch", "kvops.ops", "kvops.checks", "kvops.eager", "kvops.extras", "kvops.packed"),

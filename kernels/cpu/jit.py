@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import sys
 import tempfile
 import threading
@@ -20,6 +19,8 @@ from typing import Any, ClassVar
 import numba
 import torch
 from numba.core import caching
+
+from kvops.user_cache import user_cache
 
 _LOGGER = logging.getLogger("kvops.cpu")  # to stderr, unless the program says otherwise
 _LONG = 1.5  # seconds of compiling until the user is told
@@ -74,10 +75,18 @@ def compiled(function: Any, signature: tuple[Any, ...]) -> Callable[..., Any]:
 
 
 def cache_folder() -> Path:
-    """Where compiled functions are kept: ``KVOPS_CACHE_DIR``, or kvops below the XDG cache."""
-    named = os.environ.get("KVOPS_CACHE_DIR")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvops"
-    return base / "numba" / _state()
+    """Where compiled functions are kept: in the user's cache, or for as long as this process lives."""
+    cache = user_cache()
+    return _own_folder() if cache is None else cache / "numba" / _state()
+
+
+def _own_folder() -> Path:
+    return Path(_temporary().name)
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="kvops-numba-")
 
 
 @functools.cache
@@ -115,7 +124,7 @@ class _Locator(caching._CacheLocator):
         try:
             locator.ensure_cache_path()
         except OSError:  # compiled again in every process
-            locator.folder = Path(tempfile.mkdtemp(prefix="kvops-numba-"))
+            locator.folder = _own_folder()
         return locator
 
 

@@ -40,7 +40,7 @@ def _openmp() -> ctypes.CDLL | None:
     """The OpenMP library that torch has loaded; None where it has none that opens regions as GCC does, and where it
     cannot be found because this is not Linux."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())
     except OSError:
         return None
     files = {line.split(maxsplit=5)[-1] for line in maps.splitlines()}  # the last column, which may have spaces
