@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import errno
 import math
 import os
 import re
@@ -294,8 +295,51 @@ def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, mo
         jit._state.cache_clear()
 
 
+@pytest.fixture
+def add(monkeypatch, tmp_path):
+    """Compiled, and kept in a folder of its own; with ``again()`` as another process finds it."""
+    monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path))
+
+    def again():
+        jit._tell_once.cache_clear()
+
+        @jit.jit
+        def add(x, y):
+            return x + y
+
+        return add
+
+    assert again()(2, 3) == 5
+    return again
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_compiled_code_that_is_damaged_is_made_anew(add, tmp_path, caplog, suffix):
+    (file,) = tmp_path.rglob(f"*add*.{suffix}")
+    file.write_bytes(file.read_bytes()[:-9])
+    assert add()(2, 3) == 5
+    assert "cannot be read" in caplog.text
+    caplog.clear()
+    function = add()
+    assert function(2, 3) == 5
+    assert sum(function.stats.cache_hits.values()) == 1
+    assert not caplog.records
+
+
+def test_compiled_code_is_used_also_where_the_disk_is_full(add, tmp_path, monkeypatch, caplog):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    function = add()
+    assert function(2.0, 3.0) == 5
+    assert function(2.0, 3) == 5
+    assert caplog.text.count("No space left on device") == 1
+    assert "KVOPS_CACHE_DIR" in caplog.text
+
+
 @pytest.mark.parametrize("why", ["no home directory", "not a folder"])
-def test_what_cannot_be_kept_is_compiled_for_one_process(monkeypatch, tmp_path, why):
+def test_what_cannot_be_kept_is_compiled_for_one_process(monkeypatch, tmp_path, caplog, why):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if why == "not a folder":
         (tmp_path / "file").touch()
@@ -308,8 +352,10 @@ def test_what_cannot_be_kept_is_compiled_for_one_process(monkeypatch, tmp_path, 
     def add(x, y):
         return x + y
 
-    assert add(2, 3) == 5
+    monkeypatch.setattr(jit, "_LONG", 0)
+    assert jit.compiled(add, (jit.numba.int64, jit.numba.int64))(2, 3) == 5
     assert Path(add._cache.cache_path).parent == Path(tempfile.gettempdir())
+    assert "for this process alone" in caplog.text
 
 
 def test_what_is_compiled_before_the_tests_is_every_kernel():

@@ -6,6 +6,7 @@ keeps a folder for each state of all files beside this one, of numba and of Pyth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -62,9 +63,11 @@ def _njit(function: Callable[..., Any], fast_math: set[str], **options: bool) ->
 @functools.cache
 def compiled(function: Any, signature: tuple[Any, ...]) -> Callable[..., Any]:
     """``function`` compiled for arguments of these types, without the search for the signature of each call."""
-    name = function.py_func.__module__.rpartition(".")[2]
-    message = f"kvops compiles its CPU kernel {name} once, which takes some seconds, and keeps it in {cache_folder()}"
-    notice = threading.Timer(_LONG, _LOGGER.warning, [message])
+    name, folder = function.py_func.__module__.rpartition(".")[2], Path(function._cache.cache_path)
+    kept = f"once, which takes some seconds, and keeps it in {folder}"
+    if user_cache() is None or folder != cache_folder():
+        kept = "for this process alone; name a folder that can be written with KVOPS_CACHE_DIR"
+    notice = threading.Timer(_LONG, _LOGGER.warning, [f"kvops compiles its CPU kernel {name} {kept}"])
     notice.daemon = True
     notice.start()
     try:
@@ -133,4 +136,29 @@ class _CacheImpl(caching.CompileResultCacheImpl):
 
 
 class _Cache(caching.FunctionCache):
+    """numba's cache, which costs time and nothing else where files are damaged and disks are full."""
+
     _impl_class = _CacheImpl
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(signature, target_context)
+        except Exception as error:  # a damaged file may raise anything
+            _tell_once(f"kvops compiles CPU kernels again, as what {self.cache_path} keeps cannot be read: {error!r}")
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            _tell_once(
+                f"kvops cannot keep its compiled CPU kernels in {self.cache_path} ({error.strerror}), so that every "
+                "process compiles them; free some space, or name another folder with KVOPS_CACHE_DIR"
+            )
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    _LOGGER.warning(message)
