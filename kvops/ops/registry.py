@@ -225,7 +225,8 @@ def register(
     An operator that is not ``differentiable`` refuses inputs that require a gradient instead of losing it.
 
     Under ``torch.autocast`` the arguments named in ``autocast`` are cast to its dtype, or to that of the first of
-    the arguments ``autocast_like`` (caches) that is neither float8 nor int8; nothing else is. Forward-mode
+    the arguments ``autocast_like`` (caches) that is neither float8 nor int8; nothing else is, and an implementation
+    that uses torch's operators computes as outside: a backward pass may run under autocast too. Forward-mode
     differentiation is refused, and so is ``torch.func.vmap`` of operators without :func:`register_transforms`.
     """
     operator = _Operator(
@@ -240,9 +241,8 @@ def register(
         differentiable=differentiable,
     )
     _operators[operator.name] = operator
-    if autocast:
-        for device_type in ("cpu", "cuda"):
-            _register_autocast(operator, device_type, autocast, autocast_like)
+    for device_type in ("cpu", "cuda"):
+        _register_autocast(operator, device_type, autocast, autocast_like)
     return operator.overload
 
 
