@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from kvops.kernels.cpu.jit import jit
 
 _INT32, _INT64, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 _LEAST_BYTES = 1 << 17  # that a thread should have to move
+_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 _forked = False
 
 
@@ -37,23 +37,19 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch has loaded; None where it has none that opens regions as GCC does, and where it
-    cannot be found because this is not Linux."""
-    try:
-        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())
-    except OSError:
+    """The OpenMP library that torch uses; None where it has none that opens regions as GCC does."""
+    if os.name != "posix":
         return None
-    files = {line.split(maxsplit=5)[-1] for line in maps.splitlines()}  # the last column, which may have spaces
-    paths = [path for path in files if re.search(r"/lib(gomp|iomp5|omp)[^/]*\.so[^/]*$", path)]
-    for path in sorted(paths, key=lambda path: "/torch/" not in path):
-        library = ctypes.CDLL(path)
-        if hasattr(library, "GOMP_parallel"):
+    # As torch found its functions: first those that the whole process shares, then those of what torch is linked to.
+    linked = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for name in (None, str(linked) if linked.exists() else None):
+        library = ctypes.CDLL(name)
+        if hasattr(library, _FUNCTIONS[0]):
             return library
     return None
 
 
 _LIBRARY = _openmp()
-_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 _NO_ADDRESS = 1  # compiled code names the functions also where one thread, which calls none of them, does all
 for _name in _FUNCTIONS:
     _address = ctypes.cast(getattr(_LIBRARY, _name), ctypes.c_void_p).value if _LIBRARY else _NO_ADDRESS
