@@ -67,7 +67,7 @@ def compiled(function: Any, signature: tuple[Any, ...]) -> Callable[..., Any]:
     kept = f"once, which takes some seconds, and keeps it in {folder}"
     if user_cache() is None or folder != cache_folder():
         kept = "for this process alone; name a folder that can be written with KVOPS_CACHE_DIR"
-    notice = threading.Timer(_LONG, _LOGGER.warning, [f"kvops compiles its CPU kernel {name} {kept}"])
+    notice = threading.Timer(_LONG, _tell_once, [f"kvops compiles its CPU kernel {name} {kept}"])
     notice.daemon = True
     notice.start()
     try:
