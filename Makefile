@@ -23,7 +23,7 @@ SETUP ?= $(STAMP)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Torch first and by its exact version: pip then takes a CPU build where one is at hand, and nothing upgrades it later.
-TORCH = $(shell sed -n '/^torch==/p' $(CONSTRAINTS))
+TORCH = $(or $(shell sed -n '/^torch==/p' $(CONSTRAINTS)),torch)
 
 # One test process for each of two cores; a thread each, or the processes would fight for the cores. A file stays in one
 # process: the real model is loaded once. (xdist_group would be finer, but pytest-xdist 3.8 loses it under pytest 9.2.)
@@ -35,8 +35,9 @@ OUT ?= bench/results/cpu
 MINUTES ?= 10
 AREAS ?=
 OLDEST := .cache/oldest
+NEWEST := .cache/newest
 
-.PHONY: help setup test test-machine test-oldest test-vllm soak release-check margins mutations fuzz fuzz-compile docs demo train \
+.PHONY: help setup test test-machine test-oldest test-newest test-vllm soak release-check margins mutations fuzz fuzz-compile docs demo train \
   bench bench-quality bench-answers bench-serving bench-report gpu prune lint format clean
 
 help:  ## this list
@@ -88,6 +89,13 @@ $(OLDEST).txt: pyproject.toml constraints.txt
 	@mkdir -p $(@D)
 	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $@
 	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt >> $@
+
+test-newest: $(NEWEST).txt  ## every test with the newest torch and the Triton that it brings, in 5 GB of their own
+	$(MAKE) test VENV=$(NEWEST) CONSTRAINTS=$<
+
+$(NEWEST).txt: constraints.txt
+	@mkdir -p $(@D)
+	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt > $@
 
 # vLLM wants versions of its own, so that it has an environment of its own (3.5 GB, downloaded on the first call). What
 # pip brings along with it for a CPU and does not work there goes again: vLLM only asks for it if it is there.
