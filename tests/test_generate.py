@@ -56,7 +56,9 @@ def tiny_model(**changes) -> Llama:
         weights[f"{layer}mlp.down_proj.weight"] = (config.hidden_size, config.intermediate_size)
         weights[f"{layer}input_layernorm.weight"] = (config.hidden_size,)
         weights[f"{layer}post_attention_layernorm.weight"] = (config.hidden_size,)
-    return Llama(config, {name: torch.randn(size, generator=generator) * 0.5 for name, size in weights.items()})
+    return Llama(
+        config, {name: torch.randn(size, generator=generator, device="cpu") * 0.5 for name, size in weights.items()}
+    )
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:

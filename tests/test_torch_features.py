@@ -9,11 +9,15 @@ import torch
 import torch._dynamo.testing
 import torch._inductor
 from distributed_training import WORLD, batch, loss_of, make_layers, train
+from test_generate import prompts_of, tiny_model
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.utils.checkpoint import checkpoint
 
 import kvops
+from kvops.generation.generate import generate
+from kvops.generation.passes import new_cache, prefill
 from kvops.nn import Attention
+from kvops.policies import Compression, SnapKV
 
 needs_a_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs g++")
 
@@ -235,3 +239,30 @@ def test_data_parallel_and_sharded_training_give_the_gradients_of_one_process(tm
         for kind in ("ddp", "fsdp"):
             for name, parameter in model.named_parameters():
                 torch.testing.assert_close(results[kind, name], parameter.grad, msg=f"{kind} {rank} {name}")
+
+
+def test_what_runs_on_a_cpu_takes_nothing_from_another_default_device(tmp_path):
+    """A kernel wrote to a tensor of the default device, which ended the process."""
+
+    prompt = prompts_of(40)[0]
+
+    def run():
+        model = tiny_model(hidden_size=64)
+        compression = Compression(ratio=2, policy=SnapKV())
+        results = [
+            generate(model, [prompt, prompt[:9]], max_new_tokens=8, **options).tokens
+            for options in (
+                {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3},
+                {"draft": "prompt_lookup", "tree": 2},
+                {"draft": model, "num_draft": 3, "compression": compression},
+            )
+        ]
+        cache = new_cache(model, max_batch=1, max_tokens=64)
+        with torch.no_grad():
+            prefill(model, cache, torch.tensor([prompt], device="cpu"), 0)
+        cache.save(tmp_path / "cache")
+        return [*results, kvops.PagedKVCache.load(tmp_path / "cache").seq_lens.tolist()]
+
+    expected = run()
+    with torch.device("meta"):
+        assert run() == expected

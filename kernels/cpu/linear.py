@@ -244,7 +244,7 @@ def linear(
     ``sin``, rows of D, the first ``rotated`` heads of D numbers become ``head * cos + head.roll(D // 2) * sin``. The
     bits of a row's result depend neither on the other rows nor on the number of threads.
     """
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    out = x.new_empty(x.shape[0], weight.shape[0])
     head_dim = 0 if cos is None else cos.shape[-1]
     binding = _bound(x.shape[0], *weight.shape, eps, bias is not None, rotated, head_dim)
     binding(x, norm, weight, bias, cos, sin, out)

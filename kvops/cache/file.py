@@ -50,7 +50,7 @@ def save(cache: PagedKVCache, path: str | os.PathLike[str]) -> None:
         "seq_lens": cache.seq_lens,
         "next_positions": states.next_positions,
         "settled": states.settled,
-        "compressed": torch.tensor(states.compressed),
+        "compressed": torch.tensor(states.compressed, device="cpu"),
         "prefix_keys": _to_bytes(keys),
         "prefix_parents": _to_bytes(entry.parent for entry in entries),
         "prefix_blocks": number[prefix_blocks].int(),
@@ -145,7 +145,7 @@ def _blocks_in_order(cache: PagedKVCache, used: Tensor, prefix_blocks: Tensor) -
 
 
 def _to_bytes(keys: Iterable[bytes]) -> Tensor:
-    return torch.tensor([list(key) for key in keys], dtype=torch.uint8).view(-1, KEY_BYTES)
+    return torch.tensor([list(key) for key in keys], dtype=torch.uint8, device="cpu").view(-1, KEY_BYTES)
 
 
 def _from_bytes(keys: Tensor) -> list[bytes]:

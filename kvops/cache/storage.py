@@ -159,7 +159,7 @@ def _scale(name: str, scale: float | Tensor | None, dtype: torch.dtype, config: 
     if not isinstance(scale, Tensor):
         if not checks.holds(name, scale, lambda number: 0 < number < math.inf):
             raise ValueError(f"{name}: expected a finite number above 0, got {scale}")
-        scale = torch.tensor(scale, dtype=torch.float32)
+        scale = torch.tensor(scale, dtype=torch.float32, device=config.device)
     checks.expect_dtype(name, scale, torch.float32)
     lists = config.num_layers, config.num_kv_heads
     if scale.ndim:

@@ -268,7 +268,7 @@ def _reader_rows(
 
 def _hits(probe: Probe, logits: Tensor) -> list[int]:
     """1 or 0: for the whole answer by greedy decoding, or for each of its tokens given the tokens before it."""
-    hits = logits.argmax(-1).cpu() == torch.tensor(list(probe.answer))
+    hits = logits.argmax(-1).cpu() == torch.tensor(list(probe.answer), device="cpu")
     return [int(hits.all())] if probe.exact else hits.int().tolist()
 
 

@@ -54,7 +54,7 @@ class Sampler:
         self.temperature = torch.tensor(heat, dtype=torch.float32, device=device) if any(heat) else None
         self.seed = torch.tensor(seeds, dtype=torch.int64, device=device)
         self._filters: dict[str, Any] = {}
-        logits = torch.zeros(1, 1, vocab, dtype=torch.float32)
+        logits = torch.zeros(1, 1, vocab, dtype=torch.float32, device="cpu")
         for name, value in (filters or {}).items():
             if value is None:
                 continue

@@ -134,7 +134,8 @@ def stand_in(model: Llama, longest: int) -> Llama:
         max_positions=min(longest, model.config.max_positions), rope_scaling=None,
     )  # fmt: skip
     dtype = model.embedding.weight.dtype
-    return Llama(config, {name: torch.randn(shape).to(dtype) for name, shape in config.weight_shapes().items()})
+    shapes = config.weight_shapes()
+    return Llama(config, {name: torch.randn(shape, device="cpu").to(dtype) for name, shape in shapes.items()})
 
 
 # What pickle raises for lambdas and local classes, by version of Python.

@@ -71,7 +71,7 @@ class Llama(nn.Module):
             self.unembedding = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._lay_in(weights)
         device = self.embedding.weight.device
-        positions = torch.arange(config.max_positions, dtype=torch.float32)
+        positions = torch.arange(config.max_positions, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, rope_frequencies(config)).to(device)
         scaling = config.rope_scaling
         magnitude = scaling.attention_factor if isinstance(scaling, YarnRopeScaling) else 1.0

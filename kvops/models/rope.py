@@ -99,7 +99,7 @@ class YarnRopeScaling:
         low, high = max(low, 0), min(high, 2 * pairs - 1)
         if low == high:
             high += 0.001
-        stretched = ((torch.arange(pairs, dtype=plain.dtype) - low) / (high - low)).clamp(0, 1)
+        stretched = ((torch.arange(pairs, dtype=plain.dtype, device="cpu") - low) / (high - low)).clamp(0, 1)
         return plain / self.factor * stretched + plain * (1 - stretched)
 
 
@@ -112,8 +112,9 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Angular frequency of each pair of dimensions, float32 [head_dim / 2]: ``theta ** (-2 i / head_dim)``, scaled."""
-    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    """Angular frequency of each pair of dimensions, float32 [head_dim / 2] on the CPU, scaled; without scaling
+    ``theta ** (-2 i / head_dim)``."""
+    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     return plain if scaling is None else scaling.frequencies(plain, theta)
 
 

@@ -98,4 +98,4 @@ def rope_of(config: Any) -> Tensor | None:
     if rope.get("rope_type") != "default" or rope.get("partial_rotary_factor", 1) != 1:
         return None
     head_dim = head_dim_of(config)
-    return rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
