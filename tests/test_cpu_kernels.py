@@ -240,6 +240,8 @@ def test_the_models_linear_layer_takes_the_kernel_for_few_rows_alone(monkeypatch
         torch.testing.assert_close(layer(x), expected)
         torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1))
         assert len(served) == 2
+        torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+        torch.testing.assert_close(layer(torch._neg_view(-x)), expected)  # memory holds the opposite
         layer(torch.randn(40, 32))
         layer.to(torch.bfloat16)(x.bfloat16())
         torch.compile(layer.float(), backend="eager", fullgraph=True)(x)

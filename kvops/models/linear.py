@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvops.ops.registry import backend
-from kvops.private_torch import has_any_global_hook
+from kvops.private_torch import has_any_global_hook, transforms_are_active
 
 # Rows up to which the CPU kernel was faster than torch.
 _FEW = 32
@@ -79,8 +79,8 @@ def after_attention(
 
 
 def _has_kernel(layer: Linear, x: Tensor, norm: nn.RMSNorm | None = None) -> bool:
-    """Whether numba's kernel takes these rows of a layer: few, no subclasses, and nothing that is traced. What does not
-    fit is left to torch, whose errors say so."""
+    """Whether numba's kernel takes these rows of a layer: few, in memory as they are, and nothing that is traced. What
+    does not fit is left to torch, whose errors say so."""
     weight = layer.weight  # modules search for a parameter, which takes a microsecond
     return (
         not torch.is_grad_enabled()
@@ -89,6 +89,8 @@ def _has_kernel(layer: Linear, x: Tensor, norm: nn.RMSNorm | None = None) -> boo
         and x.is_cpu
         and type(x) is Tensor
         and not torch.compiler.is_compiling()
+        and not x.is_neg()
+        and not transforms_are_active()
         and backend() == "numba"
         and _serves(weight)
         and x.shape[-1] == weight.shape[1]
