@@ -355,6 +355,7 @@ def test_what_cannot_be_kept_is_compiled_for_one_process(monkeypatch, tmp_path, 
         return x + y
 
     monkeypatch.setattr(jit, "_LONG", 0)
+    jit._tell_once.cache_clear()
     assert jit.compiled(add, (jit.numba.int64, jit.numba.int64))(2, 3) == 5
     assert Path(add._cache.cache_path).parent == Path(tempfile.gettempdir())
     assert "for this process alone" in caplog.text
