@@ -29,7 +29,7 @@ QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 # variable that is not set.
 _variables: dict[object, object] = getattr(os.environ, "_data")  # noqa: B009 - private, and so not known to typeshed
 _DEBUG, _INTERPRET, _CPU = map(os.environ.encodekey, ("KVOPS_DEBUG", "TRITON_INTERPRET", "KVOPS_CPU"))
-_YES, _EAGER = map(os.environ.encodevalue, ("1", "eager"))
+_YES, _EAGER, _NUMBA = map(os.environ.encodevalue, ("1", "eager", "numba"))
 
 
 def debug() -> bool:
@@ -56,8 +56,17 @@ def has_numba() -> bool:
 
 
 def eager_on_cpu() -> bool:
-    """Whether CPU tensors run the eager implementation: numba is not installed, or ``KVOPS_CPU=eager``."""
-    return not has_numba() or _variables.get(_CPU) == _EAGER
+    """Whether CPU tensors run the eager implementation: as ``KVOPS_CPU`` says, else where there is no numba.
+
+    Raises:
+        ValueError: ``KVOPS_CPU`` is neither ``eager`` nor ``numba``.
+    """
+    chosen = _variables.get(_CPU)
+    if not chosen:
+        return not has_numba()
+    if chosen not in (_EAGER, _NUMBA):
+        raise ValueError(f"KVOPS_CPU: expected 'eager' or 'numba', got {os.environ['KVOPS_CPU']!r}")
+    return chosen == _EAGER
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -398,6 +398,11 @@ def test_eager_is_chosen_by_a_variable_and_without_numba(monkeypatch):
     assert not checks.has_numba.__wrapped__()
     monkeypatch.setattr(checks, "has_numba", lambda: False)
     assert kvops.backend("cpu") == "eager"
+    monkeypatch.setenv("KVOPS_CPU", "numba")  # never a silent fallback
+    assert kvops.backend("cpu") == "numba"
+    monkeypatch.setenv("KVOPS_CPU", "Eager")
+    with pytest.raises(ValueError, match="KVOPS_CPU: expected 'eager' or 'numba', got 'Eager'"):
+        kvops.flash_attention(*torch.randn(3, 1, 4, 2, 8))
 
 
 def test_numba_comes_in_at_the_first_call():
