@@ -36,6 +36,8 @@ MINUTES ?= 10
 AREAS ?=
 OLDEST := .cache/oldest
 NEWEST := .cache/newest
+# The pinned versions of all but these; torch 2.11 wants setuptools older than 82.
+UNPINNED := sed -E '/^(torch|triton|setuptools)==/d' constraints.txt
 
 .PHONY: help setup test test-machine test-oldest test-newest test-vllm soak release-check margins mutations fuzz fuzz-compile docs demo train \
   bench bench-quality bench-answers bench-serving bench-report gpu prune lint format clean
@@ -84,18 +86,18 @@ test-machine: $(SETUP)  ## every kernel test on the compiled code, without a GPU
 test-oldest: $(OLDEST).txt  ## every test with the oldest torch and Triton that are supported, in 5 GB of their own
 	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$<
 
-# What pyproject.toml promises in the place of what is developed with; that torch wants setuptools older than 82.
+# What pyproject.toml promises in the place of what is developed with.
 $(OLDEST).txt: pyproject.toml constraints.txt
 	@mkdir -p $(@D)
 	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $@
-	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt >> $@
+	@$(UNPINNED) >> $@
 
 test-newest: $(NEWEST).txt  ## every test with the newest torch and the Triton that it brings, in 5 GB of their own
 	$(MAKE) test VENV=$(NEWEST) CONSTRAINTS=$<
 
 $(NEWEST).txt: constraints.txt
 	@mkdir -p $(@D)
-	@sed -E '/^(torch|triton|setuptools)==/d' constraints.txt > $@
+	@$(UNPINNED) > $@
 
 # vLLM wants versions of its own, so that it has an environment of its own (3.5 GB, downloaded on the first call). What
 # pip brings along with it for a CPU and does not work there goes again: vLLM only asks for it if it is there.

@@ -21,18 +21,10 @@ from kvops import checks
 
 pytest.importorskip("numba")
 
+from test_cpu_threads import assert_same_bits, call
+
 from kvops.kernels.cpu import elements, jit, linear
 from kvops.models.linear import Linear, after_attention, rotated_heads
-
-
-def call(lists, q):
-    scores = lists.scores.clone()
-    return (*kvops.paged_attention(q, *lists.arguments, scores=scores), scores)
-
-
-def assert_same_bits(results, others):
-    for result, other in zip(results, others, strict=True):
-        assert torch.equal(result.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0))
 
 
 @pytest.mark.parametrize("dtype", list(elements.FORMATS))
@@ -297,43 +289,44 @@ def test_compiled_code_is_kept_apart_for_every_state_of_the_sources(tmp_path, mo
         jit._state.cache_clear()
 
 
+def compiled_anew():
+    """The same function every time, as the next process finds it: compiled at its first call, or read."""
+    jit._tell_once.cache_clear()
+
+    @jit.jit
+    def add(x, y):
+        return x + y
+
+    return add
+
+
 @pytest.fixture
-def add(monkeypatch, tmp_path):
-    """Compiled, and kept in a folder of its own; with ``again()`` as another process finds it."""
+def kept(monkeypatch, tmp_path):
+    """A folder of its own, with the function for whole numbers."""
     monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path))
-
-    def again():
-        jit._tell_once.cache_clear()
-
-        @jit.jit
-        def add(x, y):
-            return x + y
-
-        return add
-
-    assert again()(2, 3) == 5
-    return again
+    assert compiled_anew()(2, 3) == 5
+    return tmp_path
 
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-def test_compiled_code_that_is_damaged_is_made_anew(add, tmp_path, caplog, suffix):
-    (file,) = tmp_path.rglob(f"*add*.{suffix}")
+def test_compiled_code_that_is_damaged_is_made_anew(kept, caplog, suffix):
+    (file,) = kept.rglob(f"*add*.{suffix}")
     file.write_bytes(file.read_bytes()[:-9])
-    assert add()(2, 3) == 5
+    assert compiled_anew()(2, 3) == 5
     assert "cannot be read" in caplog.text
     caplog.clear()
-    function = add()
+    function = compiled_anew()
     assert function(2, 3) == 5
     assert sum(function.stats.cache_hits.values()) == 1
     assert not caplog.records
 
 
-def test_compiled_code_is_used_also_where_the_disk_is_full(add, tmp_path, monkeypatch, caplog):
+def test_compiled_code_is_used_also_where_the_disk_is_full(kept, monkeypatch, caplog):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    function = add()
+    function = compiled_anew()
     assert function(2.0, 3.0) == 5
     assert function(2.0, 3) == 5
     assert caplog.text.count("No space left on device") == 1
@@ -347,7 +340,6 @@ def tell_at_once(monkeypatch):
         timer.function(*timer.args)
 
     monkeypatch.setattr(jit.threading.Timer, "start", start)
-    jit._tell_once.cache_clear()
 
 
 @pytest.mark.parametrize("why", ["no home directory", "not a folder"])
@@ -360,10 +352,7 @@ def test_what_cannot_be_kept_is_compiled_for_one_process(monkeypatch, tmp_path, 
         monkeypatch.delenv("KVOPS_CACHE_DIR", raising=False)
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
 
-    @jit.jit
-    def add(x, y):
-        return x + y
-
+    add = compiled_anew()
     tell_at_once(monkeypatch)
     assert jit.compiled(add, (jit.numba.int64, jit.numba.int64))(2, 3) == 5
     assert Path(add._cache.cache_path).parent == Path(tempfile.gettempdir())
@@ -383,12 +372,7 @@ def test_what_is_compiled_before_the_tests_is_every_kernel():
 def test_a_long_compilation_is_told(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("KVOPS_CACHE_DIR", str(tmp_path))
     tell_at_once(monkeypatch)
-
-    @jit.jit
-    def add(x, y):
-        return x + y
-
-    function = jit.compiled(add, (jit.numba.int64, jit.numba.int64))
+    function = jit.compiled(compiled_anew(), (jit.numba.int64, jit.numba.int64))
     assert function(2, 3) == 5
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "test_cpu_kernels" in caplog.text

@@ -65,7 +65,7 @@ def compiled(function: Any, signature: tuple[Any, ...]) -> Callable[..., Any]:
     """``function`` compiled for arguments of these types, without the search for the signature of each call."""
     name, folder = function.py_func.__module__.rpartition(".")[2], Path(function._cache.cache_path)
     kept = f"once, which takes some seconds, and keeps it in {folder}"
-    if user_cache() is None or folder != cache_folder():
+    if _temporary.cache_info().currsize and folder == _own_folder():
         kept = "for this process alone; name a folder that can be written with KVOPS_CACHE_DIR"
     notice = threading.Timer(_LONG, _tell_once, [f"kvops compiles its CPU kernel {name} {kept}"])
     notice.daemon = True

@@ -41,8 +41,8 @@ def _openmp() -> ctypes.CDLL | None:
     if os.name != "posix":
         return None
     # As torch found its functions: first those that the whole process shares, then those of what torch is linked to.
-    linked = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    for name in (None, str(linked) if linked.exists() else None):
+    linked = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so")
+    for name in (None, *map(str, linked)):
         library = ctypes.CDLL(name)
         if hasattr(library, _FUNCTIONS[0]):
             return library

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 import kvops
+from kvops import checks
 from kvops.cli.console import table
 from kvops.cli.environment import assemblers, processor
 
@@ -157,14 +158,15 @@ def _devices(problems: list[Problem], routes: list[Route]) -> list[Row]:
     has_triton = _triton() is not None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
+    serves = "eager" if checks.eager_on_cpu() else "numba"  # where TRITON_INTERPRET=1 does not say otherwise
     runs = "eager PyTorch"
-    if kvops.backend("cpu") == "numba":
+    if serves == "numba":
         runs = f"kernels compiled by numba{_numba_remark()}, other operators in eager PyTorch"
     if has_triton:
         runs += "; with TRITON_INTERPRET=1 the kernels in Triton's interpreter (slow)"
     what = f"{processor()}, {cores} cores, {torch.get_num_threads()} threads, {memory:.1f} GiB"
     rows: list[Row] = [("cpu", what, runs)]
-    routes.append(Route(f"cpu, {kvops.backend('cpu')}", "cpu", False))
+    routes.append(Route(f"cpu, {serves}", "cpu", False))
     if has_triton:
         routes.append(Route("cpu, Triton's interpreter", "cpu", True))
     if not torch.cuda.is_available():

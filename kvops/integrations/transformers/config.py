@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from kvops.models.rope import frequencies
 
 # Layer types that keep keys and values of all tokens, or of the tokens in a window.
 _ATTENTION = {"full_attention", "sliding_attention"}
@@ -97,5 +98,4 @@ def rope_of(config: Any) -> Tensor | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "default" or rope.get("partial_rotary_factor", 1) != 1:
         return None
-    head_dim = head_dim_of(config)
-    return rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    return frequencies(head_dim_of(config), rope["rope_theta"])
