@@ -152,8 +152,9 @@ fuzz: $(SETUP)  ## random sweeps against oracles, with another seed every time; 
 fuzz-compile: $(SETUP)  ## random problems compiled for random GPUs: shared memory fits, spills are bounded; MINUTES=60
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m fuzz.compiling --minutes $(MINUTES)
 
+# Threads that wait sleep soon: on a busy machine they would hold the core that another one needs.
 demo: $(SETUP)  ## a real model with its cache full and compressed, without and with drafts, side by side; ARGS="--quick" for 60 s
-	$(BIN)/python -m kvops demo $(ARGS)
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m kvops demo $(ARGS)
 
 train: $(SETUP)  ## a small model learns through kvops and through torch, loss beside loss; ARGS="--plot losses.png"
 	$(BIN)/python examples/train_bytes.py $(ARGS)

@@ -1,6 +1,7 @@
 """The report on this machine: true on the one at hand, and right about machines that are made up here."""
 
 import importlib.metadata
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 import kvops
 from kvops import extras
-from kvops.cli import doctor
+from kvops.cli import doctor, environment
 from kvops.models import loading
 
 
@@ -60,13 +61,40 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 from kvops import extras
-from kvops.cli import doctor
+from kvops.cli import doctor, environment
 doctor._self_checks = lambda problems, routes: [("none", "-")]
 print(doctor.report())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "triton is not installed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/", {"cpu.max": "max 100000\n"}, math.inf),
+        ("0::/a/b", {"cpu.max": "400000 100000\n", "a/cpu.max": "50000 100000\n", "a/b/cpu.max": "max 100000\n"}, 0.5),
+        ("12:cpu,cpuacct:/docker/1", {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ("4:memory:/", {"cpu/cpu.cfs_quota_us": "1000\n"}, math.inf),
+        ("0::/../other", {}, math.inf),
+    ],
+)
+def test_the_limits_of_a_container_are_read_in_both_versions(tmp_path, groups, files, limit):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert min(environment._quotas(f"9:name=systemd:/x\n{groups}\n", tmp_path)) == limit
+
+
+def test_more_threads_than_a_container_has_cpus_are_told(monkeypatch, no_self_check):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(environment, "_quotas", lambda groups, root: [1.5])
+    text = doctor.report()
+    assert "1.5 cores, 64 threads" in text
+    assert "export OMP_NUM_THREADS=2" in text
 
 
 def without(packages: str, program: str, **variables: str) -> subprocess.CompletedProcess:

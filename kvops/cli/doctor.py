@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ import torch
 import kvops
 from kvops import checks
 from kvops.cli.console import table
-from kvops.cli.environment import assemblers, processor
+from kvops.cli.environment import assemblers, processor, usable_cpus
 
 _MIN_TORCH, _MIN_TRITON = "2.11", "3.6"
 _MIN_CAPABILITY = (8, 0)
@@ -156,7 +157,7 @@ def _triton() -> str | None:
 
 def _devices(problems: list[Problem], routes: list[Route]) -> list[Row]:
     has_triton = _triton() is not None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpus, threads = usable_cpus(), torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
     serves = "eager" if checks.eager_on_cpu() else "numba"  # where TRITON_INTERPRET=1 does not say otherwise
     runs = "eager PyTorch"
@@ -164,7 +165,10 @@ def _devices(problems: list[Problem], routes: list[Route]) -> list[Row]:
         runs = f"kernels compiled by numba{_numba_remark()}, other operators in eager PyTorch"
     if has_triton:
         runs += "; with TRITON_INTERPRET=1 the kernels in Triton's interpreter (slow)"
-    what = f"{processor()}, {cores} cores, {torch.get_num_threads()} threads, {memory:.1f} GiB"
+    what = f"{processor()}, {cpus:g} cores, {threads} threads, {memory:.1f} GiB"
+    if threads > (most := math.ceil(cpus)):
+        problem = f"torch uses {threads} threads, this process may use {cpus:g} cores: threads wait for each other"
+        problems.append(Problem(problem, f"export OMP_NUM_THREADS={most}"))
     rows: list[Row] = [("cpu", what, runs)]
     routes.append(Route(f"cpu, {serves}", "cpu", False))
     if has_triton:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +26,31 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> float:
+    """How many CPUs' time this process may take: that of the cores it may run on, or what its container is allowed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = Path("/proc/self/cgroup")
+    return min(cores, *_quotas(own.read_text(), Path("/sys/fs/cgroup"))) if own.exists() else cores
+
+
+def _quotas(groups: str, root: Path) -> Iterator[float]:
+    """The limits of control groups, of version 1 and 2, in CPUs: those of a process's ``groups`` and all above them."""
+    yield float("inf")
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "cpu" not in controllers.split(",") and controllers:
+            continue
+        top = root / "cpu" if controllers else root
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        group = top / path.lstrip("/")
+        for folder in {top, group, *(parent for parent in group.parents if parent.is_relative_to(top))}:
+            files = [folder / name for name in names]
+            if all(file.is_file() for file in files):
+                quota, period = " ".join(file.read_text() for file in files).split()
+                if quota not in ("max", "-1"):
+                    yield int(quota) / int(period)
 
 
 def chosen_device(name: str | None) -> torch.device:
