@@ -59,6 +59,27 @@ def test_replaced_layers_give_the_models_logits_gradients_and_tokens(family, mon
     assert torch.equal(replaced, model.generate(**prompt, **options))
 
 
+def test_a_replaced_layer_takes_the_cache_under_both_names():
+    """transformers 5.24 calls ``past_key_values`` ``cache``."""
+    model, seen = make_model("Llama"), []
+    replace(model)
+    layer = model.model.layers[0].self_attn
+
+    class Cache:
+        def update(self, k, v, layer_idx):
+            seen.append(layer_idx)
+            return 2 * k, v
+
+    turn = torch.randn(2, 1, 5, layer.head_dim)
+    x = torch.randn(1, 5, model.config.hidden_size)
+    alone, before, now = (
+        layer(x, tuple(turn), **cache)[0] for cache in ({}, {"past_key_values": Cache()}, {"cache": Cache()})
+    )
+    assert seen == [0, 0]
+    assert torch.equal(before, now)
+    assert not torch.equal(before, alone)
+
+
 def test_the_report_tells_what_was_left_and_why():
     model = make_model("Llama", attention_dropout=0.5)
 

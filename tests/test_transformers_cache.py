@@ -9,6 +9,7 @@ import kvops
 import kvops.integrations.transformers as kvops_transformers
 from kvops.generation.generate import generate
 from kvops.integrations.transformers import KVOpsCache
+from kvops.integrations.transformers.config import cache_argument
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
 from kvops.policies import AdaKV, Compression, ExpectedAttention, KVzip, SnapKV
@@ -37,6 +38,25 @@ def new_tokens(model: torch.nn.Module, rows: list[list[int]], **options) -> list
     inputs = left_padded(rows)
     out = model.generate(**inputs, max_new_tokens=10, do_sample=False, **options)
     return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.skipif(cache_argument(transformers.LlamaModel) != "cache", reason="transformers before 5.24")
+def test_generate_takes_the_cache_under_its_new_name():
+    model = make()
+    cache = KVOpsCache(model.config, max_tokens=96, block_size=4)
+    assert new_tokens(model, prompts(), cache=cache) == new_tokens(model, prompts())
+    assert cache.get_seq_length() > max(LENGTHS)
+
+
+def test_the_cache_is_handed_to_a_model_under_the_name_that_its_forward_has():
+    class Before(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class Now(torch.nn.Module):
+        def forward(self, input_ids, cache=None): ...
+
+    assert cache_argument(Before()) == "past_key_values"
+    assert cache_argument(Now()) == "cache"
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])

@@ -73,6 +73,28 @@ def test_the_engine_takes_no_name_of_ours():
 def test_a_call_outside_of_the_engine_is_refused():
     model = make_model("Llama")
     ids = torch.ones(1, 3, dtype=torch.int64)
-    refused = pytest.raises(ValueError, match="cache: expected the paged cache of generate_batch, got None")
+    refused = pytest.raises(ValueError, match="cu_seq_lens_q: expected the packed requests of generate_batch, got None")
     with kvops_transformers.continuous_batching(model), refused:
         model(ids)
+
+
+def test_the_cache_may_be_updated_before_attention_or_by_it():
+    """By the attention layer from transformers 5.24 on, and by the attention function before."""
+    torch.manual_seed(0)
+    query, new = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    stored = torch.randn(2, 1, 2, 8, 16)
+    lengths = {"cu_seq_lens_k": torch.tensor([0, 5, 8], dtype=torch.int32), "max_length_k": 5}
+
+    class Cache:
+        def update(self, key_states, value_states, layer_idx, kwargs):
+            assert key_states is value_states is new
+            kwargs |= lengths
+            return stored
+
+    layer = torch.nn.Module()
+    layer.layer_idx = 0
+    options = {"cu_seq_lens_q": torch.tensor([0, 1, 3]), "max_length_q": 2}
+    before, _ = serving.paged_attention_forward(layer, query, new, new, None, cache=Cache(), **options)
+    now, _ = serving.paged_attention_forward(layer, query, *stored, None, **options, **lengths)
+    assert before.isfinite().all()
+    assert torch.equal(before, now)

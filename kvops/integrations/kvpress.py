@@ -82,6 +82,11 @@ class PressPolicy(Policy):
         return kept.float()
 
 
+def _cache(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of an attention layer: transformers 5.24 has renamed it."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
 def run(press: Any, module: nn.Module, kwargs: dict[str, Any], k: Tensor, v: Tensor) -> Tensor:
     """Let ``press`` act on keys and values ``[B, H, S, ·]``: which of them it leaves, bool ``[B, H, S]``."""
     name, layer = type(press).__name__, module.layer_idx
@@ -130,7 +135,7 @@ class _Decoding:
             return  # the prompt
         hidden = kwargs["hidden_states"]
         # Not by cache.pools: after the last layer it would evict at once.
-        paged, place = kwargs["past_key_values"]._pools.of(module.layer_idx)
+        paged, place = _cache(kwargs)._pools.of(module.layer_idx)
         lens = paged.seq_lens[place]
         width = int(lens[0, 0])
         if bool((lens != width).any()):
@@ -191,7 +196,7 @@ def evicting(model: nn.Module, press: Any) -> Iterator[PressCompression]:
     policy = PressPolicy(press=prompt, layers=storing_layers(text))
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = _cache(kwargs)
         start = cache.get_seq_length() if isinstance(cache, KVOpsCache) else 0
         policy.calls[module.layer_idx] = module, kwargs | {_START: start}  # type: ignore[index]
 

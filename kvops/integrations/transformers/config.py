@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,11 @@ def expect_layers(name: str, config: Any, *, states: bool, advice: str) -> None:
         )
     if not storing_layers(config):
         raise ValueError(f"{name}: expected at least one layer of attention, got none: {advice}")
+
+
+def cache_argument(model: Any) -> str:
+    """How the forward of a model calls its cache: transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def layer_types_of(config: Any) -> list[str]:

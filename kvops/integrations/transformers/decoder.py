@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvops.integrations.transformers.attention import enable
-from kvops.integrations.transformers.config import expect_layers, head_dim_of, num_layers_of, rope_of
+from kvops.integrations.transformers.config import cache_argument, expect_layers, head_dim_of, num_layers_of, rope_of
 from kvops.integrations.transformers.masks import Mask
 from kvops.integrations.transformers.placeholders import NotATensorError, Placeholder
 from kvops.models.llama import Attend
@@ -59,6 +59,7 @@ class Decoder:
         self.rope = rope_of(text)
         if self.rope is not None:
             self.rope = self.rope.to(self.embedding.weight.device)
+        self._cache_argument = cache_argument(model.base_model)
         self._options: dict[int, dict[str, Any]] = {}
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self._whole_head = False  # logits from the model's forward, if they are not a plain product
@@ -109,10 +110,10 @@ class Decoder:
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The hidden states after the last norm: tokens int64 [B, T], positions int [B, T] -> [B, T, hidden]."""
-        out = self.model.base_model(
-            input_ids=tokens, position_ids=positions.long(), past_key_values=_Handover(self, attend), use_cache=True
-        )
-        return out.last_hidden_state
+        cache = {self._cache_argument: _Handover(self, attend)}
+        return self.model.base_model(
+            input_ids=tokens, position_ids=positions.long(), **cache, use_cache=True
+        ).last_hidden_state
 
     def options(self, layer: int) -> dict[str, Any]:
         """The options of a layer's last attention, as keywords of :func:`kvops.flash_attention`."""

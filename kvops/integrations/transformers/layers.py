@@ -69,13 +69,16 @@ class TransformersAttention(Attention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states ``[B, T, hidden]`` and the positions' cos and sin -> ``[B, T, hidden]`` and None."""
+        """hidden_states ``[B, T, hidden]`` and the positions' cos and sin -> ``[B, T, hidden]`` and None. From
+        transformers 5.24 on ``past_key_values`` is called ``cache``."""
         cos, sin = (turn[..., : self.head_dim // 2] for turn in position_embeddings)
         q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states, hidden_states, cos, sin))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
         out, _ = attention(
             self,
             q,

@@ -26,7 +26,7 @@ _OF_ENGINE = frozenset(
 def continuous_batching(model: Any) -> Iterator[None]:
     """A context in which ``model.generate_batch`` attends with kvops.
 
-    transformers 5.23 serves the implementations that it knows by name and no other, so the context registers kvops
+    transformers 5.24 serves the implementations that it knows by name and no other, so the context registers kvops
     under one of these names, ``"paged|eager"``, for the whole process, and sets the model to it. Afterwards both are as
     before. A manager that goes on beyond the context (``persistent_manager=True``) must be stopped within it.
 
@@ -69,13 +69,17 @@ def paged_attention_forward(
     Args:
         query: ``[1, Hq, T, D]``, the tokens of all requests, packed.
         key, value: ``[1, Hkv, T, ·]``. ``cache`` stores them and returns those of all tokens of each request, packed.
+            From transformers 5.24 on they are what its cache has returned, and ``cache`` is None.
         attention_mask: not read: causality and the window are known.
         cu_seq_lens_q, max_length_q: the lengths of the requests; those of their keys are among ``kwargs``.
 
-    Raises ValueError for dropout, for a call without a cache and for arguments that kvops does not know.
+    Raises ValueError for dropout, for a call that is not of ``generate_batch`` and for arguments that kvops does not
+    know.
     """
-    if cache is None or cu_seq_lens_q is None:
-        raise ValueError("cache: expected the paged cache of generate_batch, got None: use attn_implementation='kvops'")
+    if cu_seq_lens_q is None:
+        raise ValueError(
+            "cu_seq_lens_q: expected the packed requests of generate_batch, got None: use attn_implementation='kvops'"
+        )
     if dropout:
         raise ValueError(f"dropout: expected 0, got {dropout}: call model.eval() to generate")
     lengths = ("cu_seq_lens_k", "max_length_k")
@@ -85,7 +89,8 @@ def paged_attention_forward(
                 f"{name}: expected None, got {checks.shown(given)}: kvops does not know what it does to attention in "
                 f"{type(module).__name__}"
             )
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out, _ = flash_attention_varlen(
         q,
