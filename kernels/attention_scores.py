@@ -279,4 +279,5 @@ def _launch(
         BLOCK_D=block_d,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )

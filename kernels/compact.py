@@ -109,4 +109,5 @@ def _move(side: Tensor, block_tables: Tensor, seq_lens: Tensor, target: Tensor) 
         BLOCK_W=config.block_w,
         num_warps=config.num_warps,
         num_stages=1,
+        enable_fp_fusion=True,
     )

@@ -72,4 +72,5 @@ def _copy(side: Tensor, source: Tensor, target: Tensor) -> None:
         BLOCK_N=min(config.block_n, triton.next_power_of_2(size)),
         BLOCK_W=config.block_w,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )

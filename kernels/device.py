@@ -6,12 +6,13 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from kvops.kernels.interpreter import mend_loop_bounds
+from kvops.kernels.interpreter import mend_loop_bounds, mend_masks
 
 # The kernels were decorated for the interpreter, which has no driver.
 _INTERPRETED = bool(knobs.runtime.interpret)
 if _INTERPRETED:
     mend_loop_bounds()
+    mend_masks()
 
 
 class Device(NamedTuple):

@@ -386,6 +386,7 @@ def launch_bias(call: Backward, bias: torch.Tensor) -> torch.Tensor:
             BLOCK_DV=padded(head_dim_v),
             num_warps=warps,
             num_stages=1,
+            enable_fp_fusion=True,
         )
     result = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     result.view(shape).copy_(dbias.sum_to_size(shape))

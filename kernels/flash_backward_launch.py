@@ -199,6 +199,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor) -> None:
         *constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
 
 
@@ -246,4 +247,5 @@ def launch_queries(call: Backward, dq: torch.Tensor) -> None:
         *constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )

@@ -449,4 +449,5 @@ def _launch(
         BLOCK_DV=block_dv,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )

@@ -138,6 +138,7 @@ def launch_keys(call: Backward, dk: torch.Tensor, dv: torch.Tensor, config: Gluo
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -176,4 +177,5 @@ def launch_queries(call: Backward, dq: torch.Tensor, config: GluonFlashBackwardC
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -186,5 +186,6 @@ def launch(
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out, lse

@@ -1,4 +1,4 @@
-"""A change of Triton's interpreter that the kernels need."""
+"""Changes of Triton's interpreter that the kernels need."""
 
 from typing import Any
 
@@ -22,3 +22,22 @@ def mend_loop_bounds() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patch
+
+
+def mend_masks() -> None:
+    """Let masks be joined with conditions on scalars in all supported versions of Triton.
+
+    The interpreter takes what a comparison of two int32 scalars gives for an int32 where it makes a block of it. Triton
+    3.9 refuses such masks.
+    """
+    from triton.runtime import interpreter
+
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, shape: Any, scalar: Any) -> Any:
+        handle = splat(self, shape, scalar)
+        if scalar.data.dtype == bool:
+            handle.data = handle.data.astype(bool)
+        return handle
+
+    interpreter.InterpreterBuilder.create_splat = create_splat

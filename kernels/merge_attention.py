@@ -173,6 +173,7 @@ def merge_attention(
             out.shape[-2],
             out.shape[-3],
             **constants,
+            enable_fp_fusion=True,
         )
     return out, lse
 
@@ -213,5 +214,6 @@ def merge_attention_backward(
             dout.shape[-2],
             dout.shape[-3],
             **constants,
+            enable_fp_fusion=True,
         )
     return dout_a, dlse_a, dout_b, dlse_b

@@ -281,4 +281,5 @@ def paged_append(
         v_slot_scale,
         *plan,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )

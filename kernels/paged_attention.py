@@ -126,6 +126,7 @@ def paged_attention(
         *plan.numbers,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     if plan.merge_grid is not None:
         paged_merge_kernel[plan.merge_grid](
@@ -139,6 +140,7 @@ def paged_attention(
             lse,
             *plan.merge_numbers,
             num_warps=plan.merge_warps,
+            enable_fp_fusion=True,
         )
     if scores is not None:
         paged_scores_kernel[plan.scores_grid](
@@ -153,5 +155,6 @@ def paged_attention(
             *plan.scores_numbers,
             num_warps=plan.scores_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=True,
         )
     return result, lse

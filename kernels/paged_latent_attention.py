@@ -288,6 +288,7 @@ def paged_latent_attention(
         *plan.numbers,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     if plan.merge_grid is not None:
         paged_merge_kernel[plan.merge_grid](
@@ -301,5 +302,6 @@ def paged_latent_attention(
             lse,
             *plan.merge_numbers,
             num_warps=plan.merge_warps,
+            enable_fp_fusion=True,
         )
     return result, lse

@@ -101,5 +101,6 @@ def paged_schedule(
             * 4,  # more steps change nothing, and few values few kernels
             BLOCK=1024,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return schedule if seq_lens.dim() == 3 else schedule[0]

@@ -98,6 +98,7 @@ def prompt_lookup(
         MIN_NGRAM=min_ngram,
         BLOCK=config.block,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
     draft_kernel[(B,)](
         tokens,
@@ -111,5 +112,6 @@ def prompt_lookup(
         splits,
         BLOCK=64,
         num_warps=1,
+        enable_fp_fusion=True,
     )
     return draft_tokens, draft_lens

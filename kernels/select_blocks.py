@@ -300,6 +300,7 @@ def select_blocks(
         HAS_POSITIONS=positions is not None,
         BLOCK=config.block,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
     if scope == "head":
         even_shares_kernel[(batch,)](
@@ -311,6 +312,7 @@ def select_blocks(
             heads,
             blocks.bit_length(),
             HEADS=triton.next_power_of_2(heads),
+            enable_fp_fusion=True,
         )
     else:
         _compete(keys, seq_lens, least, most, budget, shares, size, config)
@@ -326,6 +328,7 @@ def select_blocks(
         SIZE=size,
         BLOCK=config.block,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
     return new_lens, keep
 
@@ -357,6 +360,7 @@ def _compete(
         slots,
         BLOCK=config.sort_block,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
     block_worth_kernel[(batch * heads, triton.cdiv(blocks, config.worth_block))](
         keys[2],
@@ -369,6 +373,7 @@ def _compete(
         slots,
         SIZE=size,
         BLOCK=config.worth_block,
+        enable_fp_fusion=True,
     )
     compete_kernel[(batch,)](
         worth,
@@ -382,7 +387,8 @@ def _compete(
         HEADS=triton.next_power_of_2(heads),
         BLOCK=config.block,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
     competed_shares_kernel[(batch, triton.cdiv(heads, 32))](
-        worth, least, cut, shares, heads, blocks, BLOCK=64, BLOCK_H=32
+        worth, least, cut, shares, heads, blocks, BLOCK=64, BLOCK_H=32, enable_fp_fusion=True
     )

@@ -287,6 +287,7 @@ def softmax_stats(
         HAS_TEMPERATURE=temperature is not None,
         BLOCK=config.block,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
     return chunk_max, chunk_sum, chunk_argmax
 
@@ -311,9 +312,16 @@ def draw_by_race(
     score = row_sum.new_empty((B, splits))
     index = row_sum.new_empty((B, splits), dtype=torch.int32)
     kernel[(B, splits)](
-        *tensors, score, index, *numbers, LANES=config.race_block // 4, num_warps=config.num_warps, **flags
+        *tensors,
+        score,
+        index,
+        *numbers,
+        LANES=config.race_block // 4,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        **flags,
     )
     emit_kernel[(B,)](
         score, index, row_sum, num_accepted, tokens, rows - 1, splits,
-        BLOCK_S=triton.next_power_of_2(splits), num_warps=1,
+        BLOCK_S=triton.next_power_of_2(splits), num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip

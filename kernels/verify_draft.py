@@ -210,6 +210,7 @@ def verify_draft(
             BLOCK_T=BLOCK_T,
             BLOCK_S=BLOCK_S,
             num_warps=4,
+            enable_fp_fusion=True,
             **flags,
         )
     if temperature is not None:

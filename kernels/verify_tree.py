@@ -304,6 +304,7 @@ def verify_tree(
             HAS_TEMPERATURE=temperature is not None,
             BLOCK=config.block,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
             **tiles,
             **flags,
         )
@@ -324,6 +325,7 @@ def verify_tree(
         splits,
         HAS_TEMPERATURE=temperature is not None,
         num_warps=4,
+        enable_fp_fusion=True,
         **tiles,
     )
     if temperature is not None:
