@@ -99,7 +99,7 @@ class Multiprocessor:
         self.kernel = types.FunctionType(kernel.fn.__code__, self.globals, kernel.fn.__name__)
 
     def __getitem__(self, grid):
-        def launch(*arguments, num_warps, **constants):
+        def launch(*arguments, num_warps, enable_fp_fusion, **constants):
             assert num_warps == 4
             prepared = []
             for argument in arguments:

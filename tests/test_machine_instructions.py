@@ -279,6 +279,23 @@ def test_what_the_machine_does_not_know_is_named(text):
         execute(text, {})
 
 
+def test_the_name_of_a_table_may_stand_on_the_line_before():
+    """As Triton 3.9 has it, in front of all instructions."""
+    held = program(
+        """JTI0_0:
+        .branchtargets
+        $L__BB0_1,
+        $L__BB0_2;
+        brx.idx %r1, JTI0_0;
+        $L__BB0_1:
+        bar.sync 0;
+        $L__BB0_2:
+        ret;"""
+    )
+    assert [entry.opcode for entry in held.instructions] == ["brx.idx", "bar.sync", "ret"]
+    assert held.tables == {"JTI0_0": ["$L__BB0_1", "$L__BB0_2"]}
+
+
 def test_the_parser_reads_scopes_tables_and_lines():
     held = program(
         """mov.u32 %r1, 0;

@@ -21,8 +21,9 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SHARED_WINDOW = 1024
 # What a byte of shared memory holds before it is written.
 POISON = 0xCB
-# Kernel parameters that are tensor descriptors: their addresses name them, no memory lies behind.
-DESCRIPTORS = 0x7D00_0000_0000
+# Kernel parameters that are tensor descriptors: their addresses name them, no memory lies behind. In 32 bits, as PTX of
+# Triton 3.9 has addresses of parameters, and in the first page, where no process has memory.
+DESCRIPTORS = 512
 
 # One array over the address space of this process, from the first address that NumPy takes: every access is checked
 # against the allocations of the launch before it goes through here.

@@ -255,6 +255,7 @@ class _Body:
         self.location = (0, 0, "")
         self.count = 0
         self.scope = self.scopes = 0
+        self.label = ""
         self.table: list[str] | None = None
         self.operands: dict[tuple[int, str], Operand] = {}
 
@@ -292,6 +293,7 @@ class _Body:
         elif found := re.match(r"\.reg\s+\.(\w+)\s+([%\w]+);", line):
             program.declare(self._scoped(found[2]), found[1])
         elif found := re.match(r"(\$?\w+):$", line):
+            self.label = found[1]
             if not found[1].startswith(("$L__tmp", "$L__func")):
                 yield self._scoped(found[1])
         elif not line.startswith(".pragma"):
@@ -299,8 +301,8 @@ class _Body:
 
     def _targets(self, line: str) -> None:
         if self.table is None:
-            self.table = self.program.tables[line.split(":")[0].strip()] = []
-            line = line.split(".branchtargets")[1]
+            name, _, line = line.partition(".branchtargets")  # the name stands before it, or on the line before
+            self.table = self.program.tables[name.strip(" :") or self.label] = []
         self.table += re.findall(r"\$\w+", line)
         if line.endswith(";"):
             self.table = None
