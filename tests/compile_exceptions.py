@@ -77,6 +77,35 @@ _BY_3_8 = {
     ("offer_kernel", "how it allots registers"): {("sm_80", 4): "verify-tree-bf16"},
     ("tree_race_kernel", "how it allots registers"): {("sm_120", 2): "verify-tree-bf16"},
 }
+_BY_3_9 = {
+    ("attention_scores_kernel", "how it allots registers"): {
+        ("sm_80", 2): "flash-fp32-d64",
+        ("sm_120", 2): "flash-bf16-d64-everything",
+    },
+    ("flash_backward_bias_kernel", "how it allots registers"): {("sm_90", 12): "flash-bias-d256"},
+    ("gluon_flash_forward_kernel", "arguments, all of which it reads at the start"): {
+        ("sm_90", 17): "gluon-forward-d128-softcap",
+        ("sm_90", 49): "gluon-forward-d256-causal gluon-forward-d256-causal-fp16 gluon-forward-d256-full "
+        "gluon-forward-d256-packed-causal gluon-forward-d256-window",
+        ("sm_90", 61): "gluon-forward-d256-packed-window",
+    },
+    ("paged_attention_kernel", "how it allots registers"): {
+        ("sm_80", 2): "paged-bias-d128-mask",
+        ("sm_80", 8): "paged-decode-fp32-d64",
+    },
+    ("paged_latent_kernel", "how it allots registers"): {
+        ("sm_90", 38): "paged-latents-fp16-128-whole",
+        ("sm_90", 97): "paged-latents-bf16-128 paged-latents-bf16-128-invariant",
+        ("gfx950", 6): "paged-latents-fp32-16",
+    },
+    ("paged_schedule_kernel", "a number, in what runs once a step"): {
+        ("sm_90", 2): "paged-decode-fp32-d64 paged-latents-bf16-128 paged-latents-bf16-128-invariant "
+        "paged-latents-bf16-16 paged-latents-fp32-16 paged-latents-int8-128 paged-latents-int8-16 "
+        "paged-slot-scales-fp8 paged-uniform-fp8-d128",
+    },
+    ("sort_keys_kernel", "a number, in what runs once"): {("sm_90", 5): "select-blocks"},
+    ("tree_race_kernel", "how it allots registers"): {("sm_120", 2): "verify-tree-bf16"},
+}
 KNOWN_EXCEPTIONS = (
     KnownException(
         "",
@@ -97,7 +126,7 @@ KNOWN_EXCEPTIONS = (
 )
 KNOWN_EXCEPTIONS += tuple(
     KnownException(version, target, case, kernel, reason, spills)
-    for version, found in (("3.6.0", _BY_3_6), ("3.8.0", _BY_3_8))
+    for version, found in (("3.6.0", _BY_3_6), ("3.8.0", _BY_3_8), ("3.9.0", _BY_3_9))
     for (kernel, reason), places in found.items()
     for (target, spills), cases in places.items()
     for case in cases.split()
