@@ -70,7 +70,10 @@ def num_layers_of(config: Any) -> int:
 def storing_layers(config: Any) -> list[int]:
     """The layers that store keys and values of their own; others may attend to those of an earlier layer."""
     types = layer_types_of(config)
-    modes = getattr(config, "kv_sharing_modes", None) or [""] * len(types)
+    modes = getattr(config, "kv_sharing_modes", None)
+    if not modes:  # transformers before 5.23 has a number alone
+        shared = getattr(config, "num_kv_shared_layers", None) or 0
+        modes = [""] * (len(types) - shared) + ["reuse"] * shared
     return [
         layer
         for layer, (kind, mode) in enumerate(zip(types, modes, strict=True))

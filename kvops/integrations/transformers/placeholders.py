@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 # Python's special methods and how the operators are written in a program.
@@ -48,6 +49,15 @@ class Deferred:
     def attends_with(self, values: Any) -> bool:
         """Whether these keys and ``values`` are still what the cache handed out, so that it can attend to them."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensor that it stands for."""
+        raise NotImplementedError
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself for the device that it is on: transformers before 5.23 moves keys that layers share to the queries."""
+        return self if args == (self.device,) and not kwargs else self.tensor().to(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)

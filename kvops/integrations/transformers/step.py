@@ -46,6 +46,10 @@ class NewTokens(Deferred):
         batch, _, heads, width = self.k.shape
         return torch.Size((batch, heads, self.kv_length, width))
 
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
     def attend(self, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
         """q ``[B, T, Hq, D]`` -> ``[B, T, Hq, Dv]``; the keys and values are in the cache afterwards."""
         return self._cache.attend(self, q, mask, options)
@@ -66,6 +70,10 @@ class NewTokens(Deferred):
 class _NewValues(Deferred):
     def __init__(self, new: NewTokens) -> None:
         self._new = new
+
+    @property
+    def device(self) -> torch.device:
+        return self._new.device
 
     def tensor(self) -> Tensor:
         return self._new.copies()[1]
