@@ -27,8 +27,8 @@ def mend_loop_bounds() -> None:
 def mend_masks() -> None:
     """Let masks be joined with conditions on scalars in all supported versions of Triton.
 
-    The interpreter takes what a comparison of two int32 scalars gives for an int32 where it makes a block of it. Triton
-    3.9 refuses such masks.
+    Where the interpreter makes a block of what a comparison of two int32 scalars gives, it makes one of int32, not one
+    of bool. Triton 3.9 refuses such masks.
     """
     from triton.runtime import interpreter
 

@@ -44,10 +44,10 @@ def program(body: str, parameters: int = 0, threads: int = 32, without=()) -> Pr
     return Program(HEADER.format(parameters=named, threads=threads, body="\n".join(lines)), without)
 
 
-def execute(text: str, registers: dict[str, tuple[str, object]]) -> Team:
+def execute(text: str, registers: dict[str, tuple[str, object]], parameters: int = 0) -> Team:
     """One instruction (or a few) by a warp whose registers hold these values, ``{"%r1": ("f32", 1.5)}``; a list gives
     a value to each lane."""
-    held = program(text + "\nret;")
+    held = program(text + "\nret;", parameters)
     grid = Grid(held, (1,), {}, [], 1024, 1, options=Options(check=False))
     grid.clocks.clear(0)
     team = Team(grid, [0], [0], [0])

@@ -7,6 +7,7 @@ import pytest
 from machine_ptx import execute, program, result
 
 from kvops.autotune.machine.instructions import SECTIONS, TABLE
+from kvops.autotune.machine.memory import DESCRIPTORS
 from kvops.autotune.machine.ptx import Unsupported
 
 INF, NAN = math.inf, math.nan
@@ -277,6 +278,17 @@ def test_mma_multiplies_the_fragments_of_the_manual(kind):
 def test_what_the_machine_does_not_know_is_named(text):
     with pytest.raises(Unsupported, match=text.split()[0].replace(".", r"\.")):
         execute(text, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mov.b64 %rd1, kernel_param_1;\ncvta.param.u64 %rd2, %rd1;",
+        "mov.b32 %r1, kernel_param_1;\ncvt.u64.u32 %rd1, %r1;\ncvta.param.u64 %rd2, %rd1;",  # Triton 3.9
+    ],
+)
+def test_the_address_of_a_descriptor_is_the_same_in_32_and_in_64_bits(text):
+    assert set(result(execute(text, {}, parameters=2), "%rd2", "u64")) == {DESCRIPTORS + 1}
 
 
 def test_the_name_of_a_table_may_stand_on_the_line_before():

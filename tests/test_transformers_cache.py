@@ -1,5 +1,7 @@
 """KVOpsCache in transformers' generate: the tokens of transformers' own cache, and memory that really comes back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ import kvops
 import kvops.integrations.transformers as kvops_transformers
 from kvops.generation.generate import generate
 from kvops.integrations.transformers import KVOpsCache
-from kvops.integrations.transformers.config import cache_argument
+from kvops.integrations.transformers.config import cache_argument, storing_layers
 from kvops.models.config import LlamaConfig
 from kvops.models.llama import Llama
 from kvops.policies import AdaKV, Compression, ExpectedAttention, KVzip, SnapKV
@@ -254,6 +256,19 @@ def shared(model: torch.nn.Module) -> torch.nn.Module:
     model.generation_config.pad_token_id = 0
     model.set_attn_implementation(kvops_transformers.enable())
     return model.eval()
+
+
+def test_keys_that_layers_share_may_be_moved_to_where_they_are():
+    """As transformers before 5.23 does, whose config tells the number of such layers alone."""
+    config = SimpleNamespace(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2)
+    assert storing_layers(config) == [0, 1]
+    model = make()
+    cache = KVOpsCache(model.config, max_tokens=96, block_size=4)
+    k = torch.randn(1, model.config.num_key_value_heads, 3, model.config.head_dim)
+    keys, values = cache.update(k, k, 0)
+    assert keys.to(k.device) is keys
+    assert values.to(k.device) is values
+    assert keys.attends_with(values)
 
 
 @pytest.mark.parametrize("make_model", [gemma3n, gemma4])

@@ -141,9 +141,7 @@ def test_layers_that_share_keys_are_refused():
     types = ["sliding_attention", "full_attention"] * 2
     options = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": types}
     model = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**TINY | sizes | options)).eval()
-    with pytest.raises(
-        ValueError, match=r"model: expected one that hands keys .* got one (whose layers share them|that reads \.to)"
-    ):
+    with pytest.raises(ValueError, match=r"model: expected one that hands keys .* got one whose layers share them"):
         Decoder(model)
 
 

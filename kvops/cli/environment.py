@@ -32,20 +32,19 @@ def usable_cpus() -> float:
     """How many CPUs' time this process may take: that of the cores it may run on, or what its container is allowed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     own = Path("/proc/self/cgroup")
-    return min(cores, *_quotas(own.read_text(), Path("/sys/fs/cgroup"))) if own.exists() else cores
+    return min([cores, *_quotas(own.read_text(), Path("/sys/fs/cgroup"))]) if own.exists() else cores
 
 
 def _quotas(groups: str, root: Path) -> Iterator[float]:
     """The limits of control groups, of version 1 and 2, in CPUs: those of a process's ``groups`` and all above them."""
-    yield float("inf")
     for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
-        if "cpu" not in controllers.split(",") and controllers:
+        if controllers and "cpu" not in controllers.split(","):
             continue
         top = root / "cpu" if controllers else root
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         group = top / path.lstrip("/")
-        for folder in {top, group, *(parent for parent in group.parents if parent.is_relative_to(top))}:
+        for folder in filter(lambda folder: folder.is_relative_to(top), (group, *group.parents)):
             files = [folder / name for name in names]
             if all(file.is_file() for file in files):
                 quota, period = " ".join(file.read_text() for file in files).split()

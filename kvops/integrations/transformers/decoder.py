@@ -236,6 +236,12 @@ class _NewTokens(Placeholder):
     def refuse(self, use: str) -> NoReturn:
         raise NotATensorError(f"model: expected one that hands keys and values straight on to attention, got {use}")
 
+    def to(self, device: Any) -> _NewTokens:
+        """Itself: transformers before 5.23 moves keys that layers share to the queries."""
+        if device != self.k.device:
+            self.refuse("one that reads .to")
+        return self
+
     def attend(self, q: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
         if self.attended:
             self.refuse("one whose layers share them")
