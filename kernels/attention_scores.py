@@ -12,7 +12,7 @@ from kvops.autotune.lookup import choose
 from kvops.kernels.dense import FAR, longest, mask_bounds, mask_kind, padded, row_strides, slope_stride, token_strides
 from kvops.kernels.device import current_device
 from kvops.kernels.flash_tiles import alibi_slope, in_window, query_blocks, row_products, sequence_tokens
-from kvops.kernels.primitives import LOG2_E, load_rows, log2_scores, program_tile
+from kvops.kernels.primitives import LOG2_E, load_rows, log2_scores, program_tile, without_nan
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _reduce_queries(
         if MASKED:
             s = tl.where(in_window(distance, window_left, window_right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
         if REDUCE == "max":
-            total = tl.maximum(total, tl.max(s, 1))
+            total = tl.maximum(total, tl.max(without_nan(s), 1))
         elif REDUCE == "sumsq":
             total += tl.sum(tl.exp2(2.0 * s), 1)
         else:
@@ -163,7 +163,7 @@ def attention_scores_kernel(
         if REDUCE == "max":
             total = tl.exp2(total)
         if REDUCE_GROUP == "max":
-            result = tl.maximum(result, total)
+            result = tl.maximum(result, without_nan(total))
         else:
             result += total
     if REDUCE_GROUP == "mean":

@@ -154,7 +154,7 @@ def _join_sink(acc, m, l, sink):
 
     Only here is it known which rows see a key under a bias.
     """
-    empty = m == float("-inf")
+    empty = l == 0.0
     top = tl.where(empty, 0.0, tl.maximum(m, sink))
     rescale = tl.exp2(m - top)
     return acc * rescale[:, None], top, l * rescale + tl.exp2(sink - top), empty

@@ -280,8 +280,9 @@ def _normalise(m, l, sinks_ptr, sink_offset):
         highest = m
         weight = 1.0
         total = l
-    total = tl.where(l > 0.0, total, 1.0)
-    lse = tl.where(l > 0.0, (highest + tl.log2(total)) * LN_2, float("-inf"))
+    empty = l == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * LN_2)
     return weight / total, lse
 
 

@@ -16,7 +16,7 @@ from kvops.kernels.paged_tiles import (
     slot_scales,
     visible_slots,
 )
-from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address
+from kvops.kernels.primitives import LOG2_E, dot, log2_scores, page_address, without_nan
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _probabilities(s, seen, lse_ptrs, row_mask):
 def _with_rows(reduced, p, REDUCE: tl.constexpr):
     """``reduced`` [BLOCK_N] along with the rows of ``p``."""
     if REDUCE == "max":
-        reduced = tl.maximum(reduced, tl.max(p, 0))
+        reduced = tl.maximum(reduced, tl.max(without_nan(p), 0))
     elif REDUCE == "sumsq":
         reduced += tl.sum(p * p, 0)
     else:

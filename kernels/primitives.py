@@ -107,6 +107,12 @@ def online_softmax_step(scores, m, l):
 
 
 @triton.jit
+def without_nan(x):
+    """``x`` with +inf for NaN, which a maximum would leave out."""
+    return tl.where(x == x, x, float("inf"))
+
+
+@triton.jit
 def philox_words(seed, step, position, stream: tl.constexpr, counter):
     """The four random words (uint32) of ``counter`` (int32), numbered as kvops/eager/philox.py explains.
 

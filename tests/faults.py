@@ -144,6 +144,13 @@ FAULTS = [
         "ds.mul_(1 - capped)",
         GRADIENT_EAGER,
     ),
+    Mutation(
+        "eager: zeros for a row of NaN beside few keys",
+        "kvops/eager/attention.py",
+        "return keys < _LANES and bool((lse == 0).any())",
+        "return False",
+        named("nan", "eager", "flash_attention_shows"),
+    ),
     # Packed sequences
     Mutation(
         "packed: lse of the wrong rows",
@@ -204,6 +211,13 @@ FAULTS = [
         MERGE_EAGER,
     ),
     # The paged cache
+    Mutation(
+        "paged: a row whose scores are all NaN is taken for an empty one",
+        "kernels/paged_attention_kernel.py",
+        "empty = l == 0.0",
+        "empty = (l > 0.0) == 0",
+        named("nan", "triton", "paged_attention_shows"),
+    ),
     Mutation(
         "paged: the accumulator is not rescaled when the maximum rises",
         "kernels/paged_attention_kernel.py",
@@ -373,6 +387,13 @@ FAULTS = [
         "tests/test_paged_operators.py -k triton",
     ),
     # Scores
+    Mutation(
+        "a maximum of probabilities leaves NaN out",
+        "kernels/primitives.py",
+        'return tl.where(x == x, x, float("inf"))',
+        "return x",
+        named("nan", "triton", "scores"),
+    ),
     Mutation(
         "scores: squares are not squared",
         "kernels/attention_scores.py",

@@ -47,6 +47,27 @@ NUMBA_FAULTS = [
         PAGED_NUMBA,
     ),
     Mutation(
+        "a row whose scores are all NaN is taken for an empty one",
+        "kernels/cpu/paged_attention.py",
+        "if largest == -np.inf and seen == 0:",
+        "if largest == -np.inf:",
+        named("nan", "numba", "paged_attention_shows"),
+    ),
+    Mutation(
+        "a maximum of probabilities leaves NaN out",
+        "kernels/cpu/paged_attention.py",
+        "reduced[j] = p if p > reduced[j] or p != p else reduced[j]",
+        "reduced[j] = p if p > reduced[j] else reduced[j]",
+        named("nan", "numba", "scores_of_a_list"),
+    ),
+    Mutation(
+        "the numbers behind the last whole vector are left out of a maximum",
+        "kernels/cpu/vector.py",
+        "for j in range(count // LANES * LANES, count):",
+        "for j in range(count, count):",
+        named("paged", "numba", "however_large"),
+    ),
+    Mutation(
         "the last four outputs of a share are left out",
         "kernels/cpu/linear.py",
         "for j in range(0, out.shape[1], 4):",

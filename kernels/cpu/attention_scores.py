@@ -176,7 +176,7 @@ def _score_tile(call, scratch, sequence, h, first_key):
             if member == 0:
                 out[j] = scratch.total[j]
             elif call.group == MAX:
-                out[j] = max(out[j], scratch.total[j])
+                out[j] = out[j] if out[j] > scratch.total[j] or np.isnan(out[j]) else scratch.total[j]
             else:
                 out[j] += scratch.total[j]
     if call.group == MEAN:

@@ -32,7 +32,7 @@ from kvops.kernels.cpu.paged_items import (
 )
 from kvops.kernels.cpu.paged_rows import TILE, Rows, ahead, bring, locate, widened
 from kvops.kernels.cpu.threads import run_shares
-from kvops.kernels.cpu.vector import multiply_add, multiply_transposed
+from kvops.kernels.cpu.vector import largest_of, multiply_add, multiply_transposed
 from kvops.prepared import prepared
 
 _NEAR = 4 << 20  # bytes of K and V that may still be in a cache
@@ -161,9 +161,7 @@ def _score(call, scratch, span, b, h, first_row, rows, first, count, then):
 def _soften(s, count, acc):
     """One step of the online softmax: s [count] becomes weights, and acc [Dv + 2] is rescaled to the new maximum."""
     Dv = len(acc) - 2
-    largest = acc[Dv + 1]
-    for j in range(count):
-        largest = s[j] if s[j] > largest else largest
+    largest = largest_of(s, count, acc[Dv + 1])
     shift = largest if largest > -np.inf else np.float32(0)
     old = exp2(acc[Dv + 1] - shift)
     total = np.float32(0)
@@ -258,10 +256,11 @@ def _merge_share(share, shares, call, items, partials):
             elif items.tiles[i] > 1:
                 first += r // ROWS
                 last = min(first + 1, last)
-            largest = np.float32(-np.inf)
+            largest, seen = np.float32(-np.inf), np.float32(0)
             for item in range(first, last):
                 largest = max(largest, partials[item, r % ROWS, largest_score])
-            if largest == -np.inf:
+                seen += partials[item, r % ROWS, weight]
+            if largest == -np.inf and seen == 0:  # scores of NaN leave the one at -inf, and make the other NaN
                 call.lse[row, head, t] = -np.inf
                 continue
             sink = call.sinks[head] * np.float32(LOG2_E) if call.sinks.size else np.float32(-np.inf)
@@ -296,7 +295,7 @@ def _reduce(call, b, h, first_row, rows, s, count, reduced, seen):
             seen[j] |= s[r, j] != -np.inf
             p = exp2(s[r, j] - lse)
             if reduce == MAX:
-                reduced[j] = max(reduced[j], p)
+                reduced[j] = p if p > reduced[j] or p != p else reduced[j]
             else:
                 reduced[j] += p * p if reduce == SUM_OF_SQUARES else p
 

@@ -278,15 +278,38 @@ def store_totals(typing_context: Any, address: Any, a: Any, b: Any, c: Any, d: A
             width //= 2
             vectors = [add(x, x, [*range(width)], [*range(width, 2 * width)]) for x in vectors]
         a, b, c, d = vectors
-        # a and b side by side, as are c and d; then all four; in the end a, b, c, d.
+        # a and c side by side, as are b and d; then all four; in the end a, b, c, d.
         halves = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
         quarters = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
-        four = add(add(a, b, *halves), add(c, d, *halves), *quarters)
-        sums = add(four, four, [0, 4, 2, 6], [1, 5, 3, 7])
+        four = add(add(a, c, *halves), add(b, d, *halves), *quarters)
+        sums = add(four, four, [0, 2, 4, 6], [1, 3, 5, 7])
         builder.store(sums, builder.inttoptr(address, sums.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.intp, vector, vector, vector, vector), generate
+
+
+@intrinsic
+def _larger(typing_context: Any, a: Any, b: Any) -> tuple[Any, _Generate]:
+    """The larger number of each lane; ``b`` beside a NaN in ``a``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
+def _largest_lane(typing_context: Any, x: Any) -> tuple[Any, _Generate]:
+    """The largest number of a vector without NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.FloatType(), [_VECTOR]), f"llvm.vector.reduce.fmax.v{LANES}f32"
+        )
+        return builder.call(function, arguments, fastmath=("nnan",))
+
+    return types.float32(vector), generate
 
 
 @intrinsic
@@ -320,6 +343,20 @@ def prefetch(typing_context: Any, address: Any) -> tuple[Any, _Generate]:
 def address_of(array):
     """Where an array begins. Signed as all else that is added to it: numba adds an unsigned number in float64."""
     return np.int64(array.ctypes.data)
+
+
+@jit
+def largest_of(numbers, count, largest):
+    """The largest of so many numbers and ``largest``; NaN is none of them. LLVM takes one at a time, as it would have
+    to know that there is no NaN."""
+    lanes, address = splat(largest), address_of(numbers)
+    for _ in range(count // LANES):
+        lanes = _larger(load(address), lanes)
+        address += 4 * LANES
+    largest = _largest_lane(lanes)
+    for j in range(count // LANES * LANES, count):
+        largest = numbers[j] if numbers[j] > largest else largest
+    return largest
 
 
 class Ahead(NamedTuple):

@@ -26,6 +26,7 @@ from kvops.private_torch import flash_attention_backward as _backward
 # Queries to a call of torch's kernel under a window, and the largest mask (in elements) that is built for one.
 _WINDOW_ROWS = 256
 _MASK_ELEMENTS = 1 << 22
+_LANES = 16  # numbers in the longest vector of torch's kernel
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -146,6 +147,12 @@ def _mask(
     return added if mask is None else added + mask, hides
 
 
+def _may_hide_nan(lse: Tensor, keys: int) -> bool:
+    """Whether a row may look empty to torch's kernel, which calls its lse 0, because its scores are NaN: that happens
+    where the keys do not fill a vector."""
+    return keys < _LANES and bool((lse == 0).any())
+
+
 class _Attention:
     """One call, tile by tile: q, k and v [B, H, S, D] in the dtype that is computed in."""
 
@@ -196,6 +203,8 @@ class _Attention:
             mask = options["attn_mask"]
             hidden = mask.amax(-1) == -torch.inf if mask.shape[-1] else mask.new_ones(mask.shape[:-1]).bool()
             lse = lse.masked_fill(hidden & ~lse.isnan(), -torch.inf)
+        if _may_hide_nan(lse, inputs[1].shape[2]):
+            return self.plain(tile)
         return out[..., : self.v.shape[3]], lse
 
     def plain(self, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -325,9 +334,10 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvops.flash_attention`; ``first_entry`` numbers the first batch entry for dropout."""
     if kind.plain:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out, lse = _forward(q, k, v, 0.0, kind.tiles[0].causal, scale=kind.scale)
-        return out.transpose(1, 2).contiguous(), lse.contiguous()
+        inputs = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out, lse = _forward(*inputs, 0.0, kind.tiles[0].causal, scale=kind.scale)
+        if not _may_hide_nan(lse, v.shape[1]):
+            return out.transpose(1, 2).contiguous(), lse.contiguous()
     if kind.empty:
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(
             (q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=kind.dtype

@@ -169,7 +169,7 @@ def flash_attention(
 
     Returns:
         out ``[B, Sq, Hq, Dv]`` in the dtype of q and lse ``[B, Hq, Sq]``, float32: the natural logarithm of the
-        softmax's denominator. A row that sees no key has out 0 and lse -inf.
+        softmax's denominator. A row that sees no key has out 0 and lse -inf; a score that is NaN makes its row NaN.
 
     Raises:
         ValueError: shapes, strides, devices or values that do not fit.

@@ -134,7 +134,8 @@ def attention_scores(
         query_start: the first query that counts; a negative number counts from the end, so -w means the last w.
         skip_recent: n > 0: a key counts only for queries at least n positions after it.
         reduce: over the queries, ``"sum"`` of p, ``"sumsq"`` of p squared or ``"max"`` of p.
-        group: over the query heads of a group, ``"sum"``, ``"mean"`` or ``"max"``.
+        group: over the query heads of a group, ``"sum"``, ``"mean"`` or ``"max"``. Where p is NaN, so is the score, or
+            +inf with a maximum on a GPU.
 
     Returns:
         float32 ``[B, Hkv, Sk]``, 0 for a key that no query sees.
