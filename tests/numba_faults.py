@@ -54,7 +54,7 @@ NUMBA_FAULTS = [
         named("nan", "numba", "paged_attention_shows"),
     ),
     Mutation(
-        "a maximum of probabilities leaves NaN out",
+        "a maximum of probabilities on the CPU leaves NaN out",
         "kernels/cpu/paged_attention.py",
         "reduced[j] = p if p > reduced[j] or p != p else reduced[j]",
         "reduced[j] = p if p > reduced[j] else reduced[j]",

@@ -264,9 +264,9 @@ def paged_attention(
 
     T = 1 is decoding, T > 1 draft verification or a chunk of prefill. Lengths include the T tokens, which were appended
     first. Token ``t < n = q_lens[b]`` (default T) is in slot ``seq_lens - n + t`` of each list and sees the slots up to
-    its own. Rows from ``n`` on, and rows that see nothing, have out 0 and lse -inf; a score that is NaN makes its row NaN.
-    Slots are counted in list order, so after eviction they are closer together than the original positions. One read of
-    K and V serves all T tokens and all query heads of a group.
+    its own. Rows from ``n`` on, and rows that see nothing, have out 0 and lse -inf; a score that is NaN makes its row
+    NaN. Slots are counted in list order, so after eviction they are closer together than the original positions. One
+    read of K and V serves all T tokens and all query heads of a group.
 
     With ``cu_seqlens_q`` the tokens of all sequences are packed, without padding: those of sequence ``b`` are
     ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, and T is ``max_seqlen_q``. Sequences that decode and sequences that
