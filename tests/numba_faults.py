@@ -49,16 +49,16 @@ NUMBA_FAULTS = [
     Mutation(
         "a row whose scores are all NaN is taken for an empty one",
         "kernels/cpu/paged_attention.py",
-        "if largest == -np.inf and seen == 0:",
+        "if largest == -np.inf and weights == 0:",
         "if largest == -np.inf:",
         named("nan", "numba", "paged_attention_shows"),
     ),
     Mutation(
         "a maximum of probabilities on the CPU leaves NaN out",
-        "kernels/cpu/paged_attention.py",
-        "reduced[j] = p if p > reduced[j] or p != p else reduced[j]",
-        "reduced[j] = p if p > reduced[j] else reduced[j]",
-        named("nan", "numba", "scores_of_a_list"),
+        "kernels/cpu/elements.py",
+        "return a if a > b or a != a else b",
+        "return a if a > b else b",
+        named("nan", "numba", "scores"),
     ),
     Mutation(
         "the numbers behind the last whole vector are left out of a maximum",

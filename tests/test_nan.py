@@ -11,14 +11,20 @@ NAN = float("nan")
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")  # of Triton's interpreter
 
 
-@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"softcap": 5.0}, {"window_left": 2}], ids=str)
+def with_tensors(options, device):
+    return {
+        name: torch.full((4,), value, device=device) if name == "sinks" else value for name, value in options.items()
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": 0.0}, {"softcap": 5.0}, {"window_left": 2}], ids=str)
 @pytest.mark.parametrize("where", ["queries", "keys", "values"])
 @pytest.mark.parametrize(("lengths", "num_tokens"), [([[5, 40]], 1), ([[600, 9]], 1), ([[40, 3]], 3), ([[70, 50]], 40)])
 def test_paged_attention_shows_a_nan(backend, device, lengths, num_tokens, where, options):
     """Rows whose scores were all NaN became zeros on the CPU, and their lse -inf in the kernels."""
     lists = make_lists(lengths, block_size=16, head_dim=16, device=device)
     q = queries(lists, 2, num_tokens)
-    options = {**options, **({"sinks": torch.zeros(4, device=device)} if "sinks" in options else {})}
+    options = with_tensors(options, device)
     clean, clean_lse = kvops.paged_attention(q, *lists.arguments, **options)
     blocks = lists.block_tables[0, 0, : -(-lengths[0][0] // 16)].long()
     if where == "queries":
@@ -35,7 +41,7 @@ def test_paged_attention_shows_a_nan(backend, device, lengths, num_tokens, where
 @pytest.mark.parametrize("reduce", ["sum", "sumsq", "max"])
 @pytest.mark.parametrize("lengths", [[[5, 40]], [[600, 9]]])
 def test_scores_of_a_list_show_a_nan(backend, device, lengths, reduce):
-    """A maximum left it out. Maxima of GPUs do, so that +inf stands for it there."""
+    """A maximum left it out. The instructions of GPUs do that, so that the kernels give +inf in place of NaN."""
     lists = make_lists(lengths, block_size=16, head_dim=16, device=device)
     q = queries(lists, 3)
     q[:, :, 1, 3] = NAN
@@ -58,17 +64,17 @@ def test_paged_latent_attention_shows_a_nan(backend, device, length, where):
     assert lse.isnan().all()
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_left": 0}, {"softcap": 5.0}, {"sinks": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_left": 0}, {"softcap": 5.0}, {"sinks": 0.0}], ids=str
+)
 @pytest.mark.parametrize("where", ["queries", "keys", "values"])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (1, 7), (5, 5), (1, 40), (33, 33)])
 def test_flash_attention_shows_a_nan_and_so_do_its_gradients(backend, device, num_queries, num_keys, where, options):
     """torch's CPU kernel makes zeros of it where the keys do not fill a vector."""
-    options = {**options, **({"sinks": torch.zeros(4, device=device)} if "sinks" in options else {})}
+    options = with_tensors(options, device)
     q = torch.randn(1, num_queries, 4, 16, device=device)
     k, v = (torch.randn(1, num_keys, 2, 16, device=device) for _ in range(2))
-    {"queries": q, "keys": k, "values": v}[where][
-        :, :, : 2 if where == "queries" else 1, 3 if where != "values" else 0 :
-    ] = NAN
+    {"queries": q[:, :, :2, 3], "keys": k[:, :, 0, 3], "values": v[:, :, 0]}[where].fill_(NAN)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out, lse = kvops.flash_attention(*inputs, **options)
     assert out[:, :, :2].isnan().all()
@@ -100,7 +106,7 @@ def test_packed_attention_shows_a_nan_in_its_own_sequence(backend, device, lengt
 def test_attention_scores_show_a_nan(backend, device, where, reduce, group):
     q, k = torch.randn(1, 5, 4, 16, device=device), torch.randn(1, 5, 2, 16, device=device)
     _, lse = kvops.flash_attention(q, k, k)
-    {"queries": q[0, 2, 1], "keys": k[0, 2, 0], "lse": lse[0, 1, 2:3]}[where][:1] = NAN
+    {"queries": q[0, 2, 1, 0], "keys": k[0, 2, 0, 0], "lse": lse[0, 1, 2]}[where].fill_(NAN)
     scores = kvops.attention_scores(q, k, lse, reduce=reduce, group=group)
     assert not (scores[0, 0, 2:3] if where == "keys" else scores[0, 0]).isfinite().any()
     assert scores[0, 1].isfinite().all()

@@ -11,7 +11,7 @@ import torch
 from numba import float32, float64, int32, int64, uint8
 
 from kvops.kernels.cpu.arguments import Binding, unpack
-from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded, widen
+from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, larger, padded, widen
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import NOTHING, address_of, multiply_add
@@ -119,7 +119,7 @@ def _reduce(reduce, s, total):
         s[j] = np.float32(128) if s[j] > 128 else s[j]  # 2 ** 128 is infinite
     if reduce == MAX:
         for j in range(len(s)):
-            total[j] = s[j] if s[j] > total[j] or np.isnan(s[j]) else total[j]
+            total[j] = larger(s[j], total[j])
     elif reduce == SUM:
         for j in range(len(s)):
             total[j] += exp2(s[j])
@@ -176,7 +176,7 @@ def _score_tile(call, scratch, sequence, h, first_key):
             if member == 0:
                 out[j] = scratch.total[j]
             elif call.group == MAX:
-                out[j] = out[j] if out[j] > scratch.total[j] or np.isnan(out[j]) else scratch.total[j]
+                out[j] = larger(scratch.total[j], out[j])
             else:
                 out[j] += scratch.total[j]
     if call.group == MEAN:

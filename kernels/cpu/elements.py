@@ -99,6 +99,12 @@ def to_int8(x):
 
 
 @jit
+def larger(a, b):
+    """The larger of two numbers, or NaN if one of them is: ``max`` may leave it out."""
+    return a if a > b or a != a else b
+
+
+@jit
 def padded(width):
     """A row's width in whole vectors, two at a time."""
     return -(-width // (2 * LANES)) * (2 * LANES)

@@ -11,7 +11,7 @@ import torch
 from numba import boolean, float32
 
 from kvops.kernels.cpu.arguments import Binding, for_heads, in_float32, per_head, unpack
-from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, padded, tanh
+from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, larger, padded, tanh
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import (
     PIECE,
@@ -256,11 +256,11 @@ def _merge_share(share, shares, call, items, partials):
             elif items.tiles[i] > 1:
                 first += r // ROWS
                 last = min(first + 1, last)
-            largest, seen = np.float32(-np.inf), np.float32(0)
+            largest, weights = np.float32(-np.inf), np.float32(0)
             for item in range(first, last):
                 largest = max(largest, partials[item, r % ROWS, largest_score])
-                seen += partials[item, r % ROWS, weight]
-            if largest == -np.inf and seen == 0:  # scores of NaN leave the one at -inf, and make the other NaN
+                weights += partials[item, r % ROWS, weight]
+            if largest == -np.inf and weights == 0:  # the weights of scores that are all NaN are NaN
                 call.lse[row, head, t] = -np.inf
                 continue
             sink = call.sinks[head] * np.float32(LOG2_E) if call.sinks.size else np.float32(-np.inf)
@@ -295,7 +295,7 @@ def _reduce(call, b, h, first_row, rows, s, count, reduced, seen):
             seen[j] |= s[r, j] != -np.inf
             p = exp2(s[r, j] - lse)
             if reduce == MAX:
-                reduced[j] = p if p > reduced[j] or p != p else reduced[j]
+                reduced[j] = larger(p, reduced[j])
             else:
                 reduced[j] += p * p if reduce == SUM_OF_SQUARES else p
 

@@ -347,8 +347,8 @@ def address_of(array):
 
 @jit
 def largest_of(numbers, count, largest):
-    """The largest of so many numbers and ``largest``; NaN is none of them. LLVM takes one at a time, as it would have
-    to know that there is no NaN."""
+    """The largest of so many numbers and ``largest``, without regard to NaN. A plain loop would not be vectorised: LLVM
+    does that where it may assume that there is no NaN."""
     lanes, address = splat(largest), address_of(numbers)
     for _ in range(count // LANES):
         lanes = _larger(load(address), lanes)
