@@ -6,13 +6,14 @@ read no device data. Data on the device is checked with ``KVOPS_DEBUG=1`` (see :
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
 import operator
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +33,28 @@ _DEBUG, _INTERPRET, _CPU = map(os.environ.encodekey, ("KVOPS_DEBUG", "TRITON_INT
 _YES, _EAGER, _NUMBA = map(os.environ.encodevalue, ("1", "eager", "numba"))
 
 
+class DataError(ValueError):
+    """A kernel for the CPU was given lengths or block numbers that lead outside of the tables or the cache, and did
+    nothing."""
+
+
+_naming = False  # while the check of an operator says what a DataError is about
+
+
 def debug() -> bool:
     """Whether ``KVOPS_DEBUG=1`` is set: device data is checked, which synchronises."""
-    return _variables.get(_DEBUG) == _YES
+    return _variables.get(_DEBUG) == _YES or _naming
+
+
+@contextlib.contextmanager
+def naming() -> Iterator[None]:
+    """Check data as with ``KVOPS_DEBUG=1``. Other threads do so too meanwhile, which costs them time alone."""
+    global _naming
+    _naming = True
+    try:
+        yield
+    finally:
+        _naming = False
 
 
 def interpreting() -> bool:
@@ -128,6 +148,17 @@ def expect_last_contiguous(name: str, tensor: Tensor) -> None:
         )
 
 
+def expect_own_memory(name: str, tensor: Tensor) -> None:
+    """For what is written: elements of an expanded tensor lie in one place, and the last one written would stay."""
+    if has_data(tensor) and tensor.numel() > 0:
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if stride == 0 and size > 1:
+                raise ValueError(
+                    f"{name}: expected a place in memory for each element, as it is written, got strides "
+                    f"{list(tensor.stride())} for shape {list(tensor.shape)}; call {name}.contiguous()"
+                )
+
+
 def expect_head_ratio(name: str, query_heads: int, kv_name: str, kv_heads: int) -> None:
     if kv_heads == 0 or query_heads % kv_heads != 0:
         raise ValueError(
@@ -207,3 +238,19 @@ def expect_data(name: str, expected: str, correct: Tensor) -> None:
         raise ValueError(
             f"{name}: expected {expected}, got {len(wrong)} that are not, the first at {wrong[0].tolist()}"
         )
+
+
+def expect_inside(
+    block_tables: Tensor, seq_lens: Tensor, num_blocks: int, block_size: int, first: Tensor | None = None
+) -> None:
+    """Check that lists fit in their tables and that their blocks, from that of slot ``first`` on, are in the cache.
+    Synchronises, so on a GPU only under :func:`debug`."""
+    capacity = block_tables.shape[-1] * block_size
+    expect_data("seq_lens", "lengths of at least 0", seq_lens >= 0)
+    expect_data("seq_lens", f"lengths up to the {capacity} slots of a table", seq_lens <= capacity)
+    begin = torch.arange(block_tables.shape[-1], device=block_tables.device) * block_size
+    used = begin < seq_lens[..., None]
+    if first is not None:
+        used &= begin + block_size > first[..., None]
+    inside = (block_tables >= 0) & (block_tables < num_blocks)
+    expect_data("block_tables", f"blocks from 0 to {num_blocks - 1} before each length", inside | ~used)

@@ -7,6 +7,7 @@ APPEND_NUMBA = named("paged_operators", "numba", "append")
 MERGE_NUMBA = named("merge", "numba", "whole or float64")
 VERIFY_NUMBA = named("verify", "numba", "one_at_a_time or bad_row")
 SCORES_NUMBA = named("scores", "numba", "reduction or queries_that_count or windows")
+OUT_OF_RANGE = named("out_of_range", "numba", "named or copies or anything")
 EVICTION_NUMBA = "tests/test_eviction.py tests/test_compaction.py -k numba"
 
 NUMBA_FAULTS = [
@@ -45,6 +46,41 @@ NUMBA_FAULTS = [
         "share_of_all = exp2(partial[largest_score] - largest)",
         "share_of_all = np.float32(1)",
         PAGED_NUMBA,
+    ),
+    Mutation(
+        "out of range: a negative block is one of the cache",
+        "kernels/cpu/tables.py",
+        "inside &= 0 <= table[j] < num_blocks",
+        "inside &= table[j] < num_blocks",
+        OUT_OF_RANGE,
+    ),
+    Mutation(
+        "out of range: the last block of a list is not looked at",
+        "kernels/cpu/tables.py",
+        "if not blocks_are_inside(tables[b, h], 0, -(-length // size), num_blocks):",
+        "if not blocks_are_inside(tables[b, h], 0, length // size, num_blocks):",
+        OUT_OF_RANGE,
+    ),
+    Mutation(
+        "out of range: blocks before a window are looked at",
+        "kernels/cpu/paged_items.py",
+        "not blocks_are_inside(table, begin // size,",
+        "not blocks_are_inside(table, 0,",
+        OUT_OF_RANGE,
+    ),
+    Mutation(
+        "out of range: lists of sequences without tokens are looked at",
+        "kernels/cpu/paged_append.py",
+        "for h in range(call.lens.shape[1] if count > 0 else 0):",
+        "for h in range(call.lens.shape[1]):",
+        OUT_OF_RANGE,
+    ),
+    Mutation(
+        "out of range: blocks are copied to any target",
+        "kernels/cpu/copy_blocks.py",
+        "        most = max(call.source[i], call.target[i])",
+        "        most = call.source[i]",
+        OUT_OF_RANGE,
     ),
     Mutation(
         "a row whose scores are all NaN is taken for an empty one",

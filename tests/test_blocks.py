@@ -75,8 +75,8 @@ def test_nothing_to_copy_changes_nothing(backend, device):
         ({"target": torch.zeros(3, dtype=torch.int32)}, ValueError, "target: expected shape .* got"),
         ({"positions": torch.zeros(3, 2)}, TypeError, "positions: expected dtype int32, got float32"),
         ({"scores": torch.zeros(3, 3)}, ValueError, "scores: expected shape"),
-        ({"source": torch.full((2,), 3, dtype=torch.int32)}, ValueError, r"source: expected block numbers in 0\.\.2"),
-        ({"target": torch.full((2,), 3, dtype=torch.int32)}, ValueError, "target: expected block numbers up to 2"),
+        ({"source": torch.full((2,), 3, dtype=torch.int32)}, ValueError, r"source: expected blocks from 0 to 2"),
+        ({"target": torch.full((2,), 3, dtype=torch.int32)}, ValueError, "target: expected blocks up to 2"),
     ],
 )
 def test_bad_input_to_copy_blocks_is_named(change, error, message, monkeypatch):

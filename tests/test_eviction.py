@@ -373,9 +373,9 @@ def test_debug_checks_what_only_the_device_knows(device, monkeypatch):
     call("select_blocks", choose)
     choose["seq_lens"][1, 2] = 17
     with pytest.raises(
-        ValueError, match=r"seq_lens: expected lengths in 0..16, got 1 that are not, the first at \[1, 2\]"
+        ValueError, match=r"seq_lens: expected lengths up to the 16 slots of a table, got 1 .* the first at \[1, 2\]"
     ):
         call("select_blocks", choose)
     shift["block_tables"][0, 1, 3] = 26
-    with pytest.raises(ValueError, match=r"block_tables: expected block numbers in 0..25, got 1 .* \[0, 1, 3\]"):
+    with pytest.raises(ValueError, match=r"block_tables: expected blocks from 0 to 25 .* \[0, 1, 3\]"):
         call("compact", shift)

@@ -55,7 +55,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "kvops.kernels.cpu": (
-        {"torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu", "kvops.prepared", "kvops.user_cache"},
+        {
+            *("torch", "numpy", "numba", "llvmlite", "kvops.kernels.cpu"),
+            *("kvops.checks", "kvops.prepared", "kvops.user_cache"),
+        },
         set(),
     ),
     "kvops.ops": (

@@ -16,10 +16,12 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from kvops.checks import DataError
 from kvops.kernels.cpu.jit import compiled
 from kvops.kernels.cpu.threads import num_threads
 
 _INT64 = ir.IntType(64)
+OUTSIDE = 2  # the status of a function that did nothing, as lengths or block numbers lead outside of the cache
 
 
 def _arrays(call: type[NamedTuple]) -> list[types.Array]:
@@ -94,14 +96,15 @@ def in_float32(bias: torch.Tensor | None) -> torch.Tensor | None:
     return own.float()
 
 
-def compile_for(function: Any, call: type[NamedTuple]) -> Callable[..., bool]:
+def compile_for(function: Any, call: type[NamedTuple]) -> Callable[..., int]:
     """The function of a :class:`Binding`, compiled: all that it depends on is the type of the call."""
     addresses = types.UniTuple(types.int64, len(_arrays(call)))
     return compiled(function, (addresses, types.int64, types.int64))
 
 
 class Binding:
-    """A compiled function ``(addresses, table, threads) -> succeeded``, bound to what calls alike have in common.
+    """A compiled function ``(addresses, table, threads) -> status``, bound to what calls alike have in common. The
+    status is True, False where memory is wanting, or ``OUTSIDE``.
 
     ``call`` names the fields of a call, each with its type in numba: an array, ``int64`` or ``float64``. ``fields``
     gives their values, of tensors their layout: those of a call may lie elsewhere. None stands for an empty array.
@@ -124,8 +127,11 @@ class Binding:
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """Call the function with these tensors in the place of the arrays, in the order of the fields.
 
-        Raises MemoryError where the function fails, which is for want of memory.
+        Raises MemoryError for want of memory, and DataError for the status ``OUTSIDE``.
         """
         addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
-        if not self._function(addresses, self._table, num_threads()):
+        status = self._function(addresses, self._table, num_threads())
+        if status == OUTSIDE:
+            raise DataError("lengths or block numbers lead outside of the tables or the cache")
+        if not status:
             raise MemoryError("kvops: not enough memory for the intermediate results of a CPU kernel")

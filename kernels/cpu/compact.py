@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from numba import boolean, int32, uint8
 
-from kvops.kernels.cpu.arguments import Binding, side_bytes, unpack
+from kvops.kernels.cpu.arguments import OUTSIDE, Binding, side_bytes, unpack
 from kvops.kernels.cpu.jit import inner, jit
+from kvops.kernels.cpu.tables import lists_are_inside
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import address_of, copy
 from kvops.prepared import prepared
@@ -40,7 +41,7 @@ def _compact_share(share, shares, call):
     for i in range(share, B * Hkv, shares):
         b, h = i // Hkv, i % Hkv
         table, length, kept = call.tables[b, h], call.lens[b, h], 0
-        for slot in range(min(length, call.keep.shape[2])):
+        for slot in range(length):
             if not call.keep[b, h, slot]:
                 continue
             if slot != kept:
@@ -59,6 +60,8 @@ def _compact_share(share, shares, call):
 @jit
 def _compact(addresses, table, threads):
     call = unpack(Call, addresses, table)
+    if not lists_are_inside(call.tables, call.lens, len(call.k_cache), call.k_cache.shape[1]):
+        return OUTSIDE
     slots = 0
     for b in range(call.lens.shape[0]):
         for h in range(call.lens.shape[1]):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from numba import int32, uint8
 
-from kvops.kernels.cpu.arguments import Binding, side_bytes, unpack
+from kvops.kernels.cpu.arguments import OUTSIDE, Binding, side_bytes, unpack
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import address_of, copy
@@ -48,6 +48,10 @@ def _copy_share(share, shares, call):
 @jit
 def _copy_blocks(addresses, table, threads):
     call = unpack(Call, addresses, table)
+    for i in range(len(call.source)):
+        most = max(call.source[i], call.target[i])
+        if call.target[i] >= 0 and not (call.source[i] >= 0 and most < len(call.k_cache)):
+            return OUTSIDE
     size = len(call.source) * call.k_cache.shape[1] * (call.k_cache.shape[2] + call.v_cache.shape[2])
     return run_shares(_copy_share, (call,), worth(threads, size))
 

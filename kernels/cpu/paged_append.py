@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from numba import float32, int32, int64, uint8
 
-from kvops.kernels.cpu.arguments import Binding, for_heads, per_head, unpack
+from kvops.kernels.cpu.arguments import OUTSIDE, Binding, for_heads, per_head, unpack
 from kvops.kernels.cpu.elements import E5M2, FORMATS, INT8, padded, to_e4m3, to_e5m2, to_int8, widen
 from kvops.kernels.cpu.jit import exact, inner, jit
 from kvops.kernels.cpu.paged_items import list_of
+from kvops.kernels.cpu.tables import blocks_are_inside
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import address_of, copy
 from kvops.prepared import prepared
@@ -96,7 +97,7 @@ def _append_share(share, shares, call):
         if t < 0 or t >= count:
             continue
         slot = call.lens[sequence, h] - count + t
-        if slot < 0 or slot >= call.tables.shape[2] * size:
+        if slot < 0:
             continue
         block, offset = call.tables[sequence, h, slot // size], slot % size
         k_scale = call.k_scale[h] if call.k_scale.size else np.float32(1)
@@ -115,9 +116,31 @@ def _append_share(share, shares, call):
             call.scores[block, offset, h] = 0
 
 
+@inner
+def _writes_inside(call):
+    """Whether the lists that get tokens fit in their tables, and the blocks of these tokens are in the cache."""
+    num_blocks, size = call.k_cache.shape[:2]
+    for b in range(len(call.lens)):
+        count = call.k.shape[1]
+        if call.starts.size:
+            count = np.int64(call.starts[b + 1]) - np.int64(call.starts[b])
+        elif call.counts.size:
+            count = min(np.int64(call.counts[b]), count)
+        for h in range(call.lens.shape[1] if count > 0 else 0):
+            length = np.int64(call.lens[b, h])
+            if not 0 <= length <= call.tables.shape[2] * size:
+                return False
+            first = max(length - count, 0) // size
+            if not blocks_are_inside(call.tables[b, h], first, -(-length // size), num_blocks):
+                return False
+    return True
+
+
 @jit
 def _append(addresses, table, threads):
     call = unpack(Call, addresses, table)
+    if not _writes_inside(call):
+        return OUTSIDE
     return run_shares(_append_share, (call,), worth(threads, call.k.size + call.v.size))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import boolean, float32
 
-from kvops.kernels.cpu.arguments import Binding, for_heads, in_float32, per_head, unpack
+from kvops.kernels.cpu.arguments import OUTSIDE, Binding, for_heads, in_float32, per_head, unpack
 from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, larger, padded, tanh
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import (
@@ -27,6 +27,7 @@ from kvops.kernels.cpu.paged_items import (
     multiply_by_slot_scales,
     new_tokens,
     place_of,
+    reads_inside,
     seen_slots,
     take_off_distances,
 )
@@ -71,8 +72,7 @@ def _cap(softcap, rows, count, s):
 @inner
 def _mask(call, span, b, h, first_row, rows, first, count, s):
     """Put -inf where a row does not see a slot."""
-    group = call.q.shape[2] // call.lens.shape[1]
-    length, tokens = span[0], span[1]
+    group, length, tokens = call.q.shape[2] // call.lens.shape[1], span[0], span[1]
     causal, window_left = by_slots(call)
     table, size = call.tables[b, h], call.k_cache.shape[1]
     row, first_token, _ = new_tokens(call, b)
@@ -241,8 +241,7 @@ def _merge_share(share, shares, call, items, partials):
     B, Hkv = call.lens.shape
     group, Dv = call.q.shape[2] // Hkv, call.out.shape[3]
     weight, largest_score = partials.shape[2] - 2, partials.shape[2] - 1
-    lists = B * Hkv
-    for i in range(lists * share // shares, lists * (share + 1) // shares):
+    for i in range(B * Hkv * share // shares, B * Hkv * (share + 1) // shares):
         b, h = i // Hkv, i % Hkv
         factor = call.v_scale[h] if call.v_scale.size else np.float32(1)
         row, first_token, count = new_tokens(call, b)
@@ -345,16 +344,17 @@ def _run(addresses, table, threads):
     call = unpack(Call, addresses, table)
     rows = call.tokens * (call.q.shape[2] // call.lens.shape[1])
     items = cut(call, True)
+    if not reads_inside(call, items):
+        return OUTSIDE
     count, height = items.starts[-1], -(-min(rows, ROWS) // 4) * 4  # rows are multiplied by fours
     partials = np.empty((count, height, padded(call.out.shape[3]) + 2), np.float32)
     threads = max(1, min(threads, items.costs[-1] * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
-    scored = call.scores.size > 0
-    kept = scored and rows <= ROWS
+    kept = call.scores.size > 0 and rows <= ROWS
     stash = np.empty((max(count, 1), height, PIECE if kept else 0), np.float32)
     scratches = _scratch(threads, call.q.shape[3], call.out.shape[3])
     succeeded = run_shares(_attend_share, (call, items, scratches, partials, stash), threads)
     succeeded &= run_shares(_merge_share, (call, items, partials), threads)
-    if scored:
+    if call.scores.size:
         pieces = items if kept else cut(call, False)
         succeeded &= run_shares(_score_share, (call, pieces, scratches, stash), threads)
     return succeeded

@@ -12,6 +12,7 @@ from numba import boolean, float32, float64, int32, int64, uint8
 
 from kvops.kernels.cpu.elements import LOG2_E
 from kvops.kernels.cpu.jit import inner, jit
+from kvops.kernels.cpu.tables import blocks_are_inside
 
 PIECE = 256  # slots of a piece
 ROWS = 32  # query rows that walk a list together
@@ -99,8 +100,8 @@ def cut(call, by_rows):
     tiles = np.ones(B * Hkv, np.int64)
     causal, window_left = by_slots(call)
     for i in range(B * Hkv):
-        length = min(max(call.lens[i // Hkv, i % Hkv], 0), call.tables.shape[2] * call.k_cache.shape[1])
         _, _, count = new_tokens(call, i // Hkv)
+        length = np.int64(call.lens[i // Hkv, i % Hkv]) if count else 0  # rows without tokens may hold anything
         begin, _ = seen_slots(length, count, 0, causal, window_left)
         _, end = seen_slots(length, count, count - 1, causal, window_left)
         spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = length, count, begin, end
@@ -110,6 +111,20 @@ def cut(call, by_rows):
         starts[i + 1] = starts[i] + (pieces if begin < end else 0)
         costs[i + 1] = costs[i] + max(end - begin, 0) * tiles[i]
     return Items(spans, starts, costs, tiles)
+
+
+@inner
+def reads_inside(call, items):
+    """Whether the lists fit in their tables, and all that is read lies in the cache."""
+    Hkv, size = call.lens.shape[1], call.k_cache.shape[1]
+    for i in range(len(items.spans)):
+        length, _, begin, end = items.spans[i]
+        if not 0 <= length <= call.tables.shape[2] * size:
+            return False
+        table = call.tables[i // Hkv, i % Hkv]
+        if begin < end and not blocks_are_inside(table, begin // size, -(-end // size), len(call.k_cache)):
+            return False
+    return True
 
 
 @inner

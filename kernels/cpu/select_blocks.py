@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numba import boolean, float32, int32, int64, uint32
 
-from kvops.kernels.cpu.arguments import Binding, unpack
+from kvops.kernels.cpu.arguments import OUTSIDE, Binding, unpack
 from kvops.kernels.cpu.elements import bits_to_float, float_to_bits
 from kvops.kernels.cpu.jit import exact, inner, jit
+from kvops.kernels.cpu.tables import lists_are_inside
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.prepared import prepared
 
@@ -96,8 +97,7 @@ def _worth(keys, length, block, size):
 
 @inner
 def _rank_list(call, lists, b, h, keys):
-    size, slots = call.scores.shape[1], call.keep.shape[2]
-    table, length = call.tables[b, h], min(max(call.lens[b, h], 0), slots)
+    table, size, length = call.tables[b, h], call.scores.shape[1], np.int64(call.lens[b, h])
     last = length - 1
     if call.positions.size and length:
         last = np.int64(call.positions[table[last // size], last % size])
@@ -188,10 +188,10 @@ def _divide_share(share, shares, call, lists):
 
 @inner
 def _keep_share(share, shares, call, lists):
-    B, H, slots = call.keep.shape
+    B, H, _ = call.keep.shape
     for i in range(share, B * H, shares):
         b, h = i // H, i % H
-        length = min(max(call.lens[b, h], 0), slots)
+        length = np.int64(call.lens[b, h])
         kept = min(length, lists.shares[b, h] * call.scores.shape[1])
         call.new_lens[b, h] = kept
         call.keep[b, h] = False
@@ -205,6 +205,8 @@ def _select_blocks(addresses, table, threads):
     B, H, slots = call.keep.shape
     if B * H == 0:
         return True
+    if not lists_are_inside(call.tables, call.lens, *call.scores.shape):
+        return OUTSIDE
     lists = Lists(
         np.empty((B, H), np.int64),
         np.empty((B, H), np.int64),

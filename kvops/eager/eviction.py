@@ -7,6 +7,8 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
+from kvops.checks import expect_inside
+
 # Scores are valued within these limits, so that the sum of a block is a number whatever its scores are.
 LARGEST = 1.5 * 2.0**126
 # Lengths and positions are int32: larger ones mean no more.
@@ -89,6 +91,7 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvops.select_blocks`. Every list is sorted as a whole."""
     table, size, lens = block_tables.shape[2], scores.shape[1], seq_lens.long()
+    expect_inside(block_tables, lens, *scores.shape)
     blocks = -(-int(lens.max()) // size) if lens.numel() else 0
     keep = torch.zeros(*lens.shape, table * size, dtype=torch.bool)
     if blocks == 0:
@@ -137,6 +140,7 @@ def compact(
 ) -> Tensor:
     """See :func:`kvops.compact`."""
     size = k_cache.shape[1]
+    expect_inside(block_tables, seq_lens, len(k_cache), size)
     kept = keep & (torch.arange(keep.shape[2]) < seq_lens[..., None])
     target = kept.cumsum(2) - 1
     moved = kept & (target != torch.arange(keep.shape[2]))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvops.checks import QUANTISED_DTYPES
+from kvops.checks import QUANTISED_DTYPES, expect_inside
 from kvops.eager.attention import compute_dtype, default_scale
 from kvops.eager.bias import bias_tile
 from kvops.eager.softmax import beside_sinks, softmax
@@ -115,10 +115,12 @@ def paged_append(
         token_positions = None if token_positions is None else token_positions.flatten()
     else:
         first, count = cu_seqlens_q[:-1].long(), cu_seqlens_q.diff().long()
+    lens = seq_lens.long().where(count[:, None] > 0, 0)  # rows without tokens may hold anything
+    expect_inside(block_tables, lens, len(k_cache), size, lens - count[:, None])
     sequence = torch.repeat_interleave(count)  # of each real token
     number = torch.arange(len(sequence)) - (count.cumsum(0) - count)[sequence]  # within its sequence
-    slot = seq_lens.long()[sequence] + (number - count[sequence])[:, None]  # [tokens, Hkv]
-    written = (slot >= 0) & (slot < block_tables.shape[2] * size)
+    slot = lens[sequence] + (number - count[sequence])[:, None]  # [tokens, Hkv]
+    written = slot >= 0
     t, h = written.nonzero(as_tuple=True)
     slot, place = slot[written], (first[sequence] + number)[t]
     block, offset = block_tables[sequence[t], h, slot // size].long(), slot % size
@@ -277,12 +279,16 @@ def paged_attention(
     if bias is not None:  # [B, Hq, T, S]; packed [Hq, tokens, S]
         capacity = bias.shape[-1] if bias.dim() and bias.shape[-1] > 1 else capacity
         bias = bias.expand(*q.shape[:-3], Hq, q.shape[-3], capacity)
-    lens = seq_lens.clamp(0, block_tables.shape[2] * k_cache.shape[1]).tolist()
     if cu_seqlens_q is not None:
+        count = cu_seqlens_q.diff().long()
         of_sequence: list[Any] = [(slice(start, end),) for start, end in pairwise(cu_seqlens_q.tolist())]
     else:
-        counts = [T] * B if q_lens is None else q_lens.clamp(0, T).tolist()
-        of_sequence = [(b, slice(count)) for b, count in enumerate(counts)]
+        count = torch.full((B,), T) if q_lens is None else q_lens.clamp(0, T).long()
+        of_sequence = [(b, slice(tokens)) for b, tokens in enumerate(count.tolist())]
+    lens = seq_lens.long().where(count[:, None] > 0, 0)  # rows without tokens may hold anything
+    by_slots = window_left >= 0 and query_positions is None
+    read_from = lens - count[:, None] - window_left if by_slots else None
+    expect_inside(block_tables, lens, len(k_cache), k_cache.shape[1], read_from)
     result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out
     if out is not None and cu_seqlens_q is None:
         out.zero_()
@@ -293,7 +299,7 @@ def paged_attention(
         own = slice(h * group, (h + 1) * group)
         rows = (q[new][:, own].to(dtype) * default_scale(scale, D)).flatten(0, 1)  # a copy, aligned as any other
         tokens = _Tokens(
-            lens[b][h],
+            int(lens[b, h]),
             len(rows) // group,
             causal and tree is None,
             window_left,

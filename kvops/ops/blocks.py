@@ -44,9 +44,7 @@ def _check_copy_blocks(
         if other is not None:
             checks.expect_same_device(name, other, "k_cache", k_cache)
     if checks.debug() and checks.has_data(source):
-        within = (source >= 0) & (source < num_blocks)
-        checks.expect_data("source", f"block numbers in 0..{num_blocks - 1}", within | (target < 0))
-        checks.expect_data("target", f"block numbers up to {num_blocks - 1}", target < num_blocks)
+        eager.expect_inside(source, target, num_blocks)
 
 
 def _fake_copy_blocks(*args: object, **kwargs: object) -> None:
@@ -90,8 +88,8 @@ def copy_blocks(
         k_slot_scale, v_slot_scale: float32 ``[num_blocks, block_size]``, copied along where given: the scales of the
             slots of a float8 or int8 cache.
 
-    Raises ValueError for wrong shapes, devices or strides (with ``KVOPS_DEBUG=1`` also for numbers out of range),
-    TypeError for wrong dtypes.
+    Raises ValueError for wrong shapes, devices or strides, and on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, for
+    numbers out of range; TypeError for wrong dtypes.
     """
     _copy_blocks(
         k_cache,

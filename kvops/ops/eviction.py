@@ -24,13 +24,7 @@ def _check_lists(block_tables: Tensor, seq_lens: Tensor, num_blocks: int, block_
     checks.expect_shape("seq_lens", seq_lens, "[B, Hkv]", *block_tables.shape[:2])
     checks.expect_same_device("seq_lens", seq_lens, "block_tables", block_tables)
     if checks.debug() and checks.has_data(seq_lens):
-        capacity = block_tables.shape[2] * block_size
-        checks.expect_data("seq_lens", f"lengths in 0..{capacity}", (seq_lens >= 0) & (seq_lens <= capacity))
-        first = torch.arange(block_tables.shape[2], device=seq_lens.device) * block_size
-        within = (block_tables >= 0) & (block_tables < num_blocks)
-        checks.expect_data(
-            "block_tables", f"block numbers in 0..{num_blocks - 1}", within | (first >= seq_lens[..., None])
-        )
+        checks.expect_inside(block_tables, seq_lens, num_blocks, block_size)
 
 
 def _check_side(name: str, side: Tensor, dtype: torch.dtype, num_blocks: int, block_size: int) -> None:
@@ -209,7 +203,8 @@ def select_blocks(
     nothing else.
 
     After Feng et al., "Ada-KV" (2024), and Rehg, "KV-Compress" (2024), for competition between heads. Raises ValueError
-    for wrong shapes, devices, strides or values, TypeError for wrong dtypes.
+    for wrong shapes, devices, strides or values, and on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, for table
+    entries and lengths out of range; TypeError for wrong dtypes.
     """
     return _select_blocks(
         scores,
@@ -254,7 +249,8 @@ def compact(
         ``freed`` int32 ``[B, Hkv]``: the number of blocks of the old list that are no longer needed. They are the last
         ones of the list. The caller returns them to its pool.
 
-    Raises ValueError for wrong shapes, devices or strides, TypeError for wrong dtypes.
+    Raises ValueError for wrong shapes, devices or strides, and on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, for
+    table entries and lengths out of range; TypeError for wrong dtypes.
     """
     return _compact(  # type: ignore[no-any-return]
         k_cache,

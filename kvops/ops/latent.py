@@ -17,7 +17,6 @@ from kvops.ops.paged_checks import (
     check_q_lens,
     check_scale,
     check_schedule_data,
-    check_tables_data,
     scale_tensor,
 )
 from kvops.ops.registry import caller, register
@@ -69,7 +68,7 @@ def _check(
     if schedule is not None:
         check_given_schedule(schedule, batch if cache.dim() == 4 else batch * heads, "q", q)
     if checks.debug() and checks.has_data(seq_lens):
-        check_tables_data(cache, block_tables, seq_lens)
+        checks.expect_inside(block_tables, seq_lens, *cache.shape[:2])
         if schedule is not None:
             check_schedule_data(schedule, seq_lens, cache.shape[1], batch_invariant)
 
@@ -162,8 +161,8 @@ def paged_latent_attention(
 
     Raises:
         ValueError: wrong rank, shape, device, strides, head ratio or value; one of two arguments that belong together;
-            on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also
-            table entries and lengths out of range.
+            on the CPU, and elsewhere with ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``, and table entries and lengths
+            out of range.
         TypeError: wrong dtype.
         RuntimeError: an input requires a gradient.
 

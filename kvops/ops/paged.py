@@ -203,7 +203,7 @@ def paged_append(
     Raises:
         ValueError: wrong rank, shape, device or strides; a scale of a cache that is neither float8 nor int8, or two for
             one side; one of two arguments that belong together; on the CPU, and elsewhere with ``KVOPS_DEBUG=1``,
-            invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of range.
+            invalid ``cu_seqlens_q``, and table entries and lengths out of range.
         TypeError: wrong dtype.
     """
     _call_append(
@@ -345,8 +345,8 @@ def paged_attention(
     Raises:
         ValueError: wrong rank, shape, device, strides, head ratio or value; a scale of a cache that is neither float8
             nor int8, or two for one side; one of two arguments that belong together; on the CPU, and elsewhere with
-            ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``; with ``KVOPS_DEBUG=1`` also table entries and lengths out of
-            range, and lists that are longer than S.
+            ``KVOPS_DEBUG=1``, invalid ``cu_seqlens_q``, and table entries and lengths out of range; with
+            ``KVOPS_DEBUG=1`` also lists that are longer than S.
         TypeError: wrong dtype.
         RuntimeError: an input requires a gradient.
 

@@ -95,6 +95,8 @@ class _Operator:
         self.overload = self._define(schema)
         arguments = private_torch.schema_of(self.overload).arguments
         self.tensors = [x.name for x in takewhile(lambda x: isinstance(x.type, torch.TensorType), arguments)]
+        self.names = [x.name for x in arguments]
+        self.written = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
         # Separate ones for the interpreter (TRITON_INTERPRET=1) and for numba.
         self.served, self.interpreted, self.compiled = (Launches(len(self.tensors)) for _ in range(3))
 
@@ -110,7 +112,12 @@ class _Operator:
         launches = self.interpreted
         if not checks.interpreting():
             launches = self.served if checks.eager_on_cpu() else self.compiled
-        return self._launch_for(launches, args, kwargs)(*args, **kwargs)
+        try:
+            return self._launch_for(launches, args, kwargs)(*args, **kwargs)
+        except checks.DataError:
+            with checks.naming():
+                self._validate(args, kwargs)  # says which argument it is, and where
+            raise
 
     def on_gpu(self, *args: Any, **kwargs: Any) -> Any:
         launch = self._launch_for(self.served, args, kwargs)
@@ -174,6 +181,11 @@ class _Operator:
             self._refuse_gradient(args, kwargs)
         if private_torch.tangents_exist():
             self._refuse_tangents(args, kwargs)
+        if self.written:
+            given = dict(zip(self.names, args, strict=False)) | kwargs
+            for name in self.written:
+                if isinstance(given.get(name), Tensor):
+                    checks.expect_own_memory(name, given[name])
         self.check(*args, **kwargs)
 
     def _refuse_gradient(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,28 @@
+"""Whether lists stay in their tables and in the cache, which kernels ask before they read or write it.
+
+On a CPU a wrong number would end the process, or change what belongs to something else.
+"""
+
+from kvops.kernels.cpu.jit import jit
+
+
+@jit
+def blocks_are_inside(table, first, last, num_blocks):
+    """Whether the blocks [first, last) of a table are in a cache of ``num_blocks``."""
+    inside = True
+    for j in range(first, last):
+        inside &= 0 <= table[j] < num_blocks
+    return inside
+
+
+@jit
+def lists_are_inside(tables, lens, num_blocks, size):
+    """Whether all lists [B, H] fit in their tables, and their blocks of ``size`` slots are in the cache."""
+    for b in range(lens.shape[0]):
+        for h in range(lens.shape[1]):
+            length = lens[b, h]
+            if not 0 <= length <= tables.shape[2] * size:
+                return False
+            if not blocks_are_inside(tables[b, h], 0, -(-length // size), num_blocks):
+                return False
+    return True
