@@ -76,10 +76,10 @@ NUMBA_FAULTS = [
         OUT_OF_RANGE,
     ),
     Mutation(
-        "out of range: blocks are copied to any target",
+        "out of range: a block is copied from in front of the cache",
         "kernels/cpu/copy_blocks.py",
-        "        most = max(call.source[i], call.target[i])",
-        "        most = call.source[i]",
+        "not (call.source[i] >= 0 and most < len(call.k_cache))",
+        "not most < len(call.k_cache)",
         OUT_OF_RANGE,
     ),
     Mutation(

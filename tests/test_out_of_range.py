@@ -18,7 +18,7 @@ HEAD_DIM, BLOCK_SIZE = 16, 8
 @pytest.fixture
 def lists(backend, device, monkeypatch) -> Lists:
     monkeypatch.setenv("KVOPS_DEBUG", "1" if backend == "triton" else "0")
-    return make_lists([[20, 3], [9, 40]], block_size=BLOCK_SIZE, head_dim=HEAD_DIM, device=device)
+    return make_lists([[20, 3], [9, 39]], block_size=BLOCK_SIZE, head_dim=HEAD_DIM, device=device)
 
 
 def tokens(lists, heads, count=1):
@@ -66,7 +66,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_it_is_named_and_nothing_is_written(lists, function, wrong):
-    function(make_lists([[20, 3], [9, 40]], block_size=BLOCK_SIZE, head_dim=HEAD_DIM, device=lists.k_cache.device))
+    function(make_lists([[20, 3], [9, 39]], block_size=BLOCK_SIZE, head_dim=HEAD_DIM, device=lists.k_cache.device))
     name, place, number, message = WRONG[wrong]
     getattr(lists, name)[place] = number
     before = {field.name: getattr(lists, field.name).clone() for field in fields(lists)}
@@ -134,7 +134,7 @@ def test_blocks_that_are_not_read_may_be_anything(backend, lists):
     q = tokens(lists, 4)
     want, _ = kvops.paged_attention(q, *lists.arguments, window_left=4)
     for block in (10**6, -5):
-        lists.block_tables[1, 1, :4] = block  # of 40 slots the last 5 are seen, which are in block 4
+        lists.block_tables[1, 1, :4] = block  # of 39 slots the last 5 are seen, which are in block 4
         got, _ = kvops.paged_attention(q, *lists.arguments, window_left=4)
         assert torch.equal(got, want)
         append(lists)
