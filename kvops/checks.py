@@ -34,8 +34,7 @@ _YES, _EAGER, _NUMBA = map(os.environ.encodevalue, ("1", "eager", "numba"))
 
 
 class DataError(ValueError):
-    """A kernel for the CPU was given lengths or block numbers that lead outside of the tables or the cache, and did
-    nothing."""
+    """A kernel for the CPU was given lengths or blocks out of range, and did nothing."""
 
 
 _naming = False  # while the check of an operator says what a DataError is about
@@ -238,6 +237,11 @@ def expect_data(name: str, expected: str, correct: Tensor) -> None:
         raise ValueError(
             f"{name}: expected {expected}, got {len(wrong)} that are not, the first at {wrong[0].tolist()}"
         )
+
+
+def expect_counts(name: str, counts: Tensor, most: int, of: str) -> None:
+    """Check how many tokens each sequence has. Synchronises, so on a GPU only under :func:`debug`."""
+    expect_data(name, f"lengths from 0 to the {most} tokens of {of}", (counts >= 0) & (counts <= most))
 
 
 def expect_inside(

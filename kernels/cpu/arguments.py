@@ -21,7 +21,7 @@ from kvops.kernels.cpu.jit import compiled
 from kvops.kernels.cpu.threads import num_threads
 
 _INT64 = ir.IntType(64)
-OUTSIDE = 2  # the status of a function that did nothing, as lengths or block numbers lead outside of the cache
+OUTSIDE = 2  # the status of a function that did nothing, as lengths or blocks are out of range
 
 
 def _arrays(call: type[NamedTuple]) -> list[types.Array]:
@@ -132,6 +132,6 @@ class Binding:
         addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
         status = self._function(addresses, self._table, num_threads())
         if status == OUTSIDE:
-            raise DataError("lengths or block numbers lead outside of the tables or the cache")
+            raise DataError("expected lengths and blocks that are in the tensors, the tables and the cache")
         if not status:
             raise MemoryError("kvops: not enough memory for the intermediate results of a CPU kernel")

@@ -10,7 +10,7 @@ from kvops.kernels.cpu.arguments import OUTSIDE, Binding, for_heads, per_head, u
 from kvops.kernels.cpu.elements import E5M2, FORMATS, INT8, padded, to_e4m3, to_e5m2, to_int8, widen
 from kvops.kernels.cpu.jit import exact, inner, jit
 from kvops.kernels.cpu.paged_items import list_of
-from kvops.kernels.cpu.tables import blocks_are_inside
+from kvops.kernels.cpu.tables import blocks_are_inside, counts_are_inside
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import address_of, copy
 from kvops.prepared import prepared
@@ -93,7 +93,7 @@ def _append_share(share, shares, call):
             t = n - np.int64(call.starts[sequence])
             count = 0 if sequence == len(call.lens) else np.int64(call.starts[sequence + 1]) - n + t
         elif call.counts.size:
-            count = min(np.int64(call.counts[b]), T)
+            count = np.int64(call.counts[b])
         if t < 0 or t >= count:
             continue
         slot = call.lens[sequence, h] - count + t
@@ -118,14 +118,17 @@ def _append_share(share, shares, call):
 
 @inner
 def _writes_inside(call):
-    """Whether the lists that get tokens fit in their tables, and the blocks of these tokens are in the cache."""
+    """Whether the tokens are in k, the lists that get some fit in their tables, and the blocks of these tokens are in
+    the cache."""
+    if not counts_are_inside(call.counts, call.k.shape[1]):
+        return False
     num_blocks, size = call.k_cache.shape[:2]
     for b in range(len(call.lens)):
         count = call.k.shape[1]
         if call.starts.size:
             count = np.int64(call.starts[b + 1]) - np.int64(call.starts[b])
         elif call.counts.size:
-            count = min(np.int64(call.counts[b]), count)
+            count = np.int64(call.counts[b])
         for h in range(call.lens.shape[1] if count > 0 else 0):
             length = np.int64(call.lens[b, h])
             if not 0 <= length <= call.tables.shape[2] * size:

@@ -12,7 +12,7 @@ from numba import boolean, float32, float64, int32, int64, uint8
 
 from kvops.kernels.cpu.elements import LOG2_E
 from kvops.kernels.cpu.jit import inner, jit
-from kvops.kernels.cpu.tables import blocks_are_inside
+from kvops.kernels.cpu.tables import blocks_are_inside, counts_are_inside
 
 PIECE = 256  # slots of a piece
 ROWS = 32  # query rows that walk a list together
@@ -86,7 +86,7 @@ def new_tokens(call, b):
         first = np.int64(call.starts[b])
         return 0, first, np.int64(call.starts[b + 1]) - first
     if call.counts.size:
-        return b, np.int64(0), min(max(np.int64(call.counts[b]), 0), call.tokens)
+        return b, np.int64(0), np.int64(call.counts[b])
     return b, np.int64(0), call.tokens
 
 
@@ -115,7 +115,9 @@ def cut(call, by_rows):
 
 @inner
 def reads_inside(call, items):
-    """Whether the lists fit in their tables, and all that is read lies in the cache."""
+    """Whether the tokens are in q, the lists fit in their tables, and all that is read lies in the cache."""
+    if not counts_are_inside(call.counts, call.tokens):
+        return False
     Hkv, size = call.lens.shape[1], call.k_cache.shape[1]
     for i in range(len(items.spans)):
         length, _, begin, end = items.spans[i]

@@ -1,4 +1,4 @@
-"""Whether lists stay in their tables and in the cache, which kernels ask before they read or write it.
+"""Whether sequences stay in their tokens, and lists in their tables and the cache: kernels ask before anything else.
 
 On a CPU a wrong number would end the process, or change what belongs to something else.
 """
@@ -12,6 +12,15 @@ def blocks_are_inside(table, first, last, num_blocks):
     inside = True
     for j in range(first, last):
         inside &= 0 <= table[j] < num_blocks
+    return inside
+
+
+@jit
+def counts_are_inside(counts, most):
+    """Whether every sequence has 0 to ``most`` tokens."""
+    inside = True
+    for count in counts:
+        inside &= 0 <= count <= most
     return inside
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvops.checks import QUANTISED_DTYPES, expect_inside
+from kvops.checks import QUANTISED_DTYPES, expect_counts, expect_inside
 from kvops.eager.attention import compute_dtype, default_scale
 from kvops.eager.bias import bias_tile
 from kvops.eager.softmax import beside_sinks, softmax
@@ -83,6 +83,14 @@ def _row_scales(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (most / largest).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def _counts(q_lens: Tensor | None, batch: int, num_tokens: int, name: str) -> Tensor:
+    """int64 [batch]: the real tokens of each sequence, of ``num_tokens`` in the argument ``name``."""
+    if q_lens is None:
+        return torch.full((batch,), num_tokens)
+    expect_counts("q_lens", q_lens, num_tokens, name)
+    return q_lens.long()
+
+
 def paged_append(
     k: Tensor,
     v: Tensor,
@@ -109,7 +117,7 @@ def paged_append(
         block_tables, seq_lens = block_tables[:, None].expand(-1, Hkv, -1), seq_lens[:, None].expand(-1, Hkv)
     if cu_seqlens_q is None:
         T = k.shape[1]
-        count = torch.full((len(k),), T) if q_lens is None else q_lens.clamp(0, T).long()
+        count = _counts(q_lens, len(k), T, "k")
         first = torch.arange(len(k)) * T
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         token_positions = None if token_positions is None else token_positions.flatten()
@@ -283,7 +291,7 @@ def paged_attention(
         count = cu_seqlens_q.diff().long()
         of_sequence: list[Any] = [(slice(start, end),) for start, end in pairwise(cu_seqlens_q.tolist())]
     else:
-        count = torch.full((B,), T) if q_lens is None else q_lens.clamp(0, T).long()
+        count = _counts(q_lens, B, T, "q")
         of_sequence = [(b, slice(tokens)) for b, tokens in enumerate(count.tolist())]
     lens = seq_lens.long().where(count[:, None] > 0, 0)  # rows without tokens may hold anything
     by_slots = window_left >= 0 and query_positions is None
