@@ -80,13 +80,9 @@ def test_it_is_named_and_nothing_is_written(lists, function, wrong):
 def test_numbers_of_tokens(lists, count):
     q_lens = torch.tensor([1, count], dtype=torch.int32, device=lists.k_cache.device)
     before = lists.k_cache.clone()
-    with pytest.raises(
-        ValueError, match=r"q_lens: expected lengths from 0 to the 3 tokens of q, .* first at \[1\]"
-    ):
+    with pytest.raises(ValueError, match=r"q_lens: expected lengths from 0 to the 3 tokens of q, .* first at \[1\]"):
         kvops.paged_attention(tokens(lists, 4, 3), *lists.arguments, q_lens=q_lens)
-    with pytest.raises(
-        ValueError, match=r"q_lens: expected lengths from 0 to the 3 tokens of k, .* first at \[1\]"
-    ):
+    with pytest.raises(ValueError, match=r"q_lens: expected lengths from 0 to the 3 tokens of k, .* first at \[1\]"):
         append(lists, q_lens=q_lens)
     assert torch.equal(lists.k_cache.nan_to_num(-7), before.nan_to_num(-7))
 
