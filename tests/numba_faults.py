@@ -36,9 +36,16 @@ NUMBA_FAULTS = [
     Mutation(
         "the last slot of a piece is left out",
         "kernels/cpu/paged_items.py",
-        "return max(first, begin), min(first + PIECE, end)",
-        "return max(first, begin), min(first + PIECE - 1, end)",
+        "max(first, begin), min(first + PIECE, end))",
+        "max(first, begin), min(first + PIECE - 1, end))",
         PAGED_NUMBA,
+    ),
+    Mutation(
+        "a tile of rows leaves out what its last token alone sees",
+        "kernels/cpu/paged_items.py",
+        "seen_slots(span[0], span[1], (first_row + rows - 1) // group,",
+        "seen_slots(span[0], span[1], first_row // group,",
+        named("paged", "numba", "several_tiles"),
     ),
     Mutation(
         "pieces are joined without their weights",

@@ -11,7 +11,7 @@ import torch
 from numba import boolean, float32
 
 from kvops.kernels.cpu.arguments import OUTSIDE, Binding, for_heads, in_float32, per_head, unpack
-from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, larger, padded, tanh
+from kvops.kernels.cpu.elements import FORMATS, LOG2_E, exp2, larger, padded
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.paged_items import (
     PIECE,
@@ -20,14 +20,14 @@ from kvops.kernels.cpu.paged_items import (
     Place,
     add_bias,
     by_slots,
+    cap,
     cut,
     first_item,
-    item_slots,
-    list_of,
     multiply_by_slot_scales,
     new_tokens,
     place_of,
     reads_inside,
+    seen_by_rows,
     seen_slots,
     take_off_distances,
 )
@@ -60,13 +60,6 @@ def _query_factor(call, h):
     """The scale of the scores; without a softcap times log2(e), which makes them logarithms to base 2."""
     factor = call.scale * (1.0 if call.softcap > 0 else LOG2_E)
     return np.float32(factor * call.k_scale[h] if call.k_scale.size else factor)
-
-
-@jit
-def _cap(softcap, rows, count, s):
-    for r in range(rows):
-        for j in range(count):
-            s[r, j] = np.float32(softcap * LOG2_E) * tanh(s[r, j] / np.float32(softcap))
 
 
 @inner
@@ -127,7 +120,7 @@ def _own(scratches, share, call, items):
     keys[share, TILE] = 0
     values[share, :, call.out.shape[3] :] = 0
     values[share, TILE] = 0
-    far = items.costs[-1] * (call.k_cache.shape[3] + call.v_cache.shape[3]) > _NEAR
+    far = items.slots * (call.k_cache.shape[3] + call.v_cache.shape[3]) > _NEAR
     return Scratch(
         queries[share],
         s[share],
@@ -147,7 +140,7 @@ def _score(call, scratch, span, b, h, first_row, rows, first, count, then):
     if call.k_slot_scale.size:
         multiply_by_slot_scales(call.k_slot_scale, call.tables[b, h], h, rows, first, count, scratch.s)
     if call.softcap > 0:
-        _cap(call.softcap, rows, count, scratch.s)
+        cap(call.softcap, rows, count, scratch.s)
     if call.slopes.size:
         take_off_distances(call, span, b, h, first_row, rows, first, count, scratch.s)
     if call.bias.size:
@@ -310,6 +303,9 @@ def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
         _locate_keys(call, scratch, b * call.lens.shape[1] + h, first, end)
         for first_row in range(scored // ROWS * ROWS, rows, ROWS):
             some = min(ROWS, rows - first_row)
+            seen_from, seen_to = seen_by_rows(call, span, first_row, some)
+            if seen_to <= first or first + count <= seen_from:
+                continue
             _load_queries(call, b, h, first_row, some, scratch.queries)
             _score(call, scratch, span, b, h, first_row, some, first, count, nothing)
             _reduce(call, b, h, first_row, some, scratch.s, count, reduced[done:], seen[done:])
@@ -318,19 +314,18 @@ def _score_again(call, scratch, span, b, h, begin, end, reduced, seen):
 @inner
 def _score_share(share, shares, call, items, scratches, stash):
     """Update the scores of a share of the pieces of lists."""
-    Hkv, group = call.lens.shape[1], call.q.shape[2] // call.lens.shape[1]
+    Hkv = call.lens.shape[1]
     scratch = _own(scratches, share, call, items)
     reduced, seen = np.empty(PIECE, np.float32), np.empty(PIECE, np.bool_)
     size = call.k_cache.shape[1]
     for item in range(first_item(items, share, shares), first_item(items, share + 1, shares)):
-        i = list_of(items.starts, item)
+        i, _, rows, begin, end = place_of(call, items, item)
         b, h = i // Hkv, i % Hkv
-        begin, end = item_slots(items, item, i)
         decay = call.decays[b] if call.decays.size else np.float32(call.decay)
         reduced[:] = 0
         seen[:] = False
         if stash.size:
-            _reduce(call, b, h, 0, items.spans[i, 1] * group, stash[item], end - begin, reduced, seen)
+            _reduce(call, b, h, 0, rows, stash[item], end - begin, reduced, seen)
         else:
             _score_again(call, scratch, items.spans[i], b, h, begin, end, reduced, seen)
         for j in range(end - begin):
@@ -348,7 +343,7 @@ def _run(addresses, table, threads):
         return OUTSIDE
     count, height = items.starts[-1], -(-min(rows, ROWS) // 4) * 4  # rows are multiplied by fours
     partials = np.empty((count, height, padded(call.out.shape[3]) + 2), np.float32)
-    threads = max(1, min(threads, items.costs[-1] * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
+    threads = max(1, min(threads, items.slots * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
     kept = call.scores.size > 0 and rows <= ROWS
     stash = np.empty((max(count, 1), height, PIECE if kept else 0), np.float32)
     scratches = _scratch(threads, call.q.shape[3], call.out.shape[3])

@@ -2,7 +2,7 @@
 
 A *list* is the blocks of one (sequence, KV head). Lists of few query rows are cut into pieces of ``PIECE`` slots, the
 rows of tall ones into tiles of ``ROWS``; either is an item of work with a partial result. A list is cut by its own
-queries, whatever others have. The items of all lists are shared among the threads by the slots that they read.
+queries, whatever others have. The items of all lists are shared among the threads by what they cost.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import boolean, float32, float64, int32, int64, uint8
 
-from kvops.kernels.cpu.elements import LOG2_E
+from kvops.kernels.cpu.elements import LOG2_E, tanh
 from kvops.kernels.cpu.jit import inner, jit
 from kvops.kernels.cpu.tables import blocks_are_inside, counts_are_inside
 
 PIECE = 256  # slots of a piece
 ROWS = 32  # query rows that walk a list together
+_READING = 16  # what it costs to read a slot, where 1 is what it costs to compute with it for one row
 
 
 class Call(NamedTuple):
@@ -60,8 +61,9 @@ class Items(NamedTuple):
 
     spans: int64[:, ::1]  # [lists, 4]: slots of the list, real query tokens, and the slots [begin, end) that they see
     starts: int64[::1]  # [lists + 1], the first item of each list
-    costs: int64[::1]  # [lists + 1], slots that the lists before it read
     tiles: int64[::1]  # [lists], tiles of rows; a list of one is cut into pieces
+    costs: int64[::1]  # [items + 1], what the items before it cost
+    slots: int64  # that all items read
 
 
 @jit
@@ -77,6 +79,16 @@ def seen_slots(length, count, t, causal, window_left):
 def by_slots(call):
     """Causality and the window as far as slots decide: a tree replaces the one, positions measure the other."""
     return call.causal != 0 and call.tree.size == 0, call.window_left if call.query_positions.size == 0 else -1
+
+
+@inner
+def seen_by_rows(call, span, first_row, rows):
+    """The slots [begin, end) of a list that some of these rows see, as far as slots decide."""
+    group = call.q.shape[2] // call.lens.shape[1]
+    causal, window_left = by_slots(call)
+    begin, _ = seen_slots(span[0], span[1], first_row // group, causal, window_left)
+    _, end = seen_slots(span[0], span[1], (first_row + rows - 1) // group, causal, window_left)
+    return begin, end
 
 
 @inner
@@ -96,8 +108,7 @@ def cut(call, by_rows):
     B, Hkv = call.lens.shape
     group = call.q.shape[2] // Hkv if Hkv else 1
     spans = np.zeros((B * Hkv, 4), np.int64)
-    starts, costs = np.zeros(B * Hkv + 1, np.int64), np.zeros(B * Hkv + 1, np.int64)
-    tiles = np.ones(B * Hkv, np.int64)
+    starts, tiles = np.zeros(B * Hkv + 1, np.int64), np.ones(B * Hkv, np.int64)
     causal, window_left = by_slots(call)
     for i in range(B * Hkv):
         _, _, count = new_tokens(call, i // Hkv)
@@ -109,8 +120,13 @@ def cut(call, by_rows):
             tiles[i] = max(1, -(-count * group // ROWS))
         pieces = -(-end // PIECE) - begin // PIECE if tiles[i] == 1 else tiles[i]
         starts[i + 1] = starts[i] + (pieces if begin < end else 0)
-        costs[i + 1] = costs[i] + max(end - begin, 0) * tiles[i]
-    return Items(spans, starts, costs, tiles)
+    costs, slots = np.zeros(starts[-1] + 1, np.int64), 0
+    items = Items(spans, starts, tiles, costs, slots)
+    for item in range(starts[-1]):
+        place = place_of(call, items, item)
+        slots += place.end - place.begin
+        costs[item + 1] = costs[item] + (place.end - place.begin) * (_READING + place.rows)
+    return Items(spans, starts, tiles, costs, slots)
 
 
 @inner
@@ -131,13 +147,8 @@ def reads_inside(call, items):
 
 @inner
 def first_item(items, share, shares):
-    """Where a share begins, so that all read about the same number of slots."""
-    target = items.costs[-1] * share // shares
-    i = list_of(items.costs, target)
-    if i >= len(items.costs) - 1:
-        return items.starts[-1]
-    inside, cost = target - items.costs[i], items.costs[i + 1] - items.costs[i]
-    return items.starts[i] + (inside * (items.starts[i + 1] - items.starts[i]) + cost - 1) // cost
+    """Where a share begins, so that all cost about the same."""
+    return list_of(items.costs, items.costs[-1] * share // shares)
 
 
 @jit
@@ -153,16 +164,6 @@ def list_of(starts, place):
     return low
 
 
-@inner
-def item_slots(items, item, i):
-    """The slots [begin, end) of ``item``, which is one of list ``i``."""
-    begin, end = items.spans[i, 2], items.spans[i, 3]
-    if items.tiles[i] > 1:
-        return begin, end
-    first = (begin // PIECE + item - items.starts[i]) * PIECE
-    return max(first, begin), min(first + PIECE, end)
-
-
 class Place(NamedTuple):
     """An item of work: rows [first_row, first_row + rows) over the slots [begin, end) of list ``i``."""
 
@@ -175,11 +176,25 @@ class Place(NamedTuple):
 
 @inner
 def place_of(call, items, item):
-    """The place of an item."""
-    i, group = list_of(items.starts, item), call.q.shape[2] // call.lens.shape[1]
-    first_row = (item - items.starts[i]) * ROWS if items.tiles[i] > 1 else 0
-    begin, end = item_slots(items, item, i)
-    return Place(i, first_row, min(ROWS, items.spans[i, 1] * group - first_row), begin, end)
+    """The place of an item: a piece of its list, or a tile of rows and the slots that they see, one at least."""
+    i = list_of(items.starts, item)
+    number, rows = item - items.starts[i], items.spans[i, 1] * (call.q.shape[2] // call.lens.shape[1])
+    if items.tiles[i] == 1:
+        begin, end = items.spans[i, 2], items.spans[i, 3]
+        first = (begin // PIECE + number) * PIECE
+        return Place(i, 0, rows, max(first, begin), min(first + PIECE, end))
+    first_row = number * ROWS
+    rows = min(ROWS, rows - first_row)
+    begin, end = seen_by_rows(call, items.spans[i], first_row, rows)
+    return Place(i, first_row, rows, begin, max(end, begin + 1))
+
+
+@jit
+def cap(softcap, rows, count, s):
+    """Make scores ``softcap * tanh(score / softcap)``, as logarithms to base 2."""
+    for r in range(rows):
+        for j in range(count):
+            s[r, j] = np.float32(softcap * LOG2_E) * tanh(s[r, j] / np.float32(softcap))
 
 
 @inner
