@@ -116,5 +116,13 @@ def without_autocast(device_type: str) -> Callable[[], AbstractContextManager[No
 
 
 def schema_of(operator: Any) -> Any:
-    """The parsed schema of an operator's overload: names, types and defaults. Read once, at registration."""
+    """The parsed schema of an operator's overload: names, types and defaults."""
     return operator._schema
+
+
+def written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that a call of an operator's overload writes to, by the names of their arguments."""
+    arguments = schema_of(operator).arguments
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    names = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
+    return {name: given[name] for name in names if isinstance(given.get(name), torch.Tensor)}

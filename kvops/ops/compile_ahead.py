@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from kvops import private_torch
 from kvops.extras import require
 from kvops.ops import registry
@@ -85,14 +83,6 @@ def compile_ahead(
 _COMPILED = "compiled "
 
 
-def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The arguments that a call of an operator writes to."""
-    arguments = private_torch.schema_of(operator).arguments
-    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
-    names = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
-    return [given[name] for name in names if isinstance(given.get(name), Tensor)]
-
-
 @contextmanager
 def compiling_beside(
     device: Device,
@@ -116,7 +106,7 @@ def compiling_beside(
         launch = registry._launch(registry._kernel(self.kernel), args, kwargs)
 
         def both(*args: Any, **kwargs: Any) -> Any:
-            written = _written(self.overload, args, kwargs)
+            written = private_torch.written(self.overload, args, kwargs).values()
             before = [tensor.clone() for tensor in written]
             launch(*args, **kwargs)
             for tensor, value in zip(written, before, strict=True):  # a launch function may have filled it

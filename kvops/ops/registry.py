@@ -95,8 +95,6 @@ class _Operator:
         self.overload = self._define(schema)
         arguments = private_torch.schema_of(self.overload).arguments
         self.tensors = [x.name for x in takewhile(lambda x: isinstance(x.type, torch.TensorType), arguments)]
-        self.names = [x.name for x in arguments]
-        self.written = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
         # Separate ones for the interpreter (TRITON_INTERPRET=1) and for numba.
         self.served, self.interpreted, self.compiled = (Launches(len(self.tensors)) for _ in range(3))
 
@@ -181,11 +179,8 @@ class _Operator:
             self._refuse_gradient(args, kwargs)
         if private_torch.tangents_exist():
             self._refuse_tangents(args, kwargs)
-        if self.written:
-            given = dict(zip(self.names, args, strict=False)) | kwargs
-            for name in self.written:
-                if isinstance(given.get(name), Tensor):
-                    checks.expect_own_memory(name, given[name])
+        for name, value in private_torch.written(self.overload, args, kwargs).items():
+            checks.expect_own_memory(name, value)
         self.check(*args, **kwargs)
 
     def _refuse_gradient(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -230,7 +225,8 @@ def register(
     ``check``, ``fake``, ``eager`` and ``kernel`` take the operator's arguments under the same names with the same
     defaults (the dispatcher drops arguments that equal their default). ``check`` raises ValueError or TypeError and
     runs before everything else, while tracing too. It must not read the data of tensors, except with ``KVOPS_DEBUG=1``,
-    because calls that differ in data alone share one check. ``check_data`` reads data, in every call with CPU tensors,
+    because calls that differ in data alone share one check. A CPU kernel that raises DataError has it run once more, as
+    with ``KVOPS_DEBUG=1``. ``check_data`` reads data, in every call with CPU tensors,
     and with ``KVOPS_DEBUG=1`` in every call; where it reads that of one optional argument, ``data`` names it, and calls
     without it have nothing to check. ``kernel`` is ``"module:function"``, imported at its first launch.
     ``cpu`` is the same for the numba kernel, where there is one.
