@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import reprlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,23 +38,28 @@ class DataError(ValueError):
     """A kernel for the CPU was given lengths or blocks out of range, and did nothing."""
 
 
-_naming = False  # while the check of an operator says what a DataError is about
+class _Naming(threading.local):
+    """Whether this thread's check of an operator says what a DataError is about."""
+
+    is_active = False
+
+
+_naming = _Naming()
 
 
 def debug() -> bool:
     """Whether ``KVOPS_DEBUG=1`` is set: device data is checked, which synchronises."""
-    return _variables.get(_DEBUG) == _YES or _naming
+    return _variables.get(_DEBUG) == _YES or _naming.is_active
 
 
 @contextlib.contextmanager
 def naming() -> Iterator[None]:
-    """Check data as with ``KVOPS_DEBUG=1``. Other threads do so too meanwhile, which costs them time alone."""
-    global _naming
-    _naming = True
+    """Check data as with ``KVOPS_DEBUG=1``, in this thread alone: that refuses some numbers that no kernel reads."""
+    _naming.is_active = True
     try:
         yield
     finally:
-        _naming = False
+        _naming.is_active = False
 
 
 def interpreting() -> bool:
@@ -231,7 +237,7 @@ def may_look(tensor: Tensor) -> bool:
 
 
 def expect_data(name: str, expected: str, correct: Tensor) -> None:
-    """``correct`` is a bool tensor over the items checked; synchronises, so only under :func:`debug`."""
+    """``correct`` is a bool tensor over the items checked; synchronises, so on a GPU only under :func:`debug`."""
     wrong = (~correct).nonzero()
     if len(wrong):
         raise ValueError(

@@ -3,6 +3,7 @@
 On a GPU only ``KVOPS_DEBUG=1`` looks at them, so it is set for the kernels here.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from paged_lists import Lists, make_lists
 
 import kvops
+from kvops import checks
 
 NUMBA = True  # see conftest.py
 HEAD_DIM, BLOCK_SIZE = 16, 8
@@ -59,6 +61,7 @@ WRONG = {
     "a block behind the cache": ("block_tables", (1, 1, 4), 10_000, r"blocks from 0 to .* the first at \[1, 1, 4\]"),
     "a negative block": ("block_tables", (1, 1, 4), -1, r"blocks from 0 to .* the first at \[1, 1, 4\]"),
     "a length beyond the table": ("seq_lens", (1, 1), 57, r"lengths up to the 56 slots .* the first at \[1, 1\]"),
+    "the largest length": ("seq_lens", (1, 1), 2**31 - 1, r"lengths up to the 56 slots .* the first at \[1, 1\]"),
     "a negative length": ("seq_lens", (1, 1), -1, r"lengths of at least 0, .* the first at \[1, 1\]"),
 }
 
@@ -172,3 +175,11 @@ def test_what_is_written_has_a_place_for_each_element(lists):
         append(replace(lists, v_cache=shared(lists.v_cache, blocks)))
     with pytest.raises(ValueError, match=f"seq_lens: {wrong}"):
         compact(replace(lists, seq_lens=shared(lists.seq_lens, 2)))
+
+
+def test_other_threads_are_not_refused_what_no_kernel_reads():
+    """While one thread names what is wrong as KVOPS_DEBUG=1 does, which looks at more."""
+    with checks.naming(), ThreadPoolExecutor() as pool:
+        assert checks.debug()
+        assert not pool.submit(checks.debug).result()
+    assert not checks.debug()

@@ -9,7 +9,7 @@ from numba import float32, int32, int64, uint8
 from kvops.kernels.cpu.arguments import OUTSIDE, Binding, for_heads, per_head, unpack
 from kvops.kernels.cpu.elements import E5M2, FORMATS, INT8, padded, to_e4m3, to_e5m2, to_int8, widen
 from kvops.kernels.cpu.jit import exact, inner, jit
-from kvops.kernels.cpu.paged_items import list_of
+from kvops.kernels.cpu.paged_items import list_of, new_tokens
 from kvops.kernels.cpu.tables import blocks_are_inside, counts_are_inside
 from kvops.kernels.cpu.threads import run_shares, worth
 from kvops.kernels.cpu.vector import address_of, copy
@@ -34,6 +34,7 @@ class Call(NamedTuple):
     v_scale: float32[:]
     k_slot_scale: float32[:, :, :]  # [num_blocks, block_size, Hkv]
     v_slot_scale: float32[:, :, :]
+    tokens: int64  # the most new tokens of a sequence
     element: int64  # of k and v
     k_element: int64  # of k_cache
     v_element: int64
@@ -87,13 +88,11 @@ def _append_share(share, shares, call):
     rows = B * T * Hkv
     for row in range(rows * share // shares, rows * (share + 1) // shares):
         b, n, h = row // (T * Hkv), row // Hkv % T, row % Hkv
-        sequence, t, count = b, n, T
-        if call.starts.size:
-            sequence = list_of(call.starts, n)
-            t = n - np.int64(call.starts[sequence])
-            count = 0 if sequence == len(call.lens) else np.int64(call.starts[sequence + 1]) - n + t
-        elif call.counts.size:
-            count = np.int64(call.counts[b])
+        sequence = list_of(call.starts, n) if call.starts.size else b
+        if sequence == len(call.lens):
+            continue
+        _, first_token, count = new_tokens(call, sequence)
+        t = n - first_token
         if t < 0 or t >= count:
             continue
         slot = call.lens[sequence, h] - count + t
@@ -120,15 +119,11 @@ def _append_share(share, shares, call):
 def _writes_inside(call):
     """Whether the tokens are in k, the lists that get some fit in their tables, and the blocks of these tokens are in
     the cache."""
-    if not counts_are_inside(call.counts, call.k.shape[1]):
+    if not counts_are_inside(call.counts, call.tokens):
         return False
     num_blocks, size = call.k_cache.shape[:2]
     for b in range(len(call.lens)):
-        count = call.k.shape[1]
-        if call.starts.size:
-            count = np.int64(call.starts[b + 1]) - np.int64(call.starts[b])
-        elif call.counts.size:
-            count = np.int64(call.counts[b])
+        _, _, count = new_tokens(call, b)
         for h in range(call.lens.shape[1] if count > 0 else 0):
             length = np.int64(call.lens[b, h])
             if not 0 <= length <= call.tables.shape[2] * size:
@@ -182,6 +177,7 @@ def _bind(
         v_scale=for_heads(given.get("v_scale"), heads),
         k_slot_scale=per_head(given.get("k_slot_scale"), heads, 3),
         v_slot_scale=per_head(given.get("v_slot_scale"), heads, 3),
+        tokens=k.shape[1],
         element=FORMATS[k.dtype],
         k_element=FORMATS[k_cache.dtype],
         v_element=FORMATS[v_cache.dtype],

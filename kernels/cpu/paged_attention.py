@@ -29,6 +29,7 @@ from kvops.kernels.cpu.paged_items import (
     reads_inside,
     seen_by_rows,
     seen_slots,
+    spans_of,
     take_off_distances,
 )
 from kvops.kernels.cpu.paged_rows import TILE, Rows, ahead, bring, locate, widened
@@ -338,9 +339,10 @@ def _score_share(share, shares, call, items, scratches, stash):
 def _run(addresses, table, threads):
     call = unpack(Call, addresses, table)
     rows = call.tokens * (call.q.shape[2] // call.lens.shape[1])
-    items = cut(call, True)
-    if not reads_inside(call, items):
+    spans = spans_of(call)
+    if not reads_inside(call, spans):  # first of all: much memory would be taken for long lists
         return OUTSIDE
+    items = cut(call, spans, True)
     count, height = items.starts[-1], -(-min(rows, ROWS) // 4) * 4  # rows are multiplied by fours
     partials = np.empty((count, height, padded(call.out.shape[3]) + 2), np.float32)
     threads = max(1, min(threads, items.slots * (call.q.shape[3] + call.out.shape[3]) // _LEAST_WORK))
@@ -350,7 +352,7 @@ def _run(addresses, table, threads):
     succeeded = run_shares(_attend_share, (call, items, scratches, partials, stash), threads)
     succeeded &= run_shares(_merge_share, (call, items, partials), threads)
     if call.scores.size:
-        pieces = items if kept else cut(call, False)
+        pieces = items if kept else cut(call, spans, False)
         succeeded &= run_shares(_score_share, (call, pieces, scratches, stash), threads)
     return succeeded
 

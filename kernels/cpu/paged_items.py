@@ -93,7 +93,7 @@ def seen_by_rows(call, span, first_row, rows):
 
 @inner
 def new_tokens(call, b):
-    """Where the query tokens of a sequence are, (row of q, first token), and how many of them are real."""
+    """Where the new tokens of a sequence are, (row of q or k, first token), and how many of them are real."""
     if call.starts.size:
         first = np.int64(call.starts[b])
         return 0, first, np.int64(call.starts[b + 1]) - first
@@ -103,12 +103,10 @@ def new_tokens(call, b):
 
 
 @inner
-def cut(call, by_rows):
-    """``by_rows``: lists whose rows fill several tiles are cut into these, and not into pieces."""
+def spans_of(call):
+    """The spans of all lists: see :class:`Items`."""
     B, Hkv = call.lens.shape
-    group = call.q.shape[2] // Hkv if Hkv else 1
     spans = np.zeros((B * Hkv, 4), np.int64)
-    starts, tiles = np.zeros(B * Hkv + 1, np.int64), np.ones(B * Hkv, np.int64)
     causal, window_left = by_slots(call)
     for i in range(B * Hkv):
         _, _, count = new_tokens(call, i // Hkv)
@@ -116,6 +114,33 @@ def cut(call, by_rows):
         begin, _ = seen_slots(length, count, 0, causal, window_left)
         _, end = seen_slots(length, count, count - 1, causal, window_left)
         spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3] = length, count, begin, end
+    return spans
+
+
+@inner
+def reads_inside(call, spans):
+    """Whether the tokens are in q, the lists fit in their tables, and all that is read lies in the cache."""
+    if not counts_are_inside(call.counts, call.tokens):
+        return False
+    Hkv, size = call.lens.shape[1], call.k_cache.shape[1]
+    for i in range(len(spans)):
+        length, _, begin, end = spans[i]
+        if not 0 <= length <= call.tables.shape[2] * size:
+            return False
+        table = call.tables[i // Hkv, i % Hkv]
+        if begin < end and not blocks_are_inside(table, begin // size, -(-end // size), len(call.k_cache)):
+            return False
+    return True
+
+
+@inner
+def cut(call, spans, by_rows):
+    """``by_rows``: lists whose rows fill several tiles are cut into these, and not into pieces."""
+    lists, Hkv = len(spans), call.lens.shape[1]
+    group = call.q.shape[2] // Hkv if Hkv else 1
+    starts, tiles = np.zeros(lists + 1, np.int64), np.ones(lists, np.int64)
+    for i in range(lists):
+        _, count, begin, end = spans[i]
         if by_rows:
             tiles[i] = max(1, -(-count * group // ROWS))
         pieces = -(-end // PIECE) - begin // PIECE if tiles[i] == 1 else tiles[i]
@@ -127,22 +152,6 @@ def cut(call, by_rows):
         slots += place.end - place.begin
         costs[item + 1] = costs[item] + (place.end - place.begin) * (_READING + place.rows)
     return Items(spans, starts, tiles, costs, slots)
-
-
-@inner
-def reads_inside(call, items):
-    """Whether the tokens are in q, the lists fit in their tables, and all that is read lies in the cache."""
-    if not counts_are_inside(call.counts, call.tokens):
-        return False
-    Hkv, size = call.lens.shape[1], call.k_cache.shape[1]
-    for i in range(len(items.spans)):
-        length, _, begin, end = items.spans[i]
-        if not 0 <= length <= call.tables.shape[2] * size:
-            return False
-        table = call.tables[i // Hkv, i % Hkv]
-        if begin < end and not blocks_are_inside(table, begin // size, -(-end // size), len(call.k_cache)):
-            return False
-    return True
 
 
 @inner

@@ -9,7 +9,7 @@ from kvops.checks import expect_data
 from kvops.eager.eviction import INTEGERS
 
 
-def expect_inside(source: Tensor, target: Tensor, num_blocks: int) -> None:
+def expect_blocks(source: Tensor, target: Tensor, num_blocks: int) -> None:
     """Check that blocks that are copied, and their targets, are in the cache."""
     inside = (source >= 0) & (source < num_blocks)
     expect_data("source", f"blocks from 0 to {num_blocks - 1}", inside | (target < 0))
@@ -27,7 +27,7 @@ def copy_blocks(
     k_slot_scale: Tensor | None = None,
     v_slot_scale: Tensor | None = None,
 ) -> None:
-    expect_inside(source, target, len(k_cache))
+    expect_blocks(source, target, len(k_cache))
     entries = (target >= 0).nonzero().flatten()
     if len(entries) == 0:
         return

@@ -297,6 +297,7 @@ def paged_attention(
     by_slots = window_left >= 0 and query_positions is None
     read_from = lens - count[:, None] - window_left if by_slots else None
     expect_inside(block_tables, lens, len(k_cache), k_cache.shape[1], read_from)
+    lengths = lens.tolist()
     result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out
     if out is not None and cu_seqlens_q is None:
         out.zero_()
@@ -307,7 +308,7 @@ def paged_attention(
         own = slice(h * group, (h + 1) * group)
         rows = (q[new][:, own].to(dtype) * default_scale(scale, D)).flatten(0, 1)  # a copy, aligned as any other
         tokens = _Tokens(
-            int(lens[b, h]),
+            lengths[b][h],
             len(rows) // group,
             causal and tree is None,
             window_left,

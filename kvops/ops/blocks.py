@@ -44,7 +44,7 @@ def _check_copy_blocks(
         if other is not None:
             checks.expect_same_device(name, other, "k_cache", k_cache)
     if checks.debug() and checks.has_data(source):
-        eager.expect_inside(source, target, num_blocks)
+        eager.expect_blocks(source, target, num_blocks)
 
 
 def _fake_copy_blocks(*args: object, **kwargs: object) -> None:
